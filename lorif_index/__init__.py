@@ -1,0 +1,45 @@
+"""lorif_index: training data attribution as a search index.
+
+The stages, one module each, in the order in which data flows through them:
+
+    data, losses          batches and per-example losses
+    layers, capture       per-example projected gradients of a model's linear maps
+    projection            the random projections they are taken in
+    gradients, sources    gradients as values, from a model or handed over; spool keeps them for several passes
+    factors, rows         rank-c factors, and how those of one example lie beside each other
+    sealed, shards, store immutable HDF5 files, streamed and gathered
+    curvature, fitted     low-rank second moment per layer, and its file
+    damping, query        the Woodbury-preconditioned query transform
+    scoring, results      exact scores in one streamed pass, and the answer with its diagnosis
+    manifest, build, index   what makes a folder an index, how it is built, and the user's handle
+"""
+
+from __future__ import annotations
+
+from .config import BuildConfig, CurvatureRows, LayerSelection
+from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping, ReleaseDamping
+from .errors import LorifError
+from .index import Index
+from .losses import default_loss
+from .progress import ProgressEvent
+from .results import Hits, SearchStats
+from .version import VERSION
+
+__version__ = VERSION
+
+__all__ = [
+    "AbsoluteDamping",
+    "BuildConfig",
+    "CurvatureRows",
+    "Damping",
+    "Hits",
+    "Index",
+    "LayerSelection",
+    "LorifError",
+    "PaperDamping",
+    "ProgressEvent",
+    "RelativeDamping",
+    "ReleaseDamping",
+    "SearchStats",
+    "default_loss",
+]

@@ -1,0 +1,370 @@
+"""Build: fit what is shared on a sample, then one pass over the data encodes each example once.
+
+The stages, each of which leaves its result sealed, so that the same call goes on after an interruption: sample ->
+curvature -> encode -> manifest. The published recipe fits the curvature last, from all stored factors.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .config import BuildConfig, CurvatureRows
+from .curvature import LayerCurvature, fit_curvature
+from .data import as_source
+from .errors import ConfigError, DataError, IndexExistsError, NonFiniteError
+from .factors import factorise
+from .fitted import save_curvature
+from .gradients import GradientBlock, GradientSource, LayerGradient
+from .losses import PerExample
+from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, read_manifest, spec_to_json
+from .progress import Reporter
+from .projection import ALGORITHM, Projections, keyed_generator
+from .query import Preconditioner
+from .rows import RowLayout
+from .sources import (
+    GivenGradients,
+    ModelCapture,
+    ModelGradients,
+    Rewound,
+    curvature_source,
+    finite_blocks,
+    first_batch_digest,
+    first_block_digest,
+    given_specs,
+    is_one_shot,
+    model_digest,
+)
+from .spool import PREFIX as SPOOL_PREFIX
+from .spool import Spool
+from .store import Store, StoreWriter
+
+# Settings that leave every stored number as it is; all others must agree when an interrupted build goes on.
+_FREE_SETTINGS = ("damping", "complement", "shard_bytes", "spool_bytes", "device")
+
+
+def loss_name(loss: PerExample | None) -> str:
+    """How a loss is remembered: "default", or its qualified name."""
+    if loss is None:
+        return "default"
+    return getattr(loss, "__qualname__", type(loss).__qualname__)
+
+
+def build_index(
+    path: Path,
+    *,
+    model: nn.Module | None,
+    data: Any,
+    gradients: Any,
+    loss: PerExample | None,
+    curvature: Any,
+    config: BuildConfig,
+    metadata: dict[str, Any],
+    reporter: Reporter,
+) -> None:
+    """Builds, or goes on building, the index at `path`. See `Index.build`."""
+    _check_arguments(model, data, gradients, loss)
+    _check_json(metadata)
+    _check_folder(path)
+    with ExitStack() as stack:
+        work = _Build(path, model, data, gradients, loss, curvature, config, metadata, reporter, stack)
+        work.run()
+
+
+def _check_arguments(model: Any, data: Any, gradients: Any, loss: Any) -> None:
+    if (data is None) == (gradients is None):
+        given = "both" if data is not None else "neither"
+        raise DataError(f"pass either model= and data=, or gradients=; {given} of data and gradients was given")
+    if data is not None and model is None:
+        raise DataError("data= needs a model= to take gradients of")
+    if loss is not None and not callable(loss):
+        raise ConfigError(f"loss must be callable, loss(model, batch) -> (n,), got {type(loss).__name__}")
+
+
+def _check_json(metadata: Any) -> None:
+    try:
+        if not isinstance(metadata, dict) or json.loads(json.dumps(metadata, allow_nan=False)) != metadata:
+            raise TypeError("it does not come back from JSON as it was")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metadata must be a dict of plain JSON values: {error}") from None
+
+
+def _check_folder(path: Path) -> None:
+    if (path / MANIFEST).exists():
+        raise IndexExistsError(f"{path} already holds an index: open it with Index.open, or choose another folder")
+    if path.exists() and not path.is_dir():
+        raise IndexExistsError(f"{path} exists and is not a folder: choose another path")
+    if path.is_dir() and any(path.iterdir()) and not (path / BUILDING).is_file():
+        raise IndexExistsError(f"{path} is not empty and is no unfinished index: choose a new or empty folder")
+
+
+class _Build:
+    """One run of a build: what it was given, and the manifest it is working on."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module | None,
+        data: Any,
+        gradients: Any,
+        loss: PerExample | None,
+        curvature: Any,
+        config: BuildConfig,
+        metadata: dict[str, Any],
+        reporter: Reporter,
+        stack: ExitStack,
+    ) -> None:
+        self.path, self.config, self.loss, self.reporter, self.stack = path, config, loss, reporter, stack
+        self.capture: ModelCapture | None = None
+        for leftover in path.glob(f"{SPOOL_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.curvature = (
+            curvature if isinstance(curvature, CurvatureRows) or curvature is None else CurvatureRows(curvature)
+        )
+        fingerprint: dict[str, Any]
+        self.source: GradientSource
+        if gradients is None:
+            if model is None:
+                raise DataError("data= needs a model= to take gradients of")
+            # Everything is checked, and the first batch taken, before a folder is made.
+            examples = as_source(data, config.batch_size)
+            self.capture = ModelCapture(model, config)
+            self.specs, self.projections = self.capture.specs, self.capture.projections
+            self.source = ModelGradients(self.capture.capture(loss), examples)
+            next(iter(self.source.blocks()))
+            fingerprint = {
+                "model": model_digest(model),
+                "loss": loss_name(loss),
+                "autocast": config.autocast,
+                "data": first_batch_digest(examples),
+            }
+        else:
+            if is_one_shot(gradients):
+                self._claim()
+                gradients = Rewound(gradients, path)
+                stack.callback(gradients.close)
+            self.specs = given_specs(gradients, config)
+            self.projections = Projections(self.specs, config.seed)
+            self.source = GivenGradients(gradients, self.projections)
+            fingerprint = {"model": None, "loss": None, "data": first_block_digest(gradients)}
+        fingerprint |= {
+            "format_version": FORMAT_VERSION,
+            "examples": self.source.count,
+            "projection": ALGORITHM,
+            "layers": [spec_to_json(spec) for spec in self.specs.values()],
+            "config": {k: v for k, v in config.to_json().items() if k not in _FREE_SETTINGS},
+            "curvature": "given" if curvature is not None else config.curvature_rows,
+        }
+        self.layout = RowLayout(self.specs, config.dtype)
+        self.manifest = self._begin(
+            Manifest(fingerprint, config.to_json(), list(self.specs.values()), metadata=metadata)
+        )
+        self._spool: Spool | None = None
+
+    def _begin(self, fresh: Manifest) -> Manifest:
+        """The unfinished manifest in the folder if it is of this very build, else a new one."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / BUILDING).is_file():
+            found = read_manifest(self.path, BUILDING)
+            if found.fingerprint:
+                check_same(
+                    found.fingerprint,
+                    fresh.fingerprint,
+                    f"the interrupted build in {self.path}",
+                    "finish it with what it was begun with, or delete the folder to begin anew",
+                )
+                fresh.shards, fresh.skipped = found.shards, found.skipped
+                fresh.curvature, fresh.curvature_layers = found.curvature, found.curvature_layers
+                fresh.report = found.report
+        self._clear_leftovers(fresh)
+        fresh.write(self.path, BUILDING)
+        return fresh
+
+    def _clear_leftovers(self, manifest: Manifest) -> None:
+        """Removes what an interrupted run left unsealed; only names that a build gives."""
+        known = {shard.sealed.file for shard in manifest.shards}
+        known |= {manifest.curvature.file} if manifest.curvature else set()
+        for item in self.path.iterdir():
+            if item.suffix == ".part" or (item.suffix == ".h5" and item.name not in known):
+                item.unlink()
+
+    def _claim(self) -> None:
+        """Makes the folder an unfinished build's, for a stream that must be kept there before anything is known."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / BUILDING).exists():
+            Manifest({}, {}, []).write(self.path, BUILDING)
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        late = self.config.curvature_rows == "factors" and self.curvature is None
+        if self.manifest.curvature is None and not late:
+            self._fit_from_rows()
+        self._encode()
+        if self.manifest.curvature is None:
+            self._fit_from_factors()
+        self._finish()
+
+    def _fit_from_rows(self) -> None:
+        """Curvature from the user's rows, or from unfactored gradients of a random sample."""
+        per_example = 1
+        if self.curvature is not None:
+            per_example = self.curvature.rows_per_example
+            rows, copy = curvature_source(self.curvature, self.capture, self.loss, self.projections, self.path)
+            if copy is not None:
+                self.stack.callback(copy.close)
+            wanted = np.arange(rows.count, dtype=np.int64)
+        else:
+            rows = self.source
+            wanted = self._sample_ids()
+        skipped: list[int] = []
+
+        def walk() -> Iterator[GradientBlock]:
+            skipped.clear()
+            return finite_blocks(rows.sample(wanted), self.config.on_nonfinite, skipped)
+
+        need = len(wanted) * sum(spec.dim for spec in self.specs.values()) * 4
+        spool: Spool | None = None
+        again: Callable[[], Iterator[GradientBlock]]
+        if need <= self.config.spool_bytes and not isinstance(rows, GivenGradients):
+            with self.reporter.stage("sample", len(wanted)) as stage:
+                spool = Spool(self.path, _told(walk(), stage.advance))
+            self.stack.callback(spool.close)
+            if self.curvature is None and len(wanted) == self.source.count:
+                # The sample is everything: encoding reads it back instead of computing it again.
+                self._spool = spool
+                self.manifest.skipped = list(skipped)
+            count, again = spool.count, spool.blocks
+        else:
+            count, again = sum(block.count for block in walk()), walk
+        with self.reporter.stage("curvature") as stage:
+            fitted = fit_curvature(
+                again,
+                count,
+                self.specs,
+                rank=self.config.curvature_rank,
+                power_iterations=self.config.power_iterations,
+                seed=self.config.seed,
+                rows_per_example=per_example,
+                stage=stage,
+                device=self._device(),
+            )
+        self._keep(fitted)
+
+    def _fit_from_factors(self) -> None:
+        """The published order: curvature from all stored factors, after they were written."""
+        store = Store(self.path, self.layout, self.manifest.shards)
+        self.stack.callback(store.close)
+        with self.reporter.stage("curvature") as stage:
+            fitted = fit_curvature(
+                lambda: _stored_gradients(store),
+                len(store),
+                self.specs,
+                rank=self.config.curvature_rank,
+                power_iterations=self.config.power_iterations,
+                seed=self.config.seed,
+                rows_per_example=1,
+                stage=stage,
+                device=self._device(),
+            )
+        self._keep(fitted)
+
+    def _keep(self, fitted: dict[str, LayerCurvature]) -> None:
+        for name, layer in fitted.items():
+            # Found out now rather than at the first search.
+            Preconditioner.of(name, layer, self.config.damping, self.config.complement)  # type: ignore[arg-type]
+        self.manifest.curvature, self.manifest.curvature_layers = save_curvature(self.path, fitted)
+        self.manifest.write(self.path, BUILDING)
+
+    def _encode(self) -> None:
+        """One pass: gradients -> factors -> rows -> shards."""
+        manifest, layout = self.manifest, self.layout
+        start = manifest.shards[-1].last_id + 1 if manifest.shards else 0
+        source: GradientSource = self.source if self._spool is None else self._spool
+        skipped = [i for i in manifest.skipped if self._spool is not None or i < start]
+        writer = StoreWriter(self.path, layout, self.config.shard_bytes, manifest.shards)
+        with self.reporter.stage("encode", self.source.count - start) as stage:
+            for block in finite_blocks(source.blocks(start), self.config.on_nonfinite, skipped):
+                rows = layout.pack(factorise(block, self.specs))
+                _check_stored(rows, block, layout)
+                sealed = writer.append(rows, block.ids)
+                stage.advance(block.count, block.count * layout.row_bytes)
+                if sealed:
+                    manifest.skipped = sorted(skipped)
+                    manifest.write(self.path, BUILDING)
+            writer.flush()
+        manifest.skipped = sorted(skipped)
+        if not manifest.shards:
+            raise DataError(f"no example is left to index: all {self.source.count} were skipped for inf or NaN")
+        manifest.write(self.path, BUILDING)
+
+    def _finish(self) -> None:
+        manifest = self.manifest
+        seconds = manifest.report.get("seconds", {})
+        for stage, value in self.reporter.seconds.items():
+            seconds[stage] = round(seconds.get(stage, 0.0) + value, 6)
+        manifest.report = {
+            "seconds": seconds,
+            "rows": sum(shard.rows for shard in manifest.shards),
+            "examples": self.source.count,
+            "skipped": len(manifest.skipped),
+            "row_bytes": self.layout.row_bytes,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "torch": torch.__version__,
+        }
+        manifest.write(self.path, MANIFEST)
+        (self.path / BUILDING).unlink()
+
+    def _sample_ids(self) -> np.ndarray:
+        """Sorted ids of the random fitting sample."""
+        count, size = self.source.count, self.config.curvature_sample
+        if size >= count:
+            return np.arange(count, dtype=np.int64)
+        generator = np.random.Generator(keyed_generator(self.config.seed, "curvature-sample", count))
+        return np.sort(generator.permutation(count)[:size]).astype(np.int64)
+
+    def _device(self) -> torch.device:
+        if self.capture is not None:
+            return self.capture.capture(self.loss).device
+        return torch.device(self.config.device or "cpu")
+
+
+def _told(blocks: Iterator[GradientBlock], advance: Any) -> Iterator[GradientBlock]:
+    for block in blocks:
+        yield block
+        advance(block.count)
+
+
+def _stored_gradients(store: Store) -> Iterator[GradientBlock]:
+    for start, rows in store.stream():
+        layers = {name: LayerGradient.from_dense(f.dense()) for name, f in store.layout.unpack(rows).items()}
+        yield GradientBlock(np.arange(start, start + len(rows), dtype=np.int64), layers)
+
+
+def _check_stored(rows: torch.Tensor, block: GradientBlock, layout: RowLayout) -> None:
+    """What was finite must be finite in the stored dtype, and what was not zero must not be zero there."""
+    fine = torch.isfinite(rows).all(dim=1)
+    if not bool(fine.all()):
+        bad = int(block.ids[int((~fine).nonzero()[0, 0])])
+        raise NonFiniteError(
+            f"the factors of example {bad} overflow {layout.dtype}: build with dtype='bfloat16' or 'float32'"
+        )
+    empty = (rows == 0).all(dim=1)
+    if bool(empty.any()):
+        for row in empty.nonzero()[:, 0].tolist():
+            if any(
+                bool((g.select(torch.tensor([row], device=g.device)).dense() != 0).any()) for g in block.layers.values()
+            ):
+                raise NonFiniteError(
+                    f"the factors of example {int(block.ids[row])} underflow to zero in {layout.dtype}: build with "
+                    "dtype='bfloat16' or 'float32'"
+                )

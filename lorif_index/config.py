@@ -1,0 +1,248 @@
+"""What a build can choose: small frozen objects that check themselves; unknown keys fail."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from .damping import Damping, PaperDamping, RelativeDamping, as_damping, damping_from_json
+from .errors import ConfigError
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSelection:
+    """Which linear maps are tracked. Default: every supported one but embeddings and a language model's head.
+
+    Attributes:
+        include: glob patterns (`fnmatch`) on module names; a module named by one is taken, embeddings and head too.
+        exclude: glob patterns of modules left out, whatever else says.
+        types: module classes, or their names, to which the selection is restricted.
+        embeddings: also track `nn.Embedding`.
+        head: also track a causal language model's output head.
+        bias: track the bias as one more input, of ones.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    embeddings: bool = False
+    head: bool = False
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude", "types"):
+            given = getattr(self, name)
+            if isinstance(given, (str, type)):
+                given = (given,)
+            names: tuple[Any, ...] = tuple(t.__name__ if isinstance(t, type) else t for t in given)
+            if not all(isinstance(t, str) and t for t in names):
+                raise ConfigError(f"LayerSelection.{name} takes names or glob patterns, got {given!r}")
+            object.__setattr__(self, name, names)
+
+    @classmethod
+    def of(cls, value: Any) -> LayerSelection:
+        """A selection from a selection, None, a glob pattern, a module class, or several of them."""
+        if value is None:
+            return cls()
+        if isinstance(value, LayerSelection):
+            return value
+        parts = [value] if isinstance(value, (str, type)) else value
+        if not isinstance(parts, Iterable):
+            raise ConfigError(f"layers takes glob patterns, module classes or a LayerSelection, got {value!r}")
+        parts = list(parts)
+        if not parts:
+            raise ConfigError("layers is empty: name at least one layer, or leave it out to track all")
+        return cls(
+            include=tuple(p for p in parts if isinstance(p, str)),
+            types=tuple(p.__name__ if isinstance(p, type) else p for p in parts if not isinstance(p, str)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class CurvatureRows:
+    """A stream of rows for the curvature, and how many of them stand for one example.
+
+    C = (1 / (rows / rows_per_example)) * sum over rows of vec(g) vec(g)^T. The GGN of an example with classes c is
+    the sum over c of p_c grad(-log p_c) grad(-log p_c)^T: feed sqrt(p_c) grad(-log p_c), one row per class, with
+    rows_per_example = the number of classes. Random probes average: leave it at 1.
+
+    Attributes:
+        rows: the stream, of the same forms as `data` or `gradients`.
+        rows_per_example: how many rows add up to one example's curvature.
+    """
+
+    rows: Any
+    rows_per_example: int = 1
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.rows_per_example) or self.rows_per_example < 1:
+            raise ConfigError(f"rows_per_example must be an integer of at least 1, got {self.rows_per_example!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Every choice of a build. `BuildConfig()` is the recommended default, `BuildConfig.paper()` the published recipe.
+
+    Attributes:
+        projection_dim: width d that each side of a layer's gradient is projected to, never above the layer's own
+            width: an int; a fraction of the width (0 < f < 1), such as 1/16; None for no projection; "auto" is 1/16
+            for a model's gradients and no projection for gradients handed over by the user.
+        projection_floor: the least width that a fraction may give (small models lose too much below it).
+        rank: c, the number of factor pairs kept per example and layer; None keeps the full rank.
+        curvature_rank: r, the number of curvature directions kept per layer; None keeps all.
+        curvature_rows: "sample" fits the curvature on unfactored gradients of a random sample; "factors" on all stored
+            factors, after they were written (the published order).
+        curvature_sample: size of that sample, in examples.
+        power_iterations: subspace iterations of the randomised SVD that fits the curvature.
+        damping: the default damping of searches; a number is a multiple of trace / D.
+        complement: "tail-corrected" gives directions outside the subspace the weight 1 / (lambda + mean tail
+            eigenvalue), "truncated" 1 / lambda.
+        store: what is kept per example: "factors".
+        dtype: of the stored factors: "float16", "bfloat16" or "float32".
+        seed: of projections, samples and starting blocks.
+        layers: a LayerSelection, or glob patterns or module classes (see `LayerSelection.of`).
+        batch_size: examples per forward and backward pass, where the data does not come in batches already.
+        device: where the model is expected to be, or where gradients handed over are worked on; None: where they are.
+        autocast: None, "bfloat16" or "float16": mixed precision of the forward pass and the loss.
+        on_nonfinite: "error" stops at an example whose gradient has inf or NaN; "skip" records and leaves it out.
+        shard_bytes: size of a shard's rows, in bytes; also the memory that collecting them takes.
+        spool_bytes: most bytes of disk that temporary curvature rows may take; above it they are recomputed per pass.
+    """
+
+    projection_dim: int | float | Fraction | str | None = "auto"
+    projection_floor: int = 32
+    rank: int | None = 1
+    curvature_rank: int | None = 512
+    curvature_rows: str = "sample"
+    curvature_sample: int = 10_000
+    power_iterations: int = 2
+    damping: Damping | float = field(default_factory=RelativeDamping)
+    complement: str = "tail-corrected"
+    store: str = "factors"
+    dtype: str = "float16"
+    seed: int = 0
+    layers: LayerSelection | Any = None
+    batch_size: int = 32
+    device: str | None = None
+    autocast: str | None = None
+    on_nonfinite: str = "error"
+    shard_bytes: int = 64 << 20
+    spool_bytes: int = 16 << 30
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("projection_floor", 1),
+            ("curvature_sample", 1),
+            ("power_iterations", 0),
+            ("seed", 0),
+            ("batch_size", 1),
+            ("shard_bytes", 1),
+            ("spool_bytes", 0),
+        ):
+            value = getattr(self, name)
+            if not _is_int(value) or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name in ("rank", "curvature_rank"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, or None for the full rank, got {value!r}")
+        for name, allowed in (
+            ("curvature_rows", ("sample", "factors")),
+            ("complement", ("tail-corrected", "truncated")),
+            ("store", ("factors",)),
+            ("dtype", DTYPES),
+            ("autocast", (None, "bfloat16", "float16")),
+            ("on_nonfinite", ("error", "skip")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.device is not None and not isinstance(self.device, str):
+            object.__setattr__(self, "device", str(self.device))
+        object.__setattr__(self, "damping", as_damping(self.damping))
+        object.__setattr__(self, "layers", LayerSelection.of(self.layers))
+        self._check_projection()
+
+    def _check_projection(self) -> None:
+        dim = self.projection_dim
+        if dim is None or dim == "auto" or (isinstance(dim, int) and not isinstance(dim, bool) and dim >= 1):
+            return
+        if isinstance(dim, (float, Fraction)) and 0 < dim < 1:
+            return
+        raise ConfigError(
+            "projection_dim must be an int of at least 1, a fraction between 0 and 1 such as 1/16, None or 'auto', "
+            f"got {dim!r}"
+        )
+
+    @classmethod
+    def paper(cls, **changes: Any) -> BuildConfig:
+        """The published recipe (arXiv:2601.21929): f=16, c=1, r=2048, curvature of all factors, its damping."""
+        recipe: dict[str, Any] = {
+            "projection_dim": 1 / 16,
+            "projection_floor": 1,
+            "rank": 1,
+            "curvature_rank": 2048,
+            "curvature_rows": "factors",
+            "power_iterations": 3,
+            "damping": PaperDamping(),
+            "complement": "truncated",
+        }
+        return cls(**(recipe | changes))
+
+    def projected_width(self, width: int, *, from_model: bool) -> int:
+        """d for one side of a layer of that width (in features, without the bias's column)."""
+        dim = self.projection_dim
+        if dim == "auto":
+            dim = 1 / 16 if from_model else None
+        if dim is None:
+            return width
+        if isinstance(dim, int):
+            return min(dim, width)
+        return min(max(round(width * float(dim)), self.projection_floor, 1), width)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict from which `from_json` makes an equal config."""
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("damping", "layers"):
+                value = value.to_json()
+            elif isinstance(value, Fraction):
+                value = {"fraction": [value.numerator, value.denominator]}
+            out[f.name] = value
+        return out
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> BuildConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: an unknown key, or a value out of range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ConfigError(f"unknown BuildConfig keys {unknown}: known are {sorted(known)}")
+        fields = dict(data)
+        if isinstance(fields.get("damping"), dict):
+            fields["damping"] = damping_from_json(fields["damping"])
+        if isinstance(fields.get("layers"), dict):
+            try:
+                fields["layers"] = LayerSelection(**fields["layers"])
+            except TypeError as error:
+                raise ConfigError(f"layers: {error}") from None
+        dim = fields.get("projection_dim")
+        if isinstance(dim, dict):
+            fields["projection_dim"] = Fraction(*dim["fraction"])
+        return cls(**fields)

@@ -1,0 +1,70 @@
+"""The exception tree. Every error names the values that disagree and a remedy.
+
+LorifError
+|-- ConfigError            a setting that cannot be honoured (also a ValueError)
+|-- DataError              training data, a batch or a gradient block of the wrong form (also a ValueError)
+|   `-- QueryError         a query that does not fit the index
+|-- CaptureError           a module whose per-example gradient cannot be taken
+|-- NonFiniteError         inf or NaN in an example's gradient, or a value the stored dtype cannot hold
+|-- CurvatureError         a curvature that cannot be fitted or inverted
+`-- StoreError             files: missing, foreign, damaged, of another version
+    |-- IndexExistsError
+    |-- NotAnIndexError
+    |-- FormatVersionError
+    |-- FingerprintError
+    `-- CorruptionError
+"""
+
+from __future__ import annotations
+
+
+class LorifError(Exception):
+    """Base of every error raised on purpose by lorif_index."""
+
+
+class ConfigError(LorifError, ValueError):
+    """A setting that is unknown, out of range, or cannot be honoured."""
+
+
+class DataError(LorifError, ValueError):
+    """Training data, a batch or a gradient block that does not have the promised form."""
+
+
+class QueryError(DataError):
+    """A query that does not fit the index it was put to."""
+
+
+class CaptureError(LorifError):
+    """A module whose per-example gradient cannot be taken, by name."""
+
+
+class NonFiniteError(LorifError):
+    """inf or NaN in an example's gradient, or a value that the stored dtype cannot hold."""
+
+
+class CurvatureError(LorifError):
+    """A curvature that cannot be fitted, or that the chosen damping leaves singular."""
+
+
+class StoreError(LorifError):
+    """A problem with the files of an index."""
+
+
+class IndexExistsError(StoreError):
+    """The folder already holds an index, or something else that must not be overwritten."""
+
+
+class NotAnIndexError(StoreError):
+    """The path does not hold a finished index."""
+
+
+class FormatVersionError(StoreError):
+    """The index was written in a format version that this library does not read."""
+
+
+class FingerprintError(StoreError):
+    """What was given differs from what the index was built from; the message names the fields."""
+
+
+class CorruptionError(StoreError):
+    """Stored bytes do not match their recorded size or checksum."""

@@ -1,0 +1,69 @@
+"""Results: what a search returns, with its diagnosis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SearchStats:
+    """How an answer was found.
+
+    Attributes:
+        exact: every row was scored; "exact" means exact for what is stored.
+        store: the representation that was scored: "factors".
+        dtype: its stored dtype.
+        examined: rows scored per query.
+        total: rows in the index.
+        bytes_read: from the shards, for all queries together.
+        seconds: by stage: "gradients", "transform", "scan".
+        damping: the policy, as JSON.
+        layers: how many layers the scores are summed over.
+    """
+
+    exact: bool
+    store: str
+    dtype: str
+    examined: int
+    total: int
+    bytes_read: int
+    seconds: dict[str, float]
+    damping: dict[str, Any]
+    layers: int
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The k best rows of each query, best first.
+
+    Attributes:
+        ids: (q, k) int64, the index's row ids: positions in the training data.
+        scores: (q, k) float32; score / N estimates the change of the query's loss, in nats, if that example were left
+            out. Positive: a proponent.
+        stats: how they were found.
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    stats: SearchStats
+
+    def __len__(self) -> int:
+        """Number of queries."""
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        q, k = self.ids.shape
+        lines = [
+            f"Hits: {q} queries x {k} of {self.stats.total} examples, {self.stats.store}, exact={self.stats.exact}"
+        ]
+        for row in range(min(q, 3)):
+            best = ", ".join(
+                f"{i}: {s:.4g}" for i, s in zip(self.ids[row, :5].tolist(), self.scores[row, :5].tolist(), strict=True)
+            )
+            lines.append(f"  [{row}] {best}{', ...' if k > 5 else ''}")
+        if q > 3:
+            lines.append("  ...")
+        return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""Rows: how the factors of one example in all layers lie beside each other, so that one example is one read.
+
+Layers of one shape form a group. Within a row, group after group: all left factors of its layers, then all right ones;
+layers of full rank hold their gradient instead. A block of rows is then a handful of strided matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .factors import Factors
+from .gradients import LayerSpec
+
+STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one shape, adjacent in a row.
+
+    Attributes:
+        names: the layers, in row order.
+        d_in, d_out, rank: of each of them.
+        dense: they hold gradients (d_in, d_out) instead of factors.
+        offset: of the group, in elements from the row's beginning.
+    """
+
+    names: tuple[str, ...]
+    d_in: int
+    d_out: int
+    rank: int
+    dense: bool
+    offset: int
+
+    @property
+    def width(self) -> int:
+        """Elements of a row that the group takes."""
+        each = self.d_in * self.d_out if self.dense else self.rank * (self.d_in + self.d_out)
+        return len(self.names) * each
+
+    def left(self, block: torch.Tensor) -> torch.Tensor:
+        """(n, layers, c, d_in) view of a block of rows (n, row width), or (n, layers, d_in, d_out) if dense."""
+        inner = (self.d_in, self.d_out) if self.dense else (self.rank, self.d_in)
+        return self._view(block, self.offset, inner)
+
+    def right(self, block: torch.Tensor) -> torch.Tensor:
+        """(n, layers, c, d_out) view of a block of rows."""
+        start = self.offset + len(self.names) * self.rank * self.d_in
+        return self._view(block, start, (self.rank, self.d_out))
+
+    def _view(self, block: torch.Tensor, start: int, inner: tuple[int, int]) -> torch.Tensor:
+        count = len(self.names)
+        part = block[:, start : start + count * inner[0] * inner[1]]
+        return part.unflatten(1, (count, *inner))
+
+
+class RowLayout:
+    """The layout of a row of an index's factors."""
+
+    def __init__(self, specs: Mapping[str, LayerSpec], dtype: str) -> None:
+        by_shape: dict[tuple[int, int, int], list[str]] = {}
+        for spec in specs.values():
+            by_shape.setdefault((spec.d_in, spec.d_out, spec.rank), []).append(spec.name)
+        groups, offset = [], 0
+        for (d_in, d_out, rank), names in by_shape.items():
+            group = Group(tuple(names), d_in, d_out, rank, rank >= min(d_in, d_out), offset)
+            groups.append(group)
+            offset += group.width
+        self.groups = tuple(groups)
+        self.width = offset
+        self.dtype = dtype
+        self.torch_dtype = STORAGE[dtype]
+        self.row_bytes = offset * self.torch_dtype.itemsize
+
+    def pack(self, factors: Mapping[str, Factors]) -> torch.Tensor:
+        """Rows (n, width) in the stored dtype, on the CPU. Values beyond the dtype's range become inf."""
+        first = next(iter(factors.values())).left
+        rows = torch.empty(first.shape[0], self.width, dtype=torch.float32, device=first.device)
+        for group in self.groups:
+            left = group.left(rows)
+            for i, name in enumerate(group.names):
+                part = factors[name]
+                left[:, i] = part.left
+                if part.right is not None:
+                    group.right(rows)[:, i] = part.right
+        return rows.to(device="cpu", dtype=self.torch_dtype)
+
+    def unpack(self, rows: torch.Tensor) -> dict[str, Factors]:
+        """The factors in rows (n, width), as float32."""
+        block = rows.float()
+        out = {}
+        for group in self.groups:
+            left = group.left(block)
+            right = None if group.dense else group.right(block)
+            for i, name in enumerate(group.names):
+                out[name] = Factors(left[:, i], None if right is None else right[:, i])
+        return out

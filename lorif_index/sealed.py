@@ -1,0 +1,220 @@
+"""Sealed files: immutable HDF5 files written beside libhdf5, and read with preadv at recorded offsets.
+
+h5py creates a file whose contiguous, unfiltered datasets are allocated but not filled; their bytes are written at the
+datasets' offsets, the file is digested, synced and renamed. So a file is complete or absent under its name, a full
+disk is an ordinary error, and reading never parses HDF5: the manifest says where the bytes are and what they must be.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xxhash
+
+from .errors import CorruptionError
+
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class SealedInfo:
+    """What the manifest says of a sealed file: enough to check it before anything in it is believed.
+
+    Attributes:
+        file: its name inside the index's folder.
+        size: in bytes.
+        digest: XXH3-128 of the whole file, in hex.
+        offsets: dataset -> offset of its first byte.
+    """
+
+    file: str
+    size: int
+    digest: str
+    offsets: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> SealedInfo:
+        """From the manifest's entry.
+
+        Raises:
+            CorruptionError: missing or unknown fields, wrong types, or a name that leaves the folder.
+        """
+        try:
+            info = cls(**data)
+        except TypeError as error:
+            raise CorruptionError(f"the manifest's entry of a file is not as expected: {error}") from None
+        fine = (
+            isinstance(info.file, str)
+            and "/" not in info.file
+            and info.file not in ("", ".", "..")
+            and isinstance(info.digest, str)
+            and _is_count(info.size)
+            and isinstance(info.offsets, dict)
+            and all(_is_count(v) for v in info.offsets.values())
+        )
+        if not fine:
+            raise CorruptionError(f"the manifest's entry of a file is not as expected: {data!r}")
+        return info
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def file_digest(path: Path) -> str:
+    """XXH3-128 of a whole file, in hex."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return str(digest.hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_sealed(
+    folder: Path, name: str, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str]
+) -> SealedInfo:
+    """Writes arrays as the root datasets of a new HDF5 file.
+
+    Args:
+        folder: an existing folder.
+        name: the file's final name; nothing is under it unless the file is complete.
+        arrays: dataset -> array; little-endian.
+        attributes: of the file's root.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    temporary = folder / f".{name}.part"
+    try:
+        offsets = _allocate(temporary, arrays, attributes)
+        fd = os.open(temporary, os.O_RDWR)
+        try:
+            for key, array in arrays.items():
+                os.posix_fallocate(fd, offsets[key], array.nbytes)
+                _write_all(fd, np.ascontiguousarray(array).data.cast("B"), offsets[key])
+            os.fsync(fd)
+            size = os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        digest = file_digest(temporary)
+        temporary.rename(folder / name)
+        sync_folder(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return SealedInfo(name, size, digest, offsets)
+
+
+def _allocate(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str]) -> dict[str, int]:
+    """Creates the file with its datasets allocated but not filled; their offsets."""
+    offsets = {}
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        file.attrs.update(attributes)
+        layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        layout.set_layout(h5py.h5d.CONTIGUOUS)
+        layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        for key, array in arrays.items():
+            space = h5py.h5s.create_simple(array.shape)
+            kind = h5py.h5t.py_create(array.dtype.newbyteorder("<"))
+            offsets[key] = int(h5py.h5d.create(file.id, key.encode(), kind, space, layout).get_offset())
+    return offsets
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(fd, view[:_CHUNK], offset)
+        view, offset = view[written:], offset + written
+
+
+class SealedFile:
+    """A sealed file, opened when first read; safe to use from several threads."""
+
+    def __init__(self, folder: Path, info: SealedInfo) -> None:
+        self.path = folder / info.file
+        self.info = info
+        self._fd = -1
+        self._lock = threading.Lock()
+
+    def require(self, dataset: str, size: int) -> int:
+        """Offset of a dataset of that many bytes, checked to lie inside the file."""
+        offset = self.info.offsets.get(dataset)
+        if offset is None or offset + size > self.info.size:
+            raise CorruptionError(
+                f"{self.path} has {self.info.size} bytes, but its dataset {dataset!r} of {size} bytes is said to begin "
+                f"at {offset}: the manifest is damaged, restore it"
+            )
+        return offset
+
+    def read(self, offset: int, view: memoryview) -> None:
+        """Fills a buffer of bytes from an offset."""
+        fd = self.fileno()
+        while view:
+            got = os.preadv(fd, [view], offset)
+            if got == 0:
+                raise CorruptionError(f"{self.path} ended at byte {offset}: was it truncated while in use?")
+            view, offset = view[got:], offset + got
+
+    def read_array(self, dataset: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """A whole dataset as an array."""
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        offset = self.require(dataset, size)
+        out = np.empty(shape, dtype=dtype)
+        self.read(offset, out.data.cast("B"))
+        return out
+
+    def fileno(self) -> int:
+        """The file's descriptor, after checking that it is the regular file of the size that was sealed."""
+        with self._lock:
+            if self._fd < 0:
+                try:
+                    fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CorruptionError(f"{self.path} cannot be opened ({error.strerror}): restore it") from None
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode) or found.st_size != self.info.size:
+                    os.close(fd)
+                    raise CorruptionError(
+                        f"{self.path} has {found.st_size} bytes where {self.info.size} were sealed: restore it"
+                    )
+                self._fd = fd
+            return self._fd
+
+    def verify(self) -> None:
+        """Compares the whole file with its digest.
+
+        Raises:
+            CorruptionError: it differs.
+        """
+        self.fileno()
+        found = file_digest(self.path)
+        if found != self.info.digest:
+            raise CorruptionError(
+                f"{self.path} has digest {found} where {self.info.digest} was sealed: restore it from a copy"
+            )
+
+    def close(self) -> None:
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1

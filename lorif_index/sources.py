@@ -1,0 +1,264 @@
+"""Sources: where projected gradients come from, a model or the user, in one form for curvature and for encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+
+from .capture import Capture, keep_finite
+from .config import BuildConfig, CurvatureRows
+from .data import ExampleSource, as_source
+from .errors import ConfigError, DataError
+from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
+from .layers import TrackedLayer, kept_rank, layer_specs, select_layers
+from .losses import PerExample, default_loss
+from .projection import Projections
+from .spool import Spool
+
+
+class ModelGradients:
+    """Gradients of a model over a source of examples."""
+
+    def __init__(self, capture: Capture, examples: ExampleSource) -> None:
+        self._capture = capture
+        self._examples = examples
+        self._reached = False
+        self.count = examples.count
+
+    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+        for ids, batch in self._examples.batches(start):
+            # A batch may begin before `start`: it is computed whole, so that its rows do not depend on where an
+            # interrupted build went on.
+            yield self._take(ids, batch).select(np.flatnonzero(ids >= start))
+
+    def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        for part, batch in self._examples.select(ids):
+            yield self._take(part, batch)
+
+    def _take(self, ids: np.ndarray, batch: Any) -> GradientBlock:
+        # The first batch must reach every tracked layer; later ones may leave out a conditional branch.
+        block = self._capture.gradients(ids, batch, require_all=not self._reached)
+        self._reached = True
+        return block
+
+
+class GivenGradients:
+    """Gradients handed over by the user, as an iterable of blocks that can be walked again."""
+
+    def __init__(self, blocks: Iterable[Any], projections: Projections) -> None:
+        self._blocks = blocks
+        self._projections = projections
+        self.count = sum(block.count for block in _parsed(blocks, projections.specs))
+
+    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+        for block in _parsed(self._blocks, self._projections.specs):
+            if block.ids[-1] >= start:
+                yield self._projections.project(block).select(np.flatnonzero(block.ids >= start))
+
+    def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        for block in _parsed(self._blocks, self._projections.specs):
+            rows = np.flatnonzero(np.isin(block.ids, ids))
+            if len(rows):
+                yield self._projections.project(block.select(rows))
+
+
+def _parsed(blocks: Iterable[Any], specs: dict[str, LayerSpec]) -> Iterator[GradientBlock]:
+    """Checked blocks with running ids; empty blocks are passed over."""
+    at = 0
+    for value in blocks:
+        block = parse_block(value, at)
+        check_block(block, specs)
+        if block.count:
+            yield block
+        at += block.count
+
+
+def check_block(block: GradientBlock, specs: dict[str, LayerSpec], what: str = "a gradient block") -> None:
+    """A block must hold exactly the layers, at their own widths or projected.
+
+    Raises:
+        DataError: naming the layers or both shapes.
+    """
+    missing, extra = sorted(specs.keys() - block.layers.keys()), sorted(block.layers.keys() - specs.keys())
+    if missing or extra:
+        raise DataError(f"{what} has other layers than the index: missing {missing}, unknown {extra}")
+    for name, spec in specs.items():
+        shape = block.layers[name].shape
+        if shape not in ((spec.width_in, spec.width_out), (spec.d_in, spec.d_out)):
+            raise DataError(
+                f"{what} has gradients of shape {shape} in layer {name!r}, where the index has "
+                f"({spec.width_in}, {spec.width_out}), projected ({spec.d_in}, {spec.d_out})"
+            )
+
+
+class ModelCapture:
+    """What is needed to take gradients of a model: its tracked layers, their specs, and the shared projections."""
+
+    def __init__(self, model: nn.Module, config: BuildConfig) -> None:
+        if not isinstance(model, nn.Module):
+            raise DataError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_device(model, config)
+        self.model = model
+        self.config = config
+        self.layers: list[TrackedLayer] = select_layers(model, config.layers)
+        self.specs = layer_specs(self.layers, config)
+        self.projections = Projections(self.specs, config.seed)
+
+    def capture(self, function: PerExample | None) -> Capture:
+        return Capture(
+            self.model,
+            self.layers,
+            self.specs,
+            self.projections,
+            default_loss if function is None else function,
+            self.config.autocast,
+        )
+
+
+def check_device(model: nn.Module, config: BuildConfig) -> None:
+    """The model must be on one device, and on the one that was asked for."""
+    devices = {p.device for p in model.parameters()}
+    if config.device is not None and devices and {torch.device(config.device).type} != {d.type for d in devices}:
+        raise ConfigError(
+            f"device={config.device!r}, but the model's parameters are on {sorted(map(str, devices))}: move the model "
+            f"with model.to({config.device!r}), or leave device out"
+        )
+
+
+def given_specs(blocks: Iterable[Any], config: BuildConfig) -> dict[str, LayerSpec]:
+    """Specs from the first block of a re-iterable stream of gradients.
+
+    Raises:
+        DataError: no block, or one of the wrong form.
+    """
+    first = next(iter(blocks), None)
+    if first is None:
+        raise DataError("gradients is empty: pass an iterable of {layer: (n, d_in, d_out)} blocks")
+    specs = {}
+    for name, gradient in parse_block(first, 0).layers.items():
+        width_in, width_out = gradient.shape
+        if not width_in or not width_out:
+            raise DataError(f"layer {name!r} has gradients of shape {gradient.shape}: no side may be empty")
+        d_in = config.projected_width(width_in, from_model=False)
+        d_out = config.projected_width(width_out, from_model=False)
+        rank = kept_rank(config.rank, d_in, d_out)
+        specs[name] = LayerSpec(name, width_in, width_out, d_in, d_out, rank, uses=(name,))
+    return specs
+
+
+class Rewound:
+    """A one-shot stream of gradient blocks, kept on disk so that it can be walked again.
+
+    Args:
+        blocks: walked once, written to a temporary file in `folder`.
+        folder: an existing folder.
+    """
+
+    def __init__(self, blocks: Iterable[Any], folder: Path) -> None:
+        self._spool = Spool(folder, _numbered(blocks))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for block in self._spool.blocks():
+            yield dict(block.layers)
+
+    def close(self) -> None:
+        self._spool.close()
+
+
+def _numbered(blocks: Iterable[Any]) -> Iterator[GradientBlock]:
+    at = 0
+    for value in blocks:
+        block = parse_block(value, at)
+        at += block.count
+        yield block
+
+
+def is_one_shot(stream: Any) -> bool:
+    """Whether walking the stream uses it up."""
+    return isinstance(stream, Iterator)
+
+
+def curvature_source(
+    rows: CurvatureRows, source: ModelCapture | None, loss: PerExample | None, projections: Projections, folder: Path
+) -> tuple[GradientSource, Rewound | None]:
+    """A source of rows from what was passed as `curvature=`: gradients, or data for the model and its loss.
+
+    Returns:
+        the source, and the temporary copy to close afterwards where the stream was one-shot.
+    """
+    stream, copy = rows.rows, None
+    if is_one_shot(stream):
+        stream = copy = Rewound(stream, folder)
+    if copy is not None or _looks_like_gradients(stream, projections.specs):
+        return GivenGradients(stream, projections), copy
+    if source is None:
+        raise DataError("curvature= is data, but the index is built from gradients: pass gradient blocks there too")
+    return ModelGradients(source.capture(loss), as_source(stream, source.config.batch_size)), None
+
+
+def _looks_like_gradients(stream: Any, specs: dict[str, LayerSpec]) -> bool:
+    if hasattr(stream, "keys") or isinstance(stream, torch.Tensor) or not isinstance(stream, Iterable):
+        return False
+    first = next(iter(stream), None)
+    return isinstance(first, dict) and set(first) == set(specs)
+
+
+def finite_blocks(blocks: Iterable[GradientBlock], policy: str, skipped: list[int]) -> Iterator[GradientBlock]:
+    """Blocks without the examples that have inf or NaN, or the error that names one (see `keep_finite`)."""
+    for block in blocks:
+        kept = keep_finite(block, policy, skipped)
+        if kept.count:
+            yield kept
+
+
+def model_digest(model: nn.Module) -> str:
+    """XXH3-128, in hex, over names, shapes, dtypes and bytes of all parameters and buffers, in order."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        data = tensor.detach().cpu().contiguous()
+        if data.numel():
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
+
+
+def first_batch_digest(examples: ExampleSource) -> str:
+    """XXH3-128, in hex, of the first batch: a cheap sign of the data's content and order."""
+    digest = xxhash.xxh3_128()
+    _, batch = next(iter(examples.batches()))
+    _feed(digest, batch)
+    return str(digest.hexdigest())
+
+
+def first_block_digest(blocks: Iterable[Any]) -> str:
+    """The same for a stream of gradient blocks."""
+    digest = xxhash.xxh3_128()
+    first = parse_block(next(iter(blocks)), 0)
+    for name, gradient in first.layers.items():
+        digest.update(name.encode())
+        for part in gradient.pair if gradient.pair is not None else (gradient.dense(),):
+            _feed(digest, part)
+    return str(digest.hexdigest())
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous()
+        digest.update(f"{tuple(data.shape)}|{data.dtype}".encode())
+        if data.numel():
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    elif hasattr(value, "items"):
+        for key, part in value.items():
+            digest.update(str(key).encode())
+            _feed(digest, part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            _feed(digest, part)
+    else:
+        digest.update(repr(value).encode())
