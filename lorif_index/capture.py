@@ -200,9 +200,7 @@ class Capture:
             return functional.pad(dy, (0, extra)) if extra else dy
         return torch.matmul(dy, matrix[: use.outputs])
 
-    def _collect(
-        self, layer: str, use: Use, left: torch.Tensor, padded: torch.Tensor | None, dy: torch.Tensor
-    ) -> None:
+    def _collect(self, layer: str, use: Use, left: torch.Tensor, padded: torch.Tensor | None, dy: torch.Tensor) -> None:
         if self._probing is not None:
             self._check_isolated_rows(use, dy)
         if not self._active:
@@ -230,11 +228,10 @@ class Capture:
         if total.dense is None and held <= spec.rank and held * (spec.d_in + spec.d_out) <= spec.dim:
             total.pairs.append((left, right))
             return
-        for pair in [*total.pairs, (left, right)]:
-            self._add_dense(layer, torch.bmm(pair[0].transpose(1, 2), pair[1]))
-        total.pairs.clear()
+        self._add_dense(layer, torch.bmm(left.transpose(1, 2), right))
 
     def _add_dense(self, layer: str, gradient: torch.Tensor) -> None:
+        """gradient (n, d_in, d_out); pairs held so far join it."""
         total = self._sums[layer]
         for pair in total.pairs:
             gradient = gradient + torch.bmm(pair[0].transpose(1, 2), pair[1])

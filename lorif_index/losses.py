@@ -89,6 +89,9 @@ def _dict_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         labels = labels.masked_fill(mask == 0, IGNORE)
     if _next_token(model):
         logits, labels = logits[:, :-1], labels[:, 1:]
+        if mask is not None and mask.shape[1] == labels.shape[1] + 1:
+            # Padding on the left: the first token is not predicted, least of all from padding.
+            labels = labels.masked_fill(mask[:, :-1] == 0, IGNORE)
     losses = functional.cross_entropy(
         logits.transpose(1, 2).float() if logits.dtype in (torch.float16, torch.bfloat16) else logits.transpose(1, 2),
         labels.long(),

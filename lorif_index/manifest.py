@@ -123,7 +123,12 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
             "library version that wrote it, or build it again"
         )
     try:
-        return Manifest.from_json(data)
+        manifest = Manifest.from_json(data)
+        if not all(
+            isinstance(v, dict) for v in (manifest.fingerprint, manifest.config, manifest.report, manifest.metadata)
+        ):
+            raise TypeError("fingerprint, config, report and metadata must be objects")
+        return manifest
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{path} lacks a field or has one of the wrong form ({error!r}): restore it") from None
 

@@ -14,9 +14,15 @@ from .query import Preconditioner
 from .rows import Group, RowLayout
 from .store import BlockBuffer, Store
 
-# From so many queries on, rebuilding U V^T once a block and one matrix product is faster than a product a query.
-_REBUILD_FROM = 4
-_BLOCK_ROWS = 256
+# From here on, rebuilding U V^T once and one matrix product for all queries is faster than a product a query
+# (measured at d = 32: from 24 queries on at c = 1, from 10 at c = 4).
+_REBUILD_FROM = 48
+# Float32 bytes of a block of rows: what stays in a core's cache between the steps.
+_BLOCK_BYTES = 2 << 20
+
+
+def _block_rows(width: int) -> int:
+    return min(max(_BLOCK_BYTES // (4 * width), 16), 512)
 
 
 class Scorer:
@@ -29,49 +35,74 @@ class Scorer:
 
     def __init__(self, layout: RowLayout, queries: Mapping[str, torch.Tensor]) -> None:
         self.count = next(iter(queries.values())).shape[0]
-        self._groups = [g for g in layout.groups if any(name in queries for name in g.names)]
         self._buffer = BlockBuffer()
-        self._rebuild = self.count >= _REBUILD_FROM
-        self._matrices: list[torch.Tensor] = []
-        for group in self._groups:
-            empty = torch.zeros(self.count, group.d_in, group.d_out)
-            stacked = torch.stack([queries.get(name, empty) for name in group.names], dim=1)
-            if self._rebuild or group.dense:
-                self._matrices.append(stacked.reshape(self.count, -1).T.contiguous())
-            else:
-                # (q, layers * c, d_in, d_out): one matrix per factor pair.
-                self._matrices.append(stacked.repeat_interleave(group.rank, dim=1))
+        self._rows = _block_rows(layout.width)
+        self._plans = [
+            _Plan(group, queries, self.count) for group in layout.groups if any(name in queries for name in group.names)
+        ]
 
     def score(self, rows: torch.Tensor) -> torch.Tensor:
         """Scores (q, n) float32 of rows (n, width) in the stored dtype."""
-        out = torch.zeros(rows.shape[0], self.count)
-        for start in range(0, rows.shape[0], _BLOCK_ROWS):
-            part = rows[start : start + _BLOCK_ROWS]
-            block = self._buffer.convert(part)
-            for group, matrix in zip(self._groups, self._matrices, strict=True):
-                self._add(out[start : start + _BLOCK_ROWS], block, group, matrix)
-        return out.T
+        out = torch.zeros(self.count, rows.shape[0])
+        for start in range(0, rows.shape[0], self._rows):
+            block = self._buffer.convert(rows[start : start + self._rows])
+            for plan in self._plans:
+                plan.add(out[:, start : start + len(block)], block)
+        return out
 
-    def _add(self, out: torch.Tensor, block: torch.Tensor, group: Group, matrix: torch.Tensor) -> None:
-        if group.dense:
-            out.addmm_(group.left(block).flatten(1), matrix)
-        elif self._rebuild:
-            out.addmm_(_rebuild(group, block).flatten(1), matrix)
+
+class _Plan:
+    """How one group of layers is scored: query by query on the factors, or all at once on rebuilt gradients."""
+
+    def __init__(self, group: Group, queries: Mapping[str, torch.Tensor], count: int) -> None:
+        self._group = group
+        self._together = group.dense or count * (group.rank + 1) >= _REBUILD_FROM
+        self._scratch = torch.empty(0)
+        if self._together:
+            # One (D, q) matrix for each layer that counts, by its place in the group.
+            self._matrices = [
+                (i, queries[name].flatten(1).T.contiguous()) for i, name in enumerate(group.names) if name in queries
+            ]
         else:
+            # Per query one (layers * c, d_in, d_out) batch: a matrix per factor pair, zero for layers that do not count.
+            empty = torch.zeros(count, group.d_in, group.d_out)
+            stacked = torch.stack([queries.get(name, empty) for name in group.names], dim=1)
+            self._batches = list(stacked.repeat_interleave(group.rank, dim=1))
+
+    def add(self, out: torch.Tensor, block: torch.Tensor) -> None:
+        """Adds the group's scores of a block of rows (n, width) float32 to out (q, n)."""
+        if not self._together:
             # Views (layers * c, n, d): the pairs of a block as one batch of strided matrices, without a copy.
-            left = group.left(block).flatten(1, 2).transpose(0, 1)
-            right = group.right(block).flatten(1, 2).transpose(0, 1)
-            for q in range(self.count):
-                out[:, q] += torch.bmm(left, matrix[q]).mul_(right).sum(dim=(0, 2))
+            left = self._group.left(block).flatten(1, 2).transpose(0, 1)
+            right = self._group.right(block).flatten(1, 2).transpose(0, 1)
+            product = self._reused((*left.shape[:2], self._group.d_out))
+            for q, batch in enumerate(self._batches):
+                out[q] += torch.bmm(left, batch, out=product).mul_(right).sum(0).sum(1)
+            return
+        total = torch.zeros(len(block), out.shape[0])
+        for i, matrix in self._matrices:
+            total.addmm_(self._gradient(block, i), matrix)
+        out += total.T
+
+    def _gradient(self, block: torch.Tensor, layer: int) -> torch.Tensor:
+        """(n, D): the stored gradients of one layer, in a buffer that is used again."""
+        group = self._group
+        if group.dense:
+            return group.left(block)[:, layer].flatten(1)
+        dense = self._reused((len(block), group.d_in, group.d_out))
+        return rebuild(group.left(block)[:, layer], group.right(block)[:, layer], dense).flatten(1)
+
+    def _reused(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if self._scratch.shape != shape:
+            self._scratch = torch.empty(shape)
+        return self._scratch
 
 
-def _rebuild(group: Group, block: torch.Tensor) -> torch.Tensor:
-    """U V^T of every layer of a group, (n, layers, d_in, d_out)."""
-    left, right = group.left(block), group.right(block)
-    dense = left[:, :, 0, :, None] * right[:, :, 0, None, :]
-    for a in range(1, group.rank):
-        dense.addcmul_(left[:, :, a, :, None], right[:, :, a, None, :])
-    return dense
+def rebuild(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """U V^T from (n, c, d_in) and (n, c, d_out), into out (n, d_in, d_out)."""
+    if left.shape[1] == 1:
+        return torch.mul(left[:, 0, :, None], right[:, 0, None, :], out=out)
+    return torch.bmm(left.transpose(1, 2), right, out=out)
 
 
 def stream_scores(store: Store, scorer: Scorer) -> Iterator[tuple[int, torch.Tensor, int]]:
@@ -126,12 +157,15 @@ class TopK:
 def self_scores(layout: RowLayout, rows: torch.Tensor, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
     """g^T H^-1 g summed over layers, (n,) float32, for rows (n, width) in the stored dtype."""
     out = torch.zeros(rows.shape[0])
-    for start in range(0, rows.shape[0], _BLOCK_ROWS):
-        block = rows[start : start + _BLOCK_ROWS].float()
+    step = _block_rows(layout.width)
+    for start in range(0, rows.shape[0], step):
+        block = rows[start : start + step].float()
         for group in layout.groups:
-            dense = group.left(block) if group.dense else _rebuild(group, block)
             for i, name in enumerate(group.names):
-                if name in preconditioners:
-                    g = dense[:, i].flatten(1)
-                    out[start : start + _BLOCK_ROWS] += preconditioners[name].quadratic(g)
+                if name not in preconditioners:
+                    continue
+                left = group.left(block)[:, i]
+                if not group.dense:
+                    left = rebuild(left, group.right(block)[:, i], torch.empty(len(block), group.d_in, group.d_out))
+                out[start : start + step] += preconditioners[name].quadratic(left.flatten(1))
     return out

@@ -134,6 +134,8 @@ def _allocate(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[
         layout.set_layout(h5py.h5d.CONTIGUOUS)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        # The same rows give the same bytes, whenever they are written.
+        layout.set_obj_track_times(False)
         for key, array in arrays.items():
             space = h5py.h5s.create_simple(array.shape)
             kind = h5py.h5t.py_create(array.dtype.newbyteorder("<"))

@@ -176,7 +176,8 @@ def _numbered(blocks: Iterable[Any]) -> Iterator[GradientBlock]:
     for value in blocks:
         block = parse_block(value, at)
         at += block.count
-        yield block
+        if block.count:
+            yield block
 
 
 def is_one_shot(stream: Any) -> bool:

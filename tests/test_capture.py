@@ -1,0 +1,383 @@
+"""Capture: the right gradient of the right example, whatever the batch, and the model left as it was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lorif_index import BuildConfig, LayerSelection, default_loss
+from lorif_index.capture import Capture
+from lorif_index.errors import CaptureError, ConfigError
+from lorif_index.gradients import GradientBlock
+from lorif_index.sources import ModelCapture
+
+EXACT = {"projection_dim": None, "rank": None}
+
+
+def capture_of(model: nn.Module, loss: Any = None, **config: Any) -> tuple[Capture, ModelCapture]:
+    whole = ModelCapture(model, BuildConfig(**(EXACT | config)))
+    return whole.capture(loss), whole
+
+
+def take(model: nn.Module, batch: Any, n: int, loss: Any = None, **config: Any) -> GradientBlock:
+    capture, _ = capture_of(model, loss, **config)
+    return capture.gradients(np.arange(n), batch, require_all=True)
+
+
+def dense(block: GradientBlock) -> dict[str, torch.Tensor]:
+    return {name: g.dense() for name, g in block.layers.items()}
+
+
+def by_autograd(
+    model: nn.Module, losses: torch.Tensor, parameters: list[torch.Tensor]
+) -> list[tuple[torch.Tensor, ...]]:
+    return [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+
+
+def gpt2(**changes: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_embd=16, n_head=2, vocab_size=40, n_positions=16, bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(sizes | changes)))  # type: ignore[no-any-return]
+
+
+def padded_batch(lengths: tuple[int, ...] = (9, 4, 6), width: int = 9, side: str = "right") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 40, (len(lengths), width), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        if side == "right":
+            mask[row, :length] = 1
+        else:
+            mask[row, width - length :] = 1
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def single(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """One example without its padding."""
+    shown = batch["attention_mask"][row].bool()
+    return {k: v[row : row + 1, shown] for k, v in batch.items()}
+
+
+# -- right gradients -------------------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """Every kind of supported map, in-place activations, and a module called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6, padding_idx=0)
+        self.conv1 = nn.Conv1d(6, 8, 3, stride=2, padding=1, groups=2, padding_mode="circular")
+        self.conv2 = nn.Conv2d(1, 4, (3, 2), padding="same", dilation=(1, 2))
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4, bias=False)
+        self.twice = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens).transpose(1, 2)
+        x = functional.relu(self.conv1(x), inplace=True).unsqueeze(1)
+        x = self.depthwise(functional.relu_(self.conv2(x)))
+        x = x.flatten(2).transpose(1, 2)
+        x = x + self.twice(functional.relu(self.twice(x)))
+        x += 1.0
+        return self.head(x.mean(dim=1))
+
+
+def test_every_kind_of_module_against_autograd() -> None:
+    torch.manual_seed(0)
+    model = Everything().eval()
+    tokens, y = torch.randint(0, 11, (5, 14)), torch.randint(0, 3, (5,))
+    tokens[0, :5] = 0
+    got = dense(take(model, (tokens, y), 5, layers=LayerSelection(embeddings=True)))
+    losses = functional.cross_entropy(model(tokens), y, reduction="none")
+    named = dict(model.named_parameters())
+    for i, grads in enumerate(by_autograd(model, losses, list(named.values()))):
+        expected = dict(zip(named, grads, strict=True))
+        for name, g in got.items():
+            weight = expected[f"{name}.weight"]
+            matrix = weight if name == "embed" else weight.flatten(1).T
+            if f"{name}.bias" in expected:
+                matrix = torch.cat([matrix, expected[f"{name}.bias"][None]])
+            assert g[i].shape == matrix.shape
+            assert torch.allclose(g[i], matrix, atol=1e-6), name
+
+
+def test_projected_is_the_projection_of_the_unprojected() -> None:
+    torch.manual_seed(0)
+    model = Everything().eval()
+    batch = (torch.randint(0, 11, (4, 14)), torch.randint(0, 3, (4,)))
+    selection = LayerSelection(embeddings=True)
+    full = take(model, batch, 4, layers=selection)
+    capture, whole = capture_of(model, layers=selection, projection_dim=3, rank=None)
+    got = capture.gradients(np.arange(4), batch)
+    expected = whole.projections.project(full)
+    assert {s.d_out for s in whole.specs.values()} == {3}
+    for name in got.layers:
+        assert torch.allclose(got.layers[name].dense(), expected.layers[name].dense(), atol=1e-5), name
+
+
+def test_gpt2_conv1d_against_autograd_with_padding() -> None:
+    model = gpt2().eval()
+    batch = padded_batch()
+    got = dense(take(model, batch, 3))
+    assert all("wte" not in n and "lm_head" not in n for n in got) and len(got) == 8
+    named = dict(model.named_parameters())
+    for i, grads in enumerate(by_autograd(model, default_loss(model, batch), list(named.values()))):
+        expected = dict(zip(named, grads, strict=True))
+        for name, g in got.items():
+            matrix = torch.cat([expected[f"{name}.weight"], expected[f"{name}.bias"][None]])
+            assert torch.allclose(g[i], matrix, atol=1e-5), name
+
+
+def test_tied_weights_are_one_layer_and_their_uses_are_summed() -> None:
+    model = gpt2().eval()
+    batch = padded_batch()
+    for selection in (
+        LayerSelection(embeddings=True, head=True),
+        LayerSelection(include=("*lm_head", "*.h.*", "*wpe")),
+    ):
+        whole = ModelCapture(model, BuildConfig(**EXACT, layers=selection))
+        tied = whole.specs["transformer.wte"]
+        assert tied.uses == ("transformer.wte", "lm_head") and "lm_head" not in whole.specs
+        got = dense(whole.capture(None).gradients(np.arange(3), batch))
+        weight, positions = model.transformer.wte.weight, model.transformer.wpe.weight
+        for i, (w, p) in enumerate(by_autograd(model, default_loss(model, batch), [weight, positions])):
+            assert torch.allclose(got["transformer.wte"][i], w, atol=1e-5)
+            assert torch.allclose(got["transformer.wpe"][i], p, atol=1e-5)
+
+
+def test_tied_linears_and_unlike_biases() -> None:
+    class Tied(nn.Module):
+        def __init__(self, bias: bool) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5, bias=bias)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+    torch.manual_seed(0)
+    model, x, y = Tied(False), torch.randn(4, 5), torch.randint(0, 5, (4,))
+    got = dense(take(model, (x, y), 4))
+    losses = functional.cross_entropy(model(x), y, reduction="none")
+    for i, (w, b) in enumerate(by_autograd(model, losses, [model.a.weight, model.a.bias])):
+        assert torch.allclose(got["a"][i], torch.cat([w.T, b[None]]), atol=1e-6)
+    with pytest.raises(CaptureError, match="'a', 'b'.*different biases"):
+        take(Tied(True), (x, y), 4)
+    assert set(dense(take(Tied(True), (x, y), 4, layers=LayerSelection(bias=False)))) == {"a"}
+
+
+# -- rows do not depend on their batch -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("projection", [None, 6])
+def test_rows_do_not_depend_on_batch_or_padding(side: str, projection: int | None) -> None:
+    model = gpt2(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    batch = padded_batch(side=side)
+    selection = LayerSelection(embeddings=True, head=True)
+    together = dense(take(model, batch, 3, projection_dim=projection, layers=selection))
+    for row in range(3):
+        alone = dense(take(model, single(batch, row), 1, projection_dim=projection, layers=selection))
+        for name in together:
+            assert torch.allclose(together[name][row], alone[name][0], atol=2e-6, rtol=1e-4), (name, row)
+
+
+def test_batch_norm_is_used_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).train()
+    x, y = torch.randn(5, 4), torch.randint(0, 3, (5,))
+    mean = model[1].running_mean.clone()
+    together = dense(take(model, (x, y), 5))
+    assert torch.equal(mean, model[1].running_mean) and model[1].training
+    for row in range(5):
+        alone = dense(take(model, (x[row : row + 1], y[row : row + 1]), 1))
+        for name in together:
+            assert torch.allclose(together[name][row], alone[name][0], atol=1e-6)
+
+
+# -- the model is left as it was found -------------------------------------------------------------------------------
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    return {
+        "training": [m.training for m in model.modules()],
+        "requires": [p.requires_grad for p in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "hooks": [(len(m._forward_hooks), len(m._backward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "values": [p.detach().clone() for p in [*model.parameters(), *model.buffers()]],
+    }
+
+
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        if isinstance(x, torch.Tensor):
+            return isinstance(y, torch.Tensor) and torch.equal(x, y)
+        return bool(x == y)
+
+    return all(len(a[k]) == len(b[k]) and all(equal(x, y) for x, y in zip(a[k], b[k], strict=True)) for k in a)
+
+
+@pytest.mark.parametrize("failing", [None, "loss", "forward", "shape"])
+def test_the_model_is_left_exactly_as_it_was_found(failing: str | None) -> None:
+    model = gpt2().train()
+    model.transformer.h[0].eval()
+    for p in list(model.parameters())[::2]:
+        p.requires_grad_(False)
+    next(p for p in model.parameters() if p.requires_grad).grad = None
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted[0].grad = torch.ones_like(wanted[0])
+    before = state_of(model)
+
+    def loss(m: nn.Module, batch: Any) -> torch.Tensor:
+        if failing == "loss":
+            raise RuntimeError("no loss")
+        out = default_loss(m, batch if failing != "forward" else {**batch, "input_ids": batch["input_ids"] + 1000})
+        return out.mean() if failing == "shape" else out
+
+    fused = torch.backends.mha.get_fastpath_enabled()
+    if failing is None:
+        take(model, padded_batch(), 3, loss)
+    else:
+        with pytest.raises((RuntimeError, IndexError, CaptureError)):
+            take(model, padded_batch(), 3, loss)
+    assert same_state(before, state_of(model))
+    assert torch.backends.mha.get_fastpath_enabled() == fused and torch.is_grad_enabled()
+
+
+def test_no_parameter_gradient_is_formed() -> None:
+    model = gpt2()
+    seen: list[bool] = []
+
+    def loss(m: nn.Module, batch: Any) -> torch.Tensor:
+        seen.extend(p.requires_grad for p in m.parameters())
+        return default_loss(m, batch)
+
+    take(model, padded_batch(), 3, loss, projection_dim=4, layers=LayerSelection(embeddings=True, head=True))
+    assert seen and not any(seen)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_works_inside_no_grad() -> None:
+    model, (x, y) = nn.Linear(4, 3), (torch.randn(2, 4), torch.tensor([0, 1]))
+    with torch.no_grad():
+        got = dense(take(model, (x, y), 2))
+    assert float(got[""].abs().sum()) > 0
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+class Flattened(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.expert, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h = self.expert(h.flatten(0, 1)).view_as(h)
+        return self.last(h.mean(dim=1))
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner(x.transpose(0, 1)).transpose(0, 1).mean(dim=1))
+
+
+def test_flattened_rows_are_refused_by_name() -> None:
+    batch = (torch.randn(3, 5, 4), torch.tensor([0, 1, 2]))
+    with pytest.raises(CaptureError, match=r"'expert'.*\(15, 4\).*3 examples.*exclude"):
+        take(Flattened(), batch, 3)
+    assert set(dense(take(Flattened(), batch, 3, layers=LayerSelection(exclude=("expert",))))) == {"first", "last"}
+
+
+def test_rows_in_another_dimension_are_refused_even_where_sizes_agree() -> None:
+    with pytest.raises(CaptureError, match=r"'inner'.*rows of others"):
+        take(TimeFirst(), (torch.randn(3, 3, 4), torch.tensor([0, 1, 2])), 3)
+
+
+def test_examples_that_interact_are_refused() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inner(x)
+            return h - h.mean(dim=0, keepdim=True)
+
+    with pytest.raises(CaptureError, match="rows of others"):
+        take(Mixing(), (torch.randn(3, 4), torch.tensor([0, 1, 2])), 3)
+
+
+def test_losses_of_the_wrong_shape_are_refused() -> None:
+    model, batch = nn.Linear(4, 3), (torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    with pytest.raises(CaptureError, match=r"shape \(3,\).*reduction='none'"):
+        take(model, batch, 3, lambda m, b: functional.cross_entropy(m(b[0]), b[1]))
+
+
+def test_a_layer_without_gradient_is_named() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.never, self.aside = nn.Linear(4, 3), nn.Linear(2, 2), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.aside(x)
+            return self.used(x)
+
+    batch = (torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    with pytest.raises(CaptureError, match="'never' got no gradient: it is never called"):
+        take(Unused(), batch, 3)
+    with pytest.raises(CaptureError, match="'aside' got no gradient.*does not depend"):
+        take(Unused(), batch, 3, layers=LayerSelection(exclude=("never",)))
+
+
+def test_attention_that_bypasses_modules_is_left_out_and_its_layer_is_not_fused() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(32, 3)).eval()
+    got = take(model, (torch.randn(2, 4, 8), torch.tensor([0, 1])), 2)
+    assert set(got.layers) == {"0.linear1", "0.linear2", "2"}
+
+
+def test_embedding_settings_that_depend_on_the_batch_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 3))
+    with pytest.raises(CaptureError, match="'0' has max_norm=1.0"):
+        capture_of(model, layers=LayerSelection(embeddings=True))
+
+
+def test_patterns_and_types() -> None:
+    model = gpt2()
+    assert set(capture_of(model, layers="*.mlp.c_fc")[1].specs) == {f"transformer.h.{i}.mlp.c_fc" for i in (0, 1)}
+    torch.manual_seed(0)
+    mixed = Everything()
+    assert set(capture_of(mixed, layers=nn.Conv2d)[1].specs) == {"conv2", "depthwise"}
+    assert set(capture_of(mixed, layers=[nn.Linear, nn.Embedding])[1].specs) == {"embed", "twice", "head"}
+    with pytest.raises(ConfigError, match=r"'nothing\*' matches none.*'embed'"):
+        capture_of(mixed, layers="nothing*")
+    with pytest.raises(ConfigError, match="leaves no layer"):
+        capture_of(mixed, layers=LayerSelection(exclude=("*",)))
+
+
+def test_mixed_precision_is_close_and_half_models_work() -> None:
+    model = gpt2().eval()
+    batch = padded_batch()
+    exact = dense(take(model, batch, 3, projection_dim=6))
+    cast = dense(take(model, batch, 3, projection_dim=6, autocast="bfloat16"))
+    half = dense(take(gpt2().to(torch.bfloat16), batch, 3, projection_dim=6))
+    for other in (cast, half):
+        for name, g in exact.items():
+            assert other[name].dtype == torch.float32
+            cosine = functional.cosine_similarity(g.flatten(1), other[name].flatten(1))
+            assert float(cosine.min()) > 0.97, name

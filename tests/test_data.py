@@ -1,0 +1,125 @@
+"""Every form of data is the same source: same ids, same batches, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from lorif_index.data import as_source, batch_count, collate
+from lorif_index.errors import DataError
+
+N, BATCH = 23, 5
+X, Y = torch.randn(N, 3), torch.arange(N)
+
+
+class Pairs(Dataset[Any]):
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> Any:
+        return X[i], Y[i]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return ((X[i], Y[i]) for i in range(N))
+
+
+def forms() -> dict[str, Any]:
+    return {
+        "tensors": (X, Y),
+        "dataset": Pairs(),
+        "tensor dataset": TensorDataset(X, Y),
+        "loader": DataLoader(Pairs(), batch_size=BATCH),
+        "loader with workers": DataLoader(Pairs(), batch_size=BATCH, num_workers=1),
+        "loader of stream": DataLoader(Stream(), batch_size=BATCH),
+        "stream": Stream(),
+        "own sampler": DataLoader(
+            Pairs(), batch_sampler=[list(range(i, min(i + BATCH, N))) for i in range(0, N, BATCH)]
+        ),
+    }
+
+
+@pytest.mark.parametrize("form", list(forms()))
+def test_all_forms_are_one_contract(form: str) -> None:
+    source = as_source(forms()[form], BATCH)
+    assert source.count == N
+    for _ in range(2):
+        batches = list(source.batches())
+        assert np.array_equal(np.concatenate([ids for ids, _ in batches]), np.arange(N))
+        assert torch.equal(torch.cat([batch[0] for _, batch in batches]), X)
+        assert all(torch.equal(batch[1], torch.from_numpy(ids)) for ids, batch in batches)
+    # From an example on: whole batches, cut as ever, beginning with the one that holds it.
+    assert [ids.tolist() for ids, _ in source.batches(12)] == [ids.tolist() for ids, _ in batches[2:]]
+    wanted = np.array([0, 4, 5, 11, 22])
+    chosen = list(source.select(wanted))
+    assert np.array_equal(np.concatenate([ids for ids, _ in chosen]), wanted)
+    assert torch.equal(torch.cat([batch[1] for _, batch in chosen]), torch.from_numpy(wanted))
+
+
+def test_dict_of_tensors_and_single_tensor() -> None:
+    source = as_source({"x": X, "y": Y}, BATCH)
+    assert [sorted(b) for _, b in source.batches()] == [["x", "y"]] * 5
+    assert as_source(X, 4).count == N
+
+
+def test_hugging_face_datasets(tmp_path: Any) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"input_ids": [[1, 2, 3], [4], [5, 6]], "labels": [[1, 2, 3], [4], [-100, 6]], "text": ["a", "b", "c"]}
+    saved = datasets.Dataset.from_dict(rows)
+    saved.save_to_disk(str(tmp_path / "ds"))
+    for data in (saved, datasets.load_from_disk(str(tmp_path / "ds")), saved.with_format("torch")):
+        _, batch = next(iter(as_source(data, 3).batches()))
+        assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+        assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100], [-100, 6, -100]]
+        assert "text" not in batch
+
+
+def test_collate_refuses_what_it_cannot_stack() -> None:
+    with pytest.raises(DataError, match="collate_fn"):
+        collate([(torch.zeros(3), 0), (torch.zeros(4), 0)])
+    with pytest.raises(DataError, match="tokenise"):
+        collate([{"text": "a"}, {"text": "b"}])
+    with pytest.raises(DataError, match="different shapes"):
+        collate([{"x": torch.zeros(2, 3)}, {"x": torch.zeros(2, 4)}])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DataLoader(Pairs(), batch_size=2, shuffle=True), "shuffle=False"),
+        (((X, Y) for _ in range(2)), "cannot be walked twice"),
+        ((X[:0], Y[:0]), "no examples"),
+        ((X, Y[:4]), "agree on the number of examples"),
+        ("a path", "data must be"),
+        (None, "data must be"),
+    ],
+)
+def test_bad_data_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_source(data, BATCH)
+
+
+def test_a_stream_that_changes_is_found_out() -> None:
+    class Shrinking(IterableDataset[Any]):
+        left = 5
+
+        def __iter__(self) -> Iterator[Any]:
+            self.left -= 1
+            return iter([(X[i], Y[i]) for i in range(self.left)])
+
+    source = as_source(Shrinking(), 2)
+    with pytest.raises(DataError, match="gave 3 examples where it gave 4"):
+        list(source.batches())
+
+
+def test_batch_count_sees_nested_batches() -> None:
+    assert batch_count({"a": X, "more": [Y, (X,)], "name": "text"}) == N
+    with pytest.raises(DataError, match=r"\[4, 23\]"):
+        batch_count((X, Y[:4]))

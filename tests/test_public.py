@@ -1,0 +1,149 @@
+"""The public surface, and the habits of the house, as tests."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import lorif_index
+from lorif_index import BuildConfig, Index
+
+PACKAGE = Path(lorif_index.__file__).parent
+
+SURFACE = [
+    "AbsoluteDamping",
+    "BuildConfig",
+    "CurvatureRows",
+    "Damping",
+    "Hits",
+    "Index",
+    "LayerSelection",
+    "LorifError",
+    "PaperDamping",
+    "ProgressEvent",
+    "RelativeDamping",
+    "ReleaseDamping",
+    "SearchStats",
+    "default_loss",
+]
+
+INDEX = {
+    "build": "path model data gradients loss curvature config metadata progress",
+    "open": "path model loss",
+    "search": "self query k measure opponents exact damping layers progress",
+    "scores": "self query measure damping layers out progress",
+    "self_influence": "self damping layers progress",
+    "factors": "self ids",
+    "verify": "self",
+    "close": "self",
+}
+
+PROPERTIES = (
+    "build_report bytes_per_example config curvature fingerprint ids layers metadata nbytes path skipped specs".split()
+)
+
+CONFIG = (
+    "projection_dim projection_floor rank curvature_rank curvature_rows curvature_sample power_iterations damping complement "
+    "store dtype seed layers batch_size device autocast on_nonfinite shard_bytes spool_bytes"
+).split()
+
+# Stages in the order of the package docstring: a module may import those before it, never those behind.
+ORDER = (
+    "version errors damping config progress gradients projection losses data layers factors rows sealed shards store spool "
+    "capture sources curvature fitted query scoring results manifest build index"
+).split()
+
+
+def test_surface_is_frozen() -> None:
+    assert lorif_index.__all__ == SURFACE
+    for name, arguments in INDEX.items():
+        signature = inspect.signature(
+            inspect.unwrap(inspect.getattr_static(Index, name).__func__)
+            if name in ("build", "open")
+            else getattr(Index, name)
+        )
+        assert [p for p in signature.parameters if p != "cls"] == arguments.split(), name
+    public = {name for name in vars(Index) if not name.startswith("_")}
+    assert public == set(INDEX) | set(PROPERTIES)
+    assert list(inspect.signature(BuildConfig).parameters) == CONFIG
+
+
+def test_everything_public_is_documented() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), f"{path.name} has no docstring"
+        if path.name == "cli.py":
+            continue
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                trivial = isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno <= 16  # type: ignore[operator]
+                assert ast.get_docstring(node) or trivial, f"{path.name}: {node.name} has no docstring"
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """(own modules, others) imported when the module is imported."""
+    own, others = set(), set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                own.add((node.module or "").split(".")[0])
+            elif node.module:
+                others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+    return own, others
+
+
+def test_imports_point_one_way() -> None:
+    for place, name in enumerate(ORDER):
+        own, _ = imports_of(PACKAGE / f"{name}.py")
+        behind = own & set(ORDER[place:])
+        assert not behind, f"{name} imports {behind}, which comes behind it"
+    engine = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__", "cli", "demo", "texts"}
+    assert engine == set(ORDER)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    heavy = {"transformers", "datasets", "tokenizers", "sklearn", "matplotlib", "faiss", "pandas", "rich", "typer"}
+    for path in PACKAGE.rglob("*.py"):
+        if path.stem not in ("cli", "__main__"):
+            assert not imports_of(path)[1] & heavy, path.name
+    code = f"import sys, lorif_index; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_does_nothing_but_define() -> None:
+    code = (
+        "import logging, warnings, torch, random, os\n"
+        "before = (len(logging.root.handlers), logging.root.level, torch.get_num_threads(), torch.get_rng_state().sum(), "
+        "torch.get_default_dtype(), dict(os.environ), list(warnings.filters))\n"
+        "import lorif_index\n"
+        "after = (len(logging.root.handlers), logging.root.level, torch.get_num_threads(), torch.get_rng_state().sum(), "
+        "torch.get_default_dtype(), dict(os.environ), list(warnings.filters))\n"
+        "print(before == after)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True", done.stdout
+
+
+def test_no_pickle_no_assert_no_logging_setup() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.Assert), f"{path.name}:{node.lineno} asserts"
+            if isinstance(node, ast.Attribute):
+                name = ast.unparse(node)
+                assert name not in ("torch.load", "torch.save", "np.load", "numpy.load", "logging.basicConfig"), (
+                    path.name
+                )
+        assert not imports_of(path)[1] & {"pickle", "dill", "cloudpickle", "shelve", "joblib"}, path.name
+
+
+def test_the_type_checker_and_linter_are_content() -> None:
+    root = PACKAGE.parent
+    for command in (["mypy"], ["ruff", "check", "."]):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
