@@ -107,7 +107,7 @@ def test_zero_rows_are_refused() -> None:
 
 def test_woodbury_is_the_dense_inverse() -> None:
     rows = decaying_rows(500, 48)
-    values, vectors = dense(rows)
+    values, _ = dense(rows)
     g = torch.randn(5, 48)
     for complement in ("truncated", "tail-corrected"):
         for rank in (10, None):

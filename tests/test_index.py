@@ -350,7 +350,7 @@ def test_overflow_and_underflow_of_the_store_are_found(tmp_path: Path) -> None:
 def given_blocks(n: int = 60) -> list[dict[str, np.ndarray]]:
     generator = np.random.default_rng(0)
     return [
-        {"w": generator.standard_normal((m, 10, 7)).astype(np.float32), "v": generator.standard_normal((m, 3, 9)).astype("f4")}
+        {"w": generator.standard_normal((m, 10, 7)).astype("f4"), "v": generator.standard_normal((m, 3, 9)).astype("f4")}
         for m in (n // 2, 0, n // 3, n // 6)
     ]  # fmt: skip
 

@@ -46,14 +46,14 @@ PROPERTIES = (
 )
 
 CONFIG = (
-    "projection_dim projection_floor rank curvature_rank curvature_rows curvature_sample power_iterations damping complement "
-    "store dtype seed layers batch_size device autocast on_nonfinite shard_bytes spool_bytes"
+    "projection_dim projection_floor rank curvature_rank curvature_rows curvature_sample power_iterations damping "
+    "complement store dtype seed layers batch_size device autocast on_nonfinite shard_bytes spool_bytes"
 ).split()
 
 # Stages in the order of the package docstring: a module may import those before it, never those behind.
 ORDER = (
-    "version errors damping config progress gradients projection losses data layers factors rows sealed shards store spool "
-    "capture sources curvature fitted query scoring results manifest build index"
+    "version errors damping config progress gradients projection losses data layers factors rows sealed shards store "
+    "spool capture sources curvature fitted query scoring results manifest build index"
 ).split()
 
 
@@ -119,11 +119,11 @@ def test_nothing_heavy_is_imported() -> None:
 def test_importing_does_nothing_but_define() -> None:
     code = (
         "import logging, warnings, torch, random, os\n"
-        "before = (len(logging.root.handlers), logging.root.level, torch.get_num_threads(), torch.get_rng_state().sum(), "
-        "torch.get_default_dtype(), dict(os.environ), list(warnings.filters))\n"
+        "before = (len(logging.root.handlers), logging.root.level, torch.get_num_threads(), torch.get_rng_state().sum()"
+        ", torch.get_default_dtype(), dict(os.environ), list(warnings.filters))\n"
         "import lorif_index\n"
-        "after = (len(logging.root.handlers), logging.root.level, torch.get_num_threads(), torch.get_rng_state().sum(), "
-        "torch.get_default_dtype(), dict(os.environ), list(warnings.filters))\n"
+        "after = (len(logging.root.handlers), logging.root.level, torch.get_num_threads(), torch.get_rng_state().sum()"
+        ", torch.get_default_dtype(), dict(os.environ), list(warnings.filters))\n"
         "print(before == after)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
