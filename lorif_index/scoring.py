@@ -64,7 +64,7 @@ class _Plan:
                 (i, queries[name].flatten(1).T.contiguous()) for i, name in enumerate(group.names) if name in queries
             ]
         else:
-            # Per query one (layers * c, d_in, d_out) batch: a matrix per factor pair, zero where a layer does not count.
+            # Per query one (layers * c, d_in, d_out) batch: a matrix per factor pair, zero where one does not count.
             empty = torch.zeros(count, group.d_in, group.d_out)
             stacked = torch.stack([queries.get(name, empty) for name in group.names], dim=1)
             self._batches = list(stacked.repeat_interleave(group.rank, dim=1))

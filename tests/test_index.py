@@ -348,9 +348,9 @@ def test_overflow_and_underflow_of_the_store_are_found(tmp_path: Path) -> None:
 
 
 def given_blocks(n: int = 60) -> list[dict[str, np.ndarray]]:
-    generator = np.random.default_rng(0)
+    draw = np.random.default_rng(0).standard_normal
     return [
-        {"w": generator.standard_normal((m, 10, 7)).astype("f4"), "v": generator.standard_normal((m, 3, 9)).astype("f4")}
+        {"w": draw((m, 10, 7)).astype("f4"), "v": draw((m, 3, 9)).astype("f4")}
         for m in (n // 2, 0, n // 3, n // 6)
     ]  # fmt: skip
 
