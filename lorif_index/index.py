@@ -479,6 +479,11 @@ class _Prepared:
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:
     """A query as batches: it may be anything that `data` may be, or one batch with more in it than tensors."""
+    if isinstance(query, Mapping) and query and all(isinstance(v, list) for v in query.values()):
+        # A slice of a Hugging Face Dataset: columns of examples; or one example of it: columns of numbers.
+        one = not any(isinstance(v[0], (list, torch.Tensor)) for v in query.values() if v)
+        count = len(next(iter(query.values())))
+        query = [dict(query)] if one else [{k: v[i] for k, v in query.items()} for i in range(count)]
     mixed = isinstance(query, (Mapping, tuple)) and not all(
         isinstance(v, torch.Tensor) for v in (query.values() if isinstance(query, Mapping) else query)
     )

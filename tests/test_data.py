@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from lorif_index import BuildConfig, Index
 from lorif_index.data import as_source, batch_count, collate
 from lorif_index.errors import DataError
 
@@ -79,6 +80,20 @@ def test_hugging_face_datasets(tmp_path: Any) -> None:
         assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
         assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100], [-100, 6, -100]]
         assert "text" not in batch
+
+
+def test_slices_of_hugging_face_datasets_as_queries(tmp_path: Any) -> None:
+    datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions": 8}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    rows = {"input_ids": [[1, 2, 3, 4], [4, 5], [5, 6, 7], [3, 2, 1, 9]], "text": ["a", "b", "c", "d"]}
+    data = datasets.Dataset.from_dict(rows)
+    index = Index.build(tmp_path / "i", model=model, data=data, config=BuildConfig(batch_size=3))
+    assert len(index) == 4 and len(index.layers) == 4
+    whole = index.scores(data)
+    assert np.allclose(index.scores(data[1:3]), whole[1:3], rtol=1e-4, atol=1e-4 * np.abs(whole).max())
+    assert np.allclose(index.scores({"input_ids": rows["input_ids"][0]}), whole[:1], atol=1e-4 * np.abs(whole).max())
 
 
 def test_collate_refuses_what_it_cannot_stack() -> None:
