@@ -37,6 +37,24 @@ def test_within_one_per_cent_of_the_svd(rank: int, shape: tuple[int, int]) -> No
     assert ratio <= 1.01
 
 
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_wide_layers(rank: int) -> None:
+    torch.manual_seed(rank)
+    g = sequence_gradients(60, 70, 90, positions=40)
+    left, right = truncate(g, rank)
+    assert error(g, left, right).square().sum() <= 1.01**2 * optimal_error(g, rank).square().sum()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
+def test_steep_spectra(rank: int) -> None:
+    """Singular values 1, .1, .01, ...: pairs far below the first are found too."""
+    torch.manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(50, 8, 8)).Q, torch.linalg.qr(torch.randn(50, 12, 12)).Q[:, :, :8]
+    g = (u * 10.0 ** -torch.arange(8)) @ v.transpose(1, 2)
+    left, right = truncate(g, rank)
+    assert (error(g, left, right) <= 1.01 * optimal_error(g, rank) + 1e-6).all()
+
+
 @pytest.mark.parametrize("scale", [1e-18, 1e-6, 1.0, 1e15])
 def test_scale_does_not_matter(scale: float) -> None:
     torch.manual_seed(0)

@@ -1,0 +1,277 @@
+"""Command line: `lorif demo`, `build`, `search` and `info`. Answers on stdout, progress and errors on stderr.
+
+Exit codes: 0 done, 1 an error of the user's or of the files, in one line, 2 usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .config import BuildConfig
+from .damping import Damping, damping_from_json
+from .demo import QUESTION, DemoSettings, run_demo
+from .errors import LorifError
+from .index import Index
+from .show import (
+    answer_json,
+    console,
+    excerpt,
+    in_units,
+    index_json,
+    show_answer,
+    show_demo,
+    show_index,
+    write_json,
+)
+from .textindex import TextIndex, build_text_index, load_text_model
+from .texts import read_documents
+from .version import VERSION
+
+app = typer.Typer(
+    name="lorif",
+    help="Training data attribution: which training examples made this model do that?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one.")]
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Errors that a user can cause as one line on stderr and exit code 1; an interruption as 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("lorif: interrupted", err=True)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise
+    except (LorifError, OSError) as error:
+        typer.echo(f"lorif: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorif {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Training data attribution: which training examples made this model do that?"""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="A new folder for the model and the index.")] = Path("lorif-demo"),
+    question: Annotated[
+        list[str] | None, typer.Option(help="What to ask about, in place of the demo's own; may be repeated.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Training time aimed at on two CPU cores; training stops at 1.5 times that.")
+    ] = DemoSettings.seconds,
+    k: Annotated[int, typer.Option("-k", min=1, help="Passages to show.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+    json: Json = False,
+) -> None:
+    """Train a small model on Python's own documentation, index it, and ask which passages taught it a sentence."""
+    with reported_errors():
+        screen = None if json else console()
+        settings = DemoSettings(seconds=seconds, seed=seed, k=k)
+        result = run_demo(out, question or [QUESTION], settings)
+        if screen is None:
+            write_json(result.to_json())
+        else:
+            show_demo(screen, result)
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Argument(help="The index: a new folder.")],
+    model: Annotated[Path, typer.Option(help="A causal language model's folder, as save_pretrained writes it.")],
+    data: Annotated[
+        Path, typer.Option(help="The training texts: a .txt or .jsonl file, a folder of them, or a saved dataset.")
+    ],
+    text_field: Annotated[str, typer.Option(help="The field that holds the text (.jsonl, dataset).")] = "text",
+    source_field: Annotated[
+        str | None, typer.Option(help="The field that says where a text is from; default: file and line.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a passage; default: the model's context, at most 1024.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens from one passage to the next; default: --max-length.")
+    ] = None,
+    projection_dim: Annotated[
+        str, typer.Option(help="Width each side of a gradient is projected to: an integer, a fraction, auto or none.")
+    ] = "auto",
+    rank: Annotated[str, typer.Option(help="Factor pairs kept per passage and layer, c: an integer or full.")] = "1",
+    curvature_rank: Annotated[
+        str, typer.Option(help="Curvature directions kept per layer, r: an integer or full.")
+    ] = "512",
+    curvature_sample: Annotated[
+        int, typer.Option(min=1, help="Passages that the curvature is fitted on.")
+    ] = BuildConfig.curvature_sample,
+    damping: Annotated[
+        str | None, typer.Option(help="The index's damping: a multiple of trace/D, or RULE:X (see search).")
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Track these layers only: a name or glob pattern; may be repeated.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of stored factors: float16, bfloat16 or float32.")] = "float16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Passages per pass through the model.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of projections and samples.")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Index the texts that a model was trained on."""
+    settings: dict[str, Any] = {
+        "projection_dim": _projection_dim(projection_dim),
+        "rank": _rank("--rank", rank),
+        "curvature_rank": _rank("--curvature-rank", curvature_rank),
+        "curvature_sample": curvature_sample,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "seed": seed,
+        "layers": layers or None,
+    }
+    if damping is not None:
+        settings["damping"] = _damping(damping)
+    with reported_errors():
+        config = BuildConfig(**settings)
+        documents = read_documents(data, text_field=text_field, source_field=source_field)
+        text_model = load_text_model(model, device)
+        index = build_text_index(
+            out,
+            text_model,
+            documents,
+            max_length=max_length,
+            stride=stride,
+            config=config,
+            origin={"data": str(data), "text_field": text_field, "source_field": source_field},
+        )
+        with index:
+            if json:
+                write_json(index_json(index))
+                return
+            screen, facts = console(), index_json(index)
+            screen.print(
+                f"{facts['examples']:,} passages indexed, {facts['bytes_per_example']:,} bytes each, "
+                f"{in_units(facts['nbytes'])} in all."
+            )
+            screen.print(excerpt(f'Next: lorif search {out} --text "..."'))
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="An index that `lorif build` or `lorif demo` made.")],
+    text: Annotated[list[str], typer.Option(help="What to explain; may be repeated.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Text that comes before, and is not itself to be explained.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Passages to find.")] = 10,
+    opponents: Annotated[
+        bool, typer.Option("--opponents", help="Passages that worked against the text, most harmful first.")
+    ] = False,
+    damping: Annotated[
+        str | None,
+        typer.Option(help="A multiple of trace/D, or RULE:X with RULE absolute, relative, paper or release."),
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Sum over these layers only: a name or glob pattern; may be repeated.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="The model's folder, if it was moved since the build.")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Find the training passages that made the model expect a text."""
+    policy = None if damping is None else _damping(damping)
+    with reported_errors():
+        asked = TextIndex.open(index, model=model, device=device)
+        with asked.index:
+            answers = asked.ask(
+                text, k, prompt=prompt, opponents=opponents, damping=policy, layers=layers or None, progress=None
+            )
+            if json:
+                write_json(
+                    {
+                        "index": str(index),
+                        "fingerprint": asked.index.fingerprint,
+                        "prompt": prompt,
+                        "opponents": opponents,
+                        "answers": [answer_json(answer) for answer in answers],
+                        "stats": asdict(answers[0].stats),
+                    }
+                )
+                return
+            screen = console()
+            for answer in answers:
+                show_answer(screen, answer)
+            stats = answers[0].stats
+            screen.print(
+                f"{stats.examined:,} passages scored exactly in {stats.seconds['scan']:.3f} s, "
+                f"{in_units(stats.bytes_read)} read; score / {len(asked.index):,} estimates, in nats, by how much the "
+                "text's loss would rise without the passage.",
+                style="dim",
+            )
+
+
+@app.command()
+def info(index: Annotated[Path, typer.Argument(help="An index.")], json: Json = False) -> None:
+    """Show what an index holds and how it was built."""
+    with reported_errors(), Index.open(index) as opened:
+        facts = index_json(opened)
+        if json:
+            write_json(facts)
+        else:
+            show_index(console(), facts)
+
+
+def main() -> None:
+    """The entry point `lorif`."""
+    app()
+
+
+# -- values of options -------------------------------------------------------------------------------------------
+
+
+def _projection_dim(given: str) -> int | Fraction | str | None:
+    if given in ("auto", "none"):
+        return None if given == "none" else given
+    try:
+        value = Fraction(given)
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(f"--projection-dim takes an integer, a fraction such as 1/16, auto or none, got {given!r}")
+    return int(value) if value.denominator == 1 else value
+
+
+def _rank(option: str, given: str) -> int | None:
+    if given == "full":
+        return None
+    if not given.isdecimal():
+        raise typer.BadParameter(f"{option} takes an integer or full, got {given!r}")
+    return int(given)
+
+
+def _damping(given: str) -> Damping:
+    rule, _, number = given.rpartition(":")
+    try:
+        value = float(number)
+        return damping_from_json({"rule": rule or "relative", "lam" if rule == "absolute" else "multiple": value})
+    except ValueError as error:
+        raise typer.BadParameter(f"--damping takes X or RULE:X, with X above 0, got {given!r} ({error})") from None

@@ -1,0 +1,96 @@
+"""A dense float64 reference for everything a score is made of. Imports nothing from the package: slow and obvious.
+
+Gradients come from differentiating the parameters themselves, one example at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def example_gradients(
+    model: nn.Module,
+    batch_of: Callable[[int], Any],
+    count: int,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    weights: dict[str, tuple[str, str | None, bool]],
+) -> dict[str, np.ndarray]:
+    """Per-example gradients (n, inputs [+ 1 for the bias], outputs) in float64.
+
+    Args:
+        batch_of: example number -> a batch of one.
+        loss: scalar loss of a batch of one.
+        weights: layer -> (weight's parameter name, bias's or None, whether the weight is stored inputs first).
+    """
+    model = copy.deepcopy(model).double().eval()
+    named = dict(model.named_parameters())
+    out: dict[str, list[np.ndarray]] = {layer: [] for layer in weights}
+    for i in range(count):
+        model.zero_grad(set_to_none=True)
+        loss(model, batch_of(i)).sum().backward()
+        for layer, (weight, bias, inputs_first) in weights.items():
+            grad = named[weight].grad
+            assert grad is not None
+            matrix = (grad if inputs_first else grad.flatten(1).T).numpy().copy()
+            if bias is not None:
+                bias_grad = named[bias].grad
+                assert bias_grad is not None
+                matrix = np.concatenate([matrix, bias_grad.numpy()[None]])
+            out[layer].append(matrix)
+    return {layer: np.stack(parts) for layer, parts in out.items()}
+
+
+def project(g: np.ndarray, p_in: np.ndarray, p_out: np.ndarray) -> np.ndarray:
+    return np.einsum("ia,nij,jb->nab", p_in.astype(np.float64), g, p_out.astype(np.float64))
+
+
+def truncate(g: np.ndarray, rank: int | None) -> np.ndarray:
+    """The best rank-c approximation of each matrix."""
+    if rank is None or rank >= min(g.shape[1:]):
+        return g
+    u, s, v = np.linalg.svd(g, full_matrices=False)
+    s[:, rank:] = 0
+    return (u * s[:, None, :]) @ v
+
+
+def second_moment(g: np.ndarray, rows_per_example: int = 1) -> np.ndarray:
+    flat = g.reshape(len(g), -1)
+    return flat.T @ flat / (len(g) / rows_per_example)
+
+
+def eigen(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(eigenvectors, eigenvalues), falling."""
+    values, vectors = np.linalg.eigh(c)
+    return vectors[:, ::-1], values[::-1]
+
+
+def damping(rule: str, c: np.ndarray, rank: int | None = None, value: float = 0.0) -> float:
+    if rule == "relative":
+        return value * np.trace(c) / len(c)
+    if rule == "absolute":
+        return value
+    if rule == "paper":
+        return 0.1 * eigen(c)[1][: None if rank is None else rank + 10].mean()
+    assert rule == "release"
+    return 0.5 * np.trace(c) / len(c)
+
+
+def inverse(v: np.ndarray, s: np.ndarray, trace: float, lam: float, complement: str) -> np.ndarray:
+    """The dense inverse of V S V^T + lambda I, with the complement's weight."""
+    d = len(v)
+    tail = 0.0
+    if complement == "tail-corrected" and v.shape[1] < d:
+        tail = max(trace - s.sum(), 0.0) / (d - v.shape[1])
+    outside = np.eye(d) - v @ v.T
+    return np.linalg.inv((v * s) @ v.T + lam * np.eye(d) + tail * outside)
+
+
+def scores(queries: np.ndarray, stored: np.ndarray, h_inverse: np.ndarray) -> np.ndarray:
+    """(q, n) of one layer."""
+    return queries.reshape(len(queries), -1) @ h_inverse @ stored.reshape(len(stored), -1).T
