@@ -16,7 +16,7 @@ import typer
 
 from .config import BuildConfig
 from .damping import Damping, damping_from_json
-from .demo import QUESTION, DemoSettings, run_demo
+from .demo import QUESTION, DemoSettings, run_demo, show_demo
 from .errors import LorifError
 from .index import Index
 from .show import (
@@ -26,7 +26,6 @@ from .show import (
     in_units,
     index_json,
     show_answer,
-    show_demo,
     show_index,
     write_json,
 )

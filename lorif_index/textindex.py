@@ -210,6 +210,34 @@ def _window_length(text_model: TextModel, wanted: int | None) -> int:
 # -- asking ------------------------------------------------------------------------------------------------------
 
 
+def encode_question(
+    text: str, tokenizer: Any, context: int | None, *, prompt: str | None = None
+) -> dict[str, torch.Tensor]:
+    """A text as an example whose loss is that of its own tokens: input_ids, attention_mask, labels, (length,) int64.
+
+    Args:
+        text: the question.
+        tokenizer: of transformers.
+        context: the longest input, in tokens; None: any.
+        prompt: comes before the text, with labels of -100.
+
+    Raises:
+        QueryError: no token has a loss, or more tokens than the context.
+    """
+    before = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
+    # Special tokens belong at the beginning only.
+    own = tokenizer(text, add_special_tokens=not before, verbose=False)["input_ids"]
+    length = len(before) + len(own)
+    if not own or length < LEAST_TOKENS:
+        raise QueryError(f"the text {text!r} has no token that follows another, so there is no loss on it: write more")
+    if context is not None and length > context:
+        raise QueryError(f"the text has {length} tokens with its prompt, and the model takes {context}: shorten it")
+    ids = torch.tensor([*before, *own], dtype=torch.long)
+    labels = ids.clone()
+    labels[: len(before)] = IGNORE
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
 class TextIndex:
     """An index of texts with the model that it was built from, ready to be asked in words."""
 
@@ -262,7 +290,8 @@ class TextIndex:
         Raises:
             QueryError: a text with no token that has a loss, or beyond the model's context. Else as `Index.search`.
         """
-        items = [self._encode(text, prompt) for text in texts]
+        tokenizer, context = self.text_model.tokenizer, self.text_model.context
+        items = [encode_question(text, tokenizer, context, prompt=prompt) for text in texts]
         found = self.index.search(items, k, opponents=opponents, damping=damping, layers=layers, progress=progress)
         passages = {}
         if "passages" in self._facts:
@@ -273,24 +302,6 @@ class TextIndex:
             tokens = int((item["labels"][1:] != IGNORE).sum())
             answers.append(Answer(text, tokens, self._loss(item), hits, found.stats))
         return answers
-
-    def _encode(self, text: str, prompt: str | None) -> dict[str, torch.Tensor]:
-        tokenizer = self.text_model.tokenizer
-        before = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
-        # Special tokens belong at the beginning only.
-        own = tokenizer(text, add_special_tokens=not before, verbose=False)["input_ids"]
-        if not own or len(before) + len(own) < LEAST_TOKENS:
-            raise QueryError(f"the text {text!r} has no token after another, so the model has no loss on it: write more")
-        context = self.text_model.context
-        if context is not None and len(before) + len(own) > context:
-            raise QueryError(
-                f"the text has {len(before) + len(own)} tokens with its prompt, and the model's context is {context}: "
-                "shorten it"
-            )
-        ids = torch.tensor([*before, *own], dtype=torch.long)
-        labels = ids.clone()
-        labels[: len(before)] = IGNORE
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def _loss(self, item: dict[str, torch.Tensor]) -> float:
         model = self.text_model.model

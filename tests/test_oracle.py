@@ -1,14 +1,15 @@
-"""Every number of the main path against the dense float64 reference, on real models and on anything Hypothesis finds."""
+"""The main path against the dense float64 oracle, on real models and on anything Hypothesis finds."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
-import reference
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,7 +50,7 @@ class Case:
 
     def gradients(self, batch: Any) -> dict[str, np.ndarray]:
         count = len(batch["input_ids"]) if isinstance(batch, dict) else len(batch[0])
-        return reference.example_gradients(self.model, lambda i: self.one(batch, i), count, default_loss, self.weights)
+        return oracle.example_gradients(self.model, lambda i: self.one(batch, i), count, default_loss, self.weights)
 
 
 def digits(n: int, image: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +136,7 @@ def projected(index: Index, g: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, spec in index.specs.items():
         p_in = projection_matrix(index.config.seed, name, "in", spec.width_in, spec.d_in).numpy()
         p_out = projection_matrix(index.config.seed, name, "out", spec.width_out, spec.d_out).numpy()
-        out[name] = reference.project(g[name], p_in, p_out)
+        out[name] = oracle.project(g[name], p_in, p_out)
     return out
 
 
@@ -150,8 +151,8 @@ def expected_scores(
     for name in names or index.layers:
         layer = index.curvature[name]
         v, s = layer.basis.double().numpy(), layer.eigenvalues.numpy()
-        h = reference.inverse(v, s, layer.trace, lam[name], index.config.complement)
-        total += reference.scores(queries[name], rows[name], h)
+        h = oracle.inverse(v, s, layer.trace, lam[name], index.config.complement)
+        total += oracle.scores(queries[name], rows[name], h)
     return total
 
 
@@ -182,14 +183,14 @@ def test_main_path(
     lam = {}
     for name, spec in index.specs.items():
         # Factors: within 1% of the best rank-c error, but for what the stored dtype rounds.
-        best = reference.truncate(rows[name], rank)
+        best = oracle.truncate(rows[name], rank)
         size = np.linalg.norm(rows[name])
         rounding = (2e-6 if dtype == "float32" else 1.5e-3) * size
         assert np.linalg.norm(kept[name] - rows[name]) <= 1.01 * np.linalg.norm(best - rows[name]) + rounding, name
         # V and S by themselves.
         layer = index.curvature[name]
-        c = reference.second_moment(rows[name])
-        vectors, values = reference.eigen(c)
+        c = oracle.second_moment(rows[name])
+        vectors, values = oracle.eigen(c)
         r = layer.rank
         assert r == min(spec.dim, len(rows[name]), curvature_rank or spec.dim)
         assert np.abs(layer.eigenvalues.numpy() - values[:r]).max() <= 2e-3 * values[0], name
@@ -200,7 +201,7 @@ def test_main_path(
         assert np.linalg.norm(c - approximation) <= 1.01 * np.linalg.norm(values[r:]) + 1e-4 * values[0], name
         lead = vectors[:, : max(r // 3, 1)][:, values[: max(r // 3, 1)] > 1e-3 * values[0]]
         assert np.linalg.norm(lead - basis @ (basis.T @ lead), 2) < 0.05, name
-        lam[name] = reference.damping("relative", c, value=0.1)
+        lam[name] = oracle.damping("relative", c, value=0.1)
     # Scores and search, given the stored V and S and factors.
     expected = expected_scores(index, queries, kept, lam)
     got = index.scores(made.query)
@@ -213,7 +214,7 @@ def test_main_path(
     own = np.zeros(len(index))
     for name in index.layers:
         layer = index.curvature[name]
-        h = reference.inverse(
+        h = oracle.inverse(
             layer.basis.double().numpy(), layer.eigenvalues.numpy(), layer.trace, lam[name], config.complement
         )
         flat = kept[name].reshape(len(index), -1)
@@ -230,9 +231,9 @@ def test_full_rank_is_the_dense_influence_end_to_end(case: Any, tmp_path: Path) 
         (len(made.query["input_ids"] if isinstance(made.query, dict) else made.query[0]), len(index))
     )
     for name, g in train_gradients.items():
-        c = reference.second_moment(g)
-        h = np.linalg.inv(c + reference.damping("relative", c, value=0.1) * np.eye(len(c)))
-        expected += reference.scores(query_gradients[name], g, h)
+        c = oracle.second_moment(g)
+        h = np.linalg.inv(c + oracle.damping("relative", c, value=0.1) * np.eye(len(c)))
+        expected += oracle.scores(query_gradients[name], g, h)
     assert within(index.scores(made.query), expected)
 
 
@@ -255,7 +256,7 @@ def test_damping_and_layers_at_search_time(
     index = Index.build(tmp_path / "i", model=made.model, data=made.data, config=config)
     queries = projected(index, made.gradients(made.query))
     rows = projected(index, made.gradients(made.data))
-    lam = {n: reference.damping(rule, reference.second_moment(g), SMALL_RANK, value) for n, g in rows.items()}
+    lam = {n: oracle.damping(rule, oracle.second_moment(g), SMALL_RANK, value) for n, g in rows.items()}
     kept = stored(index)
     fraction = 5e-3 if rule == "paper" else 1e-3  # its mean is over eigenvalues that the sketch estimates
     assert within(index.scores(made.query, damping=policy), expected_scores(index, queries, kept, lam), fraction)
@@ -290,7 +291,7 @@ def test_anything_given_as_gradients(tmp_path_factory: pytest.TempPathFactory, d
         return {k: torch.from_numpy(whole[k][rows]) for k in names}
 
     edges = [0, *cuts, n]
-    blocks = [block(slice(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    blocks = [block(slice(a, b)) for a, b in itertools.pairwise(edges)]
     config = BuildConfig(
         rank=rank,
         curvature_rank=r,
@@ -303,12 +304,12 @@ def test_anything_given_as_gradients(tmp_path_factory: pytest.TempPathFactory, d
     kept = stored(index)
     rounding = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
     for name in names:
-        best = reference.truncate(whole[name], rank)
+        best = oracle.truncate(whole[name], rank)
         floor = np.linalg.norm(best - whole[name])
         # Per matrix the iteration may stop a little above the optimum (close singular values).
         assert np.linalg.norm(kept[name] - whole[name]) <= 1.05 * floor + rounding * np.linalg.norm(whole[name])
     queries = {k: generator.standard_normal((3, *g.shape[1:])) for k, g in whole.items()}
-    lam = {k: reference.damping("relative", reference.second_moment(g), value=0.1) for k, g in whole.items()}
+    lam = {k: oracle.damping("relative", oracle.second_moment(g), value=0.1) for k, g in whole.items()}
     got = index.scores({k: q.astype("f4") for k, q in queries.items()})
     assert within(got, expected_scores(index, queries, kept, lam))
     hits = index.search({k: q.astype("f4") for k, q in queries.items()}, k=5)
