@@ -169,6 +169,7 @@ class _Build:
             Manifest(fingerprint, config.to_json(), list(self.specs.values()), metadata=metadata)
         )
         self._spool: Spool | None = None
+        self._vanished = 0
 
     def _begin(self, fresh: Manifest) -> Manifest:
         """The unfinished manifest in the folder if it is of this very build, else a new one."""
@@ -294,8 +295,8 @@ class _Build:
         writer = StoreWriter(self.path, layout, self.config.shard_bytes, manifest.shards)
         with self.reporter.stage("encode", self.source.count - start) as stage:
             for block in finite_blocks(source.blocks(start), self.config.on_nonfinite, skipped):
-                rows = layout.pack(factorise(block, self.specs))
-                _check_stored(rows, block, layout)
+                rows, vanished = _stored(layout.pack(factorise(block, self.specs)).cpu(), block.ids, layout)
+                self._vanished += vanished
                 sealed = writer.append(rows, block.ids)
                 stage.advance(block.count, block.count * layout.row_bytes)
                 if sealed:
@@ -317,6 +318,7 @@ class _Build:
             "rows": sum(shard.rows for shard in manifest.shards),
             "examples": self.source.count,
             "skipped": len(manifest.skipped),
+            "vanished": self._vanished,
             "row_bytes": self.layout.row_bytes,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "torch": torch.__version__,
@@ -350,21 +352,25 @@ def _stored_gradients(store: Store) -> Iterator[GradientBlock]:
         yield GradientBlock(np.arange(start, start + len(rows), dtype=np.int64), layers)
 
 
-def _check_stored(rows: torch.Tensor, block: GradientBlock, layout: RowLayout) -> None:
-    """What was finite must be finite in the stored dtype, and what was not zero must not be zero there."""
-    fine = torch.isfinite(rows).all(dim=1)
+def _stored(rows: torch.Tensor, ids: np.ndarray, layout: RowLayout) -> tuple[torch.Tensor, int]:
+    """Rows in the stored dtype, and how many (example, layer) gradients became zero by it.
+
+    Raises:
+        NonFiniteError: values beyond the dtype's range, or an example that vanishes in all layers.
+    """
+    stored = rows.to(dtype=layout.torch_dtype)
+    fine = torch.isfinite(stored).all(dim=1)
     if not bool(fine.all()):
-        bad = int(block.ids[int((~fine).nonzero()[0, 0])])
+        bad = int(ids[int((~fine).nonzero()[0, 0])])
         raise NonFiniteError(
             f"the factors of example {bad} overflow {layout.dtype}: build with dtype='bfloat16' or 'float32'"
         )
-    empty = (rows == 0).all(dim=1)
-    if bool(empty.any()):
-        for row in empty.nonzero()[:, 0].tolist():
-            if any(
-                bool((g.select(torch.tensor([row], device=g.device)).dense() != 0).any()) for g in block.layers.values()
-            ):
-                raise NonFiniteError(
-                    f"the factors of example {int(block.ids[row])} underflow to zero in {layout.dtype}: build with "
-                    "dtype='bfloat16' or 'float32'"
-                )
+    vanished = layout.vanished(rows, stored)
+    gone = vanished.any(dim=1) & ~(stored != 0).any(dim=1)
+    if bool(gone.any()):
+        bad = int(ids[int(gone.nonzero()[0, 0])])
+        raise NonFiniteError(
+            f"the factors of example {bad} underflow to zero in {layout.dtype}: build with dtype='bfloat16' or "
+            "'float32'"
+        )
+    return stored, int(vanished.sum())

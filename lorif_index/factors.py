@@ -113,7 +113,8 @@ def truncate(gradients: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
 
 def _truncate(gradients: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     unit, peak = _unit_peak(gradients)
-    rest, found = unit, []
+    rest = unit
+    found: list[torch.Tensor] = []
     for a in range(rank):
         vector = _leading(rest)
         if found:

@@ -76,7 +76,7 @@ class RowLayout:
         self.row_bytes = offset * self.torch_dtype.itemsize
 
     def pack(self, factors: Mapping[str, Factors]) -> torch.Tensor:
-        """Rows (n, width) in the stored dtype, on the CPU. Values beyond the dtype's range become inf."""
+        """Rows (n, width) float32, on the factors' device."""
         first = next(iter(factors.values())).left
         rows = torch.empty(first.shape[0], self.width, dtype=torch.float32, device=first.device)
         for group in self.groups:
@@ -86,7 +86,15 @@ class RowLayout:
                 left[:, i] = part.left
                 if part.right is not None:
                     group.right(rows)[:, i] = part.right
-        return rows.to(device="cpu", dtype=self.torch_dtype)
+        return rows
+
+    def vanished(self, rows: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """(n, layers) bool, layers in row order: not zero in rows, float32, but all zero in the stored dtype."""
+        flags = []
+        for group in self.groups:
+            before, after = ((group.left(r) != 0).flatten(2).any(dim=2) for r in (rows, stored))
+            flags.append(before & ~after)
+        return torch.cat(flags, dim=1)
 
     def unpack(self, rows: torch.Tensor) -> dict[str, Factors]:
         """The factors in rows (n, width), as float32."""

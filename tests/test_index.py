@@ -338,6 +338,13 @@ def test_overflow_and_underflow_of_the_store_are_found(tmp_path: Path) -> None:
     tiny = [{"a": np.full((3, 4, 4), 1e-20, np.float32)}]
     with pytest.raises(NonFiniteError, match="underflow to zero in float16"):
         Index.build(tmp_path / "b", gradients=tiny)
+    mixed = [{"a": tiny[0]["a"], "b": np.ones((3, 2, 2), np.float32)}]
+    assert (
+        Index.build(
+            tmp_path / "mixed", gradients=mixed, curvature=[{k: v + 1 for k, v in mixed[0].items()}]
+        ).build_report["vanished"]
+        == 3
+    )
     for i, blocks in enumerate((huge, tiny)):
         index = Index.build(tmp_path / f"ok{i}", gradients=blocks, config=BuildConfig(dtype="bfloat16"))
         u, v = index.factors()["a"]

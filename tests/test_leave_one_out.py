@@ -90,9 +90,7 @@ def test_scores_predict_real_leave_one_out_refits(tmp_path: Path) -> None:
         predicted = index.scores((asked, answers))[:, removed].astype(np.float64) / N
         a, b = predicted.ravel(), truth.ravel()
         figures[name] = (np.corrcoef(a, b)[0, 1], (a @ b) / (a @ a))
-        print(
-            f"\nleave-one-out, {name}: Pearson {figures[name][0]:.4f}, slope of actual on predicted {figures[name][1]:.4f}"
-        )
+        print(f"\nleave-one-out, {name}: Pearson {figures[name][0]:.4f}, slope {figures[name][1]:.4f}")
     pearson, slope = figures["ggn"]
     assert pearson >= 0.98 and 0.9 <= slope <= 1.1
     # The empirical second moment is another matrix: it ranks well, and its scale is off.

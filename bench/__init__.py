@@ -1,0 +1,1 @@
+"""Benchmarks: each is a claim with its own command, and keeps its result as JSON."""
