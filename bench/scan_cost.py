@@ -32,7 +32,13 @@ def built(folder: Path, count: int, rank: int, curvature_rank: int, steps: int) 
     path = folder / f"c{rank}-n{count}"
     ids = sequences(count + 64)
     model = gpt()
-    train(model, ids[:count], steps)
+    weights = folder / f"model-n{count}-{steps}"
+    if weights.exists():
+        # Kept: another number of threads would train other weights, and the index would refuse them.
+        model = type(model).from_pretrained(weights).eval()
+    else:
+        train(model, ids[:count], steps)
+        model.save_pretrained(weights)
     if not (path / "manifest.json").exists():
         config = BuildConfig(
             projection_dim=DIM,
@@ -198,7 +204,7 @@ def measure(index: Index, n: int, folder: Path, limit: int, repeats: int) -> dic
 
 def main() -> None:
     parsed = arguments(__doc__ or "", n={"type": int, "default": 50_000}, curvature_rank={"type": int, "default": 512})
-    n, steps, limit, repeats = parsed.n, 300, 4096, 5
+    n, steps, limit, repeats = parsed.n, 100, 4096, 5
     rank_r = parsed.curvature_rank
     folder = CACHE / "scan_cost"
     if parsed.smoke:

@@ -12,6 +12,8 @@ The stages, one module each, in the order in which data flows through them:
     damping, query        the Woodbury-preconditioned query transform
     scoring, results      exact scores in one streamed pass, and the answer with its diagnosis
     manifest, build, index   what makes a folder an index, how it is built, and the user's handle
+
+The command line stands on them: texts, textindex, demo_model, demo, show, cli.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import typer
 
 from .config import BuildConfig
 from .damping import Damping, damping_from_json
-from .demo import QUESTION, DemoSettings, run_demo, show_demo
+from .demo import QUESTION, run_demo, show_demo
+from .demo_model import DemoSettings
 from .errors import LorifError
 from .index import Index
 from .show import (
@@ -255,7 +256,8 @@ def _projection_dim(given: str) -> int | Fraction | str | None:
     try:
         value = Fraction(given)
     except (ValueError, ZeroDivisionError):
-        raise typer.BadParameter(f"--projection-dim takes an integer, a fraction such as 1/16, auto or none, got {given!r}")
+        allowed = "an integer, a fraction such as 1/16, auto or none"
+        raise typer.BadParameter(f"--projection-dim takes {allowed}, got {given!r}") from None
     return int(value) if value.denominator == 1 else value
 
 

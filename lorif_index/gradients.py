@@ -136,8 +136,14 @@ class LayerGradient:
     def finite(self) -> torch.Tensor:
         """(n,) bool: no inf or NaN."""
         parts = self.pair if self.pair is not None else (self._any,)
-        flags = [torch.isfinite(p).flatten(1).all(dim=1) for p in parts]
+        flags = [_finite(p.flatten(1)) for p in parts]
         return flags[0] if len(flags) == 1 else flags[0] & flags[1]
+
+
+def _finite(rows: torch.Tensor) -> torch.Tensor:
+    # A sum is not finite if a term is not: one cheap read settles the usual case. (It may overflow on its own.)
+    flags = torch.isfinite(rows.sum(dim=1))
+    return flags if bool(flags.all()) else torch.isfinite(rows).all(dim=1)
 
 
 def _tensor(value: Any, what: str) -> torch.Tensor:

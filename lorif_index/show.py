@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -80,7 +81,8 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
     config, report = facts["config"], facts["build_report"]
     summary = Table.grid(padding=(0, 2))
     summary.add_row("index", excerpt(facts["path"]))
-    summary.add_row("examples", f"{facts['examples']:,}" + (f", {len(facts['skipped'])} skipped" * bool(facts["skipped"])))
+    skipped = len(facts["skipped"])
+    summary.add_row("examples", f"{facts['examples']:,}" + (f", {skipped} skipped" if skipped else ""))
     summary.add_row(
         "size", f"{facts['bytes_per_example']:,} bytes per example, {in_units(facts['nbytes'])} in all with curvature"
     )
@@ -114,8 +116,6 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
 
 def in_units(count: int) -> str:
     """Bytes as people read them."""
-    from rich.filesize import decimal
-
     return decimal(count)
 
 
@@ -146,9 +146,6 @@ def show_answer(out: Console, answer: Answer) -> None:
     table.add_column("source", style="cyan", max_width=28)
     table.add_column("passage")
     for rank, hit in enumerate(answer.hits, start=1):
-        source, text = (Text("-"), Text("-")) if hit.passage is None else (
-            excerpt(hit.passage.source),
-            excerpt(hit.passage.text),
-        )
-        table.add_row(str(rank), f"{hit.score:.4g}", str(hit.id), source, text)
+        source, text = (hit.passage.source, hit.passage.text) if hit.passage else ("-", "-")
+        table.add_row(str(rank), f"{hit.score:.4g}", str(hit.id), excerpt(source), excerpt(text))
     out.print(table)

@@ -111,7 +111,7 @@ def load_text_model(folder: Path, device: str = "auto") -> TextModel:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except Exception as error:  # whatever a folder of the wrong kind makes the package raise
         raise DataError(f"{folder} cannot be loaded as a causal language model with its tokenizer: {error}") from error
     try:
@@ -124,7 +124,9 @@ def load_text_model(folder: Path, device: str = "auto") -> TextModel:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of transformers inside; as they were afterwards."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -260,12 +262,15 @@ class TextIndex:
         """
         with Index.open(path) as bare:
             remembered = (bare.metadata.get(METADATA) or {}).get("model")
-        if model is None and remembered is None:
-            raise QueryError(f"{path} was not built by `lorif build`, so it remembers no model: pass --model FOLDER")
-        folder = Path(remembered) if model is None else model
-        if model is None and not folder.is_dir():
-            raise DataError(f"the model that {path} was built from is no longer at {folder}: pass --model FOLDER")
-        text_model = load_text_model(folder, device)
+        if model is None:
+            if remembered is None:
+                raise QueryError(
+                    f"{path} was not made by `lorif build`, so it knows no model: pass --model FOLDER"
+                )
+            model = Path(remembered)
+            if not model.is_dir():
+                raise DataError(f"the model that {path} was built from is no longer at {model}: pass --model FOLDER")
+        text_model = load_text_model(model, device)
         return cls(Index.open(path, model=text_model.model), text_model)
 
     def ask(
