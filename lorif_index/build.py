@@ -53,10 +53,10 @@ _FREE_SETTINGS = ("damping", "complement", "shard_bytes", "spool_bytes", "device
 
 
 def loss_name(loss: PerExample | None) -> str:
-    """How a loss is remembered: "default", or its qualified name."""
+    """How a loss is remembered: "default", or its own name (not the module's or function's that it stands in)."""
     if loss is None:
         return "default"
-    return getattr(loss, "__qualname__", type(loss).__qualname__)
+    return getattr(loss, "__name__", type(loss).__name__)
 
 
 def build_index(

@@ -83,7 +83,7 @@ def demo(
         list[str] | None, typer.Option(help="What to ask about, in place of the demo's own; may be repeated.")
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=1, help="Training time aimed at on two CPU cores; training stops at 1.5 times that.")
+        float, typer.Option(min=1, help="Training time aimed at, on one CPU core; training stops at 1.5 times that.")
     ] = DemoSettings.seconds,
     k: Annotated[int, typer.Option("-k", min=1, help="Passages to show.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,

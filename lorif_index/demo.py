@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,25 @@ def run_demo(
     settings = settings or DemoSettings()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise IndexExistsError(f"{out} exists and is not empty: pass another folder with --out, or delete it")
+    with _one_thread():
+        return _run(out, questions, settings, progress)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: so small a model gains little from more, is the same whatever the number of cores, and does
+    not wait for cores that others keep busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(
+    out: Path, questions: list[str], settings: DemoSettings, progress: bool | ProgressCallback | None
+) -> DemoResult:
     began = time.perf_counter()
     documents, held = split(documentation(settings.characters), settings.held_out, settings.seed)
     tokenizer = train_tokenizer(documents, settings.vocabulary)
@@ -132,6 +153,7 @@ def run_demo(
         curvature_rank=settings.curvature_rank,
         damping=settings.damping,
         seed=settings.seed,
+        batch_size=settings.batch_size,
     )
     origin = {"data": "pydoc_data.topics"}
     index = build_text_index(

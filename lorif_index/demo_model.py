@@ -23,8 +23,8 @@ from .progress import ProgressCallback, reporter
 from .textindex import quiet_transformers
 from .texts import Document, TokenWindows, cut
 
-_STEPS_PER_SECOND = 16.0
-"""What two CPU cores manage, so that the number of steps, and the model, does not depend on the machine's mood."""
+_STEPS_PER_SECOND = 11.0
+"""What one CPU core manages: the number of steps, and so the model, does not depend on how busy the machine is."""
 
 _BEGINNING = "<|endoftext|>"
 
@@ -34,7 +34,7 @@ class DemoSettings:
     """The demo's choices; the defaults were chosen by how often held-out passages found their topic.
 
     Attributes:
-        seconds: of training, on two CPU cores; it stops at 1.5 times that, wherever it is.
+        seconds: of training, on one CPU core; it stops at 1.5 times that, wherever it is.
         seed: of the split, the model and the order of training.
         k: passages shown.
         held_out: passages kept out of training and index.

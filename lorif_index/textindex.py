@@ -264,9 +264,7 @@ class TextIndex:
             remembered = (bare.metadata.get(METADATA) or {}).get("model")
         if model is None:
             if remembered is None:
-                raise QueryError(
-                    f"{path} was not made by `lorif build`, so it knows no model: pass --model FOLDER"
-                )
+                raise QueryError(f"{path} was not made by `lorif build`, so it knows no model: pass --model FOLDER")
             model = Path(remembered)
             if not model.is_dir():
                 raise DataError(f"the model that {path} was built from is no longer at {model}: pass --model FOLDER")

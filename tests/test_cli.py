@@ -413,4 +413,3 @@ def test_a_closed_pipe_is_no_traceback(home):
     running.stderr.close()
     assert running.wait(timeout=60) != 0
     assert b"Traceback" not in err
-

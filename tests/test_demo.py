@@ -65,18 +65,18 @@ def test_the_question_is_no_sentence_of_the_text():
     assert not any(QUESTION in " ".join(d.text.split()) for d in documentation(SMALL.characters))
 
 
-def test_training_is_the_same_again_and_learns():
-    settings = replace(SMALL, seconds=2.0)
+def test_training_is_the_same_again_and_learns(monkeypatch):
+    monkeypatch.setattr("lorif_index.demo_model._STEPS_PER_SECOND", 0.5)
+    settings = replace(SMALL, seconds=60.0)
     documents, held = split(documentation(settings.characters), settings.held_out, settings.seed)
     tokenizer = train_tokenizer(documents, settings.vocabulary)
     windows, held_windows = (all_windows(part, tokenizer, settings.context) for part in (documents[:200], held))
     results = []
     for _ in range(2):
         torch.manual_seed(0)
-        model = new_model(settings, len(tokenizer))
-        results.append(train(model, windows, held_windows, replace(settings, seconds=2.0), progress=False))
+        results.append(train(new_model(settings, len(tokenizer)), windows, held_windows, settings, progress=False))
     first, second = results
-    assert first.steps == first.planned == settings.steps
+    assert first.steps == first.planned == settings.steps == 30
     assert (first.loss, first.loss_held_out) == (second.loss, second.loss_held_out)
     assert first.loss < 6.2  # of ln 512 = 6.24 for guessing, after a few steps
 
