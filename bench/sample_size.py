@@ -1,4 +1,4 @@
-"""Claim: a curvature fitted on a sample is nearly as good as one fitted on everything.
+"""Question: what do the size of the curvature's sample, its rank r and the factors' rank c cost?
 
 Agreement with the scores of unfactored gradients under the full-rank curvature of all rows (no rank cut anywhere):
 mean Spearman over held-out queries, and overlap of the top 100. What the sample's size costs, what the curvature rank r
