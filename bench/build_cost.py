@@ -107,7 +107,7 @@ def memory(route: str, layers: int, width: int, count: int) -> dict[str, int]:
 
 def main() -> None:
     parsed = arguments(__doc__ or "")
-    sizes = [(1, 16, 64, 1)] if parsed.smoke else [(4, 64, 1024, 5), (6, 256, 256, 5)]
+    sizes = [(1, 16, 64, 1)] if parsed.smoke else [(4, 64, 512, 5), (6, 256, 96, 3)]
     models = [time_model(*size) for size in sizes]
     rows = [["model", "route", "ms/example", "ratio", "expected"]]
     for result in models:
@@ -119,11 +119,11 @@ def main() -> None:
     peaks = {
         r: memory(r, layers, width, min(count, 256)) for r in (("capture",) if parsed.smoke else ("plain", "capture"))
     }
-    growth = {n: memory("build", layers, width, n) for n in ((64,) if parsed.smoke else (2000, 8000))}
+    growth = {n: memory("build", layers, width, n) for n in ((64,) if parsed.smoke else (1000, 4000))}
     print("peak memory above the start, MB:", {r: round((p["peak"] - p["before"]) / 1e6, 1) for r, p in peaks.items()})
     print("peak memory of a build at N, MB:", {n: round(p["peak"] / 1e6, 1) for n, p in growth.items()})
 
-    ids = sequences(128 if parsed.smoke else 4000)
+    ids = sequences(128 if parsed.smoke else 2000)
     model = gpt(layers, width)
     train(model, ids, 5 if parsed.smoke else 100)
     with tempfile.TemporaryDirectory() as folder:
