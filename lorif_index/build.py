@@ -1,15 +1,17 @@
 """Build: fit what is shared on a sample, then one pass over the data encodes each example once.
 
 The stages, each of which leaves its result sealed, so that the same call goes on after an interruption: sample ->
-curvature -> encode -> manifest. The published recipe fits the curvature last, from all stored factors.
+curvature -> sketch -> encode -> coarse -> calibrate -> manifest. The published recipe fits the curvature last, from
+all stored factors; where rows hold factors alone, the sketch is of them and is fitted after them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,24 @@ import numpy as np
 import torch
 from torch import nn
 
+from .coarse import default_factory, faiss_is_installed, load_faiss
+from .coarse_build import calibrate, coordinate_sample, make_coarse, random_positions, stored_queries
 from .config import BuildConfig, CurvatureRows
-from .curvature import LayerCurvature, fit_curvature
+from .curvature import LayerCurvature, RowPass, fit_curvature
 from .data import as_source
-from .errors import ConfigError, DataError, IndexExistsError, NonFiniteError
+from .errors import ConfigError, CorruptionError, DataError, IndexExistsError, NonFiniteError
 from .factors import factorise
-from .fitted import save_curvature
+from .fitted import FittedCurvature, load_sketch, save_curvature, save_queries, save_sketch
 from .gradients import GradientBlock, GradientSource, LayerGradient
 from .losses import PerExample
 from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, read_manifest, spec_to_json
 from .progress import Reporter
 from .projection import ALGORITHM, Projections, keyed_generator
 from .query import Preconditioner
+from .reader import Reader, representation, row_layout
 from .rows import RowLayout
+from .shards import Shard, write_ids
+from .sketch import SketchEncoder, fit_sketch, sketch_method
 from .sources import (
     GivenGradients,
     ModelCapture,
@@ -49,7 +56,12 @@ from .spool import Spool
 from .store import Store, StoreWriter
 
 # Settings that leave every stored number as it is; all others must agree when an interrupted build goes on.
-_FREE_SETTINGS = ("damping", "complement", "shard_bytes", "spool_bytes", "device")
+_FREE_SETTINGS = ("complement", "shard_bytes", "spool_bytes", "device", "coarse", "calibration_queries")
+
+# Below so many rows a scan is as quick, and "auto" makes no coarse index.
+COARSE_FROM = 1024
+# Calibration queries of large models are fewer, so that their gradients take no more than this.
+_QUERY_BYTES = 256 << 20
 
 
 def loss_name(loss: PerExample | None) -> str:
@@ -164,10 +176,11 @@ class _Build:
             "config": {k: v for k, v in config.to_json().items() if k not in _FREE_SETTINGS},
             "curvature": "given" if curvature is not None else config.curvature_rows,
         }
-        self.layout = RowLayout(self.specs, config.dtype)
         self.manifest = self._begin(
             Manifest(fingerprint, config.to_json(), list(self.specs.values()), metadata=metadata)
         )
+        self._representation = representation(config, self.specs)
+        self._sampled: tuple[RowPass, int] | None = None
         self._spool: Spool | None = None
         self._vanished = 0
 
@@ -185,6 +198,12 @@ class _Build:
                 )
                 fresh.shards, fresh.skipped = found.shards, found.skipped
                 fresh.curvature, fresh.curvature_layers = found.curvature, found.curvature_layers
+                fresh.sketch = found.sketch
+                if found.config.get("calibration_queries") == fresh.config["calibration_queries"]:
+                    fresh.queries = found.queries
+                if found.config.get("coarse") == fresh.config["coarse"] or self.config.store == "coarse":
+                    fresh.coarse = found.coarse
+                    fresh.calibration = found.calibration if fresh.queries is not None else None
                 fresh.report = found.report
         self._clear_leftovers(fresh)
         fresh.write(self.path, BUILDING)
@@ -194,8 +213,9 @@ class _Build:
         """Removes what an interrupted run left unsealed; only names that a build gives."""
         known = {shard.sealed.file for shard in manifest.shards}
         known |= {manifest.curvature.file} if manifest.curvature else set()
+        known |= {e["file"]["file"] for e in (manifest.sketch, manifest.coarse, manifest.queries) if e is not None}
         for item in self.path.iterdir():
-            if item.suffix == ".part" or (item.suffix == ".h5" and item.name not in known):
+            if item.suffix == ".part" or (item.suffix in (".h5", ".faiss") and item.name not in known):
                 item.unlink()
 
     def _claim(self) -> None:
@@ -210,46 +230,60 @@ class _Build:
         late = self.config.curvature_rows == "factors" and self.curvature is None
         if self.manifest.curvature is None and not late:
             self._fit_from_rows()
+        if self.manifest.sketch is None and self._representation != "factors":
+            self._fit_sketch(*self._sample())
         self._encode()
         if self.manifest.curvature is None:
             self._fit_from_factors()
+        self._add_coarse()
         self._finish()
+
+    def _sample(self) -> tuple[RowPass, int]:
+        """Unfactored gradients of the random sample, the same at each walk, and how many."""
+        if self._sampled is None:
+            wanted = self._sample_ids()
+            everything = len(wanted) == self.source.count
+            rows, count, spool, skipped = self._walkable(self.source, wanted, everything)
+            if everything and spool is not None:
+                # Encoding reads it back instead of computing it again.
+                self._spool = spool
+                self.manifest.skipped = skipped
+            self._sampled = rows, count
+        return self._sampled
+
+    def _walkable(
+        self, source: GradientSource, wanted: np.ndarray, everything: bool
+    ) -> tuple[RowPass, int, Spool | None, list[int]]:
+        """Some rows of a source for several walks, kept on disk meanwhile where they fit; ids of what was skipped."""
+        skipped: list[int] = []
+
+        def walk() -> Iterator[GradientBlock]:
+            skipped.clear()
+            return finite_blocks(source.sample(wanted), self.config.on_nonfinite, skipped)
+
+        need = len(wanted) * sum(spec.dim for spec in self.specs.values()) * 4
+        # Given gradients are there to be walked again; a part of them is found faster in a copy.
+        if need > self.config.spool_bytes or (everything and isinstance(source, GivenGradients)):
+            return walk, sum(block.count for block in walk()), None, skipped
+        with self.reporter.stage("sample", len(wanted)) as stage:
+            spool = Spool(self.path, _told(walk(), stage.advance))
+        self.stack.callback(spool.close)
+        return spool.blocks, spool.count, spool, list(skipped)
 
     def _fit_from_rows(self) -> None:
         """Curvature from the user's rows, or from unfactored gradients of a random sample."""
         per_example = 1
         if self.curvature is not None:
             per_example = self.curvature.rows_per_example
-            rows, copy = curvature_source(self.curvature, self.capture, self.loss, self.projections, self.path)
+            source, copy = curvature_source(self.curvature, self.capture, self.loss, self.projections, self.path)
             if copy is not None:
                 self.stack.callback(copy.close)
-            wanted = np.arange(rows.count, dtype=np.int64)
+            rows, count, _, _ = self._walkable(source, np.arange(source.count, dtype=np.int64), True)
         else:
-            rows = self.source
-            wanted = self._sample_ids()
-        skipped: list[int] = []
-
-        def walk() -> Iterator[GradientBlock]:
-            skipped.clear()
-            return finite_blocks(rows.sample(wanted), self.config.on_nonfinite, skipped)
-
-        need = len(wanted) * sum(spec.dim for spec in self.specs.values()) * 4
-        spool: Spool | None = None
-        again: Callable[[], Iterator[GradientBlock]]
-        if need <= self.config.spool_bytes and not isinstance(rows, GivenGradients):
-            with self.reporter.stage("sample", len(wanted)) as stage:
-                spool = Spool(self.path, _told(walk(), stage.advance))
-            self.stack.callback(spool.close)
-            if self.curvature is None and len(wanted) == self.source.count:
-                # The sample is everything: encoding reads it back instead of computing it again.
-                self._spool = spool
-                self.manifest.skipped = list(skipped)
-            count, again = spool.count, spool.blocks
-        else:
-            count, again = sum(block.count for block in walk()), walk
+            rows, count = self._sample()
         with self.reporter.stage("curvature") as stage:
             fitted = fit_curvature(
-                again,
+                rows,
                 count,
                 self.specs,
                 rank=self.config.curvature_rank,
@@ -261,9 +295,37 @@ class _Build:
             )
         self._keep(fitted)
 
+    def _fit_sketch(self, rows: RowPass, count: int) -> None:
+        """The sketch's reduction, and which coordinates it keeps."""
+        curvature = self._curvature()
+        damping = self.config.damping
+        lams = {name: Preconditioner.of(name, layer, damping, "truncated").lam for name, layer in curvature.items()}  # type: ignore[arg-type]
+        with self.reporter.stage("sketch") as stage:
+            sketch = fit_sketch(
+                rows,
+                count,
+                curvature,
+                lams,
+                dim=self.config.sketch_dim,
+                method=sketch_method(self.config.sketch, curvature),
+                seed=self.config.seed,
+                stage=stage,
+                device=self._device(),
+            )
+        self.manifest.sketch = save_sketch(self.path, sketch)
+        self.manifest.write(self.path, BUILDING)
+
+    def _curvature(self) -> FittedCurvature:
+        sealed = self.manifest.curvature
+        if sealed is None:
+            raise CorruptionError(f"{self.path} lost its fitted curvature while building: delete it and build anew")
+        fitted = FittedCurvature(self.path, sealed, self.specs, self.manifest.curvature_layers)
+        self.stack.callback(fitted.file.close)
+        return fitted
+
     def _fit_from_factors(self) -> None:
         """The published order: curvature from all stored factors, after they were written."""
-        store = Store(self.path, self.layout, self.manifest.shards)
+        store = Store(self.path, row_layout(self.manifest, self.config, self.specs), self.manifest.shards)
         self.stack.callback(store.close)
         with self.reporter.stage("curvature") as stage:
             fitted = fit_curvature(
@@ -287,17 +349,31 @@ class _Build:
         self.manifest.write(self.path, BUILDING)
 
     def _encode(self) -> None:
-        """One pass: gradients -> factors -> rows -> shards."""
-        manifest, layout = self.manifest, self.layout
+        """One pass: gradients -> factors and coordinates -> rows -> shards."""
+        manifest = self.manifest
+        if self.config.store == "coarse" and manifest.coarse is not None:
+            # The rows have served their purpose.
+            return
+        layout = row_layout(manifest, self.config, self.specs)
+        encoder = None
+        if layout.codes is not None:
+            curvature = self._curvature()
+            sketch = load_sketch(self.path, manifest.sketch, self.specs)
+            encoder = SketchEncoder(sketch, curvature, self._device())
         start = manifest.shards[-1].last_id + 1 if manifest.shards else 0
         source: GradientSource = self.source if self._spool is None else self._spool
         skipped = [i for i in manifest.skipped if self._spool is not None or i < start]
         writer = StoreWriter(self.path, layout, self.config.shard_bytes, manifest.shards)
         with self.reporter.stage("encode", self.source.count - start) as stage:
             for block in finite_blocks(source.blocks(start), self.config.on_nonfinite, skipped):
-                rows, vanished = _stored(layout.pack(factorise(block, self.specs)).cpu(), block.ids, layout)
-                self._vanished += vanished
-                sealed = writer.append(rows, block.ids)
+                stored = codes = None
+                if layout.groups:
+                    packed = layout.pack(factorise(block, self.specs)).cpu()
+                    stored, vanished = _stored(packed, block.ids, layout)
+                    self._vanished += vanished
+                if encoder is not None and layout.codes is not None:
+                    codes = layout.codes.encode(encoder.encode(block.layers))
+                sealed = writer.append(layout.join(stored, codes), block.ids)
                 stage.advance(block.count, block.count * layout.row_bytes)
                 if sealed:
                     manifest.skipped = sorted(skipped)
@@ -307,6 +383,92 @@ class _Build:
         if not manifest.shards:
             raise DataError(f"no example is left to index: all {self.source.count} were skipped for inf or NaN")
         manifest.write(self.path, BUILDING)
+
+    def _add_coarse(self) -> None:
+        """The coarse index over what is stored, and its calibration."""
+        count = sum(shard.rows for shard in self.manifest.shards)
+        if not self._wants_coarse(count):
+            return
+        if self.manifest.sketch is None:
+            # Rows are factors alone: the sketch is of them.
+            reader = self._reader()
+            rows = random_positions(reader, "curvature-sample", self.config.curvature_sample)
+            self._fit_sketch(lambda: stored_blocks(reader.store, rows), len(rows))
+        if self.manifest.coarse is None:
+            reader = self._reader()
+            factory = self.config.coarse
+            if factory in (None, "auto"):
+                factory = default_factory(reader.sketch.dim)  # type: ignore[union-attr]
+            if self.manifest.queries is None:
+                ids, gradients = self._calibration_queries(reader)
+                self.manifest.queries = save_queries(self.path, ids, gradients, coordinate_sample(reader))
+                self.manifest.write(self.path, BUILDING)
+            with self.reporter.stage("coarse", count) as stage:
+                entry = make_coarse(reader, str(factory), stage)
+            if self.config.store == "coarse":
+                self._drop_rows(reader, entry)
+            else:
+                self.manifest.coarse = entry
+                self.manifest.write(self.path, BUILDING)
+        if self.manifest.calibration is None and self.config.store != "coarse":
+            with self.reporter.stage("calibrate") as stage:
+                learnt = calibrate(self._reader(), None, stage)
+            self.manifest.calibration = learnt.to_json() if learnt is not None else None
+            self.manifest.write(self.path, BUILDING)
+
+    def _wants_coarse(self, count: int) -> bool:
+        if self.config.coarse is None:
+            return False
+        if self.config.coarse == "auto" and self.config.store != "coarse":
+            return count >= COARSE_FROM and faiss_is_installed()
+        load_faiss()
+        return True
+
+    def _drop_rows(self, reader: Reader, entry: dict[str, Any]) -> None:
+        """Only the coarse index stays: it is calibrated while the rows are there, and their ids are kept."""
+        manifest = self.manifest
+        with_rows = dataclasses.replace(manifest, coarse=entry)
+        reader = Reader(self.path, with_rows, reader.layout)
+        self.stack.callback(reader.close)
+        with self.reporter.stage("calibrate") as stage:
+            learnt = calibrate(reader, None, stage)
+        old = manifest.shards
+        kept = []
+        for number, info in enumerate(old):
+            shard = Shard(self.path, info, reader.layout.row_bytes)
+            kept.append(write_ids(self.path, f"ids-{number:06d}.h5", shard.ids()))
+            shard.file.close()
+        manifest.shards, manifest.coarse = kept, entry
+        manifest.calibration = learnt.to_json() if learnt is not None else None
+        manifest.write(self.path, BUILDING)
+        for info in old:
+            (self.path / info.sealed.file).unlink()
+
+    def _calibration_queries(self, reader: Reader) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        """Training examples as queries: unfactored where rows are not of factors alone."""
+        each = 4 * sum(spec.dim for spec in self.specs.values())
+        most = min(self.config.calibration_queries, max(_QUERY_BYTES // each, 1))
+        if self._representation == "factors":
+            return stored_queries(reader, most)
+        rows, count = self._sample()
+        generator = np.random.Generator(keyed_generator(self.config.seed, "calibration-queries", count))
+        chosen = np.sort(generator.permutation(count)[:most])
+        ids, parts, at = [], [], 0
+        for block in rows():
+            here = chosen[(chosen >= at) & (chosen < at + block.count)] - at
+            at += block.count
+            if len(here):
+                picked = block.select(here)
+                ids.append(picked.ids)
+                parts.append({name: g.dense().float().cpu() for name, g in picked.layers.items()})
+        empty = {name: torch.empty(0, spec.d_in, spec.d_out) for name, spec in self.specs.items()}
+        gradients = {name: torch.cat([empty[name], *(p[name] for p in parts)]) for name in self.specs}
+        return np.concatenate([np.empty(0, np.int64), *ids]), gradients
+
+    def _reader(self) -> Reader:
+        reader = Reader(self.path, self.manifest)
+        self.stack.callback(reader.close)
+        return reader
 
     def _finish(self) -> None:
         manifest = self.manifest
@@ -319,7 +481,7 @@ class _Build:
             "examples": self.source.count,
             "skipped": len(manifest.skipped),
             "vanished": self._vanished,
-            "row_bytes": self.layout.row_bytes,
+            "row_bytes": row_layout(manifest, self.config, self.specs).row_bytes,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "torch": torch.__version__,
         }
@@ -344,6 +506,14 @@ def _told(blocks: Iterator[GradientBlock], advance: Any) -> Iterator[GradientBlo
     for block in blocks:
         yield block
         advance(block.count)
+
+
+def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock]:
+    """Stored gradients of some rows, a block at a time."""
+    for start in range(0, len(positions), 512):
+        part = positions[start : start + 512]
+        factors = store.layout.unpack(store.gather(part))
+        yield GradientBlock(part, {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()})
 
 
 def _stored_gradients(store: Store) -> Iterator[GradientBlock]:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from .codes import BITS
 from .damping import Damping, PaperDamping, RelativeDamping, as_damping, damping_from_json
 from .errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
+STORES = ("both", "factors", "coordinates", "coarse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,16 @@ class BuildConfig:
         damping: the default damping of searches; a number is a multiple of trace / D.
         complement: "tail-corrected" gives directions outside the subspace the weight 1 / (lambda + mean tail
             eigenvalue), "truncated" 1 / lambda.
-        store: what is kept per example: "factors".
+        store: what is kept per example. "both": factors, and coordinates of the unfactored gradient, which the scores'
+            leading subspace is taken from; where every layer keeps its full rank anyway, factors alone. "factors": the
+            published design. "coordinates": the smallest that can be rescored. "coarse": the coarse code alone.
+        sketch_dim: k, the number of coordinates, for all layers together.
+        sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 65,536
+            half-whitened coordinates (layers x r).
+        coordinate_bits: of each stored coordinate: 1, 2, 4 or 8.
+        coarse: a `faiss.index_factory` string for the coarse index; "auto": 4-bit product quantisation with fast scan
+            in at most 128 bytes, from 1,024 examples on and where faiss is installed; None: none, every search scans.
+        calibration_queries: training examples whose exact answers calibrate the number of candidates; 0: none.
         dtype: of the stored factors: "float16", "bfloat16" or "float32".
         seed: of projections, samples and starting blocks.
         layers: a LayerSelection, or glob patterns or module classes (see `LayerSelection.of`).
@@ -130,7 +141,12 @@ class BuildConfig:
     power_iterations: int = 2
     damping: Damping | float = field(default_factory=RelativeDamping)
     complement: str = "tail-corrected"
-    store: str = "factors"
+    store: str = "both"
+    sketch_dim: int = 512
+    sketch: str = "auto"
+    coordinate_bits: int = 4
+    coarse: str | None = "auto"
+    calibration_queries: int = 64
     dtype: str = "float16"
     seed: int = 0
     layers: LayerSelection | Any = None
@@ -150,6 +166,8 @@ class BuildConfig:
             ("batch_size", 1),
             ("shard_bytes", 1),
             ("spool_bytes", 0),
+            ("sketch_dim", 1),
+            ("calibration_queries", 0),
         ):
             value = getattr(self, name)
             if not _is_int(value) or value < least:
@@ -161,13 +179,24 @@ class BuildConfig:
         for name, allowed in (
             ("curvature_rows", ("sample", "factors")),
             ("complement", ("tail-corrected", "truncated")),
-            ("store", ("factors",)),
+            ("store", STORES),
+            ("sketch", ("auto", "pca", "per-layer")),
+            ("coordinate_bits", BITS),
             ("dtype", DTYPES),
             ("autocast", (None, "bfloat16", "float16")),
             ("on_nonfinite", ("error", "skip")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.coarse is not None and (not isinstance(self.coarse, str) or not self.coarse):
+            raise ConfigError(f"coarse must be a faiss.index_factory string, 'auto' or None, got {self.coarse!r}")
+        if self.store == "coarse" and self.coarse is None:
+            raise ConfigError("store='coarse' keeps the coarse code alone, but coarse=None leaves it out")
+        if self.curvature_rows == "factors" and self.store != "factors":
+            raise ConfigError(
+                f"curvature_rows='factors' fits the curvature after everything was stored, and store={self.store!r} "
+                "keeps coordinates, which need it before: pass store='factors', or curvature_rows='sample'"
+            )
         if self.device is not None and not isinstance(self.device, str):
             object.__setattr__(self, "device", str(self.device))
         object.__setattr__(self, "damping", as_damping(self.damping))
@@ -197,6 +226,7 @@ class BuildConfig:
             "power_iterations": 3,
             "damping": PaperDamping(),
             "complement": "truncated",
+            "store": "factors",
         }
         return cls(**(recipe | changes))
 

@@ -1,9 +1,10 @@
-"""Fitted curvature on disk: written once, loaded a layer at a time when a search first needs it."""
+"""Fitted curvature and sketch on disk: written once, loaded when a search first needs them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from .curvature import LayerCurvature
 from .errors import CorruptionError
 from .gradients import LayerSpec
 from .sealed import SealedFile, SealedInfo, write_sealed
+from .sketch import LayerSketch, Sketch
 
 FILE = "curvature.h5"
+SKETCH_FILE = "sketch.h5"
+QUERIES_FILE = "calibration.h5"
 
 
 def save_curvature(folder: Path, fitted: Mapping[str, LayerCurvature]) -> tuple[SealedInfo, list[dict[str, Any]]]:
@@ -84,3 +88,90 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         basis = self.file.read_array(f"basis_{number}", (self._specs[name].dim, rank), "<f4")
         spectrum = self.file.read_array(f"spectrum_{number}", (length,), "<f8")
         return LayerCurvature(torch.from_numpy(basis), torch.from_numpy(spectrum), trace, rows, examples)
+
+
+def save_sketch(folder: Path, sketch: Sketch) -> dict[str, Any]:
+    """Writes `weights_<i>` (m, k) float32 for layer number i; what the manifest keeps."""
+    arrays = {f"weights_{i}": part.weights.numpy() for i, part in enumerate(sketch.layers.values()) if len(part.weights)}
+    return {
+        "file": write_sealed(folder, SKETCH_FILE, arrays, {}).to_json(),
+        "dim": sketch.dim,
+        "method": sketch.method,
+        "energy": sketch.energy,
+        "lams": [part.lam for part in sketch.layers.values()],
+        "counts": [len(part.weights) for part in sketch.layers.values()],
+    }
+
+
+def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
+    """Reads a sketch after checking its digest.
+
+    Raises:
+        CorruptionError: the file or the manifest's entry is damaged.
+    """
+    names = list(names)
+    try:
+        file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
+        dim, method, energy = int(facts["dim"]), str(facts["method"]), float(facts["energy"])
+        lams, counts = [float(v) for v in facts["lams"]], [int(v) for v in facts["counts"]]
+        if len(lams) != len(names) or len(counts) != len(names) or dim < 1 or min(counts) < 0:
+            raise ValueError(f"{len(lams)} layers where the index has {len(names)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(f"the manifest's sketch entry is damaged ({error!r}): restore it from a copy") from None
+    with closing(file):
+        file.verify()
+        layers = {}
+        for i, (name, lam, count) in enumerate(zip(names, lams, counts, strict=True)):
+            array = file.read_array(f"weights_{i}", (count, dim), "<f4") if count else np.empty((0, dim), "<f4")
+            layers[name] = LayerSketch(lam, torch.from_numpy(array))
+    return Sketch(layers, dim, method, energy)
+
+
+def save_queries(
+    folder: Path, ids: np.ndarray, gradients: Mapping[str, torch.Tensor], sample: np.ndarray
+) -> dict[str, Any]:
+    """Writes what calibration asks: `ids` (m,) int64 and `query_<i>` (m, d_in, d_out) float32 of training examples, in
+    the layers' order, and `sample` (s, k) float32, coordinates of random rows; what the manifest keeps."""
+    arrays: dict[str, np.ndarray] = {"ids": ids.astype("<i8"), "sample": sample.astype("<f4")}
+    arrays |= {f"query_{i}": g.float().numpy() for i, g in enumerate(gradients.values())}
+    sealed = write_sealed(folder, QUERIES_FILE, {k: v for k, v in arrays.items() if v.size}, {})
+    return {"file": sealed.to_json(), "count": len(ids), "sample": len(sample)}
+
+
+class CalibrationQueries:
+    """What `save_queries` wrote; the digest is checked before the first use.
+
+    Raises:
+        CorruptionError: the manifest's entry is damaged.
+    """
+
+    def __init__(self, folder: Path, facts: Any, specs: Mapping[str, LayerSpec], dim: int) -> None:
+        try:
+            self.file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
+            self.count, self._rows = int(facts["count"]), int(facts["sample"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptionError(f"the manifest's entry of calibration queries is damaged: {error!r}") from None
+        self._specs = specs
+        self._dim = dim
+        self._checked = False
+
+    def ids(self) -> np.ndarray:
+        """(count,) int64: the training examples that are the queries."""
+        return self._read("ids", (self.count,), "<i8").astype(np.int64)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Layer -> (count, d_in, d_out) float32."""
+        return {
+            spec.name: torch.from_numpy(self._read(f"query_{i}", (self.count, spec.d_in, spec.d_out), "<f4"))
+            for i, spec in enumerate(self._specs.values())
+        }
+
+    def sample(self) -> np.ndarray:
+        """(s, k) float32: coordinates of random rows."""
+        return self._read("sample", (self._rows, self._dim), "<f4")
+
+    def _read(self, dataset: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        if not self._checked:
+            self.file.verify()
+            self._checked = True
+        return self.file.read_array(dataset, shape, dtype) if shape[0] else np.empty(shape, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -16,23 +17,22 @@ from torch import nn
 
 from .build import build_index, loss_name
 from .capture import keep_finite
+from .coarse_build import rebuild, recalibrate
 from .config import BuildConfig
 from .curvature import LayerCurvature
 from .damping import Damping, as_damping
 from .data import as_source, batch_count
-from .errors import ConfigError, CorruptionError, FingerprintError, NonFiniteError, QueryError
-from .fitted import FittedCurvature
+from .errors import ConfigError, FingerprintError, NonFiniteError, QueryError
 from .gradients import GradientBlock, LayerSpec, parse_block
 from .losses import PerExample
 from .manifest import Manifest, check_same, read_manifest, spec_to_json
+from .planner import ANSWERS, choose_plan, scan
 from .progress import ProgressCallback, reporter
 from .projection import Projections
-from .query import Preconditioner, transform
+from .reader import Reader, positions_of
 from .results import Hits, SearchStats
-from .rows import RowLayout
-from .scoring import Scorer, TopK, self_scores, stream_scores
+from .scoring import Question, self_scores
 from .sources import ModelCapture, check_block, model_digest
-from .store import Store
 
 
 class Index:
@@ -40,17 +40,15 @@ class Index:
 
     def __init__(self, path: Path, manifest: Manifest, model: nn.Module | None, loss: PerExample | None) -> None:
         self._path = path
-        self._manifest = manifest
-        self._config = BuildConfig.from_json(manifest.config)
-        self._specs = {spec.name: spec for spec in manifest.layers}
-        self._layout = RowLayout(self._specs, self._config.dtype)
-        self._store = Store(path, self._layout, manifest.shards)
-        if manifest.curvature is None:
-            raise CorruptionError(f"{path} has no curvature in its manifest: restore it from a copy")
-        self._curvature = FittedCurvature(path, manifest.curvature, self._specs, manifest.curvature_layers)
+        self._use(Reader(path, manifest))
         self._projections = Projections(self._specs, self._config.seed)
         self._model = model
         self._loss = loss
+
+    def _use(self, reader: Reader) -> None:
+        self._reader = reader
+        self._manifest, self._config, self._specs = reader.manifest, reader.config, reader.specs
+        self._layout, self._store, self._curvature = reader.layout, reader.store, reader.curvature
 
     # -- making one ----------------------------------------------------------------------------------------------
 
@@ -157,6 +155,8 @@ class Index:
         query: Any,
         k: int = 20,
         *,
+        recall: float = 0.99,
+        rescore: bool = True,
         measure: PerExample | None = None,
         opponents: bool = False,
         exact: bool | None = None,
@@ -170,9 +170,11 @@ class Index:
             query: one batch of the kind the index was built from, or gradients {layer: (q, d_in, d_out)} or factor
                 pairs, of a quantity to lower.
             k: how many; above n it gives n.
+            recall: the share of the exact k best that is to be found, in (0, 1]; 1 scans every row.
+            rescore: False answers from the coarse index alone, with approximate scores.
             measure: measure(model, batch) -> (q,): explain this instead of the loss; positive scores raise it.
             opponents: the most negative scores first instead.
-            exact: True or None scans every row; False is refused while the index has no coarse stage.
+            exact: True scans every row; False rescores candidates, however small the index; None chooses.
             damping: another policy than the build's, or a multiple of trace / D.
             layers: names or glob patterns of the layers whose scores are summed; all by default.
             progress: as in `build`.
@@ -181,33 +183,42 @@ class Index:
             `Hits`: ids (q, k) int64, scores (q, k) float32, stats. Memory does not grow with n.
 
         Raises:
-            QueryError: a query, k or layers that do not fit. NonFiniteError: inf or NaN in the query's gradient.
+            QueryError: a query, k, recall or layers that do not fit, or a way of searching that the index does not
+            have. NonFiniteError: inf or NaN in the query's gradient.
         """
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise QueryError(f"k must be an integer of at least 1, got {k!r}")
-        if exact is False:
-            raise QueryError("exact=False, but this index has no coarse stage yet: leave exact out, or pass True")
-        prepared = self._prepare(query, measure, damping, layers)
-        top = TopK(prepared.count, min(int(k), len(self)), largest=not opponents)
-        read = 0
-        began = time.perf_counter()
-        for start, scores, size in self._scan(prepared.scorer, progress):
-            top.update(start, scores)
-            read += size
-        positions, best = top.result()
-        prepared.seconds["scan"] = time.perf_counter() - began
-        stats = SearchStats(
-            exact=True,
-            store=self._config.store,
-            dtype=self._config.dtype,
-            examined=len(self),
-            total=len(self),
-            bytes_read=read,
-            seconds=prepared.seconds,
-            damping=prepared.damping.to_json(),
-            layers=len(prepared.layers),
+        if isinstance(recall, bool) or not isinstance(recall, (int, float)) or not 0 < recall <= 1:
+            raise QueryError(f"recall must be above 0 and at most 1, got {recall!r}")
+        if exact and not rescore:
+            raise QueryError("exact=True scores every row, and rescore=False none: pass one of them")
+        chosen, policy = self._chosen(layers), self._policy(damping)
+        k = min(int(k), len(self))
+        # Before the query's gradients are taken: what cannot be answered is refused at once.
+        plan = choose_plan(
+            self._reader, k=k, recall=float(recall), rescore=rescore, exact=exact, all_layers=len(chosen) == len(self.layers)
         )
-        return Hits(self._store.ids[positions.numpy()], best.numpy(), stats)
+        prepared = self._prepare(query, measure, policy, chosen)
+        answer = ANSWERS[plan.way](self._reader, prepared.question, plan, k, not opponents, reporter(progress))
+        stats = SearchStats(
+            exact=plan.way == "scan",
+            store="coarse" if plan.way == "coarse" else self._reader.representation,
+            dtype=self._stored_dtype(),
+            examined=int(answer.candidates.max(initial=0)),
+            total=len(self),
+            bytes_read=answer.bytes_read,
+            seconds=prepared.seconds | answer.seconds,
+            damping=policy.to_json(),
+            layers=len(chosen),
+            approximate=plan.way == "coarse",
+            plan=plan.reason,
+            candidates=int(answer.candidates.max(initial=0)) if plan.way == "candidates" else 0,
+            recall=float(recall) if plan.way != "scan" else 1.0,
+            estimated_recall=float(answer.recall.mean()),
+            recall_by_query=tuple(answer.recall.tolist()),
+            candidates_by_query=tuple(answer.candidates.tolist()),
+        )
+        return Hits(self._store.ids[answer.positions], answer.scores, stats)
 
     def scores(
         self,
@@ -221,6 +232,8 @@ class Index:
     ) -> np.ndarray:
         """Exact scores of every training example, (q, n) float32; column j is row id `index.ids[j]`.
 
+        Exact for what is stored: factors, coordinates or both (`BuildConfig.store`).
+
         Args:
             query, measure, damping, layers, progress: as in `search`.
             out: a (q, n) float32 array to write to, for instance a memory map.
@@ -228,14 +241,16 @@ class Index:
         Raises:
             QueryError: as in `search`, or an `out` of another shape or dtype.
         """
-        prepared = self._prepare(query, measure, damping, layers)
-        shape = (prepared.count, len(self))
+        self._need_rows("scores")
+        prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers))
+        shape = (prepared.question.count, len(self))
         if out is None:
             out = np.empty(shape, dtype=np.float32)
         elif out.shape != shape or out.dtype != np.float32:
             raise QueryError(f"out must be {shape} float32, got {out.shape} {out.dtype}")
-        for start, scores, _ in self._scan(prepared.scorer, progress):
-            out[:, start : start + scores.shape[1]] = scores.numpy()
+        with reporter(progress) as report:
+            for start, scores, _ in scan(self._reader, prepared.question, report):
+                out[:, start : start + scores.shape[1]] = scores.numpy()
         return out
 
     def self_influence(
@@ -246,12 +261,14 @@ class Index:
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
         """Each stored example's score with itself, g_i^T H^-1 g_i, (n,) float32, in the order of `index.ids`."""
-        chosen = self._chosen(layers)
-        preconditioners = self._preconditioners(chosen, self._policy(damping))
+        self._need_rows("self_influence")
+        preconditioners = self._reader.preconditioners(self._chosen(layers), self._policy(damping))
+        sketch = self._reader.sketch if self._layout.codes is not None else None
         out = np.empty(len(self), dtype=np.float32)
         with reporter(progress) as report, report.stage("scan", len(self)) as stage:
             for start, rows in self._store.stream():
-                out[start : start + len(rows)] = self_scores(self._layout, rows, preconditioners).numpy()
+                own = self_scores(self._layout, rows, preconditioners, sketch, self._curvature)
+                out[start : start + len(rows)] = own.numpy()
                 stage.advance(len(rows), len(rows) * self._layout.row_bytes)
         return out
 
@@ -263,20 +280,15 @@ class Index:
                 checksums.
 
         Raises:
-            QueryError: an id that the index does not hold. CorruptionError: a row that is damaged.
+            QueryError: an id that the index does not hold, or an index without factors. CorruptionError: a row that is
+            damaged.
         """
-        own = self._store.ids
-        if ids is None:
-            positions = np.arange(len(own), dtype=np.int64)
-        else:
-            wanted = np.asarray(list(ids), dtype=np.int64)
-            positions = np.searchsorted(own, wanted)
-            found = positions < len(own)
-            found[found] = own[positions[found]] == wanted[found]
-            if not found.all():
-                raise QueryError(f"the index has no row with id {int(wanted[~found][0])}: ids are in index.ids")
+        if not self._layout.groups:
+            raise QueryError(
+                f"the index keeps no factors (store={self._config.store!r}): build it with store='both' or 'factors'"
+            )
         out = {}
-        for name, part in self._layout.unpack(self._store.gather(positions)).items():
+        for name, part in self._layout.unpack(self._store.gather(self._positions(ids))).items():
             if part.right is None:
                 eye = torch.eye(part.left.shape[2]).expand(len(part.left), -1, -1)
                 out[name] = (part.left, eye)
@@ -284,14 +296,77 @@ class Index:
                 out[name] = (part.left.transpose(1, 2), part.right.transpose(1, 2))
         return {name: out[name] for name in self._specs}
 
+    def coordinates(self, ids: Iterable[int] | np.ndarray | None = None) -> np.ndarray:
+        """Coordinates z, (n, k) float32, whose inner products approximate influence: stored, or computed from factors.
+
+        Args:
+            ids: row ids, in the order wanted; all by default (mind the memory).
+
+        Raises:
+            QueryError: an id that the index does not hold, or an index without a sketch. CorruptionError: a damaged row.
+        """
+        if self._reader.sketch is None or not self._layout.row_bytes:
+            raise QueryError(
+                f"the index has no coordinates (store={self._config.store!r}): build it with store='both' or "
+                "'coordinates'"
+            )
+        return self._reader.coordinates(self._store.gather(self._positions(ids))).numpy()
+
+    # -- the coarse stage ----------------------------------------------------------------------------------------
+
+    def rebuild_coarse(
+        self, coarse: str = "auto", *, progress: bool | ProgressCallback | None = None
+    ) -> None:
+        """Makes the coarse index anew from the stored rows, without the model, and calibrates it.
+
+        Args:
+            coarse: a `faiss.index_factory` string, or "auto".
+            progress: as in `build`.
+
+        Raises:
+            QueryError: the index keeps the coarse code alone, or has no sketch. ConfigError: faiss is not installed, or
+            refuses the string.
+        """
+        self._need_rows("rebuild_coarse")
+        with reporter(progress) as report:
+            self._use(Reader(self._path, rebuild(self._reader, coarse, report)))
+
+    def calibrate(
+        self,
+        query: Any = None,
+        *,
+        measure: PerExample | None = None,
+        progress: bool | ProgressCallback | None = None,
+    ) -> dict[str, Any]:
+        """Learns again how many candidates a recall takes, from training examples and from sample queries if given.
+
+        Args:
+            query, measure: as in `search`: queries like those that will be asked.
+            progress: as in `build`.
+
+        Returns:
+            what was learnt, as it is kept in the manifest.
+
+        Raises:
+            QueryError: the index has no coarse stage or no rows to find exact answers in.
+        """
+        self._need_rows("calibrate")
+        if self._reader.candidates is None:
+            raise QueryError("the index has no coarse stage: make one with rebuild_coarse()")
+        extra = None if query is None else self._query_gradients(query, measure, self.layers)
+        with reporter(progress) as report:
+            manifest = recalibrate(self._reader, extra, report)
+        self._use(Reader(self._path, manifest))
+        return dict(manifest.calibration or {})
+
     def verify(self) -> None:
         """Compares every file with the digest under which it was sealed.
 
         Raises:
             CorruptionError: naming the first file that differs.
         """
-        self._store.verify()
-        self._curvature.file.verify()
+        for file in self._reader.files():
+            file.verify()
 
     # -- looking at it -------------------------------------------------------------------------------------------
 
@@ -349,22 +424,34 @@ class Index:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk: shards and curvature."""
-        return self._store.nbytes + self._curvature.file.info.size
+        """Bytes on disk: rows, curvature, sketch and coarse index."""
+        return sum(file.info.size for file in self._reader.files())
 
     @property
     def bytes_per_example(self) -> int:
         """Bytes of one example's row, without its id and checksum."""
         return self._layout.row_bytes
 
+    @property
+    def coarse(self) -> dict[str, Any] | None:
+        """The coarse index: factory, bytes per example, dim, method and energy of the sketch; None without one."""
+        entry, sketch = self._manifest.coarse, self._manifest.sketch
+        if entry is None or sketch is None:
+            return None
+        facts = {key: sketch[key] for key in ("dim", "method", "energy")}
+        return facts | {"factory": entry["factory"], "bytes_per_example": entry["file"]["size"] / len(self)}
+
     def __repr__(self) -> str:
         tied = [spec for spec in self._specs.values() if len(spec.uses) > 1]
         lines = [
             f"Index({str(self._path)!r}): {len(self):,} examples, {len(self._specs)} layers, "
             f"{self.bytes_per_example:,} bytes per example, {self.nbytes / 1e6:,.1f} MB",
-            f"  store={self._config.store} dtype={self._config.dtype} rank={self._config.rank} "
+            f"  store={self._reader.representation} dtype={self._stored_dtype()} rank={self._config.rank} "
             f"curvature_rank={self._config.curvature_rank} damping={self._config.damping} {self._config.complement}",
         ]
+        if self.coarse is not None:
+            c = self.coarse
+            lines.append(f"  coarse={c['factory']} on {c['dim']} coordinates, {c['bytes_per_example']:.0f} bytes each")
         lines += [f"  {spec.name}: one weight used by {', '.join(spec.uses)}, counted once" for spec in tied]
         if self._manifest.skipped:
             lines.append(f"  {len(self._manifest.skipped)} examples skipped for inf or NaN: index.skipped")
@@ -372,8 +459,7 @@ class Index:
 
     def close(self) -> None:
         """Gives the file handles back; a closed index opens them again when asked."""
-        self._store.close()
-        self._curvature.file.close()
+        self._reader.close()
 
     def __enter__(self) -> Index:
         return self
@@ -385,24 +471,38 @@ class Index:
 
     # -- from question to scorer ---------------------------------------------------------------------------------
 
-    def _prepare(self, query: Any, measure: PerExample | None, damping: Any, layers: Any) -> _Prepared:
-        """Gradients of the query, transformed once, and the scorer made of them."""
-        chosen = self._chosen(layers)
-        policy = self._policy(damping)
+    def _prepare(
+        self, query: Any, measure: PerExample | None, policy: Damping, chosen: tuple[str, ...]
+    ) -> _Prepared:
+        """Gradients of the query, transformed once into a question to the rows."""
         began = time.perf_counter()
         gradients = self._query_gradients(query, measure, chosen)
         mid = time.perf_counter()
-        scorer = Scorer(self._layout, transform(gradients, self._preconditioners(chosen, policy)))
-        seconds = {"gradients": mid - began, "transform": time.perf_counter() - mid}
-        return _Prepared(scorer, policy, chosen, seconds)
+        question = self._reader.ask(gradients, self._reader.preconditioners(chosen, policy))
+        return _Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
 
-    def _scan(
-        self, scorer: Scorer, progress: bool | ProgressCallback | None
-    ) -> Iterator[tuple[int, torch.Tensor, int]]:
-        with reporter(progress) as report, report.stage("scan", len(self)) as stage:
-            for start, scores, size in stream_scores(self._store, scorer):
-                yield start, scores, size
-                stage.advance(scores.shape[1], size)
+    def _need_rows(self, what: str) -> None:
+        if not self._layout.row_bytes:
+            raise QueryError(
+                f"{what} needs stored rows, and this index keeps the coarse code alone (store='coarse'): build it with "
+                "store='coordinates', 'factors' or 'both'"
+            )
+
+    def _positions(self, ids: Iterable[int] | np.ndarray | None) -> np.ndarray:
+        if ids is None:
+            return np.arange(len(self), dtype=np.int64)
+        wanted = np.asarray(list(ids), dtype=np.int64)
+        positions = positions_of(self._store.ids, wanted)
+        if len(wanted) and positions.min() < 0:
+            raise QueryError(
+                f"the index has no row with id {int(wanted[positions < 0][0])}: ids are in index.ids"
+            )
+        return positions
+
+    def _stored_dtype(self) -> str:
+        parts = [self._config.dtype] if self._layout.groups else []
+        parts += [f"{self._layout.codes.bits} bits"] if self._layout.codes is not None else []
+        return " + ".join(parts) or "coarse code"
 
     def _chosen(self, layers: str | Iterable[str] | None) -> tuple[str, ...]:
         if layers is None:
@@ -417,10 +517,6 @@ class Index:
 
     def _policy(self, damping: Damping | float | None) -> Damping:
         return as_damping(self._config.damping if damping is None else damping)
-
-    def _preconditioners(self, chosen: tuple[str, ...], policy: Damping) -> dict[str, Preconditioner]:
-        complement = self._config.complement
-        return {name: Preconditioner.of(name, self._curvature[name], policy, complement) for name in chosen}
 
     def _query_gradients(
         self, query: Any, measure: PerExample | None, chosen: tuple[str, ...]
@@ -466,15 +562,12 @@ class Index:
             yield block
 
 
+@dataclass(frozen=True)
 class _Prepared:
-    """A question made ready: its scorer, and what the stats say of it."""
+    """A question made ready, and how long that took."""
 
-    def __init__(self, scorer: Scorer, damping: Damping, layers: tuple[str, ...], seconds: dict[str, float]) -> None:
-        self.scorer = scorer
-        self.count = scorer.count
-        self.damping = damping
-        self.layers = layers
-        self.seconds = seconds
+    question: Question
+    seconds: dict[str, float]
 
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:

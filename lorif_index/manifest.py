@@ -15,7 +15,9 @@ from .sealed import SealedInfo, sync_folder
 from .shards import ShardInfo
 
 FORMAT = "lorif-index"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 had factors alone, and no coarse stage.
+READABLE = (1, 2)
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
 _LARGEST = 256 << 20
@@ -32,6 +34,10 @@ class Manifest:
         shards: sealed shards, in order of their ids.
         curvature: the curvature's file, or None while it is not fitted.
         curvature_layers: per layer, in the layers' order: rank, spectrum length, trace, rows, examples.
+        sketch: the sketch's file and facts (see `fitted.save_sketch`), or None.
+        coarse: the coarse index's file, factory and fingerprint, or None.
+        queries: the file of calibration queries and sampled coordinates, or None.
+        calibration: what was learnt from them (see `calibration.Calibration`), or None.
         skipped: ids of examples left out for inf or NaN.
         report: seconds by stage and other facts of the build.
         metadata: the user's own.
@@ -43,6 +49,10 @@ class Manifest:
     shards: list[ShardInfo] = field(default_factory=list)
     curvature: SealedInfo | None = None
     curvature_layers: list[dict[str, Any]] = field(default_factory=list)
+    sketch: dict[str, Any] | None = None
+    coarse: dict[str, Any] | None = None
+    queries: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
     skipped: list[int] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +61,10 @@ class Manifest:
         """SHA-256, in hex, over the fingerprint's fields and the digests of all files: names this exact index."""
         files = [s.sealed.digest for s in self.shards]
         files.append(self.curvature.digest if self.curvature else "")
+        if self.sketch is not None:
+            files.append(self.sketch["file"]["digest"])
+        if self.config.get("store") == "coarse" and self.coarse is not None:
+            files.append(self.coarse["file"]["digest"])
         return hashlib.sha256(_canonical([self.fingerprint, files]).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -63,6 +77,10 @@ class Manifest:
             "shards": [shard.to_json() for shard in self.shards],
             "curvature": self.curvature.to_json() if self.curvature else None,
             "curvature_layers": self.curvature_layers,
+            "sketch": self.sketch,
+            "coarse": self.coarse,
+            "queries": self.queries,
+            "calibration": self.calibration,
             "skipped": self.skipped,
             "report": self.report,
             "metadata": self.metadata,
@@ -77,6 +95,10 @@ class Manifest:
             shards=[ShardInfo.from_json(shard) for shard in data["shards"]],
             curvature=SealedInfo.from_json(data["curvature"]) if data["curvature"] is not None else None,
             curvature_layers=data["curvature_layers"],
+            sketch=data.get("sketch"),
+            coarse=data.get("coarse"),
+            queries=data.get("queries"),
+            calibration=data.get("calibration"),
             skipped=data["skipped"],
             report=data["report"],
             metadata=data["metadata"],
@@ -117,9 +139,9 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise NotAnIndexError(f"{path} is not a {FORMAT} manifest: is {folder} the right folder?")
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise FormatVersionError(
-            f"{folder} is in format version {version!r}, and this library reads version {FORMAT_VERSION}: use the "
+            f"{folder} is in format version {version!r}, and this library reads versions {READABLE}: use the "
             "library version that wrote it, or build it again"
         )
     try:

@@ -14,14 +14,22 @@ class SearchStats:
 
     Attributes:
         exact: every row was scored; "exact" means exact for what is stored.
-        store: the representation that was scored: "factors".
-        dtype: its stored dtype.
-        examined: rows scored per query.
+        store: the representation that was scored: "both", "factors", "coordinates", or "coarse" where scores are the
+            coarse index's approximations.
+        dtype: the stored dtype of factors, and the bits of coordinates: "float16", "4 bits", "float16 + 4 bits".
+        examined: rows scored exactly for the query that took most.
         total: rows in the index.
         bytes_read: from the shards, for all queries together.
-        seconds: by stage: "gradients", "transform", "scan".
+        seconds: by stage: "gradients", "transform", then "scan", or "coarse", "gather", "rescore" and "check".
         damping: the policy, as JSON.
         layers: how many layers the scores are summed over.
+        approximate: scores are coarse ones, not exact for anything stored.
+        plan: how the answer was sought, and why.
+        candidates: the same as examined, or 0 where no candidate was rescored.
+        recall: what was asked for; 1 for a scan.
+        estimated_recall: mean over the queries; NaN where nothing is known.
+        recall_by_query: the estimate for each query.
+        candidates_by_query: rows rescored for each query.
     """
 
     exact: bool
@@ -33,6 +41,13 @@ class SearchStats:
     seconds: dict[str, float]
     damping: dict[str, Any]
     layers: int
+    approximate: bool = False
+    plan: str = ""
+    candidates: int = 0
+    recall: float = 1.0
+    estimated_recall: float = 1.0
+    recall_by_query: tuple[float, ...] = ()
+    candidates_by_query: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,9 +71,7 @@ class Hits:
 
     def __repr__(self) -> str:
         q, k = self.ids.shape
-        lines = [
-            f"Hits: {q} queries x {k} of {self.stats.total} examples, {self.stats.store}, exact={self.stats.exact}"
-        ]
+        lines = [f"Hits: {q} queries x {k} of {self.stats.total} examples, {self.stats.store}: {self.stats.plan}"]
         for row in range(min(q, 3)):
             best = ", ".join(
                 f"{i}: {s:.4g}" for i, s in zip(self.ids[row, :5].tolist(), self.scores[row, :5].tolist(), strict=True)

@@ -1,6 +1,7 @@
-"""Rows: how the factors of one example in all layers lie beside each other, so that one example is one read.
+"""Rows: how all that is stored of one example lies beside each other, so that one example is one read.
 
-Layers of one shape form a group. Within a row, group after group: all left factors of its layers, then all right ones;
+A row is bytes: the factors of all layers, then the codes of its coordinates; an index may keep either or both. Layers
+of one shape form a group. Within the factors, group after group: all left factors of its layers, then all right ones;
 layers of full rank hold their gradient instead. A block of rows is then a handful of strided matrices.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .codes import CodeLayout
 from .factors import Factors
 from .gradients import LayerSpec
 
@@ -58,11 +60,25 @@ class Group:
 
 
 class RowLayout:
-    """The layout of a row of an index's factors."""
+    """The layout of a row.
 
-    def __init__(self, specs: Mapping[str, LayerSpec], dtype: str) -> None:
+    Args:
+        specs: the layers.
+        dtype: of the stored factors.
+        factors: whether factors are kept.
+        codes: the layout of the coordinates' codes, or None where none are kept.
+
+    Attributes:
+        groups: layers of one shape.
+        width: elements of the factors; 0 where none are kept.
+        row_bytes: of a whole row.
+    """
+
+    def __init__(
+        self, specs: Mapping[str, LayerSpec], dtype: str, *, factors: bool = True, codes: CodeLayout | None = None
+    ) -> None:
         by_shape: dict[tuple[int, int, int], list[str]] = {}
-        for spec in specs.values():
+        for spec in specs.values() if factors else ():
             by_shape.setdefault((spec.d_in, spec.d_out, spec.rank), []).append(spec.name)
         groups, offset = [], 0
         for (d_in, d_out, rank), names in by_shape.items():
@@ -70,13 +86,15 @@ class RowLayout:
             groups.append(group)
             offset += group.width
         self.groups = tuple(groups)
+        self.codes = codes
         self.width = offset
         self.dtype = dtype
         self.torch_dtype = STORAGE[dtype]
-        self.row_bytes = offset * self.torch_dtype.itemsize
+        self.factor_bytes = offset * self.torch_dtype.itemsize
+        self.row_bytes = self.factor_bytes + (codes.row_bytes if codes else 0)
 
     def pack(self, factors: Mapping[str, Factors]) -> torch.Tensor:
-        """Rows (n, width) float32, on the factors' device."""
+        """The factors' part of rows, (n, width) float32, on the factors' device."""
         first = next(iter(factors.values())).left
         rows = torch.empty(first.shape[0], self.width, dtype=torch.float32, device=first.device)
         for group in self.groups:
@@ -88,6 +106,19 @@ class RowLayout:
                     group.right(rows)[:, i] = part.right
         return rows
 
+    def join(self, stored: torch.Tensor | None, codes: torch.Tensor | None) -> torch.Tensor:
+        """Rows (n, row_bytes) uint8 of packed factors (n, width) in the stored dtype, and codes (n, code bytes)."""
+        parts = [part.contiguous().view(torch.uint8) for part in (stored, codes) if part is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def factors_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The factors' part of rows (n, row_bytes): a view (n, width) in the stored dtype."""
+        return rows[:, : self.factor_bytes].view(self.torch_dtype)
+
+    def codes_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The codes' part of rows (n, row_bytes): a view (n, code bytes) uint8."""
+        return rows[:, self.factor_bytes :]
+
     def vanished(self, rows: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         """(n, layers) bool, layers in row order: not zero in rows, float32, but all zero in the stored dtype."""
         flags = []
@@ -97,8 +128,8 @@ class RowLayout:
         return torch.cat(flags, dim=1)
 
     def unpack(self, rows: torch.Tensor) -> dict[str, Factors]:
-        """The factors in rows (n, width), as float32."""
-        block = rows.float()
+        """The factors in rows (n, row_bytes), as float32."""
+        block = self.factors_of(rows).float()
         out = {}
         for group in self.groups:
             left = group.left(block)

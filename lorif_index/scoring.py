@@ -1,17 +1,24 @@
-"""Scoring: transformed queries against stored factors, in one streamed pass.
+"""Scoring: transformed queries against stored rows, streamed or gathered; exact for what is stored.
 
-I(q, i) = sum_l sum_a U_i[:, a]^T Q'_l V_i[:, a], O(D) for a pair and layer. (The published code projects every
-training example on V at every query, O(D r), for the same numbers.) Everything is accumulated in float32.
+Factors: I(q, i) = sum_l sum_a U_i[:, a]^T Q'_l V_i[:, a], O(D) for a pair and layer. (The published code projects every
+training example on V at every query, O(D r), for the same numbers.) Coordinates: I(q, i) = <x, z_i>. Both: the
+coordinates' subspace from them, the rest from the factors, I = <x, z_i> + sum_l <Q'_l - A_l^T (W x)_l, U_i V_i^T>.
+Everything is accumulated in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
-from .query import Preconditioner
+from .codes import CodeScorer
+from .curvature import LayerCurvature
+from .gradients import LayerSpec
+from .query import Preconditioner, transform
 from .rows import Group, RowLayout
+from .sketch import Sketch
 from .store import BlockBuffer, Store
 
 # From here on, rebuilding U V^T once and one matrix product for all queries is faster than a product a query
@@ -30,25 +37,76 @@ class Scorer:
 
     Args:
         layout: the rows' layout.
-        queries: layer -> (q, d_in, d_out) float32; layers that are absent count nothing.
+        queries: layer -> (q, d_in, d_out) float32, for the factors; layers that are absent count nothing.
+        x: (q, k) float32, for the coordinates, or None where the rows have none.
     """
 
-    def __init__(self, layout: RowLayout, queries: Mapping[str, torch.Tensor]) -> None:
-        self.count = next(iter(queries.values())).shape[0]
+    def __init__(self, layout: RowLayout, queries: Mapping[str, torch.Tensor], x: torch.Tensor | None = None) -> None:
+        self.count = int(x.shape[0] if x is not None else next(iter(queries.values())).shape[0])
+        self._layout = layout
         self._buffer = BlockBuffer()
-        self._rows = _block_rows(layout.width)
+        self._rows = _block_rows(max(layout.width, 1))
         self._plans = [
             _Plan(group, queries, self.count) for group in layout.groups if any(name in queries for name in group.names)
         ]
+        self._codes = CodeScorer(layout.codes, x) if layout.codes is not None and x is not None else None
 
     def score(self, rows: torch.Tensor) -> torch.Tensor:
-        """Scores (q, n) float32 of rows (n, width) in the stored dtype."""
+        """Scores (q, n) float32 of rows (n, row_bytes) uint8."""
         out = torch.zeros(self.count, rows.shape[0])
         for start in range(0, rows.shape[0], self._rows):
-            block = self._buffer.convert(rows[start : start + self._rows])
-            for plan in self._plans:
-                plan.add(out[:, start : start + len(block)], block)
+            part = rows[start : start + self._rows]
+            if self._plans:
+                block = self._buffer.convert(self._layout.factors_of(part))
+                for plan in self._plans:
+                    plan.add(out[:, start : start + len(part)], block)
+            if self._codes is not None:
+                out[:, start : start + len(part)] += self._codes.score(self._layout.codes_of(part)).T
         return out
+
+
+@dataclass(frozen=True)
+class Question:
+    """Queries made ready for the rows of an index.
+
+    Attributes:
+        queries: layer -> (q, d_in, d_out) float32, for the factors; empty where none are kept.
+        x: (q, k) float32, for coordinates and coarse index; None where the index has no sketch.
+        count: q.
+    """
+
+    queries: Mapping[str, torch.Tensor]
+    x: torch.Tensor | None
+    count: int
+
+    def some(self, rows: slice) -> Question:
+        """Some of the queries."""
+        x = self.x[rows] if self.x is not None else None
+        return Question({n: g[rows] for n, g in self.queries.items()}, x, len(range(self.count)[rows]))
+
+    def scorer(self, layout: RowLayout) -> Scorer:
+        """The scorer of these queries for rows of that layout."""
+        return Scorer(layout, self.queries, self.x if layout.codes is not None else None)
+
+
+def ask(
+    layout: RowLayout,
+    specs: Mapping[str, LayerSpec],
+    sketch: Sketch | None,
+    curvature: Mapping[str, LayerCurvature],
+    gradients: Mapping[str, torch.Tensor],
+    preconditioners: Mapping[str, Preconditioner],
+) -> Question:
+    """The question that a query's gradients {layer: (q, d_in, d_out)} put to rows of that layout."""
+    count = int(next(iter(gradients.values())).shape[0])
+    x = sketch.query(gradients, curvature, preconditioners) if sketch is not None else None
+    if not layout.groups:
+        return Question({}, x, count)
+    transformed = transform(gradients, preconditioners)
+    if sketch is None or x is None or layout.codes is None:
+        return Question(transformed, x, count)
+    rest = sketch.residual(transformed, x, curvature)
+    return Question({n: g.reshape(-1, specs[n].d_in, specs[n].d_out) for n, g in rest.items()}, x, count)
 
 
 class _Plan:
@@ -154,18 +212,42 @@ class TopK:
         return self._positions, self._scores * self._sign
 
 
-def self_scores(layout: RowLayout, rows: torch.Tensor, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
-    """g^T H^-1 g summed over layers, (n,) float32, for rows (n, width) in the stored dtype."""
+def self_scores(
+    layout: RowLayout,
+    rows: torch.Tensor,
+    preconditioners: Mapping[str, Preconditioner],
+    sketch: Sketch | None,
+    curvature: Mapping[str, LayerCurvature],
+) -> torch.Tensor:
+    """g^T H^-1 g summed over layers, (n,) float32, for what rows (n, row_bytes) say of g.
+
+    With coordinates, those of g inside the subspace are e = e_f + W (z - W^T e_f), e_f being the factors' (0 where
+    none are kept), and g^T H^-1 g = sum_l e_l^T diag((S + lambda) / (S + lambda')) e_l + the factors' outside part.
+    """
     out = torch.zeros(rows.shape[0])
-    step = _block_rows(layout.width)
+    step = _block_rows(max(layout.width, 1))
     for start in range(0, rows.shape[0], step):
-        block = rows[start : start + step].float()
-        for group in layout.groups:
-            for i, name in enumerate(group.names):
-                if name not in preconditioners:
-                    continue
-                left = group.left(block)[:, i]
-                if not group.dense:
-                    left = rebuild(left, group.right(block)[:, i], torch.empty(len(block), group.d_in, group.d_out))
-                out[start : start + step] += preconditioners[name].quadratic(left.flatten(1))
+        part = rows[start : start + step]
+        dense = {name: f.dense().flatten(1) for name, f in layout.unpack(part).items()} if layout.groups else {}
+        total = out[start : start + step]
+        if layout.codes is None or sketch is None:
+            for name, preconditioner in preconditioners.items():
+                total += preconditioner.quadratic(dense[name])
+            continue
+        missing = layout.codes.decode(layout.codes_of(part))
+        inside = {}
+        for name, piece in sketch.layers.items():
+            if dense:
+                count = len(piece.weights)
+                inside[name] = (dense[name] @ curvature[name].basis[:, :count]) / piece.whitening(curvature[name])
+                missing = missing - inside[name] @ piece.weights
+        for name, preconditioner in preconditioners.items():
+            piece = sketch.layers[name]
+            count, scale = len(piece.weights), piece.whitening(curvature[name])
+            correction = missing @ piece.weights.T
+            e = inside[name] + correction if dense else correction
+            total += (e * scale).square() @ preconditioner.inside[:count]
+            if dense:
+                total += preconditioner.quadratic(dense[name])
+                total -= (inside[name] * scale).square() @ preconditioner.inside[:count]
     return out

@@ -22,6 +22,8 @@ import xxhash
 from .errors import CorruptionError
 
 _CHUNK = 8 << 20
+# Asks for what is in the page cache and nothing else; 0 where the system does not know it.
+_NO_WAIT: int = getattr(os, "RWF_NOWAIT", 0)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,20 @@ def write_sealed(
     return SealedInfo(name, size, digest, offsets)
 
 
+def seal_file(temporary: Path, final: Path) -> SealedInfo:
+    """Syncs, digests and renames a file that a library wrote in its own format."""
+    fd = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        size = os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+    digest = file_digest(temporary)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    return SealedInfo(final.name, size, digest, {})
+
+
 def _allocate(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str]) -> dict[str, int]:
     """Creates the file with its datasets allocated but not filled; their offsets."""
     offsets = {}
@@ -156,6 +172,7 @@ class SealedFile:
         self.path = folder / info.file
         self.info = info
         self._fd = -1
+        self._scattered_fd = -1
         self._lock = threading.Lock()
 
     def require(self, dataset: str, size: int) -> int:
@@ -177,6 +194,30 @@ class SealedFile:
                 raise CorruptionError(f"{self.path} ended at byte {offset}: was it truncated while in use?")
             view, offset = view[got:], offset + got
 
+    def read_scattered(self, offsets: list[int], views: list[memoryview]) -> None:
+        """Fills buffers of bytes from as many offsets, given in rising order.
+
+        What is in the page cache is copied at once. The rest is asked for all together, so that the disk sees every
+        request before the first is waited for, without reading ahead of any.
+        """
+        with self._lock:
+            if self._scattered_fd < 0:
+                self._scattered_fd = self._open()
+                os.posix_fadvise(self._scattered_fd, 0, 0, os.POSIX_FADV_RANDOM)
+            fd, preadv = self._scattered_fd, os.preadv
+        missing = []
+        for i, offset in enumerate(offsets):
+            try:
+                if preadv(fd, (views[i],), offset, _NO_WAIT) != len(views[i]):
+                    missing.append(i)
+            except OSError:
+                # Not in the cache, or a file system that cannot say.
+                missing.append(i)
+        for i in missing:
+            os.posix_fadvise(fd, offsets[i], len(views[i]), os.POSIX_FADV_WILLNEED)
+        for i in missing:
+            self.read(offsets[i], views[i])
+
     def read_array(self, dataset: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """A whole dataset as an array."""
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
@@ -189,18 +230,21 @@ class SealedFile:
         """The file's descriptor, after checking that it is the regular file of the size that was sealed."""
         with self._lock:
             if self._fd < 0:
-                try:
-                    fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CorruptionError(f"{self.path} cannot be opened ({error.strerror}): restore it") from None
-                found = os.fstat(fd)
-                if not stat.S_ISREG(found.st_mode) or found.st_size != self.info.size:
-                    os.close(fd)
-                    raise CorruptionError(
-                        f"{self.path} has {found.st_size} bytes where {self.info.size} were sealed: restore it"
-                    )
-                self._fd = fd
+                self._fd = self._open()
             return self._fd
+
+    def _open(self) -> int:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise CorruptionError(f"{self.path} cannot be opened ({error.strerror}): restore it") from None
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != self.info.size:
+            os.close(fd)
+            raise CorruptionError(
+                f"{self.path} has {found.st_size} bytes where {self.info.size} were sealed: restore it"
+            )
+        return fd
 
     def verify(self) -> None:
         """Compares the whole file with its digest.
@@ -217,6 +261,7 @@ class SealedFile:
 
     def close(self) -> None:
         with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            for fd in (self._fd, self._scattered_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._fd = self._scattered_fd = -1

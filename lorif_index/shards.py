@@ -1,7 +1,8 @@
 """Shards: sealed files of rows, their ids and their checksums.
 
-A shard holds `rows` (n, width) in the stored dtype, `ids` (n,) int64 and `checksums` (n,) uint64, the XXH3-64 of each
-row's bytes, so that single rows gathered from it can be verified too.
+A shard holds `rows`, (n, width) in the stored dtype where they are factors alone and (n, row bytes) uint8 otherwise,
+`ids` (n,) int64 and `checksums` (n,) uint64, the XXH3-64 of each row's bytes, so that single rows gathered from it can
+be verified too.
 """
 
 from __future__ import annotations
@@ -56,23 +57,29 @@ class ShardInfo:
         return cls(sealed, *numbers)
 
 
-def write_shard(folder: Path, name: str, rows: torch.Tensor, ids: np.ndarray, dtype: str) -> ShardInfo:
+def write_shard(folder: Path, name: str, rows: torch.Tensor, ids: np.ndarray, dtype: str | None) -> ShardInfo:
     """Writes and seals one shard.
 
     Args:
         folder: an existing folder.
         name: the file's final name.
-        rows: (n, width) in the stored dtype, contiguous, on the CPU; n > 0.
+        rows: (n, row_bytes) uint8, contiguous, on the CPU; n > 0.
         ids: (n,) int64, rising.
-        dtype: "float16", "bfloat16" or "float32".
+        dtype: "float16", "bfloat16" or "float32" where rows are factors alone, else None.
 
     Raises:
         OSError: the disk is full or refuses; nothing is left under the final name.
     """
-    raw = rows.contiguous().view(torch.uint8).numpy()
+    raw = rows.contiguous().numpy()
     checksums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in raw), dtype="<u8", count=len(raw))
-    arrays = {"rows": raw.view(_VIEWS[dtype]), "ids": ids.astype("<i8"), "checksums": checksums}
-    sealed = write_sealed(folder, name, arrays, {"dtype": dtype})
+    arrays = {"rows": raw if dtype is None else raw.view(_VIEWS[dtype]), "ids": ids.astype("<i8"), "checksums": checksums}
+    sealed = write_sealed(folder, name, arrays, {"dtype": dtype or "bytes"})
+    return ShardInfo(sealed, len(ids), int(ids[0]), int(ids[-1]))
+
+
+def write_ids(folder: Path, name: str, ids: np.ndarray) -> ShardInfo:
+    """Seals a shard that keeps its ids alone, where rows are in the coarse index only."""
+    sealed = write_sealed(folder, name, {"ids": ids.astype("<i8")}, {"dtype": "none"})
     return ShardInfo(sealed, len(ids), int(ids[0]), int(ids[-1]))
 
 
@@ -83,28 +90,39 @@ class Shard:
         self.count = info.rows
         self.file = SealedFile(folder, info.sealed)
         self._row_bytes = row_bytes
-        self._rows_offset = self.file.require("rows", info.rows * row_bytes)
+        self._rows_offset = self.file.require("rows", info.rows * row_bytes) if row_bytes else 0
         self._checksums: np.ndarray | None = None
 
     def read_rows(self, start: int, stop: int, out: memoryview) -> None:
         """Reads rows [start, stop) into the beginning of a buffer of bytes."""
         self.file.read(self._rows_offset + start * self._row_bytes, out[: (stop - start) * self._row_bytes])
 
+    def gather_rows(self, positions: np.ndarray, out: list[memoryview]) -> None:
+        """Reads single rows, in rising order of their positions, each into its own buffer."""
+        offsets = (self._rows_offset + positions * self._row_bytes).tolist()
+        self.file.read_scattered(offsets, out)
+
     def ids(self) -> np.ndarray:
         """(n,) int64."""
         return self.file.read_array("ids", (self.count,), "<i8").astype(np.int64, copy=False)
 
-    def check_rows(self, positions: np.ndarray, rows: np.ndarray) -> None:
-        """Compares gathered rows (m, row bytes) uint8 with their checksums.
+    def check_rows(self, positions: np.ndarray, rows: np.ndarray, places: np.ndarray) -> None:
+        """Compares gathered rows with their checksums.
+
+        Args:
+            positions: (m,) of the rows in this shard.
+            rows: (any, row bytes) uint8.
+            places: (m,): where in `rows` each of them is.
 
         Raises:
             CorruptionError: naming the first row that differs.
         """
         if self._checksums is None:
             self._checksums = self.file.read_array("checksums", (self.count,), "<u8")
-        expected = self._checksums[positions].tolist()
-        for position, row, checksum in zip(positions.tolist(), rows, expected, strict=True):
-            if xxhash.xxh3_64_intdigest(row) != checksum:
-                raise CorruptionError(
-                    f"row {position} of {self.file.path} does not match its checksum: restore the file from a copy"
-                )
+        expected, digest = self._checksums[positions].tolist(), xxhash.xxh3_64_intdigest
+        found = [digest(rows[place]) for place in places.tolist()]
+        if found != expected:
+            position = next(p for p, a, b in zip(positions.tolist(), found, expected, strict=True) if a != b)
+            raise CorruptionError(
+                f"row {position} of {self.file.path} does not match its checksum: restore the file from a copy"
+            )

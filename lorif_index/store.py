@@ -32,12 +32,12 @@ class StoreWriter:
         self._layout = layout
         self.sealed = sealed
         self._capacity = max(shard_bytes // layout.row_bytes, 1)
-        self._rows = torch.empty(0, layout.width, dtype=layout.torch_dtype)
+        self._rows = torch.empty(0, layout.row_bytes, dtype=torch.uint8)
         self._ids = np.empty(self._capacity, dtype=np.int64)
         self._filled = 0
 
     def append(self, rows: torch.Tensor, ids: np.ndarray) -> bool:
-        """Adds rows (n, width); whether a shard was sealed."""
+        """Adds rows (n, row_bytes) uint8; whether a shard was sealed."""
         sealed_before = len(self.sealed)
         at = 0
         while at < len(ids):
@@ -57,14 +57,15 @@ class StoreWriter:
             return
         name = f"shard-{len(self.sealed):06d}.h5"
         rows, ids = self._rows[: self._filled], self._ids[: self._filled]
-        self.sealed.append(write_shard(self._folder, name, rows, ids, self._layout.dtype))
+        dtype = None if self._layout.codes else self._layout.dtype
+        self.sealed.append(write_shard(self._folder, name, rows, ids, dtype))
         self._filled = 0
 
     def _grow(self, needed: int) -> None:
         # Grown by doubling: a small index need not hold a whole shard's memory.
         if needed > len(self._rows):
             size = min(max(2 * len(self._rows), needed), self._capacity)
-            larger = torch.empty(size, self._layout.width, dtype=self._layout.torch_dtype)
+            larger = torch.empty(size, self._layout.row_bytes, dtype=torch.uint8)
             larger[: self._filled] = self._rows[: self._filled]
             self._rows = larger
 
@@ -99,7 +100,7 @@ class Store:
             shard.file.close()
 
     def stream(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
-        """All rows in order, as (position of the first, rows (n, width) in the stored dtype).
+        """All rows in order, as (position of the first, rows (n, row_bytes) uint8).
 
         The next block is read while the caller works on this one. A block is a view of a buffer that is used again:
         it is good until the next one is asked for.
@@ -110,8 +111,8 @@ class Store:
             for shard, start in zip(self.shards, self._starts[:-1], strict=True)
             for i in range(0, shard.count, rows)
         ]
-        buffers = [torch.empty(rows, self.layout.width, dtype=self.layout.torch_dtype) for _ in range(_READ_AHEAD + 1)]
-        views = [buffer.view(torch.uint8).numpy().data.cast("B") for buffer in buffers]
+        buffers = [torch.empty(rows, self.layout.row_bytes, dtype=torch.uint8) for _ in range(_READ_AHEAD + 1)]
+        views = [buffer.numpy().data.cast("B") for buffer in buffers]
 
         def read(number: int) -> None:
             shard, _, start, stop = pieces[number]
@@ -127,7 +128,7 @@ class Store:
                 yield first + start, buffers[i % len(buffers)][: stop - start]
 
     def gather(self, positions: np.ndarray, *, check: bool = True) -> torch.Tensor:
-        """Rows at some positions, (m, width) in the stored dtype, in the order asked for.
+        """Rows at some positions, (m, row_bytes) uint8, in the order asked for.
 
         Args:
             positions: (m,) int64 in [0, n).
@@ -136,17 +137,21 @@ class Store:
         Raises:
             CorruptionError: a row does not match its checksum.
         """
-        out = torch.empty(len(positions), self.layout.width, dtype=self.layout.torch_dtype)
-        raw = out.view(torch.uint8).numpy()
+        size = self.layout.row_bytes
+        out = torch.empty(len(positions), size, dtype=torch.uint8)
+        raw = out.numpy()
+        flat = raw.reshape(-1).data
         order = np.argsort(positions, kind="stable")
-        owners = np.searchsorted(self._starts, positions[order], side="right") - 1
-        for owner in np.unique(owners):
-            shard, places = self.shards[owner], order[owners == owner]
-            local = positions[places] - self._starts[owner]
-            for place, row in zip(places.tolist(), local.tolist(), strict=True):
-                shard.read_rows(row, row + 1, raw[place].data)
-            if check:
-                shard.check_rows(local, raw[places])
+        ends = np.searchsorted(positions[order], self._starts[1:])
+        begin = 0
+        for shard, start, end in zip(self.shards, self._starts[:-1], ends.tolist(), strict=True):
+            if end > begin:
+                places = order[begin:end]
+                local = positions[places] - start
+                shard.gather_rows(local, [flat[p * size : (p + 1) * size] for p in places.tolist()])
+                if check:
+                    shard.check_rows(local, raw, places)
+            begin = end
         return out
 
     def verify(self) -> None:

@@ -1,0 +1,145 @@
+"""Coarse: a FAISS index over the coordinates, which proposes candidates by inner product. The one module that knows
+faiss; any `faiss.index_factory` string will do, and flat 4-bit product quantisation with fast scan is the default
+(André, Kermarrec and Le Scouarnec, VLDB 2015; Douze et al., arXiv:2401.08281).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ConfigError, CorruptionError
+from .sealed import SealedFile, SealedInfo, seal_file
+
+TRAIN_ROWS = 50_000
+_CODE_BYTES = 128
+
+
+def faiss_is_installed() -> bool:
+    return importlib.util.find_spec("faiss") is not None
+
+
+def load_faiss() -> Any:
+    """The faiss module.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError(
+            f"the coarse stage needs faiss, which cannot be imported ({error}): install lorif-index[cpu], or "
+            "lorif-index[gpu] where there is a GPU; exact=True works without"
+        ) from None
+    return faiss
+
+
+def default_factory(dim: int) -> str:
+    """4 bits for every pair of coordinates, at most 128 bytes, by fast scan; single ones where there are few."""
+    most = 2 * _CODE_BYTES
+    pieces = next((m for m in (most, dim // 2, dim) if m and m <= most and dim % m == 0), 1)
+    return f"PQ{pieces}x4fs"
+
+
+class Coarse:
+    """A FAISS index of coordinates, by position; scores are approximate inner products.
+
+    Args:
+        index: a trained faiss index with inner product as its metric.
+        factory: the string that it was made from.
+    """
+
+    def __init__(self, index: Any, factory: str) -> None:
+        self._index = index
+        self.factory = factory
+
+    @classmethod
+    def train(cls, factory: str, sample: np.ndarray) -> Coarse:
+        """An empty index, trained on coordinates (m, k) float32.
+
+        Raises:
+            ConfigError: faiss does not take the string, the width or so few rows.
+        """
+        faiss = load_faiss()
+        try:
+            index = faiss.index_factory(sample.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            _quietly(faiss, index)
+            index.train(np.ascontiguousarray(sample, dtype=np.float32))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"faiss refuses coarse={factory!r} for {sample.shape[1]} coordinates and {len(sample)} training rows "
+                f"({_reason(error)}): choose another factory string, or coarse='auto'"
+            ) from None
+        return cls(index, factory)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Takes the next rows, (n, k) float32."""
+        self._index.add(np.ascontiguousarray(rows, dtype=np.float32))
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    @property
+    def dim(self) -> int:
+        return int(self._index.d)
+
+    def search(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` best of queries (q, k): positions (q, count) int64, -1 where there are no more, and scores
+        (q, count) float32, falling."""
+        scores, positions = self._index.search(np.ascontiguousarray(x, dtype=np.float32), min(count, len(self)))
+        return positions, scores
+
+    def save(self, folder: Path, name: str) -> SealedInfo:
+        """Writes and seals the index."""
+        faiss = load_faiss()
+        temporary = folder / f".{name}.part"
+        try:
+            faiss.write_index(self._index, str(temporary))
+            return seal_file(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, file: SealedFile, factory: str, dim: int, count: int) -> Coarse:
+        """Reads a sealed index, mapped into memory where faiss can; the digest is checked before faiss sees a byte.
+
+        Raises:
+            CorruptionError: the file is damaged or not the index that the manifest speaks of.
+        """
+        faiss = load_faiss()
+        file.verify()
+        try:
+            index = faiss.read_index(str(file.path), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            raise CorruptionError(f"faiss cannot read {file.path} ({_reason(error)}): rebuild_coarse() anew") from None
+        if (index.d, index.ntotal) != (dim, count) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise CorruptionError(
+                f"{file.path} holds {index.ntotal} rows of width {index.d}, where {count} of {dim} were expected: "
+                "rebuild_coarse() anew"
+            )
+        return cls(index, factory)
+
+
+def _quietly(faiss: Any, index: Any) -> None:
+    """Small samples are meant: without faiss's warnings about points per centroid."""
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    for owner in (inner, getattr(inner, "pq", None)):
+        if hasattr(owner, "cp"):
+            owner.cp.min_points_per_centroid = 1
+
+
+def _reason(error: Exception) -> str:
+    """faiss's own message, without the place in its sources."""
+    return str(error).rpartition("Error: ")[2].strip()
+
+
+def coarse_fingerprint(parts: Iterable[Any]) -> str:
+    """SHA-256, in hex, over what a coarse index was made from: factors, curvature, damping, sketch, factory."""
+    return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()

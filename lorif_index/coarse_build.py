@@ -1,0 +1,192 @@
+"""Coarse build: trains and fills the coarse index from what is stored, and calibrates it on known answers.
+
+Everything is made from the stored rows, so that it can be made again without the model, and approximates exactly what
+the index rescores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from .calibration import KS, SIGNS, Calibration, Table, learn
+from .candidates import CandidateSearch
+from .coarse import TRAIN_ROWS, Coarse, default_factory, load_faiss
+from .damping import as_damping
+from .errors import ConfigError, QueryError, StoreError
+from .fitted import save_queries
+from .manifest import MANIFEST, Manifest
+from .progress import Reporter, Stage
+from .projection import keyed_generator
+from .reader import Reader, coarse_name, positions_of
+from .scoring import Question, TopK, stream_scores
+
+SAMPLE_ROWS = 4096
+_CORRECTION = (0.02, 50.0)
+
+
+def random_positions(reader: Reader, what: str, most: int) -> np.ndarray:
+    """Sorted positions of random rows."""
+    count = len(reader.store)
+    if count <= most:
+        return np.arange(count, dtype=np.int64)
+    generator = np.random.Generator(keyed_generator(reader.config.seed, what, count))
+    return np.sort(generator.permutation(count)[:most]).astype(np.int64)
+
+
+def make_coarse(reader: Reader, factory: str, stage: Stage) -> dict[str, Any]:
+    """Trains on a random sample of the rows, adds them all, and seals the file.
+
+    Returns:
+        the manifest's entry.
+
+    Raises:
+        ConfigError: faiss refuses the factory string for these rows, or no inner product was found in it.
+    """
+    positions = random_positions(reader, "coarse-sample", TRAIN_ROWS)
+    sample = reader.coordinates(reader.store.gather(positions)).numpy()
+    coarse = Coarse.train(factory, sample)
+    for z in reader.all_coordinates():
+        coarse.add(z.numpy())
+        stage.advance(len(z))
+    if len(coarse) != len(reader.store):
+        raise ConfigError(f"coarse={factory!r} kept {len(coarse)} of {len(reader.store)} rows: choose another")
+    fingerprint = reader.coarse_fingerprint(factory)
+    info = coarse.save(reader.folder, coarse_name(fingerprint))
+    return {"file": info.to_json(), "factory": factory, "fingerprint": fingerprint}
+
+
+def coordinate_sample(reader: Reader) -> np.ndarray:
+    """(s, k) float32: coordinates of random rows, which stand for all in the estimate of a recall."""
+    return reader.coordinates(reader.store.gather(random_positions(reader, "recall-sample", SAMPLE_ROWS))).numpy()
+
+
+def stored_queries(reader: Reader, most: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+    """Ids and gradients, as the factors have them, of random rows."""
+    positions = random_positions(reader, "calibration-queries", most)
+    parts = reader.layout.unpack(reader.store.gather(positions))
+    return reader.store.ids[positions], {name: parts[name].dense() for name in reader.specs}
+
+
+def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: Stage) -> Calibration | None:
+    """Learns T(k, recall) from training examples, left out of their own answers, and from sample queries if given.
+
+    One full scan for all queries together; `None` where there are no queries.
+    """
+    search, queries = reader.candidates, reader.queries
+    if search is None or queries is None:
+        raise StoreError("the index has no coarse stage to calibrate: make one with rebuild_coarse()")
+    gradients = queries.gradients()
+    own = positions_of(reader.store.ids, queries.ids())
+    if extra is not None:
+        gradients = {name: torch.cat([g, extra[name].float()]) for name, g in gradients.items()}
+        own = np.concatenate([own, np.full(next(iter(extra.values())).shape[0], -1)])
+    if not len(own):
+        return None
+    policy = as_damping(reader.config.damping)
+    question = reader.ask(gradients, reader.preconditioners(reader.specs, policy))
+    count = len(reader.store)
+    # Answers beyond a tenth of the rows are no search.
+    most = max(min(KS[-1], count // 10), 1)
+    tops = {sign: TopK(question.count, min(most + 1, count), largest=sign == SIGNS[0]) for sign in SIGNS}
+    scorer = question.scorer(reader.layout)
+    stage.total = (stage.total or 0) + count
+    for start, scores, size in stream_scores(reader.store, scorer):
+        for top in tops.values():
+            top.update(start, scores)
+        stage.advance(scores.shape[1], size)
+    bare = CandidateSearch(reader.store, reader.coarse, queries.sample(), None)  # type: ignore[arg-type]
+    limit = min(bare.limit, count)
+    tables = {}
+    for sign, top in tops.items():
+        found = top.result()[0].numpy()
+        answers = _without(found, own, most)
+        ranks = _ranks(bare, question, answers, own, limit, largest=sign == SIGNS[0])
+        table = learn(ranks, limit)
+        tables[sign] = _corrected(table, bare, question, found, largest=sign == SIGNS[0])
+    return Calibration(tables, question.count, count, limit, policy.to_json())
+
+
+def _without(positions: np.ndarray, own: np.ndarray, most: int) -> np.ndarray:
+    """The first `most` of each row of positions, leaving out the query's own."""
+    out = np.empty((len(positions), most), dtype=np.int64)
+    for i, row in enumerate(positions):
+        kept = row[row != own[i]][:most]
+        # Where rows are so few that one is lacking, the last stands for it.
+        out[i] = np.pad(kept, (0, most - len(kept)), mode="edge")
+    return out
+
+
+def _ranks(
+    search: CandidateSearch, question: Question, answers: np.ndarray, own: np.ndarray, limit: int, *, largest: bool
+) -> np.ndarray:
+    """(q, m): coarse rank of each answer, the query's own row not counted; `limit` where it is not among the first."""
+    ranks = np.full(answers.shape, limit, dtype=np.int64)
+    for q in range(question.count):
+        positions = search.order(question, slice(q, q + 1), limit, largest=largest)[0]
+        positions = positions[positions != own[q]]
+        order = np.argsort(positions, kind="stable")
+        at = np.searchsorted(positions[order], answers[q])
+        inside = at < len(positions)
+        hit = np.zeros(len(at), dtype=bool)
+        hit[inside] = positions[order][at[inside]] == answers[q][inside]
+        ranks[q, hit] = order[at[hit]]
+    return ranks
+
+
+def _corrected(
+    table: Table, search: CandidateSearch, question: Question, answers: np.ndarray, *, largest: bool
+) -> Table:
+    """The table with its correction: what was missed at a recall of .95, over what the estimate says was."""
+    missed, estimated = 0.0, 0.0
+    for k in (k for k in table.ks if k <= 100):
+        count = table.needed(k, 0.95)
+        if count is None:
+            continue
+        found = search.run(question, k, 0.0, largest=largest, count=max(count, 2 * k, 64))
+        for q in range(question.count):
+            missed += k - len(np.intersect1d(found.positions[q], answers[q, :k]))
+        estimated += float((k / np.maximum(found.recall, 1e-6) - k).sum())
+    if not missed or not estimated:
+        return table
+    return dataclasses.replace(table, correction=float(np.clip(missed / estimated, *_CORRECTION)))
+
+
+def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
+    """A coarse index made anew, calibrated, and put into the manifest; the old one is removed after that.
+
+    Raises:
+        QueryError: the index has no sketch. ConfigError: as in `make_coarse`.
+    """
+    load_faiss()
+    if reader.sketch is None:
+        raise QueryError("the index has no sketch to make a coarse index of: build it anew with this version")
+    if factory == "auto":
+        factory = default_factory(reader.sketch.dim)
+    manifest = reader.manifest
+    queries = manifest.queries
+    if queries is None:
+        ids, gradients = stored_queries(reader, reader.config.calibration_queries)
+        queries = save_queries(reader.folder, ids, gradients, coordinate_sample(reader))
+    with report.stage("coarse", len(reader.store)) as stage:
+        entry = make_coarse(reader, factory, stage)
+    fresh = dataclasses.replace(manifest, coarse=entry, queries=queries, calibration=None)
+    fresh.config = manifest.config | {"coarse": factory}
+    finished = recalibrate(Reader(reader.folder, fresh), None, report)
+    old = manifest.coarse
+    if old is not None and old["file"]["file"] != entry["file"]["file"]:
+        (reader.folder / old["file"]["file"]).unlink(missing_ok=True)
+    return finished
+
+
+def recalibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, report: Reporter) -> Manifest:
+    """The manifest with a calibration learnt anew, written to the folder."""
+    with report.stage("calibrate") as stage:
+        learnt = calibrate(reader, extra, stage)
+    fresh = dataclasses.replace(reader.manifest, calibration=learnt.to_json() if learnt is not None else None)
+    fresh.write(reader.folder, MANIFEST)
+    return fresh

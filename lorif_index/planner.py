@@ -1,0 +1,172 @@
+"""Planner: whether a search scans, rescores candidates or answers from the coarse index alone; and the three ways.
+
+A plan always says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .errors import QueryError
+from .progress import Reporter
+from .reader import Reader
+from .scoring import Question, TopK, stream_scores
+
+# Below so many rows a scan takes a few milliseconds, and is always right.
+SCAN_UP_TO = 10_000
+# Scoring a gathered candidate costs about as much as this many rows of a scan.
+_GATHER_COST = 4
+# Queries whose scorers are held at the same time.
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a search will be done.
+
+    Attributes:
+        way: "scan", "candidates" or "coarse".
+        reason: in words.
+        recall: asked for.
+    """
+
+    way: str
+    reason: str
+    recall: float
+
+
+@dataclass
+class Answer:
+    """Positions (q, k) int64, scores (q, k) float32, candidates (q,) and estimated recall (q,), bytes, seconds."""
+
+    positions: np.ndarray
+    scores: np.ndarray
+    candidates: np.ndarray
+    recall: np.ndarray
+    bytes_read: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def choose_plan(
+    reader: Reader, *, k: int, recall: float, rescore: bool, exact: bool | None, all_layers: bool
+) -> Plan:
+    """The way to answer.
+
+    Args:
+        reader: the index.
+        k: at most the number of rows.
+        recall: asked for.
+        rescore: False asks for coarse scores.
+        exact: True for a scan, False for candidates, None to choose.
+        all_layers: the query counts every layer.
+
+    Raises:
+        QueryError: the index cannot do what was asked for.
+    """
+    rows = reader.layout.row_bytes > 0
+    has_coarse = reader.manifest.coarse is not None
+    if not rescore or (not rows and exact is None):
+        if not has_coarse:
+            raise QueryError(
+                "rescore=False answers from the coarse index, and this index has none: make one with rebuild_coarse()"
+            )
+        if not rescore:
+            return Plan("coarse", "coarse scores, as asked by rescore=False", recall)
+        return Plan("coarse", "coarse scores: the index keeps nothing else (store='coarse')", recall)
+    if not rows:
+        raise QueryError(
+            f"exact={exact} needs stored rows, and this index keeps the coarse code alone (store='coarse'): leave "
+            "exact out for approximate scores, or build it with store='coordinates', 'factors' or 'both'"
+        )
+    if exact is False:
+        if not has_coarse:
+            raise QueryError("exact=False, but this index has no coarse stage: make one with rebuild_coarse()")
+        return Plan("candidates", "candidates, as asked by exact=False", recall)
+    count = len(reader.store)
+    if exact:
+        return Plan("scan", "scan of every row, as asked by exact=True", 1.0)
+    if not has_coarse:
+        return Plan("scan", "scan of every row: the index has no coarse stage", 1.0)
+    if recall >= 1:
+        return Plan("scan", "scan of every row: nothing less is certain of recall=1", 1.0)
+    if count <= SCAN_UP_TO:
+        return Plan("scan", f"scan of every row: quick enough for {count:,}", 1.0)
+    if not all_layers:
+        return Plan("scan", "scan of every row: the coarse stage is calibrated for all layers together", 1.0)
+    search = reader.candidates
+    if search is None:
+        return Plan("scan", "scan of every row: the index has no coarse stage", 1.0)
+    first = search.first_count(k, recall, largest=True)
+    if first * _GATHER_COST >= count:
+        return Plan("scan", f"scan of every row: {first:,} candidates of {count:,} rows would cost as much", 1.0)
+    return Plan("candidates", "candidates of the coarse index, rescored", recall)
+
+
+def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """(position of the first row, scores (q, n), bytes read) of every block of the index."""
+    with report.stage("scan", len(reader.store)) as stage:
+        for start, scores, size in stream_scores(reader.store, question.scorer(reader.layout)):
+            yield start, scores, size
+            stage.advance(scores.shape[1], size)
+
+
+def _by_scan(
+    reader: Reader, question: Question, plan: Plan, k: int, largest: bool, report: AbstractContextManager[Reporter]
+) -> Answer:
+    top, read = TopK(question.count, k, largest=largest), 0
+    began = time.perf_counter()
+    with report as opened:
+        for start, scores, size in scan(reader, question, opened):
+            top.update(start, scores)
+            read += size
+    positions, best = top.result()
+    examined, certain = np.full(question.count, len(reader.store)), np.ones(question.count)
+    seconds = {"scan": time.perf_counter() - began}
+    return Answer(positions.numpy(), best.numpy(), examined, certain, read, seconds)
+
+
+def _by_candidates(
+    reader: Reader, question: Question, plan: Plan, k: int, largest: bool, report: AbstractContextManager[Reporter]
+) -> Answer:
+    search = reader.candidates
+    if search is None:
+        raise QueryError("the index has no coarse stage: make one with rebuild_coarse()")
+    first = search.first_count(k, plan.recall, largest=largest)
+    parts = []
+    with report as opened, opened.stage("search", question.count) as stage:
+        for start in range(0, question.count, _BATCH):
+            some = question.some(slice(start, start + _BATCH))
+            parts.append(search.run(some, k, plan.recall, largest=largest, count=first))
+            stage.advance(some.count, parts[-1].rows_read * reader.layout.row_bytes)
+    seconds = {name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds}
+    read = sum(part.rows_read for part in parts) * reader.layout.row_bytes
+    positions, scores, candidates, recall = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("positions", "scores", "candidates", "recall")
+    )
+    return Answer(positions, scores, candidates, recall, read, seconds)
+
+
+def _by_coarse(
+    reader: Reader, question: Question, plan: Plan, k: int, largest: bool, report: AbstractContextManager[Reporter]
+) -> Answer:
+    search = reader.candidates
+    if search is None:
+        raise QueryError("the index has no coarse stage: make one with rebuild_coarse()")
+    began = time.perf_counter()
+    positions, scores, recall = search.coarse_only(question, k, largest=largest)
+    seconds = {"coarse": time.perf_counter() - began}
+    return Answer(
+        positions, scores, np.zeros(question.count, np.int64), np.full(question.count, recall), 0, seconds
+    )
+
+
+Way = Callable[[Reader, Question, Plan, int, bool, AbstractContextManager[Reporter]], Answer]
+ANSWERS: dict[str, Way] = {"scan": _by_scan, "candidates": _by_candidates, "coarse": _by_coarse}
+"""Way -> the function that goes it."""

@@ -1,0 +1,208 @@
+"""Reader: the parts of an index folder put together, and what can be read from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .calibration import Calibration
+from .candidates import CandidateSearch
+from .coarse import Coarse, coarse_fingerprint
+from .codes import CodeLayout
+from .config import BuildConfig
+from .damping import Damping
+from .errors import CorruptionError, FingerprintError, StoreError
+from .fitted import CalibrationQueries, FittedCurvature, load_sketch
+from .gradients import LayerGradient, LayerSpec
+from .manifest import Manifest
+from .query import Preconditioner
+from .rows import RowLayout
+from .scoring import Question, ask
+from .sealed import SealedFile, SealedInfo
+from .sketch import Sketch, SketchEncoder
+from .store import Store
+
+# Coordinates wait in so many bits for the coarse code, where that alone is kept in the end.
+_WAITING_BITS = 8
+
+
+def representation(config: BuildConfig, specs: Mapping[str, LayerSpec]) -> str:
+    """What rows hold: "both" is "factors" where every layer's gradient is kept whole, which leaves nothing to add."""
+    if config.store == "both" and all(spec.dense for spec in specs.values()):
+        return "factors"
+    return config.store
+
+
+def row_layout(manifest: Manifest, config: BuildConfig, specs: Mapping[str, LayerSpec]) -> RowLayout:
+    """The layout of an index's rows.
+
+    Raises:
+        CorruptionError: coordinates without a sketch.
+    """
+    store = representation(config, specs)
+    bits = config.coordinate_bits
+    if store == "coarse":
+        # Until the coarse index is made, its coordinates are kept.
+        store, bits = ("coarse", 0) if manifest.coarse is not None else ("coordinates", _WAITING_BITS)
+    codes = None
+    if store in ("both", "coordinates"):
+        try:
+            codes = CodeLayout(int(manifest.sketch["dim"]), bits)  # type: ignore[index]
+        except (TypeError, KeyError, ValueError):
+            raise CorruptionError(f"the manifest's sketch is missing or damaged, which store={store!r} needs") from None
+    return RowLayout(specs, config.dtype, factors=store in ("both", "factors"), codes=codes)
+
+
+class Reader:
+    """An index's parts, each loaded when first needed.
+
+    Args:
+        folder: the index's folder.
+        manifest: with its curvature; sketch and coarse index may be absent.
+        layout: of the rows; by default what the manifest says.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, layout: RowLayout | None = None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.config = BuildConfig.from_json(manifest.config)
+        self.specs = {spec.name: spec for spec in manifest.layers}
+        self.representation = representation(self.config, self.specs)
+        self.layout = row_layout(manifest, self.config, self.specs) if layout is None else layout
+        self.store = Store(folder, self.layout, manifest.shards)
+        if manifest.curvature is None:
+            raise CorruptionError(f"{folder} has no curvature in its manifest: restore it from a copy")
+        self.curvature = FittedCurvature(folder, manifest.curvature, self.specs, manifest.curvature_layers)
+        self._coarse_file: SealedFile | None = None
+
+    @cached_property
+    def sketch(self) -> Sketch | None:
+        """The sketch, or None where the index has none."""
+        if self.manifest.sketch is None:
+            return None
+        return load_sketch(self.folder, self.manifest.sketch, self.specs)
+
+    @cached_property
+    def queries(self) -> CalibrationQueries | None:
+        """The calibration queries, or None."""
+        if self.manifest.queries is None or self.sketch is None:
+            return None
+        return CalibrationQueries(self.folder, self.manifest.queries, self.specs, self.sketch.dim)
+
+    @cached_property
+    def coarse(self) -> Coarse | None:
+        """The coarse index, checked against what it was made from, or None where there is none.
+
+        Raises:
+            FingerprintError: it was made from other rows, curvature or sketch. CorruptionError: it is damaged.
+        """
+        entry = self.manifest.coarse
+        if entry is None or self.sketch is None:
+            return None
+        try:
+            info, factory, stored = SealedInfo.from_json(entry["file"]), str(entry["factory"]), entry["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise CorruptionError(f"the manifest's entry of the coarse index is damaged: {error!r}") from None
+        expected = self.coarse_fingerprint(factory)
+        if stored != expected or info.file != coarse_name(expected):
+            raise FingerprintError(
+                f"{info.file} was made from other rows, curvature, damping or sketch ({str(stored)[:16]} there, "
+                f"{expected[:16]} here): make it anew with rebuild_coarse()"
+            )
+        self._coarse_file = SealedFile(self.folder, info)
+        return Coarse.load(self._coarse_file, factory, self.sketch.dim, len(self.store))
+
+    @cached_property
+    def candidates(self) -> CandidateSearch | None:
+        """The candidate search, or None where there is no coarse index."""
+        if self.coarse is None or self.queries is None:
+            return None
+        learnt = self.manifest.calibration
+        calibration = Calibration.from_json(learnt) if learnt is not None else None
+        return CandidateSearch(self.store, self.coarse, self.queries.sample(), calibration)
+
+    def coarse_fingerprint(self, factory: str) -> str:
+        """What a coarse index of these rows must be made from."""
+        sketch = self.manifest.sketch or {}
+        curvature = self.manifest.curvature
+        return coarse_fingerprint(
+            [
+                # The ids stand for the rows where rows are not kept.
+                [shard.sealed.digest if self.representation != "coarse" else shard.rows for shard in self.manifest.shards],
+                curvature.digest if curvature else None,
+                sketch.get("lams"),
+                sketch.get("file", {}).get("digest"),
+                factory,
+            ]
+        )
+
+    def preconditioners(self, chosen: Iterable[str], policy: Damping) -> dict[str, Preconditioner]:
+        """H^-1 of some layers under a damping policy."""
+        complement = self.config.complement
+        return {name: Preconditioner.of(name, self.curvature[name], policy, complement) for name in chosen}
+
+    def ask(self, gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]) -> Question:
+        """The question that gradients {layer: (q, d_in, d_out)} put to the rows."""
+        return ask(self.layout, self.specs, self.sketch, self.curvature, gradients, preconditioners)
+
+    def coordinates(self, rows: torch.Tensor) -> torch.Tensor:
+        """z (n, k) float32 of rows (n, row_bytes): those stored, or computed from the factors.
+
+        Raises:
+            StoreError: the index keeps neither, or has no sketch.
+        """
+        if self.layout.codes is not None:
+            return self.layout.codes.decode(self.layout.codes_of(rows))
+        if not self.layout.groups or self.sketch is None:
+            raise StoreError("the index keeps no coordinates, and no factors to compute them from: build it anew")
+        parts = []
+        for part in rows.split(512):
+            layers = {n: LayerGradient.from_dense(f.dense()) for n, f in self.layout.unpack(part).items()}
+            parts.append(self._encoder.encode(layers))
+        return torch.cat(parts)
+
+    @cached_property
+    def _encoder(self) -> SketchEncoder:
+        if self.sketch is None:
+            raise StoreError("the index has no sketch: make one with rebuild_coarse()")
+        return SketchEncoder(self.sketch, self.curvature)
+
+    def all_coordinates(self) -> Iterator[torch.Tensor]:
+        """z of all rows in order, a block at a time."""
+        for _, rows in self.store.stream():
+            yield self.coordinates(rows)
+
+    def files(self) -> list[SealedFile]:
+        """Every file of the index but the manifest."""
+        files = [shard.file for shard in self.store.shards] + [self.curvature.file]
+        entries: list[Any] = [self.manifest.sketch, self.manifest.coarse, self.manifest.queries]
+        files += [SealedFile(self.folder, SealedInfo.from_json(e["file"])) for e in entries if e is not None]
+        return files
+
+    def close(self) -> None:
+        """Gives the file handles back; they are opened again when asked."""
+        self.store.close()
+        self.curvature.file.close()
+        if self._coarse_file is not None:
+            self._coarse_file.close()
+        if "queries" in self.__dict__ and self.queries is not None:
+            self.queries.file.close()
+
+
+def coarse_name(fingerprint: str) -> str:
+    """The coarse index's file, by what it was made from."""
+    return f"coarse-{fingerprint[:16]}.faiss"
+
+
+def positions_of(own: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Positions of ids among sorted ids; -1 where there is no such id."""
+    at = np.searchsorted(own, wanted)
+    inside = at < len(own)
+    good = np.zeros(len(wanted), dtype=bool)
+    good[inside] = own[at[inside]] == wanted[inside]
+    return np.where(good, at, -1)

@@ -1,0 +1,228 @@
+"""Sketch: an example's gradients in all layers as k coordinates whose inner products approximate influence.
+
+Half-whitened coordinates e = concat_l (S_l + lambda_l)^-1/2 V_l^T vec(G_l), reduced by one PCA of their uncentred
+second moment over the data: the best linear sketch for influence (EOGP, Heo, Rosser and Kim, proposition 1), then
+rotated at random, so that every coordinate carries alike. z = W^T e; <z_q, z_i> approximates g_q^T H^-1 g_i.
+
+A query keeps what the sketch was made with apart from what is asked now: another damping or fewer layers change only
+the query's side, x = W^T diag(sqrt(S + lambda) / (S + lambda')) V^T vec(G_q).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .curvature import LayerCurvature, RowPass
+from .errors import CurvatureError
+from .gradients import GradientBlock, LayerGradient
+from .progress import Stage
+from .projection import keyed_generator
+from .query import Preconditioner
+from .subspace import SubspaceFit
+
+# Above so many half-whitened coordinates (128 MiB of W at k = 512; a fit of about a minute on two cores), each layer's
+# own eigenvectors stand for the PCA over all layers.
+PCA_UP_TO = 65_536
+_POWER_ITERATIONS = 2
+_BATCH_ROWS = 256
+
+
+@dataclass(frozen=True)
+class LayerSketch:
+    """One layer's part of a sketch.
+
+    Attributes:
+        lam: lambda that its coordinates were half-whitened with.
+        weights: W_l, (m, k) float32, for the first m of the layer's curvature directions.
+    """
+
+    lam: float
+    weights: torch.Tensor
+
+    def whitening(self, layer: LayerCurvature) -> torch.Tensor:
+        """(m,) float32: sqrt(S + lambda)."""
+        return torch.sqrt(layer.eigenvalues[: len(self.weights)].double() + self.lam).float()
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A fitted sketch.
+
+    Attributes:
+        layers: layer -> its part; together the weights have orthonormal columns.
+        dim: k.
+        method: "pca" or "per-layer".
+        energy: share of the half-whitened gradients' squared norm that the k coordinates keep, on the sample.
+    """
+
+    layers: Mapping[str, LayerSketch]
+    dim: int
+    method: str
+    energy: float
+
+    def query(
+        self,
+        gradients: Mapping[str, torch.Tensor],
+        curvature: Mapping[str, LayerCurvature],
+        preconditioners: Mapping[str, Preconditioner],
+    ) -> torch.Tensor:
+        """x (q, k) float32 of a query's gradients (q, d_in, d_out), under its own damping, in the layers it has."""
+        out = torch.zeros(next(iter(gradients.values())).shape[0], self.dim)
+        for name, g in gradients.items():
+            part = self.layers[name]
+            count = len(part.weights)
+            if count:
+                scale = part.whitening(curvature[name]) * preconditioners[name].inside[:count]
+                out += ((g.flatten(1) @ curvature[name].basis[:, :count]) * scale) @ part.weights
+        return out
+
+    def residual(
+        self, transformed: Mapping[str, torch.Tensor], x: torch.Tensor, curvature: Mapping[str, LayerCurvature]
+    ) -> dict[str, torch.Tensor]:
+        """What the factors are scored with when <x, z> is taken from the coordinates: Q'_l - A_l^T (W x)_l.
+
+        For every layer of the sketch, those that the query leaves out too: the coordinates mix the layers, and
+        what of the left-out ones is in them must be taken off.
+        """
+        out = {}
+        for name, part in self.layers.items():
+            layer, count = curvature[name], len(part.weights)
+            inside = (x @ part.weights.T) / part.whitening(layer)
+            flat = -(inside @ layer.basis[:, :count].T)
+            if name in transformed:
+                flat += transformed[name].flatten(1)
+                out[name] = flat.reshape(transformed[name].shape)
+            else:
+                out[name] = flat
+        return out
+
+
+class SketchEncoder:
+    """Coordinates of gradients, with whitening and weights folded into one (D, k) matrix a layer."""
+
+    def __init__(self, sketch: Sketch, curvature: Mapping[str, LayerCurvature], device: torch.device | None = None):
+        self.dim = sketch.dim
+        self._matrices = {}
+        for name, part in sketch.layers.items():
+            count = len(part.weights)
+            if count:
+                weights = part.weights / part.whitening(curvature[name])[:, None]
+                self._matrices[name] = (curvature[name].basis[:, :count] @ weights).to(device or "cpu")
+
+    def encode(self, layers: Mapping[str, LayerGradient]) -> torch.Tensor:
+        """z (n, k) float32, on the CPU."""
+        total: torch.Tensor | None = None
+        for name, matrix in self._matrices.items():
+            part = layers[name].flat().to(matrix.device, torch.float32) @ matrix
+            total = part if total is None else total.add_(part)
+        if total is None:
+            raise CurvatureError("the sketch has no coordinates in any layer: build the index again")
+        return total.cpu()
+
+
+def coordinates_of(
+    layers: Mapping[str, LayerGradient], sketch: Sketch, curvature: Mapping[str, LayerCurvature]
+) -> torch.Tensor:
+    """Half-whitened coordinates e of a block, before the reduction, (n, sum of m) float32."""
+    parts = []
+    for name, part in sketch.layers.items():
+        basis = curvature[name].basis[:, : len(part.weights)]
+        parts.append((layers[name].flat().float().cpu() @ basis) / part.whitening(curvature[name]))
+    return torch.cat(parts, dim=1)
+
+
+def sketch_method(asked: str, curvature: Mapping[str, LayerCurvature]) -> str:
+    """ "pca" or "per-layer": what "auto" stands for, by the number of half-whitened coordinates."""
+    if asked != "auto":
+        return asked
+    return "pca" if sum(layer.rank for layer in curvature.values()) <= PCA_UP_TO else "per-layer"
+
+
+def fit_sketch(
+    rows: RowPass,
+    count: int,
+    curvature: Mapping[str, LayerCurvature],
+    lams: Mapping[str, float],
+    *,
+    dim: int,
+    method: str,
+    seed: int,
+    stage: Stage,
+    device: torch.device,
+) -> Sketch:
+    """Fits a sketch on a sample of the data, walked several times and never held.
+
+    Args:
+        rows: gives the blocks of the sample's gradients, the same each time.
+        count: number of rows.
+        curvature: layer -> fitted curvature.
+        lams: layer -> lambda.
+        dim: the most coordinates to keep; never more than there are half-whitened ones or rows, and a multiple of 8
+            where there are that many.
+        method: "pca": one PCA over all layers, by subspace iteration; "per-layer": the directions with the largest
+            S / (S + lambda) of all layers.
+        seed: of the starting block and the rotation.
+        stage: told of the rows walked.
+        device: where the products are computed.
+    """
+    widths = {name: layer.rank for name, layer in curvature.items()}
+    total = sum(widths.values())
+    kept = min(dim, total, count)
+    kept = kept // 8 * 8 if kept >= 8 else kept
+    generator = np.random.Generator(keyed_generator(seed, "sketch-rotation", kept))
+    rotation = torch.linalg.qr(torch.from_numpy(generator.standard_normal((kept, kept)))).Q
+    whitened = {
+        name: (layer.basis / torch.sqrt(layer.eigenvalues.double() + lams[name]).float()).to(device)
+        for name, layer in curvature.items()
+    }
+
+    def walk() -> Iterator[torch.Tensor]:
+        for block in rows():
+            yield from _whiten(block, whitened)
+            stage.advance(block.count)
+
+    if method == "pca":
+        fit = SubspaceFit(("sketch",), total, kept, count, seed, device)
+        passes = fit.passes(_POWER_ITERATIONS)
+        stage.total = (stage.total or 0) + passes * count
+        for number in range(passes):
+            if fit.begin(number, passes):
+                for part in walk():
+                    fit.add(part)
+                fit.end()
+        pairs = fit.result(count)
+        if not pairs.trace > 0:
+            raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
+        weights = (pairs.vectors.double() @ rotation).float().split(list(widths.values()))
+        layers = {n: LayerSketch(lams[n], w.contiguous()) for n, w in zip(widths, weights, strict=True)}
+        return Sketch(layers, kept, method, min(float(pairs.values[:kept].sum()) / pairs.trace, 1.0))
+
+    shares = torch.cat([(s := layer.eigenvalues.double()) / (s + lams[name]) for name, layer in curvature.items()])
+    best = torch.zeros(total, dtype=torch.bool)
+    best[torch.argsort(shares, descending=True, stable=True)[:kept]] = True
+    stage.total = (stage.total or 0) + count
+    squares = torch.zeros(total, dtype=torch.float64)
+    for part in walk():
+        squares += part.double().square().sum(dim=0).cpu()
+    layers, at = {}, 0
+    for name, chosen in zip(widths, best.split(list(widths.values())), strict=True):
+        # Eigenvalues fall, so the chosen ones are the first of each layer.
+        taken = int(chosen.sum())
+        layers[name] = LayerSketch(lams[name], rotation[at : at + taken].float().contiguous())
+        at += taken
+    if not squares.sum() > 0:
+        raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
+    return Sketch(layers, kept, method, float(squares[best].sum() / squares.sum()))
+
+
+def _whiten(block: GradientBlock, whitened: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Pieces (b, total) of the half-whitened coordinates of a block."""
+    flat = {name: block.layers[name].flat() for name in whitened}
+    return [
+        torch.cat([flat[n][i : i + _BATCH_ROWS].to(m.device, torch.float32) @ m for n, m in whitened.items()], dim=1)
+        for i in range(0, block.count, _BATCH_ROWS)
+    ]

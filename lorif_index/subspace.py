@@ -1,0 +1,123 @@
+"""Subspace: the leading eigenpairs of a sum of outer products whose rows are walked, never held.
+
+Subspace iteration with a Rayleigh-Ritz pass at the end (Halko, Martinsson and Tropp, arXiv:0909.4061): a block of
+r + 10 directions is multiplied by sum g g^T in each pass, O(D r) memory. The curvature of a layer and the principal
+components of a sketch are both found so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .projection import keyed_generator
+
+OVERSAMPLING = 10
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """What a fit found, for the sum over the rows divided by what was asked for.
+
+    Attributes:
+        vectors: (D, r) float32, orthonormal columns, in falling order; signs are fixed.
+        values: (at least r,) float64, falling: those of the vectors and up to 10 more.
+        trace: the rows' squared norms, summed and divided likewise; exact.
+    """
+
+    vectors: torch.Tensor
+    values: torch.Tensor
+    trace: float
+
+
+class SubspaceFit:
+    """The state of one fit: a sketch that becomes an orthonormal block, then Rayleigh-Ritz inside it.
+
+    Args:
+        key: names the starting block's random numbers, with the seed.
+        dim: D, the width of the rows.
+        rank: r, or None for all; never above D or the number of rows.
+        count: number of rows.
+        seed: of the starting block.
+        device: where the products are computed.
+    """
+
+    def __init__(
+        self, key: tuple[str, ...], dim: int, rank: int | None, count: int, seed: int, device: torch.device
+    ) -> None:
+        self.dim = dim
+        self.device = device
+        self.rank = min(dim if rank is None else rank, dim, count)
+        self.block = min(self.rank + OVERSAMPLING, dim)
+        self.exact = self.block >= dim
+        self._key = key
+        self._seed = seed
+        self._trace = 0.0
+        self._basis: torch.Tensor | None = None
+        self._sketch: torch.Tensor | None = None
+        self._core: torch.Tensor | None = None
+        self._last = False
+        self._tracing = True
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the fit takes."""
+        return 4 * self.dim * self.block * (3 if self.exact else 2) + 8 * self.block**2
+
+    def passes(self, power_iterations: int) -> int:
+        """Walks over the rows that it needs: one where the dense matrix is no larger than the sketch."""
+        return 1 if self.exact else 2 + power_iterations
+
+    def begin(self, number: int, passes: int) -> bool:
+        """Prepares pass `number` of `passes`; whether this fit takes part in it."""
+        self._last = number == passes - 1
+        if self.exact:
+            # One pass is enough; it takes part in the last.
+            if self._last:
+                self._core = torch.zeros(self.block, self.block, dtype=torch.float64, device=self.device)
+            return self._last
+        if self._last:
+            self._core = torch.zeros(self.block, self.block, dtype=torch.float64, device=self.device)
+        else:
+            if self._basis is None:
+                generator = np.random.Generator(keyed_generator(self._seed, *self._key))
+                start = generator.standard_normal((self.dim, self.block), dtype=np.float32)
+                self._basis = torch.from_numpy(start).to(self.device)
+            self._sketch = torch.zeros(self.dim, self.block, device=self.device)
+        return True
+
+    def add(self, g: torch.Tensor) -> None:
+        """Takes rows (b, D)."""
+        if self._tracing:
+            self._trace += float(torch.linalg.vector_norm(g.double(), dim=1).square().sum())
+        if self.exact:
+            self._core += g.T @ g  # type: ignore[operator]
+            return
+        projected = g @ self._basis  # type: ignore[operator]
+        if self._last:
+            self._core += projected.T @ projected  # type: ignore[operator]
+        else:
+            self._sketch.addmm_(g.T, projected)  # type: ignore[union-attr]
+
+    def end(self) -> None:
+        """Ends a pass."""
+        self._tracing = False
+        if not self._last:
+            # Scaled first: sums of squares of very small gradients would leave float32's range in the factorisation.
+            sketch = self._sketch.double()  # type: ignore[union-attr]
+            peak = sketch.abs().amax()
+            self._basis = torch.linalg.qr(sketch / torch.where(peak > 0, peak, 1.0)).Q.float()
+            self._sketch = None
+
+    def result(self, divisor: float) -> Eigenpairs:
+        """The eigenpairs of the sum divided by `divisor`; the fit is used up."""
+        values, vectors = torch.linalg.eigh(self._core / divisor)  # type: ignore[operator]
+        values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)[:, : self.rank]
+        basis = vectors if self.exact else self._basis.double() @ vectors  # type: ignore[union-attr]
+        self._basis = self._core = None
+        # Signs are fixed, so that a refit of the same rows gives the same files.
+        largest = basis.abs().argmax(dim=0, keepdim=True)
+        basis = basis * torch.sign(torch.gather(basis, 0, largest))
+        return Eigenpairs(basis.float().contiguous().cpu(), values.cpu(), self._trace / divisor)
