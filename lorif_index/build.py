@@ -373,7 +373,7 @@ class _Build:
                     self._vanished += vanished
                 if encoder is not None and layout.codes is not None:
                     codes = layout.codes.encode(encoder.encode(block.layers))
-                sealed = writer.append(layout.join(stored, codes), block.ids)
+                sealed = writer.append(layout.rows(stored, codes), block.ids)
                 stage.advance(block.count, block.count * layout.row_bytes)
                 if sealed:
                     manifest.skipped = sorted(skipped)
@@ -435,7 +435,7 @@ class _Build:
         old = manifest.shards
         kept = []
         for number, info in enumerate(old):
-            shard = Shard(self.path, info, reader.layout.row_bytes)
+            shard = Shard(self.path, info, reader.layout)
             kept.append(write_ids(self.path, f"ids-{number:06d}.h5", shard.ids()))
             shard.file.close()
         manifest.shards, manifest.coarse = kept, entry

@@ -18,27 +18,25 @@ import torch
 from .errors import CorruptionError
 
 KS = (1, 3, 10, 30, 100, 300, 1000)
-TARGETS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+TARGETS = (0.5, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.9975, 0.999)
 SIGNS = ("proponents", "opponents")
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was learnt for one sign.
+    """What was learnt of one order of the rows.
 
     Attributes:
         ks: answers asked for, rising.
         targets: recalls, rising.
         candidates: [k][target] -> T, or None where no number up to the limit reached it.
-        alone: [k] -> recall of the coarse order alone: the share of the k best among its own k best.
-        correction: factor on the estimated number of missed answers.
+        alone: [k] -> recall of that order alone: the share of the k best among its own k best.
     """
 
     ks: tuple[int, ...]
     targets: tuple[float, ...]
     candidates: tuple[tuple[int | None, ...], ...]
     alone: tuple[float, ...]
-    correction: float = 1.0
 
     def needed(self, k: int, recall: float) -> int | None:
         """T(k, recall): of the next larger k and recall that were calibrated; None: beyond what was."""
@@ -50,23 +48,63 @@ class Table:
         return None if found is None else max(found, k)
 
     def recall_alone(self, k: int) -> float:
-        """Recall of the coarse order alone."""
+        """Recall of the order alone."""
         return float(np.interp(math.log(k), np.log(self.ks), self.alone))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Table:
+        """The inverse of `dataclasses.asdict`; ValueError, KeyError or TypeError where it cannot be."""
+        table = cls(
+            tuple(map(int, data["ks"])),
+            tuple(map(float, data["targets"])),
+            tuple(tuple(None if v is None else int(v) for v in row) for row in data["candidates"]),
+            tuple(map(float, data["alone"])),
+        )
+        rows = {len(table.candidates), len(table.alone)}
+        if not table.ks or rows != {len(table.ks)} or {len(row) for row in table.candidates} != {len(table.targets)}:
+            raise ValueError("a table of the wrong form")
+        return table
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What was learnt for one sign.
+
+    Attributes:
+        coarse: of the coarse index's order.
+        fine: of the order by stored coordinates, where factors are scored after them; else None.
+        correction: factor on the estimated number of missed answers.
+    """
+
+    coarse: Table
+    fine: Table | None
+    correction: float = 1.0
+
+    def needed(self, k: int, recall: float) -> tuple[int | None, int | None]:
+        """Candidates by coarse order, and how many of those by fine order, that reach the recall together.
+
+        With two orders each may lose half of what may be lost.
+        """
+        if self.fine is None:
+            found = self.coarse.needed(k, recall)
+            return found, found
+        each = 1.0 - (1.0 - recall) / 2.0
+        return self.coarse.needed(k, each), self.fine.needed(k, each)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Tables for proponents and opponents.
+    """What was learnt for proponents and opponents.
 
     Attributes:
-        tables: sign -> table.
+        orders: sign -> tables.
         queries: how many queries it was learnt from.
         rows: the index's rows when it was learnt.
         limit: most candidates that were looked at.
         damping: that of the calibration's scores, as JSON.
     """
 
-    tables: Mapping[str, Table]
+    orders: Mapping[str, Orders]
     queries: int
     rows: int
     limit: int
@@ -74,7 +112,7 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "tables": {sign: asdict(table) for sign, table in self.tables.items()},
+            "orders": {sign: asdict(orders) for sign, orders in self.orders.items()},
             "queries": self.queries,
             "rows": self.rows,
             "limit": self.limit,
@@ -89,21 +127,15 @@ class Calibration:
             CorruptionError: missing fields or wrong forms.
         """
         try:
-            tables = {
-                sign: Table(
-                    tuple(map(int, t["ks"])),
-                    tuple(map(float, t["targets"])),
-                    tuple(tuple(None if v is None else int(v) for v in row) for row in t["candidates"]),
-                    tuple(map(float, t["alone"])),
-                    float(t["correction"]),
+            orders = {
+                sign: Orders(
+                    Table.from_json(data["orders"][sign]["coarse"]),
+                    None if data["orders"][sign]["fine"] is None else Table.from_json(data["orders"][sign]["fine"]),
+                    float(data["orders"][sign]["correction"]),
                 )
-                for sign, t in data["tables"].items()
+                for sign in SIGNS
             }
-            if set(tables) != set(SIGNS) or any(
-                not t.ks or len(t.candidates) != len(t.ks) or len(t.alone) != len(t.ks) for t in tables.values()
-            ):
-                raise ValueError("tables of the wrong form")
-            return cls(tables, int(data["queries"]), int(data["rows"]), int(data["limit"]), dict(data["damping"]))
+            return cls(orders, int(data["queries"]), int(data["rows"]), int(data["limit"]), dict(data["damping"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptionError(f"the manifest's calibration is not as expected: {error!r}") from None
 
@@ -137,36 +169,72 @@ def learn(ranks: np.ndarray, limit: int) -> Table:
 
 
 @dataclass(frozen=True)
-class Rest:
-    """Coarse scores of rows that were not rescored, and how many rows each stands for."""
+class Seen:
+    """What a search has seen of one query; signs such that large is wanted.
 
-    scores: np.ndarray
+    Attributes:
+        coarse, fine: (w,) coarse scores and scores by coordinates of the rows proposed; the same where there are no
+            coordinates.
+        deep: (d,) places among those w whose exact scores are known: the best by fine score.
+        exact: (d,) exact scores.
+        rest, weights: coarse scores of rows that were not proposed, and how many rows each stands for.
+    """
+
+    coarse: np.ndarray
+    fine: np.ndarray
+    deep: np.ndarray
+    exact: np.ndarray
+    rest: np.ndarray
     weights: np.ndarray
 
 
-def expected_missed(coarse: np.ndarray, exact: np.ndarray, rest: Rest, threshold: float) -> float:
-    """How many of the rest are expected to score above the threshold.
+def expected_missed(seen: Seen, threshold: float) -> float:
+    """How many rows without an exact score are expected to score above the threshold, the k-th best exact score found.
 
-    Args:
-        coarse, exact: (t,) scores of the rescored candidates, signs such that large is wanted.
-        rest: coarse scores of what was not rescored.
-        threshold: the k-th best exact score found.
-
-    The exact score is taken as a line in the coarse one plus the residuals seen among the candidates, which were
-    chosen by the coarse score alone, so that the line is not biased by the choice. A residual's tail is the larger of
-    the empirical and the normal one.
+    The fine score is taken as a line in the coarse one plus residuals, the exact one as a line in the fine one plus
+    residuals. Both are fitted on rows that were chosen by the line's own variable, so that the choice does not bias it.
     """
-    if not len(rest.scores):
-        return 0.0
-    middle_c, middle_e = float(coarse.mean()), float(exact.mean())
-    spread = float(np.square(coarse - middle_c).sum())
-    slope = float(((coarse - middle_c) * (exact - middle_e)).sum()) / spread if spread > 0 else 0.0
-    residuals = np.sort(exact - middle_e - slope * (coarse - middle_c))
-    sigma = float(residuals.std())
-    gap = threshold - (middle_e + slope * (rest.scores - middle_c))
-    empirical = 1.0 - np.searchsorted(residuals, gap, side="left") / len(residuals)
-    normal = torch.special.ndtr(torch.from_numpy(-gap / sigma)).numpy() if sigma > 0 else (gap <= 0).astype(float)
-    return float((np.maximum(empirical, normal) * rest.weights).sum())
+    to_fine, to_exact = _Line.fit(seen.coarse, seen.fine), _Line.fit(seen.fine[seen.deep], seen.exact)
+    shallow = np.ones(len(seen.fine), dtype=bool)
+    shallow[seen.deep] = False
+    missed = float(_survival(threshold - to_exact.at(seen.fine[shallow]), to_exact.residuals).sum())
+    if len(seen.rest):
+        # One residual of either kind, paired in turn.
+        turns = np.resize(to_exact.residuals, len(to_fine.residuals))
+        residuals = to_exact.slope * to_fine.residuals + np.random.default_rng(0).permutation(turns)
+        gap = threshold - to_exact.at(to_fine.at(seen.rest))
+        missed += float((_survival(gap, residuals) * seen.weights).sum())
+    return missed
+
+
+@dataclass(frozen=True)
+class _Line:
+    middle_x: float
+    middle_y: float
+    slope: float
+    residuals: np.ndarray
+
+    @classmethod
+    def fit(cls, x: np.ndarray, y: np.ndarray) -> _Line:
+        """Least squares."""
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        middle_x, middle_y = float(x.mean()), float(y.mean())
+        spread = float(np.square(x - middle_x).sum())
+        slope = float(((x - middle_x) * (y - middle_y)).sum()) / spread if spread > 0 else 0.0
+        return cls(middle_x, middle_y, slope, y - middle_y - slope * (x - middle_x))
+
+    def at(self, x: np.ndarray) -> np.ndarray:
+        return self.middle_y + self.slope * (x - self.middle_x)
+
+
+def _survival(gap: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """Chance that a residual exceeds each gap: the larger of the empirical and the normal one."""
+    ordered = np.sort(residuals)
+    sigma = float(ordered.std())
+    empirical = 1.0 - np.searchsorted(ordered, gap, side="left") / len(ordered)
+    if not sigma > 1e-12 * max(float(np.abs(gap).max(initial=0.0)), 1e-300):
+        return empirical
+    return np.maximum(empirical, torch.special.ndtr(torch.from_numpy(-gap / sigma)).numpy())
 
 
 def recall_from_missed(k: int, missed: float) -> float:

@@ -1,8 +1,9 @@
-"""Candidates: what the coarse index proposes is gathered, scored exactly, and continued while the recall is short.
+"""Candidates: what the coarse index proposes is narrowed by coordinates, scored exactly, and continued while short.
 
-Each query's best coarse rows are read by position, those that several queries share once, and scored by the same
-scorer as a full scan. From the errors seen among them and the coarse scores of the rest the recall is estimated; a
-query whose estimate is short goes on with twice as many.
+Three orders, each of fewer rows and nearer to the exact one: the coarse code proposes the widest set; the stored
+coordinates (held in memory up to a limit) narrow it; the factors of what is left are read by position and scored by the
+same scorer as a full scan. Rows that several queries share are read once. From the errors seen on the way the recall is
+estimated; a query whose estimate is short goes on with twice as many.
 """
 
 from __future__ import annotations
@@ -13,19 +14,31 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .calibration import Calibration, Rest, expected_missed, recall_from_missed
+from .calibration import SIGNS, Calibration, Orders, Seen, expected_missed, recall_from_missed
 from .coarse import Coarse
 from .errors import QueryError
+from .rows import RowLayout
 from .scoring import Question, Scorer
 from .store import Store
 
-# Rows are gathered and scored a block at a time: bounds memory for large batches.
+# Coordinates of all rows are held in memory up to so many bytes; beyond, those of candidates are read by position.
+RESIDENT_BYTES = 4 << 30
+# Factors are gathered and scored a block at a time: bounds memory for large batches.
 _GATHER_BYTES = 128 << 20
-# Coarse scores are asked for this many times as far as rows are rescored, to see what comes next.
+# Coarse scores are asked for this many times as far as rows are proposed, to see what comes next.
 _BEYOND = 2
 _FIRST_GUESS = 1000
-# A query goes on only if its estimate is this much of the allowed loss short.
+_LEAST_WIDE, _LEAST_DEEP = 256, 64
+# A query goes on only if what it is estimated to lose is this much more than it may.
 _TOLERANCE = 1.1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many rows a search takes per query: `wide` by coarse order, `deep` of those scored exactly."""
+
+    wide: int
+    deep: int
 
 
 @dataclass
@@ -35,18 +48,55 @@ class Found:
     Attributes:
         positions: (q, k) int64, best first.
         scores: (q, k) float32.
-        candidates: (q,) rows rescored for each query.
+        candidates: (q,) rows scored exactly for each query.
+        proposed: (q,) rows that the coarse order proposed.
         recall: (q,) estimated.
-        rows_read: distinct rows gathered.
+        bytes_read: from the shards.
         seconds: by stage.
     """
 
     positions: np.ndarray
     scores: np.ndarray
     candidates: np.ndarray
+    proposed: np.ndarray
     recall: np.ndarray
-    rows_read: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_read: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"coarse": 0.0, "narrow": 0.0, "gather": 0.0, "rescore": 0.0, "check": 0.0}
+    )
+
+
+class _State:
+    """What is known of one query; scores have their sign turned so that large is wanted."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.positions = np.empty(0, dtype=np.int64)
+        self.coarse = np.empty(0, dtype=np.float32)
+        self.fine = np.empty(0, dtype=np.float32)
+        self.deep = np.empty(0, dtype=np.int64)
+        self.exact = np.empty(0, dtype=np.float32)
+
+    def propose(self, positions: np.ndarray, coarse: np.ndarray, fine: np.ndarray) -> None:
+        self.positions = np.concatenate([self.positions, positions])
+        self.coarse = np.concatenate([self.coarse, coarse])
+        self.fine = np.concatenate([self.fine, fine])
+
+    def next_deep(self, count: int) -> np.ndarray:
+        """Places of the best by fine score that are not scored exactly yet."""
+        if count < len(self.fine):
+            best = np.argpartition(-self.fine, count - 1)[:count]
+        else:
+            best = np.arange(len(self.fine))
+        return best[~np.isin(best, self.deep)] if len(self.deep) else best
+
+    def score(self, places: np.ndarray, exact: np.ndarray) -> None:
+        self.deep = np.concatenate([self.deep, places])
+        self.exact = np.concatenate([self.exact, exact])
+
+    def best(self, k: int) -> np.ndarray:
+        """Which of the exact scores are the k best, best first; ties go to the earlier row, as in a scan."""
+        return np.lexsort((self.positions[self.deep], -self.exact))[:k]
 
 
 def coordinates(question: Question) -> torch.Tensor:
@@ -60,26 +110,8 @@ def coordinates(question: Question) -> torch.Tensor:
     return question.x
 
 
-class _Known:
-    """One query's rescored candidates; scores have their sign turned so that large is wanted."""
-
-    def __init__(self) -> None:
-        self.positions = np.empty(0, dtype=np.int64)
-        self.coarse = np.empty(0, dtype=np.float32)
-        self.exact = np.empty(0, dtype=np.float32)
-
-    def take(self, positions: np.ndarray, coarse: np.ndarray, exact: np.ndarray) -> None:
-        self.positions = np.concatenate([self.positions, positions])
-        self.coarse = np.concatenate([self.coarse, coarse])
-        self.exact = np.concatenate([self.exact, exact])
-
-    def best(self, k: int) -> np.ndarray:
-        """Places of the k best by exact score, best first; ties go to the earlier row, as in a scan."""
-        return np.lexsort((self.positions, -self.exact))[:k]
-
-
 class CandidateSearch:
-    """Coarse search and exact rescoring over one index.
+    """Coarse search, narrowing and exact rescoring over one index.
 
     Args:
         store: the rows.
@@ -90,128 +122,174 @@ class CandidateSearch:
 
     def __init__(self, store: Store, coarse: Coarse, sample: np.ndarray, calibration: Calibration | None) -> None:
         self._store = store
+        self._layout = store.layout
         self._coarse = coarse
         self._sample = sample
+        self._codes: torch.Tensor | None = None
         self.calibration = calibration
 
     @property
     def limit(self) -> int:
-        """Most candidates of a query; beyond, a scan is the better way."""
-        return max(len(self._store) // 8, min(len(self._store), 4 * _FIRST_GUESS))
+        """Most rows proposed for a query; beyond, a scan is the better way."""
+        return min(max(len(self._store) // 8, 4 * _FIRST_GUESS), len(self._store))
 
-    def first_count(self, k: int, recall: float, *, largest: bool) -> int:
-        """Candidates to begin with: T(k, recall) where it was calibrated."""
-        table = self.calibration.tables["proponents" if largest else "opponents"] if self.calibration else None
-        needed = table.needed(k, recall) if table else None
-        if needed is None:
-            needed = self.limit if table else max(_FIRST_GUESS, 20 * k)
-        return min(max(needed, 2 * k, 64), self.limit)
+    @property
+    def narrows(self) -> bool:
+        """Whether coordinates lie between the coarse order and the factors."""
+        return self._layout.codes is not None and self._layout.width > 0
 
-    def run(
-        self, question: Question, k: int, recall: float, *, largest: bool, count: int
-    ) -> Found:
+    @property
+    def layout(self) -> RowLayout:
+        """Of the rows."""
+        return self._layout
+
+    def first_counts(self, k: int, recall: float, *, largest: bool) -> Counts:
+        """How many rows to begin with: as calibrated, or a guess."""
+        return self.counts_by(self._orders(largest), k, recall)
+
+    def counts_by(self, orders: Orders | None, k: int, recall: float) -> Counts:
+        """The same by given tables."""
+        wide, deep = orders.needed(k, recall) if orders else (max(2 * _FIRST_GUESS, 40 * k), max(_FIRST_GUESS, 20 * k))
+        wide = min(max(wide or self.limit, 2 * k, _LEAST_WIDE), self.limit)
+        return Counts(wide, min(max(deep or self.limit, k + k // 4, _LEAST_DEEP), wide) if self.narrows else wide)
+
+    def run(self, question: Question, k: int, recall: float, *, largest: bool, counts: Counts) -> Found:
         """Searches for the k best rows of each query.
 
         Args:
             question: the queries, with coordinates.
             k: at most the number of rows.
-            recall: wanted, in (0, 1].
+            recall: wanted, in (0, 1]; 0 never goes on.
             largest: the largest scores, or the smallest.
-            count: candidates to begin with.
+            counts: rows to begin with.
         """
         sign = np.float32(1.0 if largest else -1.0)
         queries = coordinates(question).numpy() * sign
-        correction = self._correction(largest)
+        orders = self._orders(largest)
+        correction = orders.correction if orders else 1.0
         total = question.count
-        scorers = [question.some(slice(q, q + 1)).scorer(self._store.layout) for q in range(total)]
+        states = [_State(question.some(slice(q, q + 1)).scorer(self._layout)) for q in range(total)]
         found = Found(
             np.full((total, k), -1, dtype=np.int64),
             np.zeros((total, k), dtype=np.float32),
             np.zeros(total, dtype=np.int64),
+            np.zeros(total, dtype=np.int64),
             np.zeros(total),
-            seconds={"coarse": 0.0, "gather": 0.0, "rescore": 0.0, "check": 0.0},
         )
-        beyond = self._sample @ queries.T
-        known = [_Known() for _ in range(total)]
-        pending = np.arange(total)
-        while len(pending):
+        sampled = self._sample @ queries.T
+        pending = list(range(total))
+        while pending:
             began = time.perf_counter()
-            positions, coarse = self._coarse.search(queries[pending], _BEYOND * count)
-            found.seconds["coarse"] += time.perf_counter() - began
+            positions, coarse = self._coarse.search(queries[pending], _BEYOND * counts.wide)
             # An index of inverted lists may find fewer than asked for: -1 marks the end.
             usable = (positions >= 0).sum(axis=1).tolist()
-            # Equal coarse scores may come in another order the second time: what is known is told by position.
-            fresh = [
-                np.flatnonzero(~np.isin(positions[i, : min(count, usable[i])], known[q].positions))
-                for i, q in enumerate(pending.tolist())
-            ]
-            mine = [scorers[q] for q in pending.tolist()]
-            scored = self._rescore(mine, [positions[i, f] for i, f in enumerate(fresh)], found)
+            found.seconds["coarse"] += time.perf_counter() - began
+            rests = []
+            for i, q in enumerate(pending):
+                taken = min(counts.wide, usable[i])
+                self._propose(states[q], positions[i, :taken], coarse[i, :taken], sign, found)
+                last = coarse[i, usable[i] - 1] if usable[i] else np.inf
+                rests.append(self._rest(coarse[i, taken : usable[i]], sampled[:, q], last))
+            self._score_exactly([states[q] for q in pending], counts.deep, sign, found)
             began = time.perf_counter()
-            again = []
-            for i, q in enumerate(pending.tolist()):
-                state = known[q]
-                state.take(positions[i, fresh[i]], coarse[i, fresh[i]], scored[i] * sign)
+            short = []
+            for i, q in enumerate(pending):
+                state = states[q]
                 best = state.best(k)
-                found.positions[q, : len(best)] = state.positions[best]
+                found.positions[q, : len(best)] = state.positions[state.deep[best]]
                 found.scores[q, : len(best)] = state.exact[best] * sign
-                found.candidates[q] = len(state.positions)
+                found.candidates[q], found.proposed[q] = len(state.deep), len(state.positions)
                 if len(best):
-                    rest = self._rest(coarse[i, min(count, usable[i]) : usable[i]], beyond[:, q], coarse[i, usable[i] - 1])
-                    missed = expected_missed(state.coarse, state.exact, rest, float(state.exact[best[-1]]))
-                    found.recall[q] = recall_from_missed(k, missed * correction) * len(best) / k
-                short = (1.0 - found.recall[q]) > _TOLERANCE * (1.0 - recall)
-                if short and usable[i] >= count and count < self.limit:
-                    again.append(q)
+                    seen = Seen(state.coarse, state.fine, state.deep, state.exact, *rests[i])
+                    missed = expected_missed(seen, float(state.exact[best[-1]])) * correction
+                    found.recall[q] = recall_from_missed(k, missed) * len(best) / k
+                more = counts.wide < min(self.limit, usable[i] + 1) or counts.deep < len(state.positions)
+                if more and (1.0 - found.recall[q]) > _TOLERANCE * (1.0 - recall):
+                    short.append(q)
             found.seconds["check"] += time.perf_counter() - began
-            pending = np.array(again, dtype=np.int64)
-            count = min(2 * count, self.limit)
+            pending = short
+            wide = min(2 * counts.wide, self.limit)
+            counts = Counts(wide, min(2 * counts.deep, wide) if self.narrows else wide)
         return found
 
-    def order(self, question: Question, rows: slice, count: int, *, largest: bool) -> np.ndarray:
-        """(q, count) positions in coarse order, for some of the queries."""
+    def order(self, question: Question, count: int, *, largest: bool) -> np.ndarray:
+        """(q, count) positions in coarse order."""
         sign = np.float32(1.0 if largest else -1.0)
-        return self._coarse.search(coordinates(question)[rows].numpy() * sign, count)[0]
+        return self._coarse.search(coordinates(question).numpy() * sign, count)[0]
 
     def coarse_only(self, question: Question, k: int, *, largest: bool) -> tuple[np.ndarray, np.ndarray, float]:
         """The k best by coarse score: positions, approximate scores (q, k), and the recall learnt for that."""
         sign = np.float32(1.0 if largest else -1.0)
         positions, scores = self._coarse.search(coordinates(question).numpy() * sign, k)
-        table = self.calibration.tables["proponents" if largest else "opponents"] if self.calibration else None
-        return positions, scores * sign, table.recall_alone(k) if table else float("nan")
+        orders = self._orders(largest)
+        return positions, scores * sign, orders.coarse.recall_alone(k) if orders else float("nan")
 
-    def _correction(self, largest: bool) -> float:
-        if self.calibration is None:
-            return 1.0
-        return self.calibration.tables["proponents" if largest else "opponents"].correction
+    def codes(self, positions: np.ndarray) -> torch.Tensor:
+        """Codes of rows at some positions, (m, code bytes) uint8."""
+        if self._codes is None and len(self._store) * self._layout.code_bytes <= RESIDENT_BYTES:
+            self._codes = self._store.all_codes()
+        if self._codes is None:
+            return self._store.gather_codes(positions)
+        return self._codes[torch.from_numpy(positions)]
 
-    def _rest(self, seen: np.ndarray, sample: np.ndarray, last: float) -> Rest:
-        """Coarse scores of what is not rescored: those seen one by one, the sample for everything below them."""
-        below = sample[sample < last]
-        weight = len(self._store) / max(len(sample), 1)
-        weights = np.concatenate([np.ones(len(seen)), np.full(len(below), weight)])
-        return Rest(np.concatenate([seen, below]), weights)
+    def _orders(self, largest: bool) -> Orders | None:
+        return self.calibration.orders[SIGNS[0] if largest else SIGNS[1]] if self.calibration else None
 
-    def _rescore(self, scorers: list[Scorer], wanted: list[np.ndarray], found: Found) -> list[np.ndarray]:
-        """Exact scores of each query's candidates; rows are read once, in rising order, a block at a time."""
-        union = np.unique(np.concatenate(wanted)) if wanted else np.empty(0, dtype=np.int64)
-        found.rows_read += len(union)
-        out = [np.empty(len(part), dtype=np.float32) for part in wanted]
-        orders = [np.argsort(part) for part in wanted]
-        ranked = [part[order] for part, order in zip(wanted, orders, strict=True)]
-        step = max(_GATHER_BYTES // max(self._store.layout.row_bytes, 1), 1)
+    def _propose(
+        self, state: _State, positions: np.ndarray, coarse: np.ndarray, sign: np.float32, found: Found
+    ) -> None:
+        """Takes what is new among the proposed, with scores by coordinates where there are any."""
+        began = time.perf_counter()
+        if len(state.positions):
+            # Equal coarse scores may come in another order the second time: what is known is told by position.
+            new = ~np.isin(positions, state.positions)
+            positions, coarse = positions[new], coarse[new]
+        fine = coarse
+        if self._layout.codes is not None and len(positions):
+            order = np.argsort(positions)
+            fine = np.empty_like(coarse)
+            fine[order] = state.scorer.score_codes(self.codes(positions[order]))[0].numpy() * sign
+            found.bytes_read += 0 if self._codes is not None else len(positions) * self._layout.code_bytes
+        state.propose(positions, coarse, fine)
+        found.seconds["narrow"] += time.perf_counter() - began
+
+    def _score_exactly(self, states: list[_State], count: int, sign: np.float32, found: Found) -> None:
+        """Exact scores of each query's best by fine score; rows are read once, in rising order, a block at a time."""
+        wanted = [state.next_deep(count) for state in states]
+        if not self._layout.width:
+            # Coordinates are all that is stored: their scores are the exact ones.
+            for state, places in zip(states, wanted, strict=True):
+                state.score(places, state.fine[places])
+            return
+        # Each query's places in rising order of their positions.
+        wanted = [places[np.argsort(state.positions[places])] for state, places in zip(states, wanted, strict=True)]
+        at = [state.positions[places] for state, places in zip(states, wanted, strict=True)]
+        union = np.unique(np.concatenate(at)) if at else np.empty(0, dtype=np.int64)
+        found.bytes_read += len(union) * self._layout.factor_bytes
+        scores = [np.empty(len(part), dtype=np.float32) for part in at]
+        step = max(_GATHER_BYTES // self._layout.factor_bytes, 1)
         for start in range(0, len(union), step):
             block = union[start : start + step]
             began = time.perf_counter()
-            rows = self._store.gather(block)
+            factors = self._store.gather_factors(block)
             gathered = time.perf_counter()
-            for scorer, part, order, scores in zip(scorers, ranked, orders, out, strict=True):
+            for state, part, out in zip(states, at, scores, strict=True):
                 low, high = np.searchsorted(part, [block[0], block[-1] + 1])
                 if high > low:
                     places = np.searchsorted(block, part[low:high])
                     # One query that wants the whole block needs no copy of it.
-                    mine = rows if len(places) == len(block) else rows[torch.from_numpy(places)]
-                    scores[order[low:high]] = scorer.score(mine)[0].numpy()
+                    mine = factors if len(places) == len(block) else factors[torch.from_numpy(places)]
+                    out[low:high] = state.scorer.score_factors(mine)[0].numpy()
             found.seconds["gather"] += gathered - began
             found.seconds["rescore"] += time.perf_counter() - gathered
-        return out
+        for state, places, out in zip(states, wanted, scores, strict=True):
+            # Sums in the same order as a scan's: factors, then coordinates.
+            fine = state.fine[places] if self._layout.codes is not None else np.float32(0.0)
+            state.score(places, out * sign + fine)
+
+    def _rest(self, seen: np.ndarray, sample: np.ndarray, last: float) -> tuple[np.ndarray, np.ndarray]:
+        """Coarse scores of what is not proposed, and weights: those seen one by one, then the sample below them."""
+        below = sample[sample < last]
+        weight = len(self._store) / max(len(sample), 1)
+        weights = np.concatenate([np.ones(len(seen)), np.full(len(below), weight)])
+        return np.concatenate([seen, below]), weights

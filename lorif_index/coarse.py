@@ -131,7 +131,7 @@ def _quietly(faiss: Any, index: Any) -> None:
     """Small samples are meant: without faiss's warnings about points per centroid."""
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     for owner in (inner, getattr(inner, "pq", None)):
-        if hasattr(owner, "cp"):
+        if owner is not None and hasattr(owner, "cp"):
             owner.cp.min_points_per_centroid = 1
 
 

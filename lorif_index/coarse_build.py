@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calibration import KS, SIGNS, Calibration, Table, learn
+from .calibration import KS, SIGNS, Calibration, Orders, learn
 from .candidates import CandidateSearch
 from .coarse import TRAIN_ROWS, Coarse, default_factory, load_faiss
 from .damping import as_damping
@@ -100,15 +100,13 @@ def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: S
             top.update(start, scores)
         stage.advance(scores.shape[1], size)
     bare = CandidateSearch(reader.store, reader.coarse, queries.sample(), None)  # type: ignore[arg-type]
-    limit = min(bare.limit, count)
-    tables = {}
+    orders = {}
     for sign, top in tops.items():
-        found = top.result()[0].numpy()
-        answers = _without(found, own, most)
-        ranks = _ranks(bare, question, answers, own, limit, largest=sign == SIGNS[0])
-        table = learn(ranks, limit)
-        tables[sign] = _corrected(table, bare, question, found, largest=sign == SIGNS[0])
-    return Calibration(tables, question.count, count, limit, policy.to_json())
+        answers = top.result()[0].numpy()
+        coarse, fine = _ranks(bare, question, _without(answers, own, most), own, largest=sign == SIGNS[0])
+        tables = Orders(learn(coarse, bare.limit), learn(fine, bare.limit) if bare.narrows else None)
+        orders[sign] = _corrected(tables, bare, question, answers, largest=sign == SIGNS[0])
+    return Calibration(orders, question.count, count, bare.limit, policy.to_json())
 
 
 def _without(positions: np.ndarray, own: np.ndarray, most: int) -> np.ndarray:
@@ -122,38 +120,47 @@ def _without(positions: np.ndarray, own: np.ndarray, most: int) -> np.ndarray:
 
 
 def _ranks(
-    search: CandidateSearch, question: Question, answers: np.ndarray, own: np.ndarray, limit: int, *, largest: bool
-) -> np.ndarray:
-    """(q, m): coarse rank of each answer, the query's own row not counted; `limit` where it is not among the first."""
-    ranks = np.full(answers.shape, limit, dtype=np.int64)
+    search: CandidateSearch, question: Question, answers: np.ndarray, own: np.ndarray, *, largest: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(q, m) each: rank of each answer by coarse order, `limit` where it is not among the first, and by coordinates
+    among the rows that the coarse order proposes; the query's own row not counted."""
+    limit, sign = search.limit, 1.0 if largest else -1.0
+    coarse, fine = np.full(answers.shape, limit, dtype=np.int64), np.zeros(answers.shape, dtype=np.int64)
     for q in range(question.count):
-        positions = search.order(question, slice(q, q + 1), limit, largest=largest)[0]
-        positions = positions[positions != own[q]]
+        one = question.some(slice(q, q + 1))
+        positions = search.order(one, limit, largest=largest)[0]
+        positions = positions[(positions >= 0) & (positions != own[q])]
         order = np.argsort(positions, kind="stable")
         at = np.searchsorted(positions[order], answers[q])
         inside = at < len(positions)
         hit = np.zeros(len(at), dtype=bool)
         hit[inside] = positions[order][at[inside]] == answers[q][inside]
-        ranks[q, hit] = order[at[hit]]
-    return ranks
+        coarse[q, hit] = order[at[hit]]
+        if search.narrows:
+            scorer = one.scorer(search.layout)
+            proposed = np.sort(scorer.score_codes(search.codes(positions))[0].numpy() * sign)
+            mine = scorer.score_codes(search.codes(answers[q]))[0].numpy() * sign
+            # How many of the proposed score higher.
+            fine[q] = len(proposed) - np.searchsorted(proposed, mine, side="right")
+    return coarse, fine
 
 
 def _corrected(
-    table: Table, search: CandidateSearch, question: Question, answers: np.ndarray, *, largest: bool
-) -> Table:
-    """The table with its correction: what was missed at a recall of .95, over what the estimate says was."""
+    orders: Orders, search: CandidateSearch, question: Question, answers: np.ndarray, *, largest: bool
+) -> Orders:
+    """The tables with their correction: what was missed at a recall of .95, over what the estimate says was.
+
+    Answers include the query's own row here, as a search's do.
+    """
     missed, estimated = 0.0, 0.0
-    for k in (k for k in table.ks if k <= 100):
-        count = table.needed(k, 0.95)
-        if count is None:
-            continue
-        found = search.run(question, k, 0.0, largest=largest, count=max(count, 2 * k, 64))
+    for k in (k for k in orders.coarse.ks if k <= 100):
+        found = search.run(question, k, 0.0, largest=largest, counts=search.counts_by(orders, k, 0.95))
         for q in range(question.count):
             missed += k - len(np.intersect1d(found.positions[q], answers[q, :k]))
         estimated += float((k / np.maximum(found.recall, 1e-6) - k).sum())
     if not missed or not estimated:
-        return table
-    return dataclasses.replace(table, correction=float(np.clip(missed / estimated, *_CORRECTION)))
+        return orders
+    return dataclasses.replace(orders, correction=float(np.clip(missed / estimated, *_CORRECTION)))
 
 
 def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:

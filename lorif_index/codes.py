@@ -12,10 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
+from .scratch import SCRATCH
+
 BITS = (1, 2, 4, 8)
 # Best uniform steps for a unit Gaussian and 2^bits levels (Max, 1960, table II; 8 bits by minimising numerically).
 _STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 _SCALE_BYTES = 4
+# Rows unpacked at once: what stays in a core's cache.
+_BLOCK_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,13 @@ class CodeScorer:
         self._queries = torch.zeros(layout.per_byte * layout.packed, queries.shape[0])
         self._queries[: layout.dim] = queries.T
         self._offset = queries.sum(dim=1) * ((2**layout.bits - 1) / 2)
-        self._buffer = torch.empty(0, 0)
 
     def score(self, codes: torch.Tensor) -> torch.Tensor:
-        """(n, q) float32 of codes (n, row_bytes)."""
-        if self._buffer.shape[0] < codes.shape[0]:
-            self._buffer = torch.empty(codes.shape[0], self._queries.shape[0])
-        levels = self._layout.levels(codes, self._buffer[: codes.shape[0]])
-        return (levels @ self._queries).sub_(self._offset).mul_(self._layout.scales(codes)[:, None])
+        """(q, n) float32 of codes (n, row_bytes)."""
+        out = torch.empty(self._queries.shape[1], codes.shape[0])
+        for start in range(0, codes.shape[0], _BLOCK_ROWS):
+            part = codes[start : start + _BLOCK_ROWS]
+            levels = self._layout.levels(part, SCRATCH.take("levels", len(part), self._queries.shape[0]))
+            scores = (levels @ self._queries).sub_(self._offset).mul_(self._layout.scales(part)[:, None])
+            out[:, start : start + len(part)] = scores.T
+        return out

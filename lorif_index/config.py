@@ -146,7 +146,7 @@ class BuildConfig:
     sketch: str = "auto"
     coordinate_bits: int = 4
     coarse: str | None = "auto"
-    calibration_queries: int = 64
+    calibration_queries: int = 128
     dtype: str = "float16"
     seed: int = 0
     layers: LayerSelection | Any = None

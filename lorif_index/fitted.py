@@ -92,7 +92,9 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
 
 def save_sketch(folder: Path, sketch: Sketch) -> dict[str, Any]:
     """Writes `weights_<i>` (m, k) float32 for layer number i; what the manifest keeps."""
-    arrays = {f"weights_{i}": part.weights.numpy() for i, part in enumerate(sketch.layers.values()) if len(part.weights)}
+    arrays = {
+        f"weights_{i}": part.weights.numpy() for i, part in enumerate(sketch.layers.values()) if len(part.weights)
+    }
     return {
         "file": write_sealed(folder, SKETCH_FILE, arrays, {}).to_json(),
         "dim": sketch.dim,

@@ -196,7 +196,13 @@ class Index:
         k = min(int(k), len(self))
         # Before the query's gradients are taken: what cannot be answered is refused at once.
         plan = choose_plan(
-            self._reader, k=k, recall=float(recall), rescore=rescore, exact=exact, all_layers=len(chosen) == len(self.layers)
+            self._reader,
+            k=k,
+            recall=float(recall),
+            largest=not opponents,
+            rescore=rescore,
+            exact=exact,
+            all_layers=len(chosen) == len(self.layers),
         )
         prepared = self._prepare(query, measure, policy, chosen)
         answer = ANSWERS[plan.way](self._reader, prepared.question, plan, k, not opponents, reporter(progress))
@@ -303,7 +309,8 @@ class Index:
             ids: row ids, in the order wanted; all by default (mind the memory).
 
         Raises:
-            QueryError: an id that the index does not hold, or an index without a sketch. CorruptionError: a damaged row.
+            QueryError: an id that the index does not hold, or an index without a sketch. CorruptionError: a row that is
+            damaged.
         """
         if self._reader.sketch is None or not self._layout.row_bytes:
             raise QueryError(
@@ -314,9 +321,7 @@ class Index:
 
     # -- the coarse stage ----------------------------------------------------------------------------------------
 
-    def rebuild_coarse(
-        self, coarse: str = "auto", *, progress: bool | ProgressCallback | None = None
-    ) -> None:
+    def rebuild_coarse(self, coarse: str = "auto", *, progress: bool | ProgressCallback | None = None) -> None:
         """Makes the coarse index anew from the stored rows, without the model, and calibrates it.
 
         Args:
@@ -471,9 +476,7 @@ class Index:
 
     # -- from question to scorer ---------------------------------------------------------------------------------
 
-    def _prepare(
-        self, query: Any, measure: PerExample | None, policy: Damping, chosen: tuple[str, ...]
-    ) -> _Prepared:
+    def _prepare(self, query: Any, measure: PerExample | None, policy: Damping, chosen: tuple[str, ...]) -> _Prepared:
         """Gradients of the query, transformed once into a question to the rows."""
         began = time.perf_counter()
         gradients = self._query_gradients(query, measure, chosen)
@@ -494,9 +497,7 @@ class Index:
         wanted = np.asarray(list(ids), dtype=np.int64)
         positions = positions_of(self._store.ids, wanted)
         if len(wanted) and positions.min() < 0:
-            raise QueryError(
-                f"the index has no row with id {int(wanted[positions < 0][0])}: ids are in index.ids"
-            )
+            raise QueryError(f"the index has no row with id {int(wanted[positions < 0][0])}: ids are in index.ids")
         return positions
 
     def _stored_dtype(self) -> str:

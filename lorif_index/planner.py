@@ -54,7 +54,7 @@ class Answer:
 
 
 def choose_plan(
-    reader: Reader, *, k: int, recall: float, rescore: bool, exact: bool | None, all_layers: bool
+    reader: Reader, *, k: int, recall: float, largest: bool, rescore: bool, exact: bool | None, all_layers: bool
 ) -> Plan:
     """The way to answer.
 
@@ -62,6 +62,7 @@ def choose_plan(
         reader: the index.
         k: at most the number of rows.
         recall: asked for.
+        largest: proponents are wanted, or opponents.
         rescore: False asks for coarse scores.
         exact: True for a scan, False for candidates, None to choose.
         all_layers: the query counts every layer.
@@ -102,9 +103,9 @@ def choose_plan(
     search = reader.candidates
     if search is None:
         return Plan("scan", "scan of every row: the index has no coarse stage", 1.0)
-    first = search.first_count(k, recall, largest=True)
-    if first * _GATHER_COST >= count:
-        return Plan("scan", f"scan of every row: {first:,} candidates of {count:,} rows would cost as much", 1.0)
+    deep = search.first_counts(k, recall, largest=largest).deep
+    if deep * _GATHER_COST >= count:
+        return Plan("scan", f"scan of every row: {deep:,} candidates of {count:,} rows would cost as much", 1.0)
     return Plan("candidates", "candidates of the coarse index, rescored", recall)
 
 
@@ -137,15 +138,15 @@ def _by_candidates(
     search = reader.candidates
     if search is None:
         raise QueryError("the index has no coarse stage: make one with rebuild_coarse()")
-    first = search.first_count(k, plan.recall, largest=largest)
+    counts = search.first_counts(k, plan.recall, largest=largest)
     parts = []
     with report as opened, opened.stage("search", question.count) as stage:
         for start in range(0, question.count, _BATCH):
             some = question.some(slice(start, start + _BATCH))
-            parts.append(search.run(some, k, plan.recall, largest=largest, count=first))
-            stage.advance(some.count, parts[-1].rows_read * reader.layout.row_bytes)
+            parts.append(search.run(some, k, plan.recall, largest=largest, counts=counts))
+            stage.advance(some.count, parts[-1].bytes_read)
     seconds = {name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds}
-    read = sum(part.rows_read for part in parts) * reader.layout.row_bytes
+    read = sum(part.bytes_read for part in parts)
     positions, scores, candidates, recall = (
         np.concatenate([getattr(part, name) for part in parts])
         for name in ("positions", "scores", "candidates", "recall")
@@ -162,9 +163,7 @@ def _by_coarse(
     began = time.perf_counter()
     positions, scores, recall = search.coarse_only(question, k, largest=largest)
     seconds = {"coarse": time.perf_counter() - began}
-    return Answer(
-        positions, scores, np.zeros(question.count, np.int64), np.full(question.count, recall), 0, seconds
-    )
+    return Answer(positions, scores, np.zeros(question.count, np.int64), np.full(question.count, recall), 0, seconds)
 
 
 Way = Callable[[Reader, Question, Plan, int, bool, AbstractContextManager[Reporter]], Answer]

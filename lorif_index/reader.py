@@ -21,7 +21,7 @@ from .fitted import CalibrationQueries, FittedCurvature, load_sketch
 from .gradients import LayerGradient, LayerSpec
 from .manifest import Manifest
 from .query import Preconditioner
-from .rows import RowLayout
+from .rows import RowLayout, Rows
 from .scoring import Question, ask
 from .sealed import SealedFile, SealedInfo
 from .sketch import Sketch, SketchEncoder
@@ -132,8 +132,8 @@ class Reader:
         curvature = self.manifest.curvature
         return coarse_fingerprint(
             [
-                # The ids stand for the rows where rows are not kept.
-                [shard.sealed.digest if self.representation != "coarse" else shard.rows for shard in self.manifest.shards],
+                # Where rows are not kept, their number stands for them.
+                [s.rows if self.representation == "coarse" else s.sealed.digest for s in self.manifest.shards],
                 curvature.digest if curvature else None,
                 sketch.get("lams"),
                 sketch.get("file", {}).get("digest"),
@@ -150,19 +150,20 @@ class Reader:
         """The question that gradients {layer: (q, d_in, d_out)} put to the rows."""
         return ask(self.layout, self.specs, self.sketch, self.curvature, gradients, preconditioners)
 
-    def coordinates(self, rows: torch.Tensor) -> torch.Tensor:
-        """z (n, k) float32 of rows (n, row_bytes): those stored, or computed from the factors.
+    def coordinates(self, rows: Rows) -> torch.Tensor:
+        """z (n, k) float32 of rows: those stored, or computed from the factors.
 
         Raises:
             StoreError: the index keeps neither, or has no sketch.
         """
         if self.layout.codes is not None:
-            return self.layout.codes.decode(self.layout.codes_of(rows))
+            return self.layout.codes.decode(rows.codes)
         if not self.layout.groups or self.sketch is None:
             raise StoreError("the index keeps no coordinates, and no factors to compute them from: build it anew")
         parts = []
-        for part in rows.split(512):
-            layers = {n: LayerGradient.from_dense(f.dense()) for n, f in self.layout.unpack(part).items()}
+        for start in range(0, len(rows), 512):
+            factors = self.layout.unpack(rows[start : start + 512])
+            layers = {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()}
             parts.append(self._encoder.encode(layers))
         return torch.cat(parts)
 

@@ -1,8 +1,9 @@
 """Rows: how all that is stored of one example lies beside each other, so that one example is one read.
 
-A row is bytes: the factors of all layers, then the codes of its coordinates; an index may keep either or both. Layers
-of one shape form a group. Within the factors, group after group: all left factors of its layers, then all right ones;
-layers of full rank hold their gradient instead. A block of rows is then a handful of strided matrices.
+A row has two parts, of which an index may keep either or both: the factors of all layers, and the codes of its
+coordinates. The parts lie apart, so that the small codes can be read without the factors. Layers of one shape form a
+group. Within the factors, group after group: all left factors of its layers, then all right ones; layers of full rank
+hold their gradient instead. A block of rows is then a handful of strided matrices.
 """
 
 from __future__ import annotations
@@ -17,6 +18,25 @@ from .factors import Factors
 from .gradients import LayerSpec
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A block of rows.
+
+    Attributes:
+        factors: (n, width) in the stored dtype; width 0 where none are kept.
+        codes: (n, code bytes) uint8; 0 bytes where none are kept.
+    """
+
+    factors: torch.Tensor
+    codes: torch.Tensor
+
+    def __len__(self) -> int:
+        return int(self.factors.shape[0])
+
+    def __getitem__(self, which: slice | torch.Tensor) -> Rows:
+        return Rows(self.factors[which], self.codes[which])
 
 
 @dataclass(frozen=True)
@@ -71,7 +91,7 @@ class RowLayout:
     Attributes:
         groups: layers of one shape.
         width: elements of the factors; 0 where none are kept.
-        row_bytes: of a whole row.
+        factor_bytes, code_bytes: of a row's parts; row_bytes: of both.
     """
 
     def __init__(
@@ -91,7 +111,19 @@ class RowLayout:
         self.dtype = dtype
         self.torch_dtype = STORAGE[dtype]
         self.factor_bytes = offset * self.torch_dtype.itemsize
-        self.row_bytes = self.factor_bytes + (codes.row_bytes if codes else 0)
+        self.code_bytes = codes.row_bytes if codes else 0
+        self.row_bytes = self.factor_bytes + self.code_bytes
+
+    def empty(self, count: int) -> Rows:
+        """Room for rows."""
+        factors = torch.empty(count, self.width, dtype=self.torch_dtype)
+        return Rows(factors, torch.empty(count, self.code_bytes, dtype=torch.uint8))
+
+    def rows(self, factors: torch.Tensor | None, codes: torch.Tensor | None) -> Rows:
+        """Rows of parts that may be absent."""
+        count = len(factors) if factors is not None else len(codes) if codes is not None else 0
+        none = self.empty(count)
+        return Rows(none.factors if factors is None else factors, none.codes if codes is None else codes)
 
     def pack(self, factors: Mapping[str, Factors]) -> torch.Tensor:
         """The factors' part of rows, (n, width) float32, on the factors' device."""
@@ -106,19 +138,6 @@ class RowLayout:
                     group.right(rows)[:, i] = part.right
         return rows
 
-    def join(self, stored: torch.Tensor | None, codes: torch.Tensor | None) -> torch.Tensor:
-        """Rows (n, row_bytes) uint8 of packed factors (n, width) in the stored dtype, and codes (n, code bytes)."""
-        parts = [part.contiguous().view(torch.uint8) for part in (stored, codes) if part is not None]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def factors_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """The factors' part of rows (n, row_bytes): a view (n, width) in the stored dtype."""
-        return rows[:, : self.factor_bytes].view(self.torch_dtype)
-
-    def codes_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """The codes' part of rows (n, row_bytes): a view (n, code bytes) uint8."""
-        return rows[:, self.factor_bytes :]
-
     def vanished(self, rows: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         """(n, layers) bool, layers in row order: not zero in rows, float32, but all zero in the stored dtype."""
         flags = []
@@ -127,9 +146,9 @@ class RowLayout:
             flags.append(before & ~after)
         return torch.cat(flags, dim=1)
 
-    def unpack(self, rows: torch.Tensor) -> dict[str, Factors]:
-        """The factors in rows (n, row_bytes), as float32."""
-        block = self.factors_of(rows).float()
+    def unpack(self, rows: Rows) -> dict[str, Factors]:
+        """The factors in rows, as float32."""
+        block = rows.factors.float()
         out = {}
         for group in self.groups:
             left = group.left(block)

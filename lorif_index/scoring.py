@@ -17,9 +17,10 @@ from .codes import CodeScorer
 from .curvature import LayerCurvature
 from .gradients import LayerSpec
 from .query import Preconditioner, transform
-from .rows import Group, RowLayout
+from .rows import Group, RowLayout, Rows
+from .scratch import SCRATCH
 from .sketch import Sketch
-from .store import BlockBuffer, Store
+from .store import Store
 
 # From here on, rebuilding U V^T once and one matrix product for all queries is faster than a product a query
 # (measured at d = 32: from 24 queries on at c = 1, from 10 at c = 4).
@@ -44,24 +45,33 @@ class Scorer:
     def __init__(self, layout: RowLayout, queries: Mapping[str, torch.Tensor], x: torch.Tensor | None = None) -> None:
         self.count = int(x.shape[0] if x is not None else next(iter(queries.values())).shape[0])
         self._layout = layout
-        self._buffer = BlockBuffer()
         self._rows = _block_rows(max(layout.width, 1))
         self._plans = [
             _Plan(group, queries, self.count) for group in layout.groups if any(name in queries for name in group.names)
         ]
         self._codes = CodeScorer(layout.codes, x) if layout.codes is not None and x is not None else None
 
-    def score(self, rows: torch.Tensor) -> torch.Tensor:
-        """Scores (q, n) float32 of rows (n, row_bytes) uint8."""
-        out = torch.zeros(self.count, rows.shape[0])
-        for start in range(0, rows.shape[0], self._rows):
-            part = rows[start : start + self._rows]
-            if self._plans:
-                block = self._buffer.convert(self._layout.factors_of(part))
+    def score(self, rows: Rows) -> torch.Tensor:
+        """Scores (q, n) float32."""
+        out = self.score_factors(rows.factors)
+        if self._codes is not None:
+            out += self._codes.score(rows.codes)
+        return out
+
+    def score_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """The coordinates' share of the scores, (q, n) float32, of codes (n, code bytes)."""
+        if self._codes is None:
+            return torch.zeros(self.count, len(codes))
+        return self._codes.score(codes)
+
+    def score_factors(self, factors: torch.Tensor) -> torch.Tensor:
+        """The factors' share of the scores, (q, n) float32, of factors (n, width) in the stored dtype."""
+        out = torch.zeros(self.count, factors.shape[0])
+        if self._plans:
+            for start in range(0, len(factors), self._rows):
+                block = SCRATCH.convert("block", factors[start : start + self._rows])
                 for plan in self._plans:
-                    plan.add(out[:, start : start + len(part)], block)
-            if self._codes is not None:
-                out[:, start : start + len(part)] += self._codes.score(self._layout.codes_of(part)).T
+                    plan.add(out[:, start : start + len(block)], block)
         return out
 
 
@@ -115,7 +125,6 @@ class _Plan:
     def __init__(self, group: Group, queries: Mapping[str, torch.Tensor], count: int) -> None:
         self._group = group
         self._together = group.dense or count * (group.rank + 1) >= _REBUILD_FROM
-        self._scratch = torch.empty(0)
         if self._together:
             # One (D, q) matrix for each layer that counts, by its place in the group.
             self._matrices = [
@@ -133,7 +142,7 @@ class _Plan:
             # Views (layers * c, n, d): the pairs of a block as one batch of strided matrices, without a copy.
             left = self._group.left(block).flatten(1, 2).transpose(0, 1)
             right = self._group.right(block).flatten(1, 2).transpose(0, 1)
-            product = self._reused((*left.shape[:2], self._group.d_out))
+            product = SCRATCH.take("product", *left.shape[:2], self._group.d_out)
             for q, batch in enumerate(self._batches):
                 out[q] += torch.bmm(left, batch, out=product).mul_(right).sum(0).sum(1)
             return
@@ -147,13 +156,8 @@ class _Plan:
         group = self._group
         if group.dense:
             return group.left(block)[:, layer].flatten(1)
-        dense = self._reused((len(block), group.d_in, group.d_out))
+        dense = SCRATCH.take("product", len(block), group.d_in, group.d_out)
         return rebuild(group.left(block)[:, layer], group.right(block)[:, layer], dense).flatten(1)
-
-    def _reused(self, shape: tuple[int, ...]) -> torch.Tensor:
-        if self._scratch.shape != shape:
-            self._scratch = torch.empty(shape)
-        return self._scratch
 
 
 def rebuild(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -166,7 +170,7 @@ def rebuild(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch
 def stream_scores(store: Store, scorer: Scorer) -> Iterator[tuple[int, torch.Tensor, int]]:
     """(position of the first row, scores (q, n), bytes read) of every block of the store, in order."""
     for start, rows in store.stream():
-        yield start, scorer.score(rows), rows.shape[0] * store.layout.row_bytes
+        yield start, scorer.score(rows), len(rows) * store.layout.row_bytes
 
 
 class TopK:
@@ -214,19 +218,19 @@ class TopK:
 
 def self_scores(
     layout: RowLayout,
-    rows: torch.Tensor,
+    rows: Rows,
     preconditioners: Mapping[str, Preconditioner],
     sketch: Sketch | None,
     curvature: Mapping[str, LayerCurvature],
 ) -> torch.Tensor:
-    """g^T H^-1 g summed over layers, (n,) float32, for what rows (n, row_bytes) say of g.
+    """g^T H^-1 g summed over layers, (n,) float32, for what rows say of g.
 
     With coordinates, those of g inside the subspace are e = e_f + W (z - W^T e_f), e_f being the factors' (0 where
     none are kept), and g^T H^-1 g = sum_l e_l^T diag((S + lambda) / (S + lambda')) e_l + the factors' outside part.
     """
-    out = torch.zeros(rows.shape[0])
+    out = torch.zeros(len(rows))
     step = _block_rows(max(layout.width, 1))
-    for start in range(0, rows.shape[0], step):
+    for start in range(0, len(rows), step):
         part = rows[start : start + step]
         dense = {name: f.dense().flatten(1) for name, f in layout.unpack(part).items()} if layout.groups else {}
         total = out[start : start + step]
@@ -234,7 +238,7 @@ def self_scores(
             for name, preconditioner in preconditioners.items():
                 total += preconditioner.quadratic(dense[name])
             continue
-        missing = layout.codes.decode(layout.codes_of(part))
+        missing = layout.codes.decode(part.codes)
         inside = {}
         for name, piece in sketch.layers.items():
             if dense:

@@ -1,8 +1,8 @@
 """Shards: sealed files of rows, their ids and their checksums.
 
-A shard holds `rows`, (n, width) in the stored dtype where they are factors alone and (n, row bytes) uint8 otherwise,
-`ids` (n,) int64 and `checksums` (n,) uint64, the XXH3-64 of each row's bytes, so that single rows gathered from it can
-be verified too.
+A shard holds `ids` (n,) int64; of the factors `rows` (n, width) in the stored dtype with `checksums` (n,) uint64; of
+the coordinates `codes` (n, bytes) uint8 with `code_checksums` (n,) uint64; whichever are kept. A checksum is the
+XXH3-64 of a row's bytes, so that single rows gathered from a shard can be verified too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from .errors import CorruptionError
+from .rows import RowLayout, Rows
 from .sealed import SealedFile, SealedInfo, write_sealed
 
 # bfloat16 has no HDF5 type of its own: its bits are stored as unsigned integers, and the attribute `dtype` says so.
@@ -57,24 +58,32 @@ class ShardInfo:
         return cls(sealed, *numbers)
 
 
-def write_shard(folder: Path, name: str, rows: torch.Tensor, ids: np.ndarray, dtype: str | None) -> ShardInfo:
+def write_shard(folder: Path, name: str, rows: Rows, ids: np.ndarray, dtype: str) -> ShardInfo:
     """Writes and seals one shard.
 
     Args:
         folder: an existing folder.
         name: the file's final name.
-        rows: (n, row_bytes) uint8, contiguous, on the CPU; n > 0.
+        rows: n > 0 rows, contiguous, on the CPU.
         ids: (n,) int64, rising.
-        dtype: "float16", "bfloat16" or "float32" where rows are factors alone, else None.
+        dtype: of the factors: "float16", "bfloat16" or "float32".
 
     Raises:
         OSError: the disk is full or refuses; nothing is left under the final name.
     """
-    raw = rows.contiguous().numpy()
-    checksums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in raw), dtype="<u8", count=len(raw))
-    arrays = {"rows": raw if dtype is None else raw.view(_VIEWS[dtype]), "ids": ids.astype("<i8"), "checksums": checksums}
-    sealed = write_sealed(folder, name, arrays, {"dtype": dtype or "bytes"})
+    arrays: dict[str, np.ndarray] = {"ids": ids.astype("<i8")}
+    if rows.factors.shape[1]:
+        raw = rows.factors.contiguous().view(torch.uint8).numpy()
+        arrays |= {"rows": raw.view(_VIEWS[dtype]), "checksums": _checksums(raw)}
+    if rows.codes.shape[1]:
+        codes = rows.codes.contiguous().numpy()
+        arrays |= {"codes": codes, "code_checksums": _checksums(codes)}
+    sealed = write_sealed(folder, name, arrays, {"dtype": dtype})
     return ShardInfo(sealed, len(ids), int(ids[0]), int(ids[-1]))
+
+
+def _checksums(raw: np.ndarray) -> np.ndarray:
+    return np.fromiter((xxhash.xxh3_64_intdigest(row) for row in raw), dtype="<u8", count=len(raw))
 
 
 def write_ids(folder: Path, name: str, ids: np.ndarray) -> ShardInfo:
@@ -83,30 +92,31 @@ def write_ids(folder: Path, name: str, ids: np.ndarray) -> ShardInfo:
     return ShardInfo(sealed, len(ids), int(ids[0]), int(ids[-1]))
 
 
-class Shard:
-    """A sealed shard for reading."""
+class Part:
+    """One of the two parts of a shard's rows, for reading.
 
-    def __init__(self, folder: Path, info: ShardInfo, row_bytes: int) -> None:
-        self.count = info.rows
-        self.file = SealedFile(folder, info.sealed)
-        self._row_bytes = row_bytes
-        self._rows_offset = self.file.require("rows", info.rows * row_bytes) if row_bytes else 0
+    Args:
+        file: the shard's.
+        names: of the datasets with the rows and with their checksums.
+        count: rows.
+        size: bytes of a row.
+    """
+
+    def __init__(self, file: SealedFile, names: tuple[str, str], count: int, size: int) -> None:
+        self._file, self._names, self._count, self._size = file, names, count, size
+        self.offset = file.require(names[0], count * size) if size else 0
         self._checksums: np.ndarray | None = None
 
-    def read_rows(self, start: int, stop: int, out: memoryview) -> None:
+    def read(self, start: int, stop: int, out: memoryview) -> None:
         """Reads rows [start, stop) into the beginning of a buffer of bytes."""
-        self.file.read(self._rows_offset + start * self._row_bytes, out[: (stop - start) * self._row_bytes])
+        if self._size:
+            self._file.read(self.offset + start * self._size, out[: (stop - start) * self._size])
 
-    def gather_rows(self, positions: np.ndarray, out: list[memoryview]) -> None:
+    def gather(self, positions: np.ndarray, out: list[memoryview]) -> None:
         """Reads single rows, in rising order of their positions, each into its own buffer."""
-        offsets = (self._rows_offset + positions * self._row_bytes).tolist()
-        self.file.read_scattered(offsets, out)
+        self._file.read_scattered((self.offset + positions * self._size).tolist(), out)
 
-    def ids(self) -> np.ndarray:
-        """(n,) int64."""
-        return self.file.read_array("ids", (self.count,), "<i8").astype(np.int64, copy=False)
-
-    def check_rows(self, positions: np.ndarray, rows: np.ndarray, places: np.ndarray) -> None:
+    def check(self, positions: np.ndarray, rows: np.ndarray, places: np.ndarray) -> None:
         """Compares gathered rows with their checksums.
 
         Args:
@@ -118,11 +128,25 @@ class Shard:
             CorruptionError: naming the first row that differs.
         """
         if self._checksums is None:
-            self._checksums = self.file.read_array("checksums", (self.count,), "<u8")
+            self._checksums = self._file.read_array(self._names[1], (self._count,), "<u8")
         expected, digest = self._checksums[positions].tolist(), xxhash.xxh3_64_intdigest
         found = [digest(rows[place]) for place in places.tolist()]
         if found != expected:
             position = next(p for p, a, b in zip(positions.tolist(), found, expected, strict=True) if a != b)
             raise CorruptionError(
-                f"row {position} of {self.file.path} does not match its checksum: restore the file from a copy"
+                f"row {position} of {self._file.path} does not match its checksum: restore the file from a copy"
             )
+
+
+class Shard:
+    """A sealed shard for reading."""
+
+    def __init__(self, folder: Path, info: ShardInfo, layout: RowLayout) -> None:
+        self.count = info.rows
+        self.file = SealedFile(folder, info.sealed)
+        self.factors = Part(self.file, ("rows", "checksums"), info.rows, layout.factor_bytes)
+        self.codes = Part(self.file, ("codes", "code_checksums"), info.rows, layout.code_bytes)
+
+    def ids(self) -> np.ndarray:
+        """(n,) int64."""
+        return self.file.read_array("ids", (self.count,), "<i8").astype(np.int64, copy=False)

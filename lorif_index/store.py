@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .rows import RowLayout
-from .shards import Shard, ShardInfo, write_shard
+from .rows import RowLayout, Rows
+from .shards import Part, Shard, ShardInfo, write_shard
 
 BLOCK_BYTES = 4 << 20
 _READ_AHEAD = 2
@@ -32,19 +31,21 @@ class StoreWriter:
         self._layout = layout
         self.sealed = sealed
         self._capacity = max(shard_bytes // layout.row_bytes, 1)
-        self._rows = torch.empty(0, layout.row_bytes, dtype=torch.uint8)
+        self._rows = layout.empty(0)
         self._ids = np.empty(self._capacity, dtype=np.int64)
         self._filled = 0
 
-    def append(self, rows: torch.Tensor, ids: np.ndarray) -> bool:
-        """Adds rows (n, row_bytes) uint8; whether a shard was sealed."""
+    def append(self, rows: Rows, ids: np.ndarray) -> bool:
+        """Adds rows; whether a shard was sealed."""
         sealed_before = len(self.sealed)
         at = 0
         while at < len(ids):
             take = min(len(ids) - at, self._capacity - self._filled)
             self._grow(self._filled + take)
-            self._rows[self._filled : self._filled + take] = rows[at : at + take]
-            self._ids[self._filled : self._filled + take] = ids[at : at + take]
+            room = slice(self._filled, self._filled + take)
+            self._rows.factors[room] = rows.factors[at : at + take]
+            self._rows.codes[room] = rows.codes[at : at + take]
+            self._ids[room] = ids[at : at + take]
             self._filled += take
             at += take
             if self._filled == self._capacity:
@@ -57,16 +58,16 @@ class StoreWriter:
             return
         name = f"shard-{len(self.sealed):06d}.h5"
         rows, ids = self._rows[: self._filled], self._ids[: self._filled]
-        dtype = None if self._layout.codes else self._layout.dtype
-        self.sealed.append(write_shard(self._folder, name, rows, ids, dtype))
+        self.sealed.append(write_shard(self._folder, name, rows, ids, self._layout.dtype))
         self._filled = 0
 
     def _grow(self, needed: int) -> None:
         # Grown by doubling: a small index need not hold a whole shard's memory.
         if needed > len(self._rows):
             size = min(max(2 * len(self._rows), needed), self._capacity)
-            larger = torch.empty(size, self._layout.row_bytes, dtype=torch.uint8)
-            larger[: self._filled] = self._rows[: self._filled]
+            larger = self._layout.empty(size)
+            larger.factors[: self._filled] = self._rows.factors[: self._filled]
+            larger.codes[: self._filled] = self._rows.codes[: self._filled]
             self._rows = larger
 
 
@@ -75,7 +76,7 @@ class Store:
 
     def __init__(self, folder: Path, layout: RowLayout, shards: list[ShardInfo]) -> None:
         self.layout = layout
-        self.shards = [Shard(folder, info, layout.row_bytes) for info in shards]
+        self.shards = [Shard(folder, info, layout) for info in shards]
         self._starts = np.cumsum([0, *(info.rows for info in shards)])
         self._ids: np.ndarray | None = None
 
@@ -99,24 +100,26 @@ class Store:
         for shard in self.shards:
             shard.file.close()
 
-    def stream(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
-        """All rows in order, as (position of the first, rows (n, row_bytes) uint8).
+    def stream(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Rows]]:
+        """All rows in order, as (position of the first, rows).
 
         The next block is read while the caller works on this one. A block is a view of a buffer that is used again:
         it is good until the next one is asked for.
         """
-        rows = max(min(block_bytes // self.layout.row_bytes, max((s.count for s in self.shards), default=1)), 1)
+        rows = max(min(block_bytes // max(self.layout.row_bytes, 1), max((s.count for s in self.shards), default=1)), 1)
         pieces = [
             (shard, int(start), i, min(i + rows, shard.count))
             for shard, start in zip(self.shards, self._starts[:-1], strict=True)
             for i in range(0, shard.count, rows)
         ]
-        buffers = [torch.empty(rows, self.layout.row_bytes, dtype=torch.uint8) for _ in range(_READ_AHEAD + 1)]
-        views = [buffer.numpy().data.cast("B") for buffer in buffers]
+        buffers = [self.layout.empty(rows) for _ in range(_READ_AHEAD + 1)]
+        views = [(_bytes(buffer.factors), _bytes(buffer.codes)) for buffer in buffers]
 
         def read(number: int) -> None:
             shard, _, start, stop = pieces[number]
-            shard.read_rows(start, stop, views[number % len(views)])
+            factors, codes = views[number % len(views)]
+            shard.factors.read(start, stop, factors)
+            shard.codes.read(start, stop, codes)
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorif-read") as pool:
             pending = [pool.submit(read, i) for i in range(min(_READ_AHEAD, len(pieces)))]
@@ -127,32 +130,54 @@ class Store:
                     pending.append(pool.submit(read, i + _READ_AHEAD))
                 yield first + start, buffers[i % len(buffers)][: stop - start]
 
-    def gather(self, positions: np.ndarray, *, check: bool = True) -> torch.Tensor:
-        """Rows at some positions, (m, row_bytes) uint8, in the order asked for.
+    def gather(self, positions: np.ndarray, *, check: bool = True) -> Rows:
+        """Rows at some positions, in the order asked for.
 
         Args:
             positions: (m,) int64 in [0, n).
-            check: compare each row with its checksum.
+            check: compare each row with its checksums.
 
         Raises:
             CorruptionError: a row does not match its checksum.
         """
-        size = self.layout.row_bytes
-        out = torch.empty(len(positions), size, dtype=torch.uint8)
+        return Rows(self.gather_factors(positions, check=check), self.gather_codes(positions, check=check))
+
+    def gather_factors(self, positions: np.ndarray, *, check: bool = True) -> torch.Tensor:
+        """The factors of rows at some positions, (m, width) in the stored dtype (see `gather`)."""
+        out = torch.empty(len(positions), self.layout.width, dtype=self.layout.torch_dtype)
+        self._gather([shard.factors for shard in self.shards], positions, out.view(torch.uint8), check)
+        return out
+
+    def gather_codes(self, positions: np.ndarray, *, check: bool = True) -> torch.Tensor:
+        """The codes of rows at some positions, (m, code bytes) uint8 (see `gather`)."""
+        out = torch.empty(len(positions), self.layout.code_bytes, dtype=torch.uint8)
+        self._gather([shard.codes for shard in self.shards], positions, out, check)
+        return out
+
+    def all_codes(self) -> torch.Tensor:
+        """The codes of all rows, (n, code bytes) uint8: mind the memory."""
+        out = torch.empty(len(self), self.layout.code_bytes, dtype=torch.uint8)
+        for shard, start in zip(self.shards, self._starts[:-1].tolist(), strict=True):
+            shard.codes.read(0, shard.count, _bytes(out[start : start + shard.count]))
+        return out
+
+    def _gather(self, parts: list[Part], positions: np.ndarray, out: torch.Tensor, check: bool) -> None:
+        size = out.shape[1]
+        if not size:
+            return
         raw = out.numpy()
-        flat = raw.reshape(-1).data
+        flat = _bytes(out)
         order = np.argsort(positions, kind="stable")
         ends = np.searchsorted(positions[order], self._starts[1:])
         begin = 0
-        for shard, start, end in zip(self.shards, self._starts[:-1], ends.tolist(), strict=True):
+        for part, start, end in zip(parts, self._starts[:-1], ends.tolist(), strict=True):
             if end > begin:
                 places = order[begin:end]
                 local = positions[places] - start
-                shard.gather_rows(local, [flat[p * size : (p + 1) * size] for p in places.tolist()])
+                part.gather(local, [flat[p * size : (p + 1) * size] for p in places.tolist()])
                 if check:
-                    shard.check_rows(local, raw, places)
+                    part.check(local, raw, places)
             begin = end
-        return out
 
     def verify(self) -> None:
         """Compares every shard with its digest; raises `CorruptionError` at the first that differs."""
@@ -160,16 +185,6 @@ class Store:
             shard.file.verify()
 
 
-class BlockBuffer(threading.local):
-    """A float32 buffer per thread for converted blocks: allocating afresh costs page faults at every block."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, 0)
-
-    def convert(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows as float32, in a buffer that is used again."""
-        if self._buffer.shape[0] < rows.shape[0] or self._buffer.shape[1] != rows.shape[1]:
-            self._buffer = torch.empty(rows.shape)
-        out = self._buffer[: rows.shape[0]]
-        # copy_ converts halves several times faster than .float() (measured on CPUs with F16C).
-        return out.copy_(rows)
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    return tensor.view(torch.uint8).numpy().reshape(-1).data
