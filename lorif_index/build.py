@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .coarse import default_factory, faiss_is_installed, load_faiss
-from .coarse_build import calibrate, coordinate_sample, make_coarse, random_positions, stored_queries
+from .coarse_build import calibrate, coordinate_sample, make_coarse, new_sketch, sketch_of_factors, stored_queries
 from .config import BuildConfig, CurvatureRows
 from .curvature import LayerCurvature, RowPass, fit_curvature
 from .data import as_source
@@ -37,7 +37,7 @@ from .query import Preconditioner
 from .reader import Reader, representation, row_layout
 from .rows import RowLayout
 from .shards import Shard, write_ids
-from .sketch import SketchEncoder, fit_sketch, sketch_method
+from .sketch import SketchEncoder
 from .sources import (
     GivenGradients,
     ModelCapture,
@@ -231,7 +231,7 @@ class _Build:
         if self.manifest.curvature is None and not late:
             self._fit_from_rows()
         if self.manifest.sketch is None and self._representation != "factors":
-            self._fit_sketch(*self._sample())
+            self._fit_sketch()
         self._encode()
         if self.manifest.curvature is None:
             self._fit_from_factors()
@@ -295,23 +295,11 @@ class _Build:
             )
         self._keep(fitted)
 
-    def _fit_sketch(self, rows: RowPass, count: int) -> None:
-        """The sketch's reduction, and which coordinates it keeps."""
-        curvature = self._curvature()
-        damping = self.config.damping
-        lams = {name: Preconditioner.of(name, layer, damping, "truncated").lam for name, layer in curvature.items()}  # type: ignore[arg-type]
+    def _fit_sketch(self) -> None:
+        """The sketch of unfactored gradients, which coordinates are taken with."""
+        rows, count = self._sample()
         with self.reporter.stage("sketch") as stage:
-            sketch = fit_sketch(
-                rows,
-                count,
-                curvature,
-                lams,
-                dim=self.config.sketch_dim,
-                method=sketch_method(self.config.sketch, curvature),
-                seed=self.config.seed,
-                stage=stage,
-                device=self._device(),
-            )
+            sketch = new_sketch(rows, count, self._curvature(), self.config, stage, self._device())
         self.manifest.sketch = save_sketch(self.path, sketch)
         self.manifest.write(self.path, BUILDING)
 
@@ -391,9 +379,9 @@ class _Build:
             return
         if self.manifest.sketch is None:
             # Rows are factors alone: the sketch is of them.
-            reader = self._reader()
-            rows = random_positions(reader, "curvature-sample", self.config.curvature_sample)
-            self._fit_sketch(lambda: stored_blocks(reader.store, rows), len(rows))
+            with self.reporter.stage("sketch") as stage:
+                self.manifest.sketch = sketch_of_factors(self._reader(), stage, self._device())
+            self.manifest.write(self.path, BUILDING)
         if self.manifest.coarse is None:
             reader = self._reader()
             factory = self.config.coarse
@@ -506,14 +494,6 @@ def _told(blocks: Iterator[GradientBlock], advance: Any) -> Iterator[GradientBlo
     for block in blocks:
         yield block
         advance(block.count)
-
-
-def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock]:
-    """Stored gradients of some rows, a block at a time."""
-    for start in range(0, len(positions), 512):
-        part = positions[start : start + 512]
-        factors = store.layout.unpack(store.gather(part))
-        yield GradientBlock(part, {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()})
 
 
 def _stored_gradients(store: Store) -> Iterator[GradientBlock]:

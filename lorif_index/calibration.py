@@ -73,12 +73,17 @@ class Orders:
     Attributes:
         coarse: of the coarse index's order.
         fine: of the order by stored coordinates, where factors are scored after them; else None.
-        correction: factor on the estimated number of missed answers.
+        scale, power: what is really lost of an answer is about scale * (what is estimated to be lost) ^ power.
     """
 
     coarse: Table
     fine: Table | None
-    correction: float = 1.0
+    scale: float = 1.0
+    power: float = 1.0
+
+    def corrected(self, recall: float) -> float:
+        """An estimated recall, by what was learnt of such estimates."""
+        return 1.0 - min(self.scale * (1.0 - recall) ** self.power, 1.0)
 
     def needed(self, k: int, recall: float) -> tuple[int | None, int | None]:
         """Candidates by coarse order, and how many of those by fine order, that reach the recall together.
@@ -131,7 +136,8 @@ class Calibration:
                 sign: Orders(
                     Table.from_json(data["orders"][sign]["coarse"]),
                     None if data["orders"][sign]["fine"] is None else Table.from_json(data["orders"][sign]["fine"]),
-                    float(data["orders"][sign]["correction"]),
+                    float(data["orders"][sign]["scale"]),
+                    float(data["orders"][sign]["power"]),
                 )
                 for sign in SIGNS
             }
@@ -162,10 +168,27 @@ def learn(ranks: np.ndarray, limit: int) -> Table:
         error = recall.std(axis=0, ddof=1) / math.sqrt(queries) if queries > 1 else np.zeros_like(mean)
         # What is left over counts even where the error is 0 because all queries agree.
         sure = np.where(mean >= 1.0, 1.0, mean - error)
-        reached = [np.flatnonzero(sure >= target) for target in TARGETS]
+        reached = [np.flatnonzero(sure >= target - 1e-9) for target in TARGETS]
         candidates.append(tuple(int(steps[r[0]]) if len(r) else None for r in reached))
         alone.append(float((ranks[:, :k] < k).mean()))
     return Table(ks, TARGETS, tuple(candidates), tuple(alone))
+
+
+def learn_correction(estimated: np.ndarray, lost: np.ndarray, least: np.ndarray) -> tuple[float, float]:
+    """Scale and power from pairs of mean losses, estimated and real, at several depths; a line between logarithms.
+
+    Args:
+        estimated, lost: (m,) means over the calibration queries.
+        least: (m,) the smallest loss that those queries could have shown; half of it stands for none.
+    """
+    seen = estimated > 0
+    if seen.sum() < 2:
+        return 1.0, 1.0
+    x, y = np.log(estimated[seen]), np.log(np.maximum(lost[seen], least[seen] / 2))
+    spread = float(np.square(x - x.mean()).sum())
+    power = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 0 else 1.0
+    power = min(max(power, 0.25), 2.0)
+    return float(np.exp(y.mean() - power * x.mean())), power
 
 
 @dataclass(frozen=True)

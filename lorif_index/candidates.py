@@ -166,7 +166,6 @@ class CandidateSearch:
         sign = np.float32(1.0 if largest else -1.0)
         queries = coordinates(question).numpy() * sign
         orders = self._orders(largest)
-        correction = orders.correction if orders else 1.0
         total = question.count
         states = [_State(question.some(slice(q, q + 1)).scorer(self._layout)) for q in range(total)]
         found = Found(
@@ -188,7 +187,9 @@ class CandidateSearch:
             for i, q in enumerate(pending):
                 taken = min(counts.wide, usable[i])
                 self._propose(states[q], positions[i, :taken], coarse[i, :taken], sign, found)
-                last = coarse[i, usable[i] - 1] if usable[i] else np.inf
+                # One that found fewer has not looked everywhere: then any row may be among the rest.
+                complete = usable[i] == positions.shape[1]
+                last = coarse[i, usable[i] - 1] if complete else np.inf
                 rests.append(self._rest(coarse[i, taken : usable[i]], sampled[:, q], last))
             self._score_exactly([states[q] for q in pending], counts.deep, sign, found)
             began = time.perf_counter()
@@ -201,8 +202,8 @@ class CandidateSearch:
                 found.candidates[q], found.proposed[q] = len(state.deep), len(state.positions)
                 if len(best):
                     seen = Seen(state.coarse, state.fine, state.deep, state.exact, *rests[i])
-                    missed = expected_missed(seen, float(state.exact[best[-1]])) * correction
-                    found.recall[q] = recall_from_missed(k, missed) * len(best) / k
+                    recall_now = recall_from_missed(k, expected_missed(seen, float(state.exact[best[-1]])))
+                    found.recall[q] = (orders.corrected(recall_now) if orders else recall_now) * len(best) / k
                 more = counts.wide < min(self.limit, usable[i] + 1) or counts.deep < len(state.positions)
                 if more and (1.0 - found.recall[q]) > _TOLERANCE * (1.0 - recall):
                     short.append(q)

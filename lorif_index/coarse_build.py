@@ -7,26 +7,33 @@ the index rescores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from .calibration import KS, SIGNS, Calibration, Orders, learn
+from .calibration import KS, SIGNS, Calibration, Orders, learn, learn_correction
 from .candidates import CandidateSearch
 from .coarse import TRAIN_ROWS, Coarse, default_factory, load_faiss
+from .config import BuildConfig
+from .curvature import LayerCurvature, RowPass
 from .damping import as_damping
-from .errors import ConfigError, QueryError, StoreError
-from .fitted import save_queries
+from .errors import ConfigError, StoreError
+from .fitted import save_queries, save_sketch
+from .gradients import GradientBlock, LayerGradient
 from .manifest import MANIFEST, Manifest
 from .progress import Reporter, Stage
 from .projection import keyed_generator
+from .query import Preconditioner
 from .reader import Reader, coarse_name, positions_of
 from .scoring import Question, TopK, stream_scores
+from .sketch import Sketch, fit_sketch, sketch_method
+from .store import Store
 
 SAMPLE_ROWS = 4096
-_CORRECTION = (0.02, 50.0)
+_CORRECTION_QUERIES = 32
 
 
 def random_positions(reader: Reader, what: str, most: int) -> np.ndarray:
@@ -63,6 +70,45 @@ def make_coarse(reader: Reader, factory: str, stage: Stage) -> dict[str, Any]:
 def coordinate_sample(reader: Reader) -> np.ndarray:
     """(s, k) float32: coordinates of random rows, which stand for all in the estimate of a recall."""
     return reader.coordinates(reader.store.gather(random_positions(reader, "recall-sample", SAMPLE_ROWS))).numpy()
+
+
+def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock]:
+    """Stored gradients of some rows, a block at a time."""
+    for start in range(0, len(positions), 512):
+        part = positions[start : start + 512]
+        factors = store.layout.unpack(store.gather(part))
+        yield GradientBlock(part, {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()})
+
+
+def sketch_of_factors(reader: Reader, stage: Stage, device: torch.device) -> dict[str, Any]:
+    """A sketch fitted on the stored factors of a random sample, where rows hold nothing else; the manifest's entry."""
+    rows = random_positions(reader, "curvature-sample", reader.config.curvature_sample)
+    walk = partial(stored_blocks, reader.store, rows)
+    return save_sketch(reader.folder, new_sketch(walk, len(rows), reader.curvature, reader.config, stage, device))
+
+
+def new_sketch(
+    rows: RowPass,
+    count: int,
+    curvature: Mapping[str, LayerCurvature],
+    config: BuildConfig,
+    stage: Stage,
+    device: torch.device,
+) -> Sketch:
+    """A sketch as the config has it (see `fit_sketch`)."""
+    policy = as_damping(config.damping)
+    lams = {n: Preconditioner.of(n, layer, policy, config.complement).lam for n, layer in curvature.items()}
+    return fit_sketch(
+        rows,
+        count,
+        curvature,
+        lams,
+        dim=config.sketch_dim,
+        method=sketch_method(config.sketch, curvature),
+        seed=config.seed,
+        stage=stage,
+        device=device,
+    )
 
 
 def stored_queries(reader: Reader, most: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
@@ -148,33 +194,38 @@ def _ranks(
 def _corrected(
     orders: Orders, search: CandidateSearch, question: Question, answers: np.ndarray, *, largest: bool
 ) -> Orders:
-    """The tables with their correction: what was missed at a recall of .95, over what the estimate says was.
+    """The tables with what is to be corrected in estimates, from searches at several depths without going on.
 
     Answers include the query's own row here, as a search's do.
     """
-    missed, estimated = 0.0, 0.0
-    for k in (k for k in orders.coarse.ks if k <= 100):
-        found = search.run(question, k, 0.0, largest=largest, counts=search.counts_by(orders, k, 0.95))
-        for q in range(question.count):
-            missed += k - len(np.intersect1d(found.positions[q], answers[q, :k]))
-        estimated += float((k / np.maximum(found.recall, 1e-6) - k).sum())
-    if not missed or not estimated:
-        return orders
-    return dataclasses.replace(orders, correction=float(np.clip(missed / estimated, *_CORRECTION)))
+    question = question.some(slice(0, _CORRECTION_QUERIES))
+    answers = answers[: question.count]
+    estimated, lost, least = [], [], []
+    for k in [k for k in orders.coarse.ks if k <= 100][-2:]:
+        for recall in (0.8, 0.95, 0.99):
+            found = search.run(question, k, 0.0, largest=largest, counts=search.counts_by(orders, k, recall))
+            kept = [len(np.intersect1d(row, answer[:k])) for row, answer in zip(found.positions, answers, strict=True)]
+            estimated.append(1.0 - float(found.recall.mean()))
+            lost.append(1.0 - float(np.mean(kept)) / k)
+            least.append(1.0 / (k * question.count))
+    scale, power = learn_correction(np.array(estimated), np.array(lost), np.array(least))
+    return dataclasses.replace(orders, scale=scale, power=power)
 
 
 def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
     """A coarse index made anew, calibrated, and put into the manifest; the old one is removed after that.
 
     Raises:
-        QueryError: the index has no sketch. ConfigError: as in `make_coarse`.
+        ConfigError: as in `make_coarse`, or faiss is not installed.
     """
     load_faiss()
-    if reader.sketch is None:
-        raise QueryError("the index has no sketch to make a coarse index of: build it anew with this version")
-    if factory == "auto":
-        factory = default_factory(reader.sketch.dim)
     manifest = reader.manifest
+    if manifest.sketch is None:
+        with report.stage("sketch") as stage:
+            manifest = dataclasses.replace(manifest, sketch=sketch_of_factors(reader, stage, torch.device("cpu")))
+        reader = Reader(reader.folder, manifest)
+    if factory == "auto":
+        factory = default_factory(reader.sketch.dim)  # type: ignore[union-attr]
     queries = manifest.queries
     if queries is None:
         ids, gradients = stored_queries(reader, reader.config.calibration_queries)

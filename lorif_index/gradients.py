@@ -49,14 +49,14 @@ class LayerSpec:
 class LayerGradient:
     """Gradients of n examples in one layer, (n, a, b), dense or as a pair with G = left right^T.
 
-    `pair` is (left (n, a, m), right (n, b, m)) or None.
+    Given in any floating point type and converted to float32 when first looked at, so that what is passed over is not.
     """
 
-    __slots__ = ("_dense", "pair")
+    __slots__ = ("_dense", "_pair")
 
     def __init__(self, dense: torch.Tensor | None, pair: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         self._dense = dense
-        self.pair = pair
+        self._pair = pair
 
     @classmethod
     def from_dense(cls, dense: torch.Tensor) -> LayerGradient:
@@ -89,8 +89,15 @@ class LayerGradient:
         return cls.from_dense(dense)
 
     @property
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(left (n, a, m), right (n, b, m)) float32, or None where the gradient is dense."""
+        if self._pair is None:
+            return None
+        return self._pair[0].to(torch.float32), self._pair[1].to(torch.float32)
+
+    @property
     def _any(self) -> torch.Tensor:
-        return self._dense if self._dense is not None else self.pair[0]  # type: ignore[index]
+        return self._dense if self._dense is not None else self._pair[0]  # type: ignore[index]
 
     @property
     def count(self) -> int:
@@ -99,43 +106,39 @@ class LayerGradient:
     @property
     def shape(self) -> tuple[int, int]:
         """(a, b) of one example's gradient."""
-        if self.pair is not None:
-            return int(self.pair[0].shape[1]), int(self.pair[1].shape[1])
+        if self._pair is not None:
+            return int(self._pair[0].shape[1]), int(self._pair[1].shape[1])
         return int(self._any.shape[1]), int(self._any.shape[2])
 
     @property
     def device(self) -> torch.device:
         return self._any.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._any.dtype
-
     def dense(self) -> torch.Tensor:
-        """(n, a, b)."""
+        """(n, a, b) float32."""
         if self._dense is not None:
-            return self._dense
+            return self._dense.to(torch.float32)
         left, right = self.pair  # type: ignore[misc]
         return torch.bmm(left, right.transpose(1, 2))
 
     def flat(self) -> torch.Tensor:
-        """(n, a * b)."""
+        """(n, a * b) float32."""
         dense = self.dense()
         return dense.reshape(dense.shape[0], -1)
 
     def select(self, rows: torch.Tensor) -> LayerGradient:
-        if self.pair is not None:
-            return LayerGradient(None, (self.pair[0][rows], self.pair[1][rows]))
+        if self._pair is not None:
+            return LayerGradient(None, (self._pair[0][rows], self._pair[1][rows]))
         return LayerGradient(self._any[rows], None)
 
     def negated(self) -> LayerGradient:
-        if self.pair is not None:
-            return LayerGradient(None, (-self.pair[0], self.pair[1]))
+        if self._pair is not None:
+            return LayerGradient(None, (-self._pair[0], self._pair[1]))
         return LayerGradient(-self._any, None)
 
     def finite(self) -> torch.Tensor:
         """(n,) bool: no inf or NaN."""
-        parts = self.pair if self.pair is not None else (self._any,)
+        parts = self._pair if self._pair is not None else (self._any,)
         flags = [_finite(p.flatten(1)) for p in parts]
         return flags[0] if len(flags) == 1 else flags[0] & flags[1]
 
@@ -156,7 +159,7 @@ def _tensor(value: Any, what: str) -> torch.Tensor:
         raise DataError(f"{what}: expected an array or a pair of arrays, got {type(value).__name__}")
     if not tensor.is_floating_point():
         raise DataError(f"{what}: gradients must be floating point, got {tensor.dtype}")
-    return tensor.to(torch.float32)
+    return tensor
 
 
 @dataclass(frozen=True)

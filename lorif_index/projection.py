@@ -81,7 +81,7 @@ class Projections:
         spec = self.specs[name]
         if gradient.shape == (spec.d_in, spec.d_out):
             return gradient
-        device, dtype = gradient.device, gradient.dtype
+        device, dtype = gradient.device, torch.float32
         p_in = self.side(name, "in", device, dtype)
         p_out = self.side(name, "out", device, dtype)
         if gradient.pair is not None:

@@ -175,6 +175,7 @@ def test_main_path(
         dtype=dtype,
         layers=made.selection,
         batch_size=16,
+        store="factors",
     )
     index = Index.build(tmp_path / "i", model=made.model, data=made.data, config=config)
     assert set(index.layers) == set(made.weights)
@@ -252,7 +253,9 @@ def test_damping_and_layers_at_search_time(
     tmp_path: Path, policy: Damping | float, rule: str, value: float, complement: str
 ) -> None:
     made = mlp()
-    config = BuildConfig(projection_dim=9, curvature_rank=SMALL_RANK, dtype="float32", complement=complement)
+    config = BuildConfig(
+        projection_dim=9, curvature_rank=SMALL_RANK, dtype="float32", complement=complement, store="factors"
+    )
     index = Index.build(tmp_path / "i", model=made.model, data=made.data, config=config)
     queries = projected(index, made.gradients(made.query))
     rows = projected(index, made.gradients(made.data))
@@ -297,6 +300,7 @@ def test_anything_given_as_gradients(tmp_path_factory: pytest.TempPathFactory, d
         curvature_rank=r,
         dtype=dtype,
         complement=complement,
+        store="factors",
         shard_bytes=draw(st.sampled_from([1, 500, 1 << 20])),
     )
     index = Index.build(tmp_path_factory.mktemp("h") / "i", gradients=blocks, config=config)

@@ -26,7 +26,7 @@ SPECS = {
 def test_all_routes_are_the_sum_over_pairs(queries: int, dtype: str, names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     layout = RowLayout(SPECS, dtype)
-    rows = torch.randn(700, layout.width).to(layout.torch_dtype)
+    rows = layout.rows(torch.randn(700, layout.width).to(layout.torch_dtype), None)
     question = {name: torch.randn(queries, SPECS[name].d_in, SPECS[name].d_out) for name in names}
     got = Scorer(layout, question).score(rows)
     expected = torch.zeros(queries, 700, dtype=torch.float64)

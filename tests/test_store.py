@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorif_index.codes import CodeLayout
 from lorif_index.errors import CorruptionError
 from lorif_index.gradients import LayerSpec
-from lorif_index.rows import RowLayout
+from lorif_index.rows import RowLayout, Rows
 from lorif_index.sealed import SealedInfo, write_sealed
 from lorif_index.shards import ShardInfo
 from lorif_index.store import Store, StoreWriter
@@ -24,9 +25,12 @@ SPECS = {
 }
 
 
-def make(folder: Path, n: int, dtype: str = "float16", per_shard: int = 7) -> tuple[Store, torch.Tensor, np.ndarray]:
-    layout = RowLayout(SPECS, dtype)
-    rows = torch.randn(n, layout.width).to(layout.torch_dtype)
+def make(
+    folder: Path, n: int, dtype: str = "float16", per_shard: int = 7, codes: CodeLayout | None = None
+) -> tuple[Store, Rows, np.ndarray]:
+    layout = RowLayout(SPECS, dtype, codes=codes)
+    factors = torch.randn(n, layout.width).to(layout.torch_dtype)
+    rows = layout.rows(factors, codes.encode(torch.randn(n, codes.dim)) if codes else None)
     ids = np.arange(n, dtype=np.int64) * 3 + 1
     writer = StoreWriter(folder, layout, per_shard * layout.row_bytes, [])
     for i in range(0, n, 5):
@@ -35,45 +39,84 @@ def make(folder: Path, n: int, dtype: str = "float16", per_shard: int = 7) -> tu
     return Store(folder, layout, writer.sealed), rows, ids
 
 
+def same(a: Rows, b: Rows) -> bool:
+    return torch.equal(a.factors, b.factors) and torch.equal(a.codes, b.codes)
+
+
+@pytest.mark.parametrize("codes", [None, CodeLayout(13, 4)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_rows_come_back(tmp_path: Path, dtype: str) -> None:
-    store, rows, ids = make(tmp_path, 40, dtype)
+def test_rows_come_back(tmp_path: Path, dtype: str, codes: CodeLayout | None) -> None:
+    store, rows, ids = make(tmp_path, 40, dtype, codes=codes)
     assert len(store) == 40 and len(store.shards) == 6
     assert np.array_equal(store.ids, ids)
     for block in (1, store.layout.row_bytes * 3, 1 << 20):
-        got = [(start, part.clone()) for start, part in store.stream(block)]
-        assert torch.equal(torch.cat([part for _, part in got]), rows)
+        got = [(start, Rows(part.factors.clone(), part.codes.clone())) for start, part in store.stream(block)]
+        assert same(Rows(*(torch.cat([getattr(p, name) for _, p in got]) for name in ("factors", "codes"))), rows)
         assert [start for start, _ in got] == np.cumsum([0, *(len(p) for _, p in got[:-1])]).tolist()
     order = np.array([39, 0, 7, 6, 39, 21])
-    assert torch.equal(store.gather(order), rows[torch.from_numpy(order)])
+    assert same(store.gather(order), rows[torch.from_numpy(order)])
+    assert torch.equal(store.all_codes(), rows.codes)
     store.verify()
 
 
-def test_any_hdf5_reader_reads_a_shard(tmp_path: Path) -> None:
-    store, rows, ids = make(tmp_path, 10, per_shard=10)
+def test_codes_alone_are_rows_too(tmp_path: Path) -> None:
+    layout = RowLayout(SPECS, "float16", factors=False, codes=CodeLayout(24, 2))
+    rows = layout.rows(None, CodeLayout(24, 2).encode(torch.randn(20, 24)))
+    writer = StoreWriter(tmp_path, layout, 7 * layout.row_bytes, [])
+    writer.append(rows, np.arange(20))
+    writer.flush()
+    store = Store(tmp_path, layout, writer.sealed)
+    assert layout.row_bytes == 12 and len(store.shards) == 3
+    assert same(store.gather(np.arange(20)[::-1].copy()), rows[torch.arange(20).flip(0)])
     with h5py.File(store.shards[0].file.path, "r") as file:
-        assert sorted(file) == ["checksums", "ids", "rows"]
+        assert sorted(file) == ["code_checksums", "codes", "ids"]
+
+
+def test_what_is_not_in_the_page_cache_is_read_all_the_same(tmp_path: Path) -> None:
+    """Gathering asks for cached rows first; files that were dropped from the cache give the same."""
+    store, rows, _ = make(tmp_path, 400, per_shard=50, codes=CodeLayout(64, 4))
+    for shard in store.shards:
+        os.posix_fadvise(shard.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    order = np.random.default_rng(0).permutation(400)
+    assert same(store.gather(order), rows[torch.from_numpy(order)])
+
+
+@pytest.mark.parametrize("flags", [0, 1 << 30])
+def test_systems_that_cannot_say_what_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: int) -> None:
+    """No flag at all, and one that the system refuses."""
+    store, rows, _ = make(tmp_path, 20)
+    monkeypatch.setattr("lorif_index.sealed._NO_WAIT", flags)
+    assert same(store.gather(np.arange(20)), rows)
+
+
+def test_any_hdf5_reader_reads_a_shard(tmp_path: Path) -> None:
+    store, rows, ids = make(tmp_path, 10, per_shard=10, codes=CodeLayout(16, 8))
+    with h5py.File(store.shards[0].file.path, "r") as file:
+        assert sorted(file) == ["checksums", "code_checksums", "codes", "ids", "rows"]
         assert file.attrs["dtype"] == "float16"
-        assert np.array_equal(file["rows"][...], rows.numpy()) and np.array_equal(file["ids"][...], ids)
+        assert np.array_equal(file["codes"][...], rows.codes.numpy())
+        assert np.array_equal(file["rows"][...], rows.factors.numpy()) and np.array_equal(file["ids"][...], ids)
         assert file["rows"].chunks is None and file["rows"].compression is None
         assert file["rows"].id.get_offset() == store.shards[0].file.info.offsets["rows"]
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    store, _, _ = make(tmp_path, 10, per_shard=10)
+    store, _, _ = make(tmp_path, 10, per_shard=10, codes=CodeLayout(40, 4))
     path = store.shards[0].file.path
     data = path.read_bytes()
     info = store.shards[0].file.info
     generator = np.random.default_rng(0)
-    for at in [info.offsets["rows"] + 5, *generator.integers(0, len(data), 30).tolist()]:
+    for at in [info.offsets["rows"] + 5, info.offsets["codes"] + 70, *generator.integers(0, len(data), 30).tolist()]:
         damaged = bytearray(data)
         damaged[at] ^= 1 << int(generator.integers(8))
         path.write_bytes(damaged)
         fresh = Store(tmp_path, store.layout, [ShardInfo.from_json(store_json(store))])
         with pytest.raises(CorruptionError, match="digest"):
             fresh.verify()
-        row = (at - info.offsets["rows"]) // store.layout.row_bytes
-        if 0 <= row < 10:
+        for part, size in (("rows", store.layout.factor_bytes), ("codes", store.layout.code_bytes)):
+            row = (at - info.offsets[part]) // size
+            if not 0 <= row < 10:
+                continue
             with pytest.raises(CorruptionError, match=f"row {row} .*checksum"):
                 fresh.gather(np.arange(10))
     path.write_bytes(data)
@@ -136,5 +179,5 @@ def test_one_example_is_adjacent(tmp_path: Path) -> None:
     info = store.shards[0].file.info
     raw = store.shards[0].file.path.read_bytes()
     at = info.offsets["rows"] + 4 * store.layout.row_bytes
-    assert raw[at : at + store.layout.row_bytes] == rows[4].numpy().tobytes()
+    assert raw[at : at + store.layout.row_bytes] == rows.factors[4].numpy().tobytes()
     assert store.layout.row_bytes == 2 * (2 * 2 * (8 + 6) + 16)

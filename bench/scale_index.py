@@ -1,0 +1,64 @@
+"""The indexes of the scale benchmarks: built once at c = 4 and the full size, smaller ones derived by truncation.
+
+Factors keep their pairs in falling order and windows are shuffled, so that fewer pairs and the first n rows are what a
+build of that size with the same fitted curvature and sketch would have stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bench.scale_data import FOLDER, gradients
+from lorif_index import BuildConfig, Index
+from lorif_index.rows import RowLayout
+from lorif_index.store import StoreWriter
+
+FULL_RANK = 4
+
+
+def full_index(
+    count: int, steps: int, folder: Path = FOLDER, most: int | None = None, settings: dict[str, Any] | None = None
+) -> Index:
+    """The c = 4 index of `count` training windows, with coordinates and coarse index."""
+    path = folder / f"index-c{FULL_RANK}-n{count}"
+    if not (path / "manifest.json").exists():
+        data = gradients("train", count, steps, folder, most)
+        Index.build(path, gradients=data, config=BuildConfig(rank=FULL_RANK, **(settings or {})), progress=False)
+    return Index.open(path)
+
+
+def derived(whole: Index, rank: int, count: int) -> Index:
+    """The index of the first `count` rows at rank c, with a coarse index and a calibration of its own."""
+    if (rank, count) == (FULL_RANK, len(whole)):
+        return whole
+    path = whole.path.parent / f"index-c{rank}-n{count}"
+    if not (path / "manifest.json").exists():
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        specs = {name: dataclasses.replace(spec, rank=rank) for name, spec in whole.specs.items()}
+        layout = RowLayout(specs, whole.config.dtype, codes=whole._layout.codes)
+        writer = StoreWriter(path, layout, whole.config.shard_bytes, [])
+        for start, rows in whole._store.stream():
+            rows = rows[: count - start]
+            parts = whole._layout.unpack(rows)
+            kept = {n: type(p)(p.left[:, :rank], p.right[:, :rank]) for n, p in parts.items() if p.right is not None}
+            factors = layout.pack(kept).to(layout.torch_dtype)
+            writer.append(layout.rows(factors, rows.codes), whole.ids[start : start + len(rows)])
+            if start + len(rows) >= count:
+                break
+        writer.flush()
+        for name in ("curvature.h5", "sketch.h5", "calibration.h5"):
+            shutil.copy(whole.path / name, path / name)
+        data = json.loads((whole.path / "manifest.json").read_text())
+        data |= {"shards": [shard.to_json() for shard in writer.sealed], "coarse": None, "calibration": None}
+        data["config"]["rank"] = rank
+        for layer in data["layers"]:
+            layer["rank"] = rank
+        data["fingerprint"] |= {"layers": data["layers"], "examples": count}
+        (path / "manifest.json").write_text(json.dumps(data))
+        Index.open(path).rebuild_coarse(progress=False)
+    return Index.open(path)

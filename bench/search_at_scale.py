@@ -1,0 +1,335 @@
+"""Claim: the ten or hundred most influential of a million examples in milliseconds, with the recall that was asked for.
+
+One run over indexes of real gradients at several sizes and ranks: recall against the same index's exact scores on
+queries that calibration never saw (held-out files, and prose as a shifted source), latency of single queries hot and
+cold beside the exact scan, batches, the coarse stage alone at ten million, a FAISS flat index over full gradients and
+the published scorer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.environment import CACHE, ROOT, arguments, keep, table, timed
+from bench.scale_data import FOLDER, Dense, gradients
+from bench.scale_index import FULL_RANK, derived, full_index
+from bench.scan_cost import drop, published_way, resident_fraction
+from lorif_index import Index
+from lorif_index.coarse import Coarse, load_faiss
+from lorif_index.query import transform
+from lorif_index.scoring import TopK, stream_scores
+
+TARGETS, KS = (0.9, 0.95, 0.99), (1, 10, 100)
+Gradients = dict[str, torch.Tensor]
+
+
+def asked(split: str, count: int, steps: int, folder: Path, most: int | None) -> Gradients:
+    """Gradients of queries, float32."""
+    found = gradients(split, count, steps, folder, most)
+    return {name: g.float() for name, g in found.block(0, count).items()}
+
+
+def some(queries: Gradients, start: int, stop: int) -> Gradients:
+    return {name: g[start:stop] for name, g in queries.items()}
+
+
+def answers(index: Index, queries: Gradients, most: int, path: Path) -> dict[str, np.ndarray]:
+    """Exact answers (q, most) of both signs by one full scan, kept beside the index."""
+    count = len(next(iter(queries.values())))
+    if path.exists():
+        kept = np.load(path, allow_pickle=False)
+        if kept["proponents"].shape == (count, most):
+            return {name: kept[name] for name in kept.files}
+    question = index._prepare(queries, None, index.config.damping, index.layers).question  # type: ignore[arg-type]
+    tops = {"proponents": TopK(count, most), "opponents": TopK(count, most, largest=False)}
+    for start, scores, _ in stream_scores(index._store, question.scorer(index._layout)):
+        for top in tops.values():
+            top.update(start, scores)
+    found = {sign: index.ids[top.result()[0].numpy()] for sign, top in tops.items()}
+    np.savez(path, **found)
+    return found
+
+
+def recalls(index: Index, queries: Gradients, truth: dict[str, np.ndarray], targets: Any, ks: Any, signs: Any) -> Any:
+    """Achieved and estimated recall, candidates and milliseconds a query, in batches of 20."""
+    count, rows = len(next(iter(queries.values()))), []
+    for sign in signs:
+        for k in ks:
+            for target in targets:
+                found, estimated, candidates, began = [], [], [], time.perf_counter()
+                for start in range(0, count, 20):
+                    part = some(queries, start, start + 20)
+                    hits = index.search(part, k, recall=target, exact=False, opponents=sign == "opponents")
+                    found += [
+                        np.intersect1d(a, b[:k]).size / k
+                        for a, b in zip(hits.ids, truth[sign][start : start + 20], strict=True)
+                    ]
+                    estimated += hits.stats.recall_by_query
+                    candidates += hits.stats.candidates_by_query
+                rows.append(
+                    {
+                        "sign": sign,
+                        "k": k,
+                        "target": target,
+                        "recall": float(np.mean(found)),
+                        "standard_error": float(np.std(found, ddof=1) / len(found) ** 0.5),
+                        "estimated": float(np.mean(estimated)),
+                        "candidates": float(np.mean(candidates)),
+                        "ms": 1e3 * (time.perf_counter() - began) / count,
+                    }
+                )
+    return rows
+
+
+def latency(index: Index, queries: Gradients, singles: int, repeats: int) -> dict[str, Any]:
+    """Medians over single queries, hot and cold, and of exact scans, in milliseconds."""
+    one = [some(queries, i, i + 1) for i in range(singles)]
+    out: dict[str, Any] = {}
+    for k in (10, 100):
+        for query in one[:10]:
+            index.search(query, k, exact=False)
+        seconds, stages, candidates = [], [], []
+        for query in one:
+            began = time.perf_counter()
+            hits = index.search(query, k, exact=False)
+            seconds.append(time.perf_counter() - began)
+            stages.append(hits.stats.seconds)
+            candidates.append(hits.stats.candidates)
+        out[f"hot_ms_{k}"] = 1e3 * statistics.median(seconds)
+        out[f"hot_ms_{k}_p95"] = 1e3 * float(np.quantile(seconds, 0.95))
+        out[f"stages_ms_{k}"] = {s: 1e3 * statistics.median(x[s] for x in stages) for s in stages[0]}
+        out[f"candidates_{k}"] = statistics.median(candidates)
+    index.search(one[0], 10, exact=True)
+    out["scan_hot_ms"] = 1e3 * statistics.median(
+        timed(lambda i=i: index.search(one[i], 10, exact=True)) for i in range(repeats)
+    )
+    cold = []
+    for query in one[: max(singles // 4, 2)]:
+        drop(index._store)
+        cold.append(timed(lambda query=query: index.search(query, 10, exact=False)))
+    out["resident_after_drop"] = 0.0
+    scans = []
+    for i in range(max(repeats // 2, 1)):
+        drop(index._store)
+        out["resident_after_drop"] = resident_fraction(index._store)
+        scans.append(timed(lambda i=i: index.search(one[i], 10, exact=True)))
+    out["cold_ms_10"], out["scan_cold_ms"] = 1e3 * statistics.median(cold), 1e3 * statistics.median(scans)
+    out["scan_over_hot"] = out["scan_hot_ms"] / out["hot_ms_10"]
+    out["scan_over_cold"] = out["scan_cold_ms"] / out["cold_ms_10"]
+    return out
+
+
+def batches(index: Index, queries: Gradients, sizes: tuple[int, ...]) -> list[dict[str, float]]:
+    rows = []
+    count = len(next(iter(queries.values())))
+    for size in sizes:
+        if size > count:
+            break
+        starts = [i for i in range(0, min(count, 8 * size), size) if i + size <= count][:8]
+        seconds = [timed(lambda i=i, n=size: index.search(some(queries, i, i + n), 10, exact=False)) for i in starts]
+        rows.append({"batch": size, "ms_per_query": 1e3 * statistics.median(seconds) / size})
+    return rows
+
+
+def flat_peer(index: Index, dense: Dense, queries: Gradients, singles: int) -> dict[str, Any]:
+    """A FAISS flat index over full projected gradients in half precision, asked with the transformed query."""
+    faiss = load_faiss()
+    count = len(index)
+    peer = faiss.IndexScalarQuantizer(dense.width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    rows = dense.array()
+    for start in range(0, count, 4096):
+        peer.add(rows[start : min(start + 4096, count)].astype(np.float32))
+    pre = index._reader.preconditioners(index.layers, index.config.damping)  # type: ignore[arg-type]
+    asked = transform(queries, pre)
+    flat = torch.cat([asked[name].flatten(1) for name in index.layers], dim=1).numpy()
+    peer.search(flat[:1], 10)
+    one = statistics.median(timed(lambda i=i: peer.search(flat[i : i + 1], 10)) for i in range(singles))
+    many = timed(lambda: peer.search(flat[:32], 10)) / min(32, len(flat))
+    return {"rows": count, "bytes": 2 * dense.width, "ms": 1e3 * one, "ms_of_32": 1e3 * many}
+
+
+def synthetic(count: int, dim: int, factory: str) -> dict[str, Any]:
+    """The coarse stage alone over made-up sketches."""
+    rng = np.random.default_rng(0)
+    coarse = Coarse.train(factory, rng.standard_normal((20_000, dim), dtype=np.float32))
+    began = time.perf_counter()
+    for start in range(0, count, 100_000):
+        coarse.add(rng.standard_normal((min(100_000, count - start), dim), dtype=np.float32))
+    adding = time.perf_counter() - began
+    x = rng.standard_normal((40, dim), dtype=np.float32)
+    out: dict[str, Any] = {"count": count, "adding_seconds": adding}
+    for most in (100, 4000, 20_000):
+        coarse.search(x[:1], most)
+        ms = 1e3 * statistics.median(timed(lambda i=i, m=most: coarse.search(x[i : i + 1], m)) for i in range(20))
+        out[f"ms_{most}"] = ms
+    out["ms_each_of_32"] = 1e3 * timed(lambda: coarse.search(x[:32], 100)) / 32
+    out["ns_per_vector"] = 1e6 * out["ms_100"] / count
+    return out
+
+
+def exponent(xs: list[float], ys: list[float]) -> float:
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def main() -> None:
+    parsed = arguments(
+        __doc__ or "",
+        sizes={"type": int, "nargs": "+", "default": [20_000, 100_000, 300_000, 1_000_000]},
+        queries={"type": int, "default": 100},
+        synthetic={"type": int, "default": 10_000_000},
+        steps={"type": int, "default": 2000},
+    )
+    folder, most, steps, sizes, count, made_up = (
+        FOLDER, None, parsed.steps, sorted(parsed.sizes), parsed.queries, parsed.synthetic,
+    )  # fmt: skip
+    peer_rows, published_rows, singles, repeats, settings = 100_000, 2048, 100, 5, {}
+    if parsed.smoke:
+        folder, most, steps, sizes, count, made_up = CACHE / "smoke" / "scale", 60, 3, [1200, 2500], 20, 5000
+        peer_rows, published_rows, singles, repeats = 1200, 256, 4, 1
+        settings = {"curvature_rank": 32, "sketch_dim": 64, "curvature_sample": 600, "calibration_queries": 8}
+        shutil.rmtree(folder, ignore_errors=True)
+    queries = {s: asked(s, 1000 if s == "held-out" and not most else count, steps, folder, most) for s in SOURCES}
+    whole = full_index(sizes[-1], steps, folder, most, settings)
+    result: dict[str, Any] = {"sizes": sizes, "queries": count, "indexes": []}
+    for n in sizes:
+        for rank in (1, FULL_RANK):
+            index = derived(whole, rank, n)
+            entry: dict[str, Any] = {
+                "n": n,
+                "rank": rank,
+                "row_bytes": index.bytes_per_example,
+                "coarse": index.coarse,
+                "build": index.build_report["seconds"],
+            }
+            last = n == sizes[-1]
+            for source in SOURCES if last else SOURCES[:1]:
+                truth = answers(index, some(queries[source], 0, count), 100, index.path / f"answers-{source}.npz")
+                entry[f"recall_{source}"] = recalls(
+                    index,
+                    some(queries[source], 0, count),
+                    truth,
+                    TARGETS if last else TARGETS[-1:],
+                    KS if last else KS[1:],
+                    ("proponents", "opponents") if last else ("proponents",),
+                )
+            entry |= latency(index, queries["held-out"], min(singles, count), repeats)
+            if last:
+                entry["batches"] = batches(index, queries["held-out"], (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000))
+            result["indexes"].append(entry)
+            print(f"n={n:,} c={rank}: done", flush=True)
+    middle = derived(whole, 1, min(sizes, key=lambda n: abs(n - peer_rows)))
+    dense = gradients("train", len(middle), steps, folder, most)
+    result["flat"] = flat_peer(middle, dense, queries["held-out"], 10)
+    ours = next(e for e in result["indexes"] if e["n"] == len(middle) and e["rank"] == 1)
+    seconds, _ = published_way(middle, some(queries["held-out"], 0, 1), published_rows)
+    result["published"] = {"rows": published_rows, "ms_scaled": 1e3 * seconds * len(middle) / published_rows}
+    result["ours_there"] = {"n": len(middle), "bytes": ours["row_bytes"] + 130, "ms": ours["hot_ms_10"]}
+    coarse = whole.coarse
+    if coarse is None:
+        raise RuntimeError("the index was built without faiss")
+    result["synthetic"] = synthetic(made_up, coarse["dim"], coarse["factory"])
+    for rank in (1, FULL_RANK):
+        mine = [e for e in result["indexes"] if e["rank"] == rank]
+        ns = [e["n"] for e in mine]
+        result[f"growth_c{rank}"] = {
+            "latency": exponent(ns, [e["hot_ms_10"] for e in mine]),
+            "without_coarse": exponent(ns, [e["hot_ms_10"] - e["stages_ms_10"]["coarse"] for e in mine]),
+            "candidates_100": exponent(ns, [e["candidates_100"] for e in mine]),
+        }
+    show(result)
+    keep("search_at_scale", result, parsed)
+    if not parsed.smoke:
+        plots(result, ROOT / "docs")
+
+
+SOURCES = ("held-out", "shifted")
+
+
+def show(result: dict[str, Any]) -> None:
+    rows = [["n", "c", "bytes", "recall@10", "@100", "hot ms", "scan ms", "x", "cold ms", "cold scan", "x", "rescored"]]
+    for e in result["indexes"]:
+        at = {r["k"]: r["recall"] for r in e["recall_held-out"] if r["target"] == 0.99 and r["sign"] == "proponents"}
+        rows.append(
+            [
+                f"{e['n']:,}",
+                str(e["rank"]),
+                str(e["row_bytes"]),
+                f"{at[10]:.4f}",
+                f"{at[100]:.4f}",
+                f"{e['hot_ms_10']:.1f}",
+                f"{e['scan_hot_ms']:.0f}",
+                f"{e['scan_over_hot']:.0f}",
+                f"{e['cold_ms_10']:.1f}",
+                f"{e['scan_cold_ms']:.0f}",
+                f"{e['scan_over_cold']:.0f}",
+                f"{e['candidates_10']:.0f} / {e['candidates_100']:.0f}",
+            ]
+        )
+    table(rows)
+    for e in result["indexes"]:
+        for source in SOURCES:
+            for r in e.get(f"recall_{source}", []):
+                if "batches" in e:
+                    print(
+                        f"n={e['n']:,} c={e['rank']} {source} {r['sign']} k={r['k']} asked {r['target']}: "
+                        f"{r['recall']:.4f} (estimated {r['estimated']:.4f}), {r['candidates']:.0f} rescored"
+                    )
+        for b in e.get("batches", []):
+            print(f"n={e['n']:,} c={e['rank']} batch {b['batch']}: {b['ms_per_query']:.2f} ms a query")
+    for name in ("flat", "published", "ours_there", "synthetic", "growth_c1", "growth_c4"):
+        print(name, result[name])
+
+
+def plots(result: dict[str, Any], folder: Path) -> None:
+    """Candidates and latency against N, as SVG."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: pip install matplotlib")
+        return
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "svg.hashsalt": "lorif"})
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3))
+    last = [e for e in result["indexes"] if "batches" in e]
+    for e in last:
+        for k, marker in ((10, "o"), (100, "s")):
+            mine = [r for r in e["recall_held-out"] if r["k"] == k and r["sign"] == "proponents"]
+            axes[0].plot([r["candidates"] for r in mine], [r["recall"] for r in mine], marker=marker,
+                         label=f"c={e['rank']}, k={k}")  # fmt: skip
+    axes[0].set(xscale="log", xlabel="rows rescored", ylabel="recall", title=f"N = {last[0]['n']:,}")
+    for rank, style in ((1, "-"), (FULL_RANK, "--")):
+        mine = [e for e in result["indexes"] if e["rank"] == rank]
+        ns = [e["n"] for e in mine]
+        axes[1].plot(ns, [e["hot_ms_10"] for e in mine], f"o{style}", label=f"search, c={rank}")
+        axes[1].plot(ns, [e["scan_hot_ms"] for e in mine], f"s{style}", label=f"scan, c={rank}")
+    axes[1].set(xscale="log", yscale="log", xlabel="N", ylabel="ms, one query, warm")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "search_at_scale.svg", metadata={"Date": None})
+    figure, axis = pyplot.subplots(figsize=(4, 3))
+    for rank in (1, FULL_RANK):
+        mine = [e for e in result["indexes"] if e["rank"] == rank]
+        ns, ts = [e["n"] for e in mine], [e["candidates_100"] for e in mine]
+        axis.plot(ns, ts, "o-", label=f"c={rank}: N^{exponent(ns, ts):.2f}")
+    axis.set(xscale="log", yscale="log", xlabel="N", ylabel="rows rescored for .99, k=100")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "candidates_at_scale.svg", metadata={"Date": None})
+    print(f"plots in {os.path.relpath(folder, ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

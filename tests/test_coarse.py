@@ -1,0 +1,331 @@
+"""The coarse stage: candidates scored as by a scan, recall as asked and as estimated, files that cannot be stale."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("faiss")
+
+from lorif_index import BuildConfig, Index
+from lorif_index.build import COARSE_FROM
+from lorif_index.coarse import default_factory
+from lorif_index.errors import ConfigError, CorruptionError, FingerprintError, LorifError, QueryError
+from lorif_index.planner import SCAN_UP_TO
+
+SHAPES = {"a": (12, 10), "b": (10, 10), "c": (9, 14)}
+N = 3000
+
+
+def gradients(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Sums of a few position products with a falling spectrum, like those of a sequence; layers share their causes."""
+    rng = np.random.default_rng(seed)
+    mixes = np.random.default_rng(1)
+    causes = rng.standard_normal((n, 40)) * 0.93 ** np.arange(40)
+    out = {}
+    for name, (a, b) in SHAPES.items():
+        left, right = mixes.standard_normal((3, 40, a)), mixes.standard_normal((3, 40, b))
+        g = sum(
+            np.einsum("ni,nj->nij", causes @ left[m], (causes + 0.3 * rng.standard_normal((n, 40))) @ right[m])
+            for m in range(3)
+        )
+        out[name] = torch.from_numpy(g + 0.5 * rng.standard_normal((n, a, b))).float()
+    return out
+
+
+def blocks(g: dict[str, torch.Tensor], size: int = 500) -> list[dict[str, torch.Tensor]]:
+    count = len(next(iter(g.values())))
+    return [{k: v[i : i + size] for k, v in g.items()} for i in range(0, count, size)]
+
+
+def config(**changes: Any) -> BuildConfig:
+    small = {"curvature_rank": 60, "sketch_dim": 64, "shard_bytes": 1 << 18, "calibration_queries": 48}
+    return BuildConfig(**(small | changes))
+
+
+@pytest.fixture(scope="module")
+def train() -> dict[str, torch.Tensor]:
+    return gradients(N)
+
+
+@pytest.fixture(scope="module")
+def query() -> dict[str, torch.Tensor]:
+    return gradients(60, seed=5)
+
+
+@pytest.fixture(scope="module", params=["both", "factors", "coordinates"])
+def index(request: pytest.FixtureRequest, train: Any, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return Index.build(
+        tmp_path_factory.mktemp(request.param) / "i", gradients=blocks(train), config=config(store=request.param)
+    )
+
+
+def recall(ids: np.ndarray, scores: np.ndarray, opponents: bool = False) -> float:
+    k = ids.shape[1]
+    best = np.argsort(scores if opponents else -scores, axis=1, kind="stable")[:, :k]
+    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(ids, best, strict=True)]))
+
+
+@pytest.mark.parametrize("opponents", [False, True])
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_candidates_score_as_a_scan_and_reach_the_recall(index: Index, query: Any, k: int, opponents: bool) -> None:
+    scores = index.scores(query)
+    largest = np.abs(scores).max()
+    for wanted in (0.9, 0.99):
+        hits = index.search(query, k=k, recall=wanted, exact=False, opponents=opponents)
+        assert not hits.stats.exact and hits.stats.recall == wanted
+        assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, axis=1)).max() <= 2e-6 * largest
+        assert (np.diff(hits.scores, axis=1) * (-1 if opponents else 1) <= 0).all()
+        assert all(len(set(row)) == k for row in hits.ids.tolist())
+        # 60 queries: one miss of a single answer is .017.
+        got = recall(hits.ids, scores, opponents)
+        assert got >= wanted - 0.05 or hits.stats.estimated_recall <= got + 0.03
+        stats = hits.stats
+        assert 0 < stats.candidates <= N and len(stats.recall_by_query) == 60
+        assert set(stats.seconds) >= {"gradients", "transform", "coarse", "narrow", "gather", "rescore", "check"}
+        assert stats.bytes_read == 0 or stats.store != "coordinates"
+
+
+def test_one_by_one_is_the_same_as_together(index: Index, query: Any) -> None:
+    together = index.search(query, k=8, exact=False)
+    for i in (0, 7, 33):
+        alone = index.search({name: g[i : i + 1] for name, g in query.items()}, k=8, exact=False)
+        assert np.array_equal(alone.ids[0], together.ids[i])
+        assert np.allclose(alone.scores[0], together.scores[i], rtol=1e-5)
+
+
+def test_large_batches_are_answered_in_parts(index: Index) -> None:
+    many = gradients(300, seed=11)
+    hits = index.search(many, k=3, exact=False)
+    assert hits.ids.shape == (300, 3) and recall(hits.ids, index.scores(many)) > 0.97
+
+
+def test_a_target_that_is_not_reached_is_gone_on_for(index: Index, query: Any) -> None:
+    """An index that believes it needs few candidates finds out, and takes more."""
+    search = index._reader.candidates
+    assert search is not None and search.calibration is not None
+    from lorif_index.candidates import Counts
+
+    question = index._prepare(query, None, index.config.damping, index.layers).question  # type: ignore[arg-type]
+    few = search.run(question, 10, 0.0, largest=True, counts=Counts(64, 64))
+    more = search.run(question, 10, 0.99, largest=True, counts=Counts(64, 64))
+    scores = index.scores(query)
+    assert more.candidates.mean() > few.candidates.mean()
+    assert recall(more.positions, scores) > recall(few.positions, scores)
+    assert abs(few.recall.mean() - recall(few.positions, scores)) < 0.15
+
+
+def test_another_damping_still_works_and_the_estimate_knows(index: Index, query: Any) -> None:
+    for damping in (0.01, 3.0):
+        scores = index.scores(query, damping=damping)
+        hits = index.search(query, k=10, exact=False, damping=damping)
+        assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, 1)).max() <= 2e-6 * np.abs(scores).max()
+        got = recall(hits.ids, scores)
+        assert got >= 0.95 or hits.stats.estimated_recall < got + 0.05
+
+
+def test_layer_subsets_scan_and_say_so(index: Index, query: Any) -> None:
+    hits = index.search(query, k=5, layers="a", exact=False)
+    scores = index.scores(query, layers="a")
+    assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, 1)).max() <= 2e-6 * np.abs(scores).max()
+    planned = index.search(query, k=5, layers="a")
+    assert planned.stats.exact and recall(planned.ids, scores) == 1.0
+
+
+def test_coarse_scores_alone_are_marked(index: Index, query: Any) -> None:
+    hits = index.search(query, k=10, rescore=False)
+    assert hits.stats.approximate and hits.stats.candidates == 0 and hits.stats.bytes_read == 0
+    got = recall(hits.ids, index.scores(query))
+    assert 0.1 < got < 1 and abs(hits.stats.estimated_recall - got) < 0.15
+    x = index._prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
+    assert x is not None
+    products = x.numpy() @ index.coordinates().T
+    near = np.take_along_axis(products, hits.ids, axis=1)
+    assert np.corrcoef(near.ravel(), hits.scores.ravel())[0, 1] > 0.9
+
+
+def test_plans_say_why(index: Index, query: Any) -> None:
+    assert N <= SCAN_UP_TO and "quick enough" in index.search(query).stats.plan
+    assert index.search(query).stats.exact and index.search(query).stats.estimated_recall == 1.0
+    assert "exact=True" in index.search(query, exact=True).stats.plan
+    assert "exact=False" in index.search(query, exact=False).stats.plan
+    assert "recall=1" in index.search(query, recall=1.0).stats.plan
+    for bad in (0, -0.1, 1.5, True, "0.9"):
+        with pytest.raises(QueryError, match="recall"):
+            index.search(query, recall=bad)  # type: ignore[arg-type]
+    with pytest.raises(QueryError, match="exact=True"):
+        index.search(query, exact=True, rescore=False)
+
+
+def test_beyond_the_size_of_a_quick_scan_candidates_are_chosen(
+    index: Index, query: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorif_index.planner.SCAN_UP_TO", 0)
+    hits = index.search(query, k=1, recall=0.8)
+    assert not hits.stats.exact and "candidates" in hits.stats.plan
+    layers = index.search(query, layers="a")
+    assert layers.stats.exact and "all layers" in layers.stats.plan
+    everything = index.search(query, k=N)
+    assert everything.stats.exact and "cost as much" in everything.stats.plan
+
+
+def test_only_the_coarse_code(train: Any, query: Any, tmp_path: Path) -> None:
+    whole = Index.build(tmp_path / "w", gradients=blocks(train), config=config(store="coordinates", coordinate_bits=8))
+    small = Index.build(tmp_path / "s", gradients=blocks(train), config=config(store="coarse"))
+    assert small.nbytes < whole.nbytes and len(small) == N and small.bytes_per_example == 0
+    assert not list((tmp_path / "s").glob("shard-*"))
+    hits = small.search(query, k=10)
+    assert hits.stats.approximate and "store='coarse'" in hits.stats.plan
+    got = recall(hits.ids, whole.scores(query))
+    assert got > 0.3 and abs(got - hits.stats.estimated_recall) < 0.15
+    small.verify()
+    with Index.open(tmp_path / "s") as again:
+        assert np.array_equal(again.search(query, k=10).ids, hits.ids)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ4", "RaBitQ", "HNSW8", "IVF16,PQ32x4fs", "PCA32,PQ16x4fs"])
+def test_any_factory_string(train: Any, query: Any, tmp_path: Path, factory: str) -> None:
+    index = Index.build(tmp_path / "i", gradients=blocks(train), config=config(coarse=factory, calibration_queries=16))
+    assert index.coarse is not None and index.coarse["factory"] == factory
+    hits = index.search(query, k=10, exact=False)
+    scores = index.scores(query)
+    assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, 1)).max() <= 2e-6 * np.abs(scores).max()
+    assert recall(hits.ids, scores) > (0.2 if factory.startswith("IVF") else 0.9)
+    assert hits.stats.estimated_recall > 0
+
+
+@pytest.mark.parametrize("factory", ["nonsense", "PQ7x4fs", "IVF100000,Flat"])
+def test_a_string_that_faiss_refuses_is_a_clear_error(train: Any, tmp_path: Path, factory: str) -> None:
+    with pytest.raises(ConfigError, match="faiss refuses coarse="):
+        Index.build(tmp_path / "i", gradients=blocks(train), config=config(coarse=factory))
+    # What was built so far stays, and the same data goes on with another string.
+    index = Index.build(tmp_path / "i", gradients=blocks(train), config=config())
+    assert index.coarse is not None
+
+
+def test_the_default_string_fits_any_width() -> None:
+    assert default_factory(512) == "PQ256x4fs" and default_factory(1024) == "PQ256x4fs"
+    assert default_factory(64) == "PQ32x4fs" and default_factory(7) == "PQ7x4fs" and default_factory(1) == "PQ1x4fs"
+
+
+def test_small_and_unwanted_indexes_have_none(train: Any, query: Any, tmp_path: Path) -> None:
+    few = {name: g[: COARSE_FROM - 1] for name, g in train.items()}
+    small = Index.build(tmp_path / "small", gradients=blocks(few), config=config())
+    assert small.coarse is None and small.search(query).stats.exact
+    assert "no coarse stage" in small.search(query).stats.plan
+    with pytest.raises(QueryError, match="rebuild_coarse"):
+        small.search(query, exact=False)
+    with pytest.raises(QueryError, match="rebuild_coarse"):
+        small.search(query, rescore=False)
+    small.rebuild_coarse()
+    assert not small.search(query, exact=False).stats.exact
+    none = Index.build(tmp_path / "none", gradients=blocks(train), config=config(coarse=None, store="factors"))
+    assert none.coarse is None and not list((tmp_path / "none").glob("sketch*"))
+    none.rebuild_coarse()
+    hits = none.search(query, k=10, exact=False)
+    assert recall(hits.ids, none.scores(query)) > 0.95
+
+
+def test_rebuilt_without_the_model(index: Index, query: Any, tmp_path: Path) -> None:
+    shutil.copytree(index.path, tmp_path / "copy")
+    copy = Index.open(tmp_path / "copy")
+    before, scores = copy.search(query, k=5, exact=False), copy.scores(query)
+    copy.rebuild_coarse("PQ64x4fs")
+    assert len(list((tmp_path / "copy").glob("coarse-*"))) == 1
+    assert np.array_equal(copy.scores(query), scores) and copy.fingerprint == index.fingerprint
+    copy.rebuild_coarse()
+    again = Index.open(tmp_path / "copy").search(query, k=5, exact=False)
+    assert np.array_equal(before.ids, again.ids)
+
+
+def test_calibrating_with_ones_own_queries(index: Index, query: Any, tmp_path: Path) -> None:
+    shutil.copytree(index.path, tmp_path / "copy")
+    copy = Index.open(tmp_path / "copy")
+    learnt = copy.calibrate(query)
+    assert learnt["queries"] == 48 + 60
+    assert Index.open(tmp_path / "copy").search(query, k=5, exact=False).stats.candidates > 0
+
+
+def test_a_stale_coarse_index_is_never_used(index: Index, query: Any, tmp_path: Path) -> None:
+    shutil.copytree(index.path, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    # Another damping of the sketch than the coarse index was made with.
+    data["sketch"]["lams"][0] *= 2
+    manifest.write_text(json.dumps(data))
+    stale = Index.open(tmp_path / "copy")
+    with pytest.raises(FingerprintError, match="rebuild_coarse"):
+        stale.search(query, exact=False)
+    assert stale.search(query, exact=True).stats.exact
+    # A fingerprint that was forged too does not fit the file's name.
+    data["coarse"]["fingerprint"] = stale._reader.coarse_fingerprint(data["coarse"]["factory"])
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(FingerprintError):
+        Index.open(tmp_path / "copy").search(query, exact=False)
+
+
+def test_a_damaged_file_is_found_before_faiss_reads_it(index: Index, query: Any, tmp_path: Path) -> None:
+    for pattern, error in (
+        ("coarse-*", CorruptionError),
+        ("sketch.h5", CorruptionError),
+        ("calibration.h5", CorruptionError),
+    ):
+        folder = tmp_path / pattern.strip("-*")
+        shutil.copytree(index.path, folder)
+        path = next(folder.glob(pattern))
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(error, match=path.name):
+            Index.open(folder).search(query, exact=False)
+        with pytest.raises(CorruptionError, match=path.name):
+            Index.open(folder).verify()
+
+
+def test_nothing_random_is_left_to_chance(train: Any, query: Any, tmp_path: Path) -> None:
+    one, two = (Index.build(tmp_path / str(i), gradients=blocks(train, 333 + i), config=config()) for i in range(2))
+    assert np.array_equal(one.search(query, exact=False).ids, two.search(query, exact=False).ids)
+
+
+@pytest.mark.parametrize("stage", ["sketch", "encode", "coarse", "calibrate"])
+@pytest.mark.parametrize("store", ["both", "factors", "coarse"])
+def test_an_interrupted_build_goes_on(train: Any, query: Any, tmp_path: Path, stage: str, store: str) -> None:
+    """Stopped in any stage, the finished index answers as one built at once."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(event: Any) -> None:
+        if event.stage == stage and event.done:
+            raise Stop
+
+    kind = config(store=store, curvature_sample=800)
+    whole = Index.build(tmp_path / "whole", gradients=blocks(train), config=kind)
+    with pytest.raises(Stop):
+        Index.build(tmp_path / "i", gradients=blocks(train), config=kind, progress=stop)
+    with pytest.raises(LorifError, match="interrupted"):
+        Index.open(tmp_path / "i")
+    index = Index.build(tmp_path / "i", gradients=blocks(train), config=kind)
+    exact = None if store == "coarse" else False
+    assert np.array_equal(index.search(query, exact=exact).ids, whole.search(query, exact=exact).ids)
+    assert index.fingerprint == whole.fingerprint
+    assert sorted(p.name for p in (tmp_path / "i").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+
+
+def test_without_faiss_everything_is_scanned(
+    train: Any, query: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorif_index.build.faiss_is_installed", lambda: False)
+    index = Index.build(tmp_path / "i", gradients=blocks(train), config=config())
+    assert index.coarse is None and index.search(query).stats.exact
+    import sys
+
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match=r"lorif-index\[cpu\]"):
+        index.rebuild_coarse()

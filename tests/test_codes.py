@@ -1,0 +1,60 @@
+"""Coordinates in few bits: errors as the theory has them, inner products not shrunk, nothing lost at the edges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorif_index.codes import BITS, CodeLayout, CodeScorer
+
+# Mean squared error of the best uniform quantiser of a unit Gaussian (Max, 1960); 8 bits: step^2 / 12 and clipping.
+DISTORTION = {1: 0.3634, 2: 0.1188, 4: 0.01154, 8: 1e-4}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gaussian_rows_lose_what_max_says(bits: int) -> None:
+    torch.manual_seed(0)
+    z = torch.randn(400, 512) * torch.logspace(-6, 6, 400)[:, None]
+    layout = CodeLayout(512, bits)
+    codes = layout.encode(z)
+    assert codes.shape == (400, 512 * bits // 8 + 4) and codes.dtype == torch.uint8
+    back = layout.decode(codes)
+    # The scale that keeps inner products unshrunk costs D / (1 - D) instead of D.
+    lost = ((back - z).square().sum(1) / z.square().sum(1)).mean()
+    expected = DISTORTION[bits] / (1 - DISTORTION[bits])
+    assert 0.7 * expected < float(lost) < 1.3 * expected
+    along = (back * z).sum(1) / z.square().sum(1)
+    assert torch.allclose(along, torch.ones(400), atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_scores_are_inner_products_with_what_is_stored(bits: int) -> None:
+    torch.manual_seed(0)
+    layout = CodeLayout(77, bits)
+    codes, x = layout.encode(torch.randn(1300, 77)), torch.randn(5, 77)
+    expected = x.double() @ layout.decode(codes).double().T
+    assert float((CodeScorer(layout, x).score(codes) - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    dim=st.integers(1, 40),
+    bits=st.sampled_from(BITS),
+    exponent=st.integers(-30, 30),
+    seed=st.integers(0, 1000),
+    zero=st.booleans(),
+)
+def test_any_finite_row_comes_back_finite(dim: int, bits: int, exponent: int, seed: int, zero: bool) -> None:
+    z = np.random.default_rng(seed).standard_normal((3, dim)).astype("f4") * np.float32(10.0**exponent)
+    z[0] *= not zero
+    layout = CodeLayout(dim, bits)
+    codes = layout.encode(torch.from_numpy(z))
+    back = layout.decode(codes).numpy()
+    assert codes.shape[1] % 4 == 0 and np.isfinite(back).all() and back.shape == z.shape
+    assert not zero or not back[0].any()
+    if bits == 8:
+        size = np.abs(z).max(axis=1, keepdims=True)
+        assert (np.abs(back - z) <= 0.2 * size + 1e-38).all()

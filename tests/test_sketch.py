@@ -1,0 +1,148 @@
+"""The sketch against a dense PCA, and what it promises of scores: an identity where nothing is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorif_index import AbsoluteDamping
+from lorif_index.curvature import fit_curvature
+from lorif_index.gradients import GradientBlock, LayerGradient, LayerSpec
+from lorif_index.progress import Stage
+from lorif_index.query import Preconditioner, transform
+from lorif_index.sketch import PCA_UP_TO, Sketch, SketchEncoder, fit_sketch, sketch_method
+
+SPECS = {"a": LayerSpec("a", 5, 4, 5, 4, 1), "b": LayerSpec("b", 6, 3, 6, 3, 1), "c": LayerSpec("c", 3, 3, 3, 3, 1)}
+N = 300
+
+
+def gradients(n: int = N, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Gradients that layers share directions in, so that one PCA over all of them has something to find."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal((n, 6)) * 0.5 ** np.arange(6)
+    mix = np.random.default_rng(99)
+    out = {}
+    for name, spec in SPECS.items():
+        flat = common @ mix.standard_normal((6, spec.dim)) + 0.3 * rng.standard_normal((n, spec.dim))
+        out[name] = torch.from_numpy(flat.reshape(n, spec.d_in, spec.d_out)).float()
+    return out
+
+
+def fitted(dim: int, method: str = "pca", rank: int | None = 7):  # type: ignore[no-untyped-def]
+    g = gradients()
+    block = GradientBlock(np.arange(N), {k: LayerGradient.from_dense(v) for k, v in g.items()})
+    stage, device = Stage(None, "x", None), torch.device("cpu")
+    curvature = fit_curvature(
+        lambda: [block], N, SPECS, rank=rank, power_iterations=3, seed=0, rows_per_example=1, stage=stage, device=device
+    )
+    lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
+    sketch = fit_sketch(lambda: [block], N, curvature, lams, dim=dim, method=method, seed=0, stage=stage, device=device)
+    return g, block, curvature, lams, sketch
+
+
+def whitened(g: dict[str, torch.Tensor], curvature, lams) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """Half-whitened coordinates in float64."""
+    parts = []
+    for name, layer in curvature.items():
+        v, s = layer.basis.double().numpy(), layer.eigenvalues.numpy()
+        parts.append(g[name].flatten(1).double().numpy() @ v / np.sqrt(s + lams[name]))
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("dim", [8, 16])
+def test_it_is_the_uncentred_pca(dim: int) -> None:
+    g, block, curvature, lams, sketch = fitted(dim)
+    e = whitened(g, curvature, lams)
+    values = np.linalg.eigvalsh(e.T @ e / N)[::-1]
+    assert sketch.dim == dim and sketch.method == "pca"
+    assert sketch.energy == pytest.approx(values[:dim].sum() / values.sum(), rel=1e-3)
+    w = torch.cat([part.weights for part in sketch.layers.values()]).double().numpy()
+    assert np.abs(w.T @ w - np.eye(dim)).max() < 1e-5
+    z = SketchEncoder(sketch, curvature).encode(block.layers).double().numpy()
+    assert np.abs(z - e @ w).max() < 1e-4 * np.abs(z).max()
+    # Rotated: no coordinate carries much more than another, as principal components would.
+    assert (z**2).mean(axis=0).max() < 0.8 * values[0]
+
+
+def test_per_layer_keeps_the_largest_eigenvalues_of_all_layers() -> None:
+    g, block, curvature, lams, sketch = fitted(8, "per-layer")
+    shares = np.concatenate([(s := layer.eigenvalues.numpy()) / (s + lams[n]) for n, layer in curvature.items()])
+    best = np.sort(np.argsort(-shares)[:8])
+    e = whitened(g, curvature, lams)
+    w = torch.cat([part.weights for part in sketch.layers.values()]).double().numpy()
+    assert w.shape == (8, 8) and np.abs(w.T @ w - np.eye(8)).max() < 1e-5
+    z = SketchEncoder(sketch, curvature).encode(block.layers).double().numpy()
+    assert np.abs(z - e[:, best] @ w).max() < 1e-4 * np.abs(z).max()
+    assert sketch.energy == pytest.approx((e[:, best] ** 2).sum() / (e**2).sum(), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["pca", "per-layer"])
+@pytest.mark.parametrize("lam", [None, 0.7])
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("b",)])
+def test_all_coordinates_are_the_subspace_part_of_influence(
+    method: str, lam: float | None, names: tuple[str, ...]
+) -> None:
+    """With k = L r nothing is reduced: <x, z> is the truncated score under any damping and any layers, and what is
+    left to the factors is the complement alone."""
+    g, block, curvature, lams, sketch = fitted(21, method)
+    sketch = Sketch(sketch.layers, sketch.dim, sketch.method, sketch.energy)
+    # 21 coordinates are cut to 16, a multiple of 8: take the rest with full weights instead.
+    identity = torch.eye(21).split([7, 7, 7])
+    layers = {n: type(p)(p.lam, w) for (n, p), w in zip(sketch.layers.items(), identity, strict=True)}
+    whole = Sketch(layers, 21, method, 1.0)
+    query = {name: v for name, v in gradients(4, seed=5).items() if name in names}
+    damping = AbsoluteDamping(lam) if lam else None
+    pre = {n: Preconditioner.of(n, curvature[n], damping or AbsoluteDamping(lams[n]), "tail-corrected") for n in names}
+    x = whole.query(query, curvature, pre)
+    z = SketchEncoder(whole, curvature).encode(block.layers)
+    expected = np.zeros((4, N))
+    for n in names:
+        v = curvature[n].basis.double().numpy()
+        inside = (query[n].flatten(1).double().numpy() @ v) * pre[n].inside.double().numpy()
+        expected += inside @ (g[n].flatten(1).double().numpy() @ v).T
+    assert np.abs((x @ z.T).numpy() - expected).max() < 1e-4 * np.abs(expected).max()
+    rest = whole.residual(transform(query, pre), x, curvature)
+    for n in SPECS:
+        inside = rest[n].flatten(1) @ curvature[n].basis
+        size = float(rest[n].abs().max()) + float(x.abs().max())
+        assert float(inside.abs().max()) < 1e-4 * size, n
+
+
+@pytest.mark.parametrize("dim", [8, 16])
+def test_coordinates_and_residual_always_add_up(dim: int) -> None:
+    """<x, z> + <residual, g> is the whole score if z is g's own, whatever the sketch leaves out."""
+    g, block, curvature, lams, sketch = fitted(dim)
+    query = {"a": gradients(3, seed=7)["a"]}
+    pre = {"a": Preconditioner.of("a", curvature["a"], AbsoluteDamping(0.4), "tail-corrected")}
+    x = sketch.query(query, curvature, pre)
+    z = SketchEncoder(sketch, curvature).encode(block.layers)
+    transformed = transform(query, pre)
+    rest = sketch.residual(transformed, x, curvature)
+    got = x @ z.T + sum(rest[n].flatten(1) @ g[n].flatten(1).T for n in SPECS)
+    expected = transformed["a"].flatten(1) @ g["a"].flatten(1).T
+    assert float((got - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_large_models_take_the_per_layer_way() -> None:
+    _, _, curvature, _, _ = fitted(8)
+    assert sketch_method("auto", curvature) == "pca" and sketch_method("per-layer", curvature) == "per-layer"
+
+    class Many:
+        rank = 2048
+
+    assert sketch_method("auto", {str(i): Many() for i in range(PCA_UP_TO // 2048 + 1)}) == "per-layer"  # type: ignore[misc]
+
+
+def test_few_rows_give_few_coordinates(tmp_path: Path) -> None:
+    g = gradients(5)
+    block = GradientBlock(np.arange(5), {k: LayerGradient.from_dense(v) for k, v in g.items()})
+    stage, device = Stage(None, "x", None), torch.device("cpu")
+    curvature = fit_curvature(
+        lambda: [block], 5, SPECS, rank=7, power_iterations=1, seed=0, rows_per_example=1, stage=stage, device=device
+    )
+    lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
+    sketch = fit_sketch(lambda: [block], 5, curvature, lams, dim=512, method="pca", seed=0, stage=stage, device=device)
+    assert sketch.dim == 5 and sketch.energy == pytest.approx(1.0, abs=1e-5)
