@@ -43,7 +43,7 @@ def capture(model: Any, ids: torch.Tensor) -> None:
 
 
 def encode(model: Any, ids: torch.Tensor, rank: int) -> None:
-    config = BuildConfig(projection_dim=32, rank=rank)
+    config = BuildConfig(projection_dim=32, rank=rank, store="factors")
     whole = ModelCapture(model, config)
     layout = RowLayout(whole.specs, config.dtype)
     for block in ModelGradients(whole.capture(None), as_source({"input_ids": ids}, BATCH)).blocks():
@@ -94,6 +94,8 @@ def child(route: str, layers: int, width: int, count: int) -> None:
                 curvature_sample=256,
                 shard_bytes=4 << 20,
                 batch_size=BATCH,
+                store="factors",
+                coarse=None,
             )
             Index.build(Path(folder) / "i", model=model, data={"input_ids": ids}, config=config, progress=False)
     print(json.dumps({"before": before, "peak": peak_rss()}))

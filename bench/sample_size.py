@@ -62,7 +62,9 @@ def main() -> None:
         folder = Path(temporary)
 
         def build(name: str, **settings: Any) -> Index:
-            config = BuildConfig(**({"projection_dim": dim, "batch_size": 64, "rank": 1} | settings))
+            config = BuildConfig(
+                **({"projection_dim": dim, "batch_size": 64, "rank": 1, "store": "factors", "coarse": None} | settings)
+            )
             return Index.build(folder / name, model=model, data=data, config=config, progress=False)
 
         full = build("full", rank=None, dtype="float32", curvature_rank=None, curvature_sample=n)

@@ -23,6 +23,7 @@ from bench.corpus import gpt, sequences, train
 from bench.environment import CACHE, arguments, keep, median_seconds, table, timed
 from lorif_index import BuildConfig, Index
 from lorif_index.rows import RowLayout
+from lorif_index.scoring import stream_scores
 from lorif_index.store import Store, StoreWriter
 
 DIM = 32
@@ -47,6 +48,8 @@ def built(folder: Path, count: int, rank: int, curvature_rank: int, steps: int) 
             curvature_rank=curvature_rank,
             curvature_sample=min(4000, count),
             batch_size=64,
+            store="factors",
+            coarse=None,
         )
         return Index.build(path, model=model, data={"input_ids": ids[:count]}, config=config)
     return Index.open(path, model=model)
@@ -62,7 +65,7 @@ def read_raw(store: Store) -> None:
     """The rows' bytes by preadv into one buffer that is used again."""
     buffer = memoryview(bytearray(8 << 20))
     for shard in store.shards:
-        at, end = shard._rows_offset, shard._rows_offset + shard.count * store.layout.row_bytes
+        at, end = shard.factors.offset, shard.factors.offset + shard.count * store.layout.factor_bytes
         while at < end:
             at += os.preadv(shard.file.fileno(), [buffer[: min(len(buffer), end - at)]], at)
 
@@ -103,7 +106,8 @@ def published_way(index: Index, queries: dict[str, torch.Tensor], limit: int) ->
         out.clear()
         done = 0
         for _, rows in store.stream():
-            for part in rows.split(256):
+            for at in range(0, len(rows), 256):
+                part = rows[at : at + 256]
                 factors = layout.unpack(part)
                 total = torch.zeros(next(iter(queries.values())).shape[0], len(part))
                 for name, weight in weights.items():
@@ -161,10 +165,10 @@ def measure(index: Index, n: int, folder: Path, limit: int, repeats: int) -> dic
         return min(singly, sum(2 * s.dim * s.rank / q + 2 * s.dim for s in specs))
 
     square = torch.randn(2048, 2048)
-    prepared = [index._prepare(q, None, None, None).scorer for q in (one, many)]
+    prepared = [index._prepare(q, None, index.config.damping, index.layers).question for q in (one, many)]
 
     def scan(which: int) -> None:
-        for _ in index._scan(prepared[which], False):
+        for _ in stream_scores(store, prepared[which].scorer(store.layout)):
             pass
 
     result: dict[str, Any] = {"rank": index.config.rank, "rows": len(index), "bytes_per_row": store.layout.row_bytes}
@@ -272,7 +276,8 @@ def cut(index: Index, path: Path, rank: int) -> Index:
         for start, rows in index._store.stream():
             parts = index._layout.unpack(rows)
             kept = {n: type(p)(p.left[:, :rank], p.right[:, :rank]) for n, p in parts.items() if p.right is not None}
-            writer.append(layout.pack(kept).to(layout.torch_dtype), index.ids[start : start + len(rows)])
+            cut_rows = layout.rows(layout.pack(kept).to(layout.torch_dtype), None)
+            writer.append(cut_rows, index.ids[start : start + len(rows)])
         writer.flush()
         shutil.copy(index.path / "curvature.h5", path / "curvature.h5")
         data = json.loads((index.path / "manifest.json").read_text())

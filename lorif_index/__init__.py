@@ -6,12 +6,18 @@ The stages, one module each, in the order in which data flows through them:
     layers, capture       per-example projected gradients of a model's linear maps
     projection            the random projections they are taken in
     gradients, sources    gradients as values, from a model or handed over; spool keeps them for several passes
-    factors, rows         rank-c factors, and how those of one example lie beside each other
+    factors               rank-c factors
+    subspace, curvature   low-rank second moment per layer, by streamed randomised SVD
+    sketch, codes         k half-whitened coordinates of all layers together, in few bits
+    rows                  how factors and codes of one example lie
     sealed, shards, store immutable HDF5 files, streamed and gathered
-    curvature, fitted     low-rank second moment per layer, and its file
+    fitted                the files of curvature, sketch and calibration queries
     damping, query        the Woodbury-preconditioned query transform
-    scoring, results      exact scores in one streamed pass, and the answer with its diagnosis
-    manifest, build, index   what makes a folder an index, how it is built, and the user's handle
+    scoring, results      exact scores of rows, and the answer with its diagnosis
+    coarse, calibration   the FAISS index that proposes candidates, and how many a recall takes
+    candidates, planner   candidates rescored and checked; scan or candidates, and why
+    manifest, reader      what makes a folder an index, and its parts put together
+    coarse_build, build, index   how it is made, and the user's handle
 
 The command line stands on them: texts, textindex, demo_model, demo, show, cli.
 """

@@ -23,78 +23,66 @@ SIGNS = ("proponents", "opponents")
 
 
 @dataclass(frozen=True)
-class Table:
-    """What was learnt of one order of the rows.
+class Orders:
+    """What was learnt for one sign, of the coarse order and of the order by coordinates after it.
 
     Attributes:
         ks: answers asked for, rising.
         targets: recalls, rising.
-        candidates: [k][target] -> T, or None where no number up to the limit reached it.
-        alone: [k] -> recall of that order alone: the share of the k best among its own k best.
+        wide: [k][target] -> rows to take by coarse order, or None where no number up to the limit reached the target.
+        deep: [k][target] -> how many of those, by coordinates, to score exactly; as wide where there is one order.
+        alone: [k] -> recall of the coarse order alone: the share of the k best among its own k best.
+        scales: (k, target, real loss over estimated loss) of searches at some k and targets.
     """
 
     ks: tuple[int, ...]
     targets: tuple[float, ...]
-    candidates: tuple[tuple[int | None, ...], ...]
+    wide: tuple[tuple[int | None, ...], ...]
+    deep: tuple[tuple[int | None, ...], ...]
     alone: tuple[float, ...]
+    scales: tuple[tuple[int, float, float], ...] = ()
 
-    def needed(self, k: int, recall: float) -> int | None:
-        """T(k, recall): of the next larger k and recall that were calibrated; None: beyond what was."""
+    def needed(self, k: int, recall: float) -> tuple[int, int] | None:
+        """(wide, deep) of the next larger k and recall that were calibrated; None: beyond what was."""
         row = next((i for i, known in enumerate(self.ks) if known >= k), None)
         column = next((j for j, target in enumerate(self.targets) if target >= recall - 1e-9), None)
         if row is None or column is None:
             return None
-        found = self.candidates[row][column]
-        return None if found is None else max(found, k)
+        wide, deep = self.wide[row][column], self.deep[row][column]
+        return None if wide is None or deep is None else (max(wide, k), max(deep, k))
 
     def recall_alone(self, k: int) -> float:
-        """Recall of the order alone."""
+        """Recall of the coarse order alone."""
         return float(np.interp(math.log(k), np.log(self.ks), self.alone))
 
+    def corrected(self, estimate: float, k: int, recall: float) -> float:
+        """An estimated recall, by what was learnt of estimates at the nearest k and target."""
+        if not self.scales:
+            return estimate
+        lost = max(1.0 - recall, 1e-4)
+        scale = min(self.scales, key=lambda s: abs(math.log(s[0] / k)) + abs(math.log(max(1.0 - s[1], 1e-4) / lost)))[2]
+        return 1.0 - min(scale * (1.0 - estimate), 1.0)
+
     @classmethod
-    def from_json(cls, data: Any) -> Table:
+    def from_json(cls, data: Any) -> Orders:
         """The inverse of `dataclasses.asdict`; ValueError, KeyError or TypeError where it cannot be."""
-        table = cls(
+
+        def counts(rows: Any) -> tuple[tuple[int | None, ...], ...]:
+            return tuple(tuple(None if v is None else int(v) for v in row) for row in rows)
+
+        made = cls(
             tuple(map(int, data["ks"])),
             tuple(map(float, data["targets"])),
-            tuple(tuple(None if v is None else int(v) for v in row) for row in data["candidates"]),
+            counts(data["wide"]),
+            counts(data["deep"]),
             tuple(map(float, data["alone"])),
+            tuple((int(k), float(target), float(scale)) for k, target, scale in data["scales"]),
         )
-        rows = {len(table.candidates), len(table.alone)}
-        if not table.ks or rows != {len(table.ks)} or {len(row) for row in table.candidates} != {len(table.targets)}:
-            raise ValueError("a table of the wrong form")
-        return table
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What was learnt for one sign.
-
-    Attributes:
-        coarse: of the coarse index's order.
-        fine: of the order by stored coordinates, where factors are scored after them; else None.
-        scale, power: what is really lost of an answer is about scale * (what is estimated to be lost) ^ power.
-    """
-
-    coarse: Table
-    fine: Table | None
-    scale: float = 1.0
-    power: float = 1.0
-
-    def corrected(self, recall: float) -> float:
-        """An estimated recall, by what was learnt of such estimates."""
-        return 1.0 - min(self.scale * (1.0 - recall) ** self.power, 1.0)
-
-    def needed(self, k: int, recall: float) -> tuple[int | None, int | None]:
-        """Candidates by coarse order, and how many of those by fine order, that reach the recall together.
-
-        With two orders each may lose half of what may be lost.
-        """
-        if self.fine is None:
-            found = self.coarse.needed(k, recall)
-            return found, found
-        each = 1.0 - (1.0 - recall) / 2.0
-        return self.coarse.needed(k, each), self.fine.needed(k, each)
+        lengths = {len(made.wide), len(made.deep), len(made.alone)}
+        widths = {len(row) for row in (*made.wide, *made.deep)}
+        if not made.ks or lengths != {len(made.ks)} or widths != {len(made.targets)}:
+            raise ValueError("tables of the wrong form")
+        return made
 
 
 @dataclass(frozen=True)
@@ -132,63 +120,58 @@ class Calibration:
             CorruptionError: missing fields or wrong forms.
         """
         try:
-            orders = {
-                sign: Orders(
-                    Table.from_json(data["orders"][sign]["coarse"]),
-                    None if data["orders"][sign]["fine"] is None else Table.from_json(data["orders"][sign]["fine"]),
-                    float(data["orders"][sign]["scale"]),
-                    float(data["orders"][sign]["power"]),
-                )
-                for sign in SIGNS
-            }
+            orders = {sign: Orders.from_json(data["orders"][sign]) for sign in SIGNS}
             return cls(orders, int(data["queries"]), int(data["rows"]), int(data["limit"]), dict(data["damping"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptionError(f"the manifest's calibration is not as expected: {error!r}") from None
 
 
-def learn(ranks: np.ndarray, limit: int) -> Table:
-    """The table of one sign.
+def learn(coarse: np.ndarray, fine: np.ndarray | None, limit: int) -> Orders:
+    """What one sign's calibration queries say.
 
     Args:
-        ranks: (q, m) int64: coarse rank of each query's exact answers, best answer first; `limit` or more where the
-            coarse order up to `limit` does not have it.
+        coarse: (q, m) int64: place in the coarse order of each query's exact answers, best answer first; `limit` or
+            more where the coarse order up to `limit` does not have it.
+        fine: the same in the order by coordinates, or None where there is none.
         limit: how far the coarse order was followed.
 
-    T is the least number at which the mean recall over the queries, less its standard error, reaches the target.
+    Of all pairs (wide, deep) at which the mean recall over the queries, less its standard error, reaches the target,
+    the cheapest.
     """
-    queries, most = ranks.shape
+    queries, most = coarse.shape
     ks = tuple(k for k in KS if k <= most) or (most,)
-    steps = np.unique(np.geomspace(1, max(limit, 1), 400).astype(np.int64))
-    candidates, alone = [], []
+    steps = np.unique(np.geomspace(1, max(limit, 1), 160).astype(np.int64))
+    wide: list[list[int | None]] = []
+    deep: list[list[int | None]] = []
     for k in ks:
-        # (q, steps): recall of each query after each number of candidates.
-        order = np.sort(ranks[:, :k], axis=1)
-        recall = np.stack([np.searchsorted(row, steps, side="left") for row in order]) / k
-        mean = recall.mean(axis=0)
-        error = recall.std(axis=0, ddof=1) / math.sqrt(queries) if queries > 1 else np.zeros_like(mean)
-        # What is left over counts even where the error is 0 because all queries agree.
-        sure = np.where(mean >= 1.0, 1.0, mean - error)
-        reached = [np.flatnonzero(sure >= target - 1e-9) for target in TARGETS]
-        candidates.append(tuple(int(steps[r[0]]) if len(r) else None for r in reached))
-        alone.append(float((ranks[:, :k] < k).mean()))
-    return Table(ks, TARGETS, tuple(candidates), tuple(alone))
+        first = coarse[:, :k]
+        second = first if fine is None else fine[:, :k]
+        found: list[tuple[int, int] | None] = [None] * len(TARGETS)
+        for d in steps.tolist():
+            # Answers that d exact scores reach count by their place in the coarse order; the others are lost.
+            places = np.sort(np.where(second < d, first, limit), axis=1)
+            at = steps[steps >= d]
+            recall = np.stack([np.searchsorted(row, at, side="left") for row in places]) / k
+            mean = recall.mean(axis=0)
+            error = recall.std(axis=0, ddof=1) / math.sqrt(queries) if queries > 1 else np.zeros_like(mean)
+            sure = np.where(mean >= 1.0, 1.0, mean - error)
+            for j, target in enumerate(TARGETS):
+                reached = np.flatnonzero(sure >= target - 1e-9)
+                if len(reached):
+                    pair = (d, d) if fine is None else (int(at[reached[0]]), d)
+                    if fine is None and int(at[reached[0]]) > d:
+                        continue
+                    if found[j] is None or _cost(*pair) < _cost(*found[j]):  # type: ignore[misc]
+                        found[j] = pair
+        wide.append([None if pair is None else pair[0] for pair in found])
+        deep.append([None if pair is None else pair[1] for pair in found])
+    alone = tuple(float((coarse[:, :k] < k).mean()) for k in ks)
+    return Orders(ks, TARGETS, tuple(map(tuple, wide)), tuple(map(tuple, deep)), alone)
 
 
-def learn_correction(estimated: np.ndarray, lost: np.ndarray, least: np.ndarray) -> tuple[float, float]:
-    """Scale and power from pairs of mean losses, estimated and real, at several depths; a line between logarithms.
-
-    Args:
-        estimated, lost: (m,) means over the calibration queries.
-        least: (m,) the smallest loss that those queries could have shown; half of it stands for none.
-    """
-    seen = estimated > 0
-    if seen.sum() < 2:
-        return 1.0, 1.0
-    x, y = np.log(estimated[seen]), np.log(np.maximum(lost[seen], least[seen] / 2))
-    spread = float(np.square(x - x.mean()).sum())
-    power = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 0 else 1.0
-    power = min(max(power, 0.25), 2.0)
-    return float(np.exp(y.mean() - power * x.mean())), power
+def _cost(wide: int, deep: int) -> float:
+    """An exact score costs about ten scores by coordinates (measured at c = 4)."""
+    return wide + 10.0 * deep
 
 
 @dataclass(frozen=True)

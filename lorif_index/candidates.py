@@ -19,6 +19,7 @@ from .coarse import Coarse
 from .errors import QueryError
 from .rows import RowLayout
 from .scoring import Question, Scorer
+from .scratch import SCRATCH
 from .store import Store
 
 # Coordinates of all rows are held in memory up to so many bytes; beyond, those of candidates are read by position.
@@ -29,8 +30,9 @@ _GATHER_BYTES = 128 << 20
 _BEYOND = 2
 _FIRST_GUESS = 1000
 _LEAST_WIDE, _LEAST_DEEP = 256, 64
-# A query goes on only if what it is estimated to lose is this much more than it may.
-_TOLERANCE = 1.1
+# A query goes on only if what it is estimated to lose is this much more than it may: a single estimate is rough, and
+# the recall asked for is a mean.
+_TOLERANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,12 @@ class CandidateSearch:
 
     def counts_by(self, orders: Orders | None, k: int, recall: float) -> Counts:
         """The same by given tables."""
-        wide, deep = orders.needed(k, recall) if orders else (max(2 * _FIRST_GUESS, 40 * k), max(_FIRST_GUESS, 20 * k))
-        wide = min(max(wide or self.limit, 2 * k, _LEAST_WIDE), self.limit)
-        return Counts(wide, min(max(deep or self.limit, k + k // 4, _LEAST_DEEP), wide) if self.narrows else wide)
+        if orders is None:
+            wide, deep = max(2 * _FIRST_GUESS, 40 * k), max(_FIRST_GUESS, 20 * k)
+        else:
+            wide, deep = orders.needed(k, recall) or (self.limit, self.limit)
+        wide = min(max(wide, 2 * k, _LEAST_WIDE), self.limit)
+        return Counts(wide, min(max(deep, k + k // 4, _LEAST_DEEP), wide) if self.narrows else wide)
 
     def run(self, question: Question, k: int, recall: float, *, largest: bool, counts: Counts) -> Found:
         """Searches for the k best rows of each query.
@@ -203,7 +208,9 @@ class CandidateSearch:
                 if len(best):
                     seen = Seen(state.coarse, state.fine, state.deep, state.exact, *rests[i])
                     recall_now = recall_from_missed(k, expected_missed(seen, float(state.exact[best[-1]])))
-                    found.recall[q] = (orders.corrected(recall_now) if orders else recall_now) * len(best) / k
+                    found.recall[q] = (
+                        (orders.corrected(recall_now, k, recall) if orders else recall_now) * len(best) / k
+                    )
                 more = counts.wide < min(self.limit, usable[i] + 1) or counts.deep < len(state.positions)
                 if more and (1.0 - found.recall[q]) > _TOLERANCE * (1.0 - recall):
                     short.append(q)
@@ -223,15 +230,15 @@ class CandidateSearch:
         sign = np.float32(1.0 if largest else -1.0)
         positions, scores = self._coarse.search(coordinates(question).numpy() * sign, k)
         orders = self._orders(largest)
-        return positions, scores * sign, orders.coarse.recall_alone(k) if orders else float("nan")
+        return positions, scores * sign, orders.recall_alone(k) if orders else float("nan")
 
     def codes(self, positions: np.ndarray) -> torch.Tensor:
-        """Codes of rows at some positions, (m, code bytes) uint8."""
+        """Codes of rows at some positions, (m, code bytes) uint8; good until the next call."""
         if self._codes is None and len(self._store) * self._layout.code_bytes <= RESIDENT_BYTES:
             self._codes = self._store.all_codes()
         if self._codes is None:
             return self._store.gather_codes(positions)
-        return self._codes[torch.from_numpy(positions)]
+        return SCRATCH.select("codes", self._codes, torch.from_numpy(positions))
 
     def _orders(self, largest: bool) -> Orders | None:
         return self.calibration.orders[SIGNS[0] if largest else SIGNS[1]] if self.calibration else None
@@ -272,14 +279,16 @@ class CandidateSearch:
         for start in range(0, len(union), step):
             block = union[start : start + step]
             began = time.perf_counter()
-            factors = self._store.gather_factors(block)
+            room = SCRATCH.take("gathered", len(block), self._layout.width, dtype=self._layout.torch_dtype)
+            factors = self._store.gather_factors(block, out=room)
             gathered = time.perf_counter()
             for state, part, out in zip(states, at, scores, strict=True):
                 low, high = np.searchsorted(part, [block[0], block[-1] + 1])
                 if high > low:
                     places = np.searchsorted(block, part[low:high])
                     # One query that wants the whole block needs no copy of it.
-                    mine = factors if len(places) == len(block) else factors[torch.from_numpy(places)]
+                    all_of_it = len(places) == len(block)
+                    mine = factors if all_of_it else SCRATCH.select("mine", factors, torch.from_numpy(places))
                     out[low:high] = state.scorer.score_factors(mine)[0].numpy()
             found.seconds["gather"] += gathered - began
             found.seconds["rescore"] += time.perf_counter() - gathered

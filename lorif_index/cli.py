@@ -133,7 +133,17 @@ def build(
     layers: Annotated[
         list[str] | None, typer.Option(help="Track these layers only: a name or glob pattern; may be repeated.")
     ] = None,
+    store: Annotated[
+        str, typer.Option(help="What is kept of a passage: both, factors, coordinates or coarse.")
+    ] = BuildConfig.store,
     dtype: Annotated[str, typer.Option(help="Of stored factors: float16, bfloat16 or float32.")] = "float16",
+    sketch_dim: Annotated[
+        int, typer.Option(min=1, help="Coordinates of a passage, for all layers together.")
+    ] = BuildConfig.sketch_dim,
+    coordinate_bits: Annotated[
+        int, typer.Option(help="Bits of a stored coordinate: 1, 2, 4 or 8.")
+    ] = BuildConfig.coordinate_bits,
+    coarse: Annotated[str, typer.Option(help="The coarse index: a faiss.index_factory string, auto or none.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Passages per pass through the model.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of projections and samples.")] = 0,
     device: Device = "auto",
@@ -145,7 +155,11 @@ def build(
         "rank": _rank("--rank", rank),
         "curvature_rank": _rank("--curvature-rank", curvature_rank),
         "curvature_sample": curvature_sample,
+        "store": store,
         "dtype": dtype,
+        "sketch_dim": sketch_dim,
+        "coordinate_bits": coordinate_bits,
+        "coarse": None if coarse == "none" else coarse,
         "batch_size": batch_size,
         "seed": seed,
         "layers": layers or None,
@@ -188,6 +202,10 @@ def search(
     opponents: Annotated[
         bool, typer.Option("--opponents", help="Passages that worked against the text, most harmful first.")
     ] = False,
+    recall: Annotated[
+        float, typer.Option(help="Share of the best passages to be found, above 0; 1 scans every passage.")
+    ] = 0.99,
+    exact: Annotated[bool, typer.Option("--exact", help="Score every passage.")] = False,
     damping: Annotated[
         str | None,
         typer.Option(help="A multiple of trace/D, or RULE:X with RULE absolute, relative, paper or release."),
@@ -205,7 +223,15 @@ def search(
         asked = TextIndex.open(index, model=model, device=device)
         with asked.index:
             answers = asked.ask(
-                text, k, prompt=prompt, opponents=opponents, damping=policy, layers=layers or None, progress=None
+                text,
+                k,
+                prompt=prompt,
+                opponents=opponents,
+                recall=recall,
+                exact=exact or None,
+                damping=policy,
+                layers=layers or None,
+                progress=None,
             )
             if json:
                 write_json(
@@ -223,10 +249,11 @@ def search(
             for answer in answers:
                 show_answer(screen, answer)
             stats = answers[0].stats
+            spent = sum(v for name, v in stats.seconds.items() if name != "gradients")
             screen.print(
-                f"{stats.examined:,} passages scored exactly in {stats.seconds['scan']:.3f} s, "
-                f"{in_units(stats.bytes_read)} read; score / {len(asked.index):,} estimates, in nats, by how much the "
-                "text's loss would rise without the passage.",
+                f"{stats.plan}: {stats.examined:,} of {stats.total:,} passages scored exactly in {spent:.3f} s, recall "
+                f"{stats.estimated_recall:.3f} as estimated, {in_units(stats.bytes_read)} read; score / "
+                f"{len(asked.index):,} estimates, in nats, by how much the text's loss would rise without the passage.",
                 style="dim",
             )
 

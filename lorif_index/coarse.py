@@ -93,7 +93,18 @@ class Coarse:
     def search(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The `count` best of queries (q, k): positions (q, count) int64, -1 where there are no more, and scores
         (q, count) float32, falling."""
-        scores, positions = self._index.search(np.ascontiguousarray(x, dtype=np.float32), min(count, len(self)))
+        rows, most = np.ascontiguousarray(x, dtype=np.float32), min(count, len(self))
+        if len(rows) > 1:
+            scores, positions = self._index.search(rows, most)
+            return positions, scores
+        # One query is searched by one thread: a team of others would spin beside it and beside torch's afterwards.
+        faiss = load_faiss()
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
+        try:
+            scores, positions = self._index.search(rows, most)
+        finally:
+            faiss.omp_set_num_threads(threads)
         return positions, scores
 
     def save(self, folder: Path, name: str) -> SealedInfo:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calibration import KS, SIGNS, Calibration, Orders, learn, learn_correction
+from .calibration import KS, SIGNS, Calibration, Orders, learn
 from .candidates import CandidateSearch
 from .coarse import TRAIN_ROWS, Coarse, default_factory, load_faiss
 from .config import BuildConfig
@@ -33,7 +33,8 @@ from .sketch import Sketch, fit_sketch, sketch_method
 from .store import Store
 
 SAMPLE_ROWS = 4096
-_CORRECTION_QUERIES = 32
+_CORRECTION_QUERIES = 64
+_LARGEST_SCALE = 20.0
 
 
 def random_positions(reader: Reader, what: str, most: int) -> np.ndarray:
@@ -150,8 +151,8 @@ def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: S
     for sign, top in tops.items():
         answers = top.result()[0].numpy()
         coarse, fine = _ranks(bare, question, _without(answers, own, most), own, largest=sign == SIGNS[0])
-        tables = Orders(learn(coarse, bare.limit), learn(fine, bare.limit) if bare.narrows else None)
-        orders[sign] = _corrected(tables, bare, question, answers, largest=sign == SIGNS[0])
+        learnt = learn(coarse, fine if bare.narrows else None, bare.limit)
+        orders[sign] = _corrected(learnt, bare, question, answers, largest=sign == SIGNS[0])
     return Calibration(orders, question.count, count, bare.limit, policy.to_json())
 
 
@@ -199,17 +200,20 @@ def _corrected(
     Answers include the query's own row here, as a search's do.
     """
     question = question.some(slice(0, _CORRECTION_QUERIES))
-    answers = answers[: question.count]
-    estimated, lost, least = [], [], []
-    for k in [k for k in orders.coarse.ks if k <= 100][-2:]:
-        for recall in (0.8, 0.95, 0.99):
+    answers, scales = answers[: question.count], []
+    for k in [k for k in orders.ks if k in (1, 10, 100)]:
+        for recall in (0.9, 0.95, 0.99):
+            if orders.needed(k, recall) is None:
+                # Beyond what was followed: there a search takes all that it may.
+                continue
             found = search.run(question, k, 0.0, largest=largest, counts=search.counts_by(orders, k, recall))
             kept = [len(np.intersect1d(row, answer[:k])) for row, answer in zip(found.positions, answers, strict=True)]
-            estimated.append(1.0 - float(found.recall.mean()))
-            lost.append(1.0 - float(np.mean(kept)) / k)
-            least.append(1.0 / (k * question.count))
-    scale, power = learn_correction(np.array(estimated), np.array(lost), np.array(least))
-    return dataclasses.replace(orders, scale=scale, power=power)
+            # Where nothing was lost, these queries could not have shown less than half an answer.
+            lost, least = 1.0 - float(np.mean(kept)) / k, 0.5 / (k * question.count)
+            estimated = 1.0 - float(found.recall.mean())
+            if lost > 0 or estimated > least:
+                scales.append((k, recall, min(max(lost, least) / max(estimated, 1e-12), _LARGEST_SCALE)))
+    return dataclasses.replace(orders, scales=tuple(scales))
 
 
 def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:

@@ -438,6 +438,11 @@ class Index:
         return self._layout.row_bytes
 
     @property
+    def representation(self) -> str:
+        """What rows hold: "both", "factors", "coordinates" or "coarse" (see `BuildConfig.store`)."""
+        return self._reader.representation
+
+    @property
     def coarse(self) -> dict[str, Any] | None:
         """The coarse index: factory, bytes per example, dim, method and energy of the sketch; None without one."""
         entry, sketch = self._manifest.coarse, self._manifest.sketch

@@ -52,10 +52,13 @@ class Preconditioner:
 
     def apply(self, g: torch.Tensor) -> torch.Tensor:
         """H^-1 g for rows (q, D) float32."""
-        coordinates = g @ self.basis
-        out = (coordinates * self.inside) @ self.basis.T
+        return self.combine(g, g @ self.basis, 0.0)
+
+    def combine(self, g: torch.Tensor, coordinates: torch.Tensor, less: torch.Tensor | float) -> torch.Tensor:
+        """H^-1 g - V less, for rows g (q, D) whose coordinates V^T g (q, r) are known; less (q, r) or a number."""
+        out = (coordinates * (self.inside - self.outside) - less) @ self.basis.T
         if self.outside:
-            out += (g - coordinates @ self.basis.T) * self.outside
+            out.add_(g, alpha=self.outside)
         return out
 
     def quadratic(self, g: torch.Tensor) -> torch.Tensor:

@@ -109,14 +109,25 @@ def ask(
 ) -> Question:
     """The question that a query's gradients {layer: (q, d_in, d_out)} put to rows of that layout."""
     count = int(next(iter(gradients.values())).shape[0])
-    x = sketch.query(gradients, curvature, preconditioners) if sketch is not None else None
+    flat = {name: g.flatten(1) for name, g in gradients.items()}
+    x, inside = None, {}
+    if sketch is not None:
+        inside = {name: g @ curvature[name].basis for name, g in flat.items()}
+        x = sketch.query(inside, curvature, preconditioners)
     if not layout.groups:
         return Question({}, x, count)
-    transformed = transform(gradients, preconditioners)
     if sketch is None or x is None or layout.codes is None:
-        return Question(transformed, x, count)
-    rest = sketch.residual(transformed, x, curvature)
-    return Question({n: g.reshape(-1, specs[n].d_in, specs[n].d_out) for n, g in rest.items()}, x, count)
+        return Question(transform(gradients, preconditioners), x, count)
+    # What <x, z> accounts for is taken off in every layer, also in those left out by the query: coordinates mix them.
+    queries = {}
+    for name, spec in specs.items():
+        less = sketch.taken(x, name, curvature[name])
+        if name in flat:
+            rest = preconditioners[name].combine(flat[name], inside[name], less)
+        else:
+            rest = -(less @ curvature[name].basis.T)
+        queries[name] = rest.reshape(count, spec.d_in, spec.d_out)
+    return Question(queries, x, count)
 
 
 class _Plan:

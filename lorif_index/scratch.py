@@ -1,4 +1,4 @@
-"""Scratch: float32 buffers that are used again; allocating afresh costs page faults at every block."""
+"""Scratch: buffers that are used again; allocating afresh costs page faults at every block."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ class Scratch(threading.local):
     """Named buffers of one thread, which grow to the largest size asked for."""
 
     def __init__(self) -> None:
-        self._flat: dict[str, torch.Tensor] = {}
+        self._flat: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
+    def take(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An uninitialised tensor of that shape; it is good until the same name is taken again in this thread."""
         size = math.prod(shape)
-        flat = self._flat.get(name)
+        flat = self._flat.get((name, dtype))
         if flat is None or flat.numel() < size:
-            flat = self._flat[name] = torch.empty(size)
+            flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype)
         return flat[:size].view(shape)
+
+    def select(self, name: str, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Some rows of a matrix, in such a buffer."""
+        out = self.take(name, len(places), rows.shape[1], dtype=rows.dtype)
+        return torch.index_select(rows, 0, places, out=out)
 
     def convert(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows as float32, in such a buffer."""

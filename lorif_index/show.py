@@ -69,6 +69,8 @@ def index_json(index: Index) -> dict[str, Any]:
         "skipped": list(index.skipped),
         "bytes_per_example": index.bytes_per_example,
         "nbytes": index.nbytes,
+        "stored": index.representation,
+        "coarse": index.coarse,
         "config": index.config.to_json(),
         "layers": layers,
         "build_report": index.build_report,
@@ -86,7 +88,15 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
     summary.add_row(
         "size", f"{facts['bytes_per_example']:,} bytes per example, {in_units(facts['nbytes'])} in all with curvature"
     )
-    summary.add_row("stored", f"{config['store']}, {config['dtype']}")
+    stored = {"both": f"{config['dtype']} factors and {config['coordinate_bits']}-bit coordinates"}
+    summary.add_row("stored", stored.get(facts["stored"], facts["stored"]))
+    coarse = facts["coarse"]
+    if coarse is not None:
+        summary.add_row(
+            "coarse",
+            f"{coarse['factory']} on {coarse['dim']} coordinates ({coarse['energy']:.0%} of the whitened gradients), "
+            f"{coarse['bytes_per_example']:.0f} bytes per example",
+        )
     summary.add_row("damping", " ".join(str(v) for v in config["damping"].values()) + f", {config['complement']}")
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.get("seconds", {}).items())
     summary.add_row("built", seconds or "unknown")

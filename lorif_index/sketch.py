@@ -66,38 +66,31 @@ class Sketch:
 
     def query(
         self,
-        gradients: Mapping[str, torch.Tensor],
+        inside: Mapping[str, torch.Tensor],
         curvature: Mapping[str, LayerCurvature],
         preconditioners: Mapping[str, Preconditioner],
     ) -> torch.Tensor:
-        """x (q, k) float32 of a query's gradients (q, d_in, d_out), under its own damping, in the layers it has."""
-        out = torch.zeros(next(iter(gradients.values())).shape[0], self.dim)
-        for name, g in gradients.items():
+        """x (q, k) float32 of a query, under its own damping, in the layers it has.
+
+        Args:
+            inside: layer -> V^T vec(G_q), (q, r) float32.
+            curvature: layer -> fitted curvature.
+            preconditioners: layer -> H^-1 under the query's damping.
+        """
+        out = torch.zeros(next(iter(inside.values())).shape[0], self.dim)
+        for name, c in inside.items():
             part = self.layers[name]
             count = len(part.weights)
             if count:
                 scale = part.whitening(curvature[name]) * preconditioners[name].inside[:count]
-                out += ((g.flatten(1) @ curvature[name].basis[:, :count]) * scale) @ part.weights
+                out += (c[:, :count] * scale) @ part.weights
         return out
 
-    def residual(
-        self, transformed: Mapping[str, torch.Tensor], x: torch.Tensor, curvature: Mapping[str, LayerCurvature]
-    ) -> dict[str, torch.Tensor]:
-        """What the factors are scored with when <x, z> is taken from the coordinates: Q'_l - A_l^T (W x)_l.
-
-        For every layer of the sketch, those that the query leaves out too: the coordinates mix the layers, and
-        what of the left-out ones is in them must be taken off.
-        """
-        out = {}
-        for name, part in self.layers.items():
-            layer, count = curvature[name], len(part.weights)
-            inside = (x @ part.weights.T) / part.whitening(layer)
-            flat = -(inside @ layer.basis[:, :count].T)
-            if name in transformed:
-                flat += transformed[name].flatten(1)
-                out[name] = flat.reshape(transformed[name].shape)
-            else:
-                out[name] = flat
+    def taken(self, x: torch.Tensor, name: str, layer: LayerCurvature) -> torch.Tensor:
+        """What of a layer's subspace <x, z> accounts for: (S + lambda)^-1/2 (W x)_l, (q, r) float32."""
+        part = self.layers[name]
+        out = torch.zeros(x.shape[0], layer.rank)
+        out[:, : len(part.weights)] = (x @ part.weights.T) / part.whitening(layer)
         return out
 
 

@@ -142,9 +142,12 @@ class Store:
         """
         return Rows(self.gather_factors(positions, check=check), self.gather_codes(positions, check=check))
 
-    def gather_factors(self, positions: np.ndarray, *, check: bool = True) -> torch.Tensor:
-        """The factors of rows at some positions, (m, width) in the stored dtype (see `gather`)."""
-        out = torch.empty(len(positions), self.layout.width, dtype=self.layout.torch_dtype)
+    def gather_factors(
+        self, positions: np.ndarray, *, check: bool = True, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The factors of rows at some positions, (m, width) in the stored dtype (see `gather`), into `out` if given."""
+        if out is None:
+            out = torch.empty(len(positions), self.layout.width, dtype=self.layout.torch_dtype)
         self._gather([shard.factors for shard in self.shards], positions, out.view(torch.uint8), check)
         return out
 

@@ -278,6 +278,8 @@ class TextIndex:
         *,
         prompt: str | None = None,
         opponents: bool = False,
+        recall: float = 0.99,
+        exact: bool | None = None,
         damping: Damping | float | None = None,
         layers: list[str] | None = None,
         progress: bool | ProgressCallback | None = False,
@@ -288,14 +290,23 @@ class TextIndex:
             texts: the questions.
             k: hits each.
             prompt: comes before each text and is not itself asked about: only the text's tokens have a loss.
-            opponents, damping, layers, progress: as for `Index.search`.
+            opponents, recall, exact, damping, layers, progress: as for `Index.search`.
 
         Raises:
             QueryError: a text with no token that has a loss, or beyond the model's context. Else as `Index.search`.
         """
         tokenizer, context = self.text_model.tokenizer, self.text_model.context
         items = [encode_question(text, tokenizer, context, prompt=prompt) for text in texts]
-        found = self.index.search(items, k, opponents=opponents, damping=damping, layers=layers, progress=progress)
+        found = self.index.search(
+            items,
+            k,
+            opponents=opponents,
+            recall=recall,
+            exact=exact,
+            damping=damping,
+            layers=layers,
+            progress=progress,
+        )
         passages = {}
         if "passages" in self._facts:
             passages = read_passages(self.index.path, self._facts["passages"], found.ids.ravel().tolist())

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from lorif_index import AbsoluteDamping
+from lorif_index.codes import CodeLayout
 from lorif_index.curvature import fit_curvature
 from lorif_index.gradients import GradientBlock, LayerGradient, LayerSpec
 from lorif_index.progress import Stage
 from lorif_index.query import Preconditioner, transform
+from lorif_index.rows import RowLayout
+from lorif_index.scoring import ask
 from lorif_index.sketch import PCA_UP_TO, Sketch, SketchEncoder, fit_sketch, sketch_method
 
 SPECS = {"a": LayerSpec("a", 5, 4, 5, 4, 1), "b": LayerSpec("b", 6, 3, 6, 3, 1), "c": LayerSpec("c", 3, 3, 3, 3, 1)}
+LAYOUT = RowLayout(SPECS, "float32", codes=CodeLayout(16, 4))
 N = 300
 
 
@@ -96,7 +100,7 @@ def test_all_coordinates_are_the_subspace_part_of_influence(
     query = {name: v for name, v in gradients(4, seed=5).items() if name in names}
     damping = AbsoluteDamping(lam) if lam else None
     pre = {n: Preconditioner.of(n, curvature[n], damping or AbsoluteDamping(lams[n]), "tail-corrected") for n in names}
-    x = whole.query(query, curvature, pre)
+    x = whole.query({n: g_.flatten(1) @ curvature[n].basis for n, g_ in query.items()}, curvature, pre)
     z = SketchEncoder(whole, curvature).encode(block.layers)
     expected = np.zeros((4, N))
     for n in names:
@@ -104,24 +108,24 @@ def test_all_coordinates_are_the_subspace_part_of_influence(
         inside = (query[n].flatten(1).double().numpy() @ v) * pre[n].inside.double().numpy()
         expected += inside @ (g[n].flatten(1).double().numpy() @ v).T
     assert np.abs((x @ z.T).numpy() - expected).max() < 1e-4 * np.abs(expected).max()
-    rest = whole.residual(transform(query, pre), x, curvature)
+    question = ask(LAYOUT, SPECS, whole, curvature, query, pre)
     for n in SPECS:
-        inside = rest[n].flatten(1) @ curvature[n].basis
-        size = float(rest[n].abs().max()) + float(x.abs().max())
-        assert float(inside.abs().max()) < 1e-4 * size, n
+        rest = question.queries[n].flatten(1)
+        size = float(rest.abs().max()) + float(x.abs().max())
+        assert float((rest @ curvature[n].basis).abs().max()) < 1e-4 * size, n
 
 
 @pytest.mark.parametrize("dim", [8, 16])
 def test_coordinates_and_residual_always_add_up(dim: int) -> None:
     """<x, z> + <residual, g> is the whole score if z is g's own, whatever the sketch leaves out."""
-    g, block, curvature, lams, sketch = fitted(dim)
+    g, block, curvature, _, sketch = fitted(dim)
     query = {"a": gradients(3, seed=7)["a"]}
     pre = {"a": Preconditioner.of("a", curvature["a"], AbsoluteDamping(0.4), "tail-corrected")}
-    x = sketch.query(query, curvature, pre)
     z = SketchEncoder(sketch, curvature).encode(block.layers)
     transformed = transform(query, pre)
-    rest = sketch.residual(transformed, x, curvature)
-    got = x @ z.T + sum(rest[n].flatten(1) @ g[n].flatten(1).T for n in SPECS)
+    question = ask(LAYOUT, SPECS, sketch, curvature, query, pre)
+    assert question.x is not None
+    got = question.x @ z.T + sum(question.queries[n].flatten(1) @ g[n].flatten(1).T for n in SPECS)
     expected = transformed["a"].flatten(1) @ g["a"].flatten(1).T
     assert float((got - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
