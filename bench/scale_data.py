@@ -32,6 +32,7 @@ LENGTH, VOCABULARY, DIM = 32, 2000, 32
 FOLDER = CACHE / "scale"
 _CODE = ("*.py",)
 _PROSE = ("METADATA", "LICENSE*", "*.md", "*.rst", "NOTICE*", "*.txt")
+_TOP = {"METADATA": "*.dist-info/METADATA"}
 SPLITS = ("train", "held-out", "shifted")
 _BLOCK = 4096
 _BATCH = 64
@@ -55,11 +56,12 @@ def windows(split: str, folder: Path = FOLDER, most: int | None = None) -> np.nd
 
 def _files(patterns: tuple[str, ...], most: int | None) -> list[Path]:
     roots = [Path(sysconfig.get_path("stdlib")), *map(Path, site.getsitepackages())]
-    # A virtual environment's standard library lies elsewhere than its packages; one may contain the other.
-    found = sorted({path for root in roots for pattern in patterns for path in root.rglob(pattern) if path.is_file()})
     if most is not None:
-        found = found[:: max(len(found) // most, 1)][:most]
-    return found
+        # A tiny run does not walk through everything.
+        found = sorted({path for root in roots for name in patterns for path in root.glob(_TOP.get(name, name))})
+        return found[:: max(len(found) // most, 1)][:most]
+    # A virtual environment's standard library lies elsewhere than its packages; one may contain the other.
+    return sorted({path for root in roots for name in patterns for path in root.rglob(name) if path.is_file()})
 
 
 def _words(path: Path) -> list[str]:
@@ -78,7 +80,7 @@ def _read_everything(most: int | None) -> dict[str, np.ndarray]:
         for path in paths:
             ids = np.array([number.get(word, 0) for word in _words(path)], dtype=np.int16)
             cut = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
-            held = hashlib.sha256(str(path.name).encode()).digest()[0] < 5
+            held = hashlib.sha256(str(path.name).encode()).digest()[0] < (5 if most is None else 60)
             parts["shifted" if kind == "prose" else "held-out" if held else "train"].append(cut)
     out, seen = {}, np.empty((0, LENGTH), dtype=np.int16)
     for name in SPLITS:

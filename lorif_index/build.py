@@ -34,7 +34,7 @@ from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, 
 from .progress import Reporter
 from .projection import ALGORITHM, Projections, keyed_generator
 from .query import Preconditioner
-from .reader import Reader, representation, row_layout
+from .reader import Reader, row_layout
 from .rows import RowLayout
 from .shards import Shard, write_ids
 from .sketch import SketchEncoder
@@ -60,6 +60,10 @@ _FREE_SETTINGS = ("complement", "shard_bytes", "spool_bytes", "device", "coarse"
 
 # Below so many rows a scan is as quick, and "auto" makes no coarse index.
 COARSE_FROM = 1024
+# Examples of the sample that tell what factors lose.
+_MEASURED = 256
+# Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
+_LOSSLESS = 0.01
 # Calibration queries of large models are fewer, so that their gradients take no more than this.
 _QUERY_BYTES = 256 << 20
 
@@ -179,7 +183,6 @@ class _Build:
         self.manifest = self._begin(
             Manifest(fingerprint, config.to_json(), list(self.specs.values()), metadata=metadata)
         )
-        self._representation = representation(config, self.specs)
         self._sampled: tuple[RowPass, int] | None = None
         self._spool: Spool | None = None
         self._vanished = 0
@@ -198,7 +201,7 @@ class _Build:
                 )
                 fresh.shards, fresh.skipped = found.shards, found.skipped
                 fresh.curvature, fresh.curvature_layers = found.curvature, found.curvature_layers
-                fresh.sketch = found.sketch
+                fresh.stored, fresh.sketch = found.stored, found.sketch
                 if found.config.get("calibration_queries") == fresh.config["calibration_queries"]:
                     fresh.queries = found.queries
                 if found.config.get("coarse") == fresh.config["coarse"] or self.config.store == "coarse":
@@ -230,13 +233,34 @@ class _Build:
         late = self.config.curvature_rows == "factors" and self.curvature is None
         if self.manifest.curvature is None and not late:
             self._fit_from_rows()
-        if self.manifest.sketch is None and self._representation != "factors":
+        if self.manifest.stored is None:
+            self.manifest.stored = self._decide_representation()
+            self.manifest.write(self.path, BUILDING)
+        if self.manifest.sketch is None and self.manifest.stored != "factors":
             self._fit_sketch()
         self._encode()
         if self.manifest.curvature is None:
             self._fit_from_factors()
         self._add_coarse()
         self._finish()
+
+    def _decide_representation(self) -> str:
+        """What rows will hold. Where factors lose next to nothing, the coordinates' rounding would only make scores
+        worse: then "both" is factors alone."""
+        if self.config.store != "both" or all(spec.dense for spec in self.specs.values()):
+            return "factors" if self.config.store == "both" else self.config.store
+        lost = total = 0.0
+        seen = 0
+        for block in self._sample()[0]():
+            part = block.select(np.arange(min(block.count, _MEASURED - seen)))
+            seen += part.count
+            for name, factors in factorise(part, self.specs).items():
+                whole = part.layers[name].dense()
+                lost += float((whole - factors.dense()).double().square().sum())
+                total += float(whole.double().square().sum())
+            if seen >= _MEASURED:
+                break
+        return "both" if lost > _LOSSLESS * total else "factors"
 
     def _sample(self) -> tuple[RowPass, int]:
         """Unfactored gradients of the random sample, the same at each walk, and how many."""
@@ -436,7 +460,7 @@ class _Build:
         """Training examples as queries: unfactored where rows are not of factors alone."""
         each = 4 * sum(spec.dim for spec in self.specs.values())
         most = min(self.config.calibration_queries, max(_QUERY_BYTES // each, 1))
-        if self._representation == "factors":
+        if self.manifest.stored == "factors":
             return stored_queries(reader, most)
         rows, count = self._sample()
         generator = np.random.Generator(keyed_generator(self.config.seed, "calibration-queries", count))

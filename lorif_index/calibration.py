@@ -20,6 +20,7 @@ from .errors import CorruptionError
 KS = (1, 3, 10, 30, 100, 300, 1000)
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.9975, 0.999)
 SIGNS = ("proponents", "opponents")
+_POOLED = 10
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Orders:
         wide: [k][target] -> rows to take by coarse order, or None where no number up to the limit reached the target.
         deep: [k][target] -> how many of those, by coordinates, to score exactly; as wide where there is one order.
         alone: [k] -> recall of the coarse order alone: the share of the k best among its own k best.
-        scales: (k, target, real loss over estimated loss) of searches at some k and targets.
+        scales: (k, mean estimated loss, real loss over it) of searches of several depths.
     """
 
     ks: tuple[int, ...]
@@ -48,20 +49,26 @@ class Orders:
         column = next((j for j, target in enumerate(self.targets) if target >= recall - 1e-9), None)
         if row is None or column is None:
             return None
-        wide, deep = self.wide[row][column], self.deep[row][column]
-        return None if wide is None or deep is None else (max(wide, k), max(deep, k))
+        # A single best answer is a small sample of the queries' answers: what ten take, it is given too.
+        rows = [i for i in range(row, len(self.ks)) if i == row or self.ks[i] <= _POOLED]
+        wide = [w for i in rows if (w := self.wide[i][column]) is not None]
+        deep = [d for i in rows if (d := self.deep[i][column]) is not None]
+        if self.wide[row][column] is None or not wide or not deep:
+            return None
+        return max(*wide, k), max(*deep, k)
 
     def recall_alone(self, k: int) -> float:
         """Recall of the coarse order alone."""
         return float(np.interp(math.log(k), np.log(self.ks), self.alone))
 
-    def corrected(self, estimate: float, k: int, recall: float) -> float:
-        """An estimated recall, by what was learnt of estimates at the nearest k and target."""
-        if not self.scales:
+    def corrected(self, estimate: float, k: int) -> float:
+        """An estimated recall, by what was learnt of estimates of that size at the nearest k."""
+        if not self.scales or estimate >= 1.0:
             return estimate
-        lost = max(1.0 - recall, 1e-4)
-        scale = min(self.scales, key=lambda s: abs(math.log(s[0] / k)) + abs(math.log(max(1.0 - s[1], 1e-4) / lost)))[2]
-        return 1.0 - min(scale * (1.0 - estimate), 1.0)
+        nearest = min((s[0] for s in self.scales), key=lambda known: abs(math.log(known / k)))
+        known = sorted((lost, scale) for at, lost, scale in self.scales if at == nearest)
+        scale = np.interp(math.log(1.0 - estimate), np.log([x for x, _ in known]), np.log([y for _, y in known]))
+        return 1.0 - min(math.exp(float(scale)) * (1.0 - estimate), 1.0)
 
     @classmethod
     def from_json(cls, data: Any) -> Orders:

@@ -208,9 +208,7 @@ class CandidateSearch:
                 if len(best):
                     seen = Seen(state.coarse, state.fine, state.deep, state.exact, *rests[i])
                     recall_now = recall_from_missed(k, expected_missed(seen, float(state.exact[best[-1]])))
-                    found.recall[q] = (
-                        (orders.corrected(recall_now, k, recall) if orders else recall_now) * len(best) / k
-                    )
+                    found.recall[q] = (orders.corrected(recall_now, k) if orders else recall_now) * len(best) / k
                 more = counts.wide < min(self.limit, usable[i] + 1) or counts.deep < len(state.positions)
                 if more and (1.0 - found.recall[q]) > _TOLERANCE * (1.0 - recall):
                     short.append(q)

@@ -148,7 +148,8 @@ def _quietly(faiss: Any, index: Any) -> None:
 
 def _reason(error: Exception) -> str:
     """faiss's own message, without the place in its sources."""
-    return str(error).rpartition("Error: ")[2].strip()
+    text = str(error)
+    return text.rpartition("Error: " if "Error: " in text else ": ")[2].strip()
 
 
 def coarse_fingerprint(parts: Iterable[Any]) -> str:

@@ -34,7 +34,7 @@ from .store import Store
 
 SAMPLE_ROWS = 4096
 _CORRECTION_QUERIES = 64
-_LARGEST_SCALE = 20.0
+_LARGEST_SCALE, _LEAST_LOSS = 20.0, 1e-6
 
 
 def random_positions(reader: Reader, what: str, most: int) -> np.ndarray:
@@ -201,8 +201,8 @@ def _corrected(
     """
     question = question.some(slice(0, _CORRECTION_QUERIES))
     answers, scales = answers[: question.count], []
-    for k in [k for k in orders.ks if k in (1, 10, 100)]:
-        for recall in (0.9, 0.95, 0.99):
+    for k in [k for k in orders.ks if k in (10, 100)] or [orders.ks[-1]]:
+        for recall in (0.5, 0.8, 0.9, 0.95, 0.99):
             if orders.needed(k, recall) is None:
                 # Beyond what was followed: there a search takes all that it may.
                 continue
@@ -211,8 +211,8 @@ def _corrected(
             # Where nothing was lost, these queries could not have shown less than half an answer.
             lost, least = 1.0 - float(np.mean(kept)) / k, 0.5 / (k * question.count)
             estimated = 1.0 - float(found.recall.mean())
-            if lost > 0 or estimated > least:
-                scales.append((k, recall, min(max(lost, least) / max(estimated, 1e-12), _LARGEST_SCALE)))
+            if estimated > _LEAST_LOSS:
+                scales.append((k, estimated, min(max(lost, least) / estimated, _LARGEST_SCALE)))
     return dataclasses.replace(orders, scales=tuple(scales))
 
 

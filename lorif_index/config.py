@@ -112,8 +112,9 @@ class BuildConfig:
         complement: "tail-corrected" gives directions outside the subspace the weight 1 / (lambda + mean tail
             eigenvalue), "truncated" 1 / lambda.
         store: what is kept per example. "both": factors, and coordinates of the unfactored gradient, which the scores'
-            leading subspace is taken from; where every layer keeps its full rank anyway, factors alone. "factors": the
-            published design. "coordinates": the smallest that can be rescored. "coarse": the coarse code alone.
+            leading subspace is taken from; factors alone where they lose less than 1% of the gradients' squared norm
+            (one position per example, the full rank). "factors": the published design. "coordinates": the smallest
+            that can be rescored. "coarse": the coarse code alone.
         sketch_dim: k, the number of coordinates, for all layers together.
         sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 65,536
             half-whitened coordinates (layers x r).

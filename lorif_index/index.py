@@ -221,8 +221,8 @@ class Index:
             candidates=int(answer.candidates.max(initial=0)) if plan.way == "candidates" else 0,
             recall=float(recall) if plan.way != "scan" else 1.0,
             estimated_recall=float(answer.recall.mean()),
-            recall_by_query=tuple(answer.recall.tolist()),
-            candidates_by_query=tuple(answer.candidates.tolist()),
+            recall_by_query=answer.recall.tolist(),
+            candidates_by_query=answer.candidates.tolist(),
         )
         return Hits(self._store.ids[answer.positions], answer.scores, stats)
 

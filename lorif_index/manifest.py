@@ -34,6 +34,7 @@ class Manifest:
         shards: sealed shards, in order of their ids.
         curvature: the curvature's file, or None while it is not fitted.
         curvature_layers: per layer, in the layers' order: rank, spectrum length, trace, rows, examples.
+        stored: what rows hold: "both", "factors", "coordinates" or "coarse"; None while that is not decided.
         sketch: the sketch's file and facts (see `fitted.save_sketch`), or None.
         coarse: the coarse index's file, factory and fingerprint, or None.
         queries: the file of calibration queries and sampled coordinates, or None.
@@ -49,6 +50,7 @@ class Manifest:
     shards: list[ShardInfo] = field(default_factory=list)
     curvature: SealedInfo | None = None
     curvature_layers: list[dict[str, Any]] = field(default_factory=list)
+    stored: str | None = None
     sketch: dict[str, Any] | None = None
     coarse: dict[str, Any] | None = None
     queries: dict[str, Any] | None = None
@@ -63,7 +65,7 @@ class Manifest:
         files.append(self.curvature.digest if self.curvature else "")
         if self.sketch is not None:
             files.append(self.sketch["file"]["digest"])
-        if self.config.get("store") == "coarse" and self.coarse is not None:
+        if self.stored == "coarse" and self.coarse is not None:
             files.append(self.coarse["file"]["digest"])
         return hashlib.sha256(_canonical([self.fingerprint, files]).encode()).hexdigest()
 
@@ -77,6 +79,7 @@ class Manifest:
             "shards": [shard.to_json() for shard in self.shards],
             "curvature": self.curvature.to_json() if self.curvature else None,
             "curvature_layers": self.curvature_layers,
+            "stored": self.stored,
             "sketch": self.sketch,
             "coarse": self.coarse,
             "queries": self.queries,
@@ -95,6 +98,7 @@ class Manifest:
             shards=[ShardInfo.from_json(shard) for shard in data["shards"]],
             curvature=SealedInfo.from_json(data["curvature"]) if data["curvature"] is not None else None,
             curvature_layers=data["curvature_layers"],
+            stored=data.get("stored", "factors"),
             sketch=data.get("sketch"),
             coarse=data.get("coarse"),
             queries=data.get("queries"),

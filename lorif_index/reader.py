@@ -14,7 +14,7 @@ from .calibration import Calibration
 from .candidates import CandidateSearch
 from .coarse import Coarse, coarse_fingerprint
 from .codes import CodeLayout
-from .config import BuildConfig
+from .config import STORES, BuildConfig
 from .damping import Damping
 from .errors import CorruptionError, FingerprintError, StoreError
 from .fitted import CalibrationQueries, FittedCurvature, load_sketch
@@ -31,21 +31,15 @@ from .store import Store
 _WAITING_BITS = 8
 
 
-def representation(config: BuildConfig, specs: Mapping[str, LayerSpec]) -> str:
-    """What rows hold: "both" is "factors" where every layer's gradient is kept whole, which leaves nothing to add."""
-    if config.store == "both" and all(spec.dense for spec in specs.values()):
-        return "factors"
-    return config.store
-
-
 def row_layout(manifest: Manifest, config: BuildConfig, specs: Mapping[str, LayerSpec]) -> RowLayout:
     """The layout of an index's rows.
 
     Raises:
-        CorruptionError: coordinates without a sketch.
+        CorruptionError: no known representation, or coordinates without a sketch.
     """
-    store = representation(config, specs)
-    bits = config.coordinate_bits
+    store, bits = manifest.stored, config.coordinate_bits
+    if store not in STORES:
+        raise CorruptionError(f"the manifest says that rows hold {store!r}: known are {STORES}")
     if store == "coarse":
         # Until the coarse index is made, its coordinates are kept.
         store, bits = ("coarse", 0) if manifest.coarse is not None else ("coordinates", _WAITING_BITS)
@@ -72,7 +66,7 @@ class Reader:
         self.manifest = manifest
         self.config = BuildConfig.from_json(manifest.config)
         self.specs = {spec.name: spec for spec in manifest.layers}
-        self.representation = representation(self.config, self.specs)
+        self.representation = str(manifest.stored)
         self.layout = row_layout(manifest, self.config, self.specs) if layout is None else layout
         self.store = Store(folder, self.layout, manifest.shards)
         if manifest.curvature is None:

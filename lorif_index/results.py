@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,8 @@ class SearchStats:
     candidates: int = 0
     recall: float = 1.0
     estimated_recall: float = 1.0
-    recall_by_query: tuple[float, ...] = ()
-    candidates_by_query: tuple[int, ...] = ()
+    recall_by_query: list[float] = field(default_factory=list)
+    candidates_by_query: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

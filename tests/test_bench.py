@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["build_cost", "scan_cost", "sample_size"])
+BENCHES = "build_cost scan_cost sample_size search_at_scale fidelity coarse_choices sketch_choices".split()
+
+
+@pytest.mark.parametrize("name", BENCHES)
 def test_smoke(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     kept = tmp_path / "result.json"

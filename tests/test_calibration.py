@@ -22,7 +22,7 @@ def test_enough_candidates_are_the_least_that_reach_the_target() -> None:
     ranks = np.tile(10 * np.arange(100), (50, 1))
     table = learn(ranks, None, 5000)
     assert table.ks == (1, 3, 10, 30, 100)
-    assert table.needed(1, 0.99) == (1, 1)
+    assert table.needed(1, 0.5) == table.needed(10, 0.5)
     for k in (100, 60):
         wide, deep = table.needed(k, 0.9)  # type: ignore[misc]
         assert 880 <= wide == deep <= 960
@@ -67,14 +67,20 @@ def test_the_estimate_is_right_where_errors_are_gaussian(wide: int, noise: float
     assert 0.6 * real - 10 <= estimated <= 1.6 * real + 10
 
 
-def test_corrections_are_those_of_the_nearest_search() -> None:
+def test_corrections_are_those_of_like_estimates() -> None:
     ones = ((1,) * len(TARGETS),)
-    orders = Orders((1,), TARGETS, ones, ones, (1.0,), ((10, 0.9, 0.5), (10, 0.99, 2.0), (100, 0.99, 3.0)))
-    assert orders.corrected(0.99, 10, 0.9) == pytest.approx(0.995)
-    assert orders.corrected(0.99, 8, 0.995) == pytest.approx(0.98)
-    assert orders.corrected(0.99, 300, 0.99) == pytest.approx(0.97)
-    assert orders.corrected(1.0, 10, 0.9) == 1.0 and orders.corrected(0.0, 100, 0.99) == 0.0
-    assert Orders((1,), TARGETS, ones, ones, (1.0,)).corrected(0.7, 1, 0.9) == 0.7
+    orders = Orders((1,), TARGETS, ones, ones, (1.0,), ((10, 0.1, 0.5), (10, 0.001, 2.0), (100, 0.01, 3.0)))
+    assert orders.corrected(0.9, 10) == pytest.approx(0.95) and orders.corrected(0.999, 8) == pytest.approx(0.998)
+    assert orders.corrected(0.99, 10) == pytest.approx(0.99)  # between the two, on a line of logarithms
+    assert orders.corrected(0.999999, 10) == pytest.approx(1 - 2e-6, abs=1e-9)
+    assert orders.corrected(0.99, 300) == pytest.approx(0.97)
+    assert orders.corrected(1.0, 10) == 1.0 and orders.corrected(0.0, 100) == 0.0
+    assert Orders((1,), TARGETS, ones, ones, (1.0,)).corrected(0.7, 1) == 0.7
+
+
+def test_one_answer_is_given_what_ten_take() -> None:
+    coarse = np.tile(np.r_[0, 50 * np.ones(9, dtype=int)], (30, 1))
+    assert learn(coarse, None, 100).needed(1, 0.99) == learn(coarse, None, 100).needed(10, 0.99)
 
 
 def test_two_orders_are_learnt_together_and_the_cheapest_pair_is_taken() -> None:

@@ -20,9 +20,9 @@ from lorif_index.errors import QueryError
 STORES = [("both", 4), ("both", 1), ("coordinates", 8), ("coordinates", 4), ("coordinates", 2), ("coordinates", 1)]
 
 
-@pytest.fixture(scope="module", params=["mlp", "gpt2"])
-def case(request: pytest.FixtureRequest) -> tuple[Case, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    made = CASES[request.param]()
+@pytest.fixture(scope="module")
+def case() -> tuple[Case, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    made = CASES["gpt2"]()
     return made, made.gradients(made.data), made.gradients(made.query)
 
 
@@ -155,6 +155,10 @@ def test_whole_gradients_need_no_coordinates(tmp_path: Path) -> None:
     assert index.config.store == "both" and index.search(made.query, k=3).stats.store == "factors"
     with pytest.raises(QueryError, match="no coordinates"):
         index.coordinates()
+    # One position an example: a single pair is the gradient itself.
+    index = build(made, tmp_path / "one", rank=1)
+    assert index.representation == "factors" and index.config.store == "both"
+    assert build(made, tmp_path / "c", rank=1, store="coordinates").representation == "coordinates"
 
 
 def test_what_a_representation_lacks_is_refused(tmp_path: Path) -> None:
