@@ -89,7 +89,7 @@ def measure(index: Index, queries: Any, factory: str, slow: float) -> dict[str, 
 def main() -> None:
     parsed = arguments(
         __doc__ or "",
-        sizes={"type": int, "nargs": 2, "default": [20_000, 300_000]},
+        sizes={"type": int, "nargs": 2, "default": [20_000, 100_000]},
         full={"type": int, "default": 1_000_000},
         slow={"type": float, "default": 120.0},
         steps={"type": int, "default": 2000},

@@ -136,7 +136,7 @@ def batches(index: Index, queries: Gradients, sizes: tuple[int, ...]) -> list[di
     for size in sizes:
         if size > count:
             break
-        starts = [i for i in range(0, min(count, 8 * size), size) if i + size <= count][:8]
+        starts = [i for i in range(0, count, size) if i + size <= count][: min(max(200 // size, 1), 8)]
         seconds = [timed(lambda i=i, n=size: index.search(some(queries, i, i + n), 10, exact=False)) for i in starts]
         rows.append({"batch": size, "ms_per_query": 1e3 * statistics.median(seconds) / size})
     return rows
@@ -221,11 +221,12 @@ def main() -> None:
                 )
                 if last:
                     # Opponents take many more candidates: fewer queries.
-                    mine = some(queries[source], 0, min(count, 30))
-                    entry[f"recall_{source}"] += recalls(index, mine, truth, (0.9, 0.99), KS, "opponents")
+                    mine = some(queries[source], 0, min(count, 20))
+                    targets = (0.9, 0.99) if source == "held-out" else (0.9,)
+                    entry[f"recall_{source}"] += recalls(index, mine, truth, targets, KS[1:], "opponents")
             entry |= latency(index, queries["held-out"], min(singles, count), repeats)
             if last:
-                entry["batches"] = batches(index, queries["held-out"], (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000))
+                entry["batches"] = batches(index, queries["held-out"], (1, 4, 16, 32, 64, 128, 256, 1000))
             result["indexes"].append(entry)
             print(f"n={n:,} c={rank}: done", flush=True)
     middle = derived(whole, 1, min(sizes, key=lambda n: abs(n - peer_rows)))

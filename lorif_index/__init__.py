@@ -14,7 +14,8 @@ The stages, one module each, in the order in which data flows through them:
     fitted                the files of curvature, sketch and calibration queries
     damping, query        the Woodbury-preconditioned query transform
     scoring, results      exact scores of rows, and the answer with its diagnosis
-    coarse, calibration   the FAISS index that proposes candidates, and how many a recall takes
+    coarse, flat          what proposes candidates: a FAISS index, or coordinates on a GPU
+    calibration           how many candidates a recall takes
     candidates, planner   candidates rescored and checked; scan or candidates, and why
     manifest, reader      what makes a folder an index, and its parts put together
     coarse_build, build, index   how it is made, and the user's handle

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from .calibration import SIGNS, Calibration, Orders, Seen, expected_missed, recall_from_missed
-from .coarse import Coarse
 from .errors import QueryError
 from .rows import RowLayout
 from .scoring import Question, Scorer
@@ -112,17 +112,25 @@ def coordinates(question: Question) -> torch.Tensor:
     return question.x
 
 
+class Proposer(Protocol):
+    """What proposes candidates: a `Coarse`, or a `FlatSketch` on a GPU."""
+
+    def search(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (q, count) int64, -1 for none, and scores (q, count) float32, falling, of queries (q, k)."""
+        ...
+
+
 class CandidateSearch:
     """Coarse search, narrowing and exact rescoring over one index.
 
     Args:
         store: the rows.
-        coarse: the coarse index over their coordinates.
+        coarse: what proposes candidates, over their coordinates.
         sample: (m, k) float32 coordinates of random rows, which stand for all in the estimate.
         calibration: what was learnt, or None.
     """
 
-    def __init__(self, store: Store, coarse: Coarse, sample: np.ndarray, calibration: Calibration | None) -> None:
+    def __init__(self, store: Store, coarse: Proposer, sample: np.ndarray, calibration: Calibration | None) -> None:
         self._store = store
         self._layout = store.layout
         self._coarse = coarse

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from .calibration import Calibration
-from .candidates import CandidateSearch
+from .candidates import CandidateSearch, Proposer
 from .coarse import Coarse, coarse_fingerprint
 from .codes import CodeLayout
 from .config import STORES, BuildConfig
 from .damping import Damping
 from .errors import CorruptionError, FingerprintError, StoreError
 from .fitted import CalibrationQueries, FittedCurvature, load_sketch
+from .flat import FlatSketch, gpu_for
 from .gradients import LayerGradient, LayerSpec
 from .manifest import Manifest
 from .query import Preconditioner
@@ -118,7 +119,16 @@ class Reader:
             return None
         learnt = self.manifest.calibration
         calibration = Calibration.from_json(learnt) if learnt is not None else None
-        return CandidateSearch(self.store, self.coarse, self.queries.sample(), calibration)
+        return CandidateSearch(self.store, self._proposer(self.coarse), self.queries.sample(), calibration)
+
+    def _proposer(self, coarse: Coarse) -> Proposer:
+        """The coarse index, or the coordinates themselves on a GPU with room for them."""
+        if not self.layout.row_bytes:
+            return coarse
+        device = gpu_for(2 * coarse.dim * len(self.store))
+        if device is None:
+            return coarse
+        return FlatSketch(self.all_coordinates(), len(self.store), coarse.dim, device)
 
     def coarse_fingerprint(self, factory: str) -> str:
         """What a coarse index of these rows must be made from."""

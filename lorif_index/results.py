@@ -20,7 +20,8 @@ class SearchStats:
         examined: rows scored exactly for the query that took most.
         total: rows in the index.
         bytes_read: from the shards, for all queries together.
-        seconds: by stage: "gradients", "transform", then "scan", or "coarse", "gather", "rescore" and "check".
+        seconds: by stage: "gradients", "transform", then "scan", or "coarse", "narrow", "gather",
+            "rescore" and "check".
         damping: the policy, as JSON.
         layers: how many layers the scores are summed over.
         approximate: scores are coarse ones, not exact for anything stored.

@@ -329,3 +329,37 @@ def test_without_faiss_everything_is_scanned(
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"lorif-index\[cpu\]"):
         index.rebuild_coarse()
+
+
+def test_flat_coordinates_propose_as_well(index: Index, query: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would hold, here on the CPU: the same rescored results, the exact order of coordinates."""
+    from lorif_index import flat, reader
+
+    monkeypatch.setattr(flat, "_PAIRS", 60 * 700)  # several pieces
+    monkeypatch.setattr(reader, "gpu_for", lambda nbytes: torch.device("cpu"))
+    held = Index.open(index.path)
+    scores = index.scores(query)
+    hits = held.search(query, k=10, exact=False)
+    assert isinstance(held._reader.candidates._coarse, flat.FlatSketch)  # type: ignore[union-attr]
+    assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, 1)).max() <= 2e-6 * np.abs(scores).max()
+    assert recall(hits.ids, scores) > 0.97
+    x = held._prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
+    assert x is not None
+    exact = np.sort(x.numpy() @ index.coordinates().T, axis=1)[:, ::-1][:, :10]
+    near = held.search(query, k=10, rescore=False).scores
+    assert np.abs(near - exact).max() < 2e-3 * np.abs(exact).max()
+
+
+def test_a_gpu_gives_the_same_rescored_results(index: Index, query: Any) -> None:
+    import faiss
+
+    if not torch.cuda.is_available() or faiss.get_num_gpus() < 1:
+        pytest.skip("no GPU that faiss and torch both see")
+    from lorif_index.flat import FlatSketch
+
+    held = Index.open(index.path)
+    hits = held.search(query, k=10, exact=False)
+    assert isinstance(held._reader.candidates._coarse, FlatSketch)  # type: ignore[union-attr]
+    scores = index.scores(query)
+    assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, 1)).max() <= 2e-6 * np.abs(scores).max()
+    assert recall(hits.ids, scores) > 0.97

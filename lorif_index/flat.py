@@ -1,0 +1,70 @@
+"""Flat: coordinates of all rows in half precision on a GPU, simply scanned (faiss's fast-scan indexes are CPU only).
+
+It proposes candidates in place of the coarse index where a GPU has room, by better scores: coordinates are not
+compressed any further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from .coarse import faiss_is_installed, load_faiss
+
+# Scores of so many (query, row) pairs are held at once.
+_PAIRS = 1 << 26
+# Part of the GPU's free memory that coordinates may take.
+_SHARE = 0.5
+
+
+def gpu_for(nbytes: int) -> torch.device | None:
+    """The GPU, if there is one that faiss and torch both see and that has room for so many bytes."""
+    # faiss-gpu imports and silently does nothing on a machine without a GPU: its own count is the gate.
+    if not faiss_is_installed() or not torch.cuda.is_available():
+        return None
+    count = getattr(load_faiss(), "get_num_gpus", lambda: 0)()
+    if count < 1:
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return torch.device("cuda") if nbytes <= _SHARE * free else None
+
+
+class FlatSketch:
+    """Coordinates on a device, searched by position like a `Coarse`.
+
+    Args:
+        blocks: coordinates (n, k) float32 of all rows, in order.
+        count, dim: rows and k in all.
+        device: where they are kept, in half precision; scores are summed in float32.
+    """
+
+    def __init__(self, blocks: Iterable[torch.Tensor], count: int, dim: int, device: torch.device) -> None:
+        self._rows = torch.empty(count, dim, dtype=torch.float16, device=device)
+        at = 0
+        for block in blocks:
+            self._rows[at : at + len(block)] = block.to(device)
+            at += len(block)
+
+    def __len__(self) -> int:
+        return int(self._rows.shape[0])
+
+    def search(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` best of queries (q, k): positions (q, count) int64, and scores (q, count) float32, falling."""
+        queries = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(self._rows.device)
+        count = min(count, len(self))
+        step = max(_PAIRS // max(len(queries), 1), count)
+        best = torch.empty(len(queries), 0, device=self._rows.device)
+        where = torch.empty(len(queries), 0, dtype=torch.int64, device=self._rows.device)
+        for start in range(0, len(self), step):
+            part = self._rows[start : start + step]
+            # On a GPU the product itself sums halves in float32; elsewhere they are converted first.
+            scores = (queries.half() @ part.T).float() if part.is_cuda else queries @ part.float().T
+            places = torch.arange(start, start + len(part), device=part.device).expand_as(scores)
+            best, where = torch.cat([best, scores], dim=1), torch.cat([where, places], dim=1)
+            if best.shape[1] > count:
+                best, chosen = torch.topk(best, count, dim=1)
+                where = torch.gather(where, 1, chosen)
+        order = torch.argsort(best, dim=1, descending=True, stable=True)
+        return torch.gather(where, 1, order).cpu().numpy(), torch.gather(best, 1, order).cpu().numpy()
