@@ -116,7 +116,7 @@ class BuildConfig:
             (one position per example, the full rank). "factors": the published design. "coordinates": the smallest
             that can be rescored. "coarse": the coarse code alone.
         sketch_dim: k, the number of coordinates, for all layers together.
-        sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 65,536
+        sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
             half-whitened coordinates (layers x r).
         coordinate_bits: of each stored coordinate: 1, 2, 4 or 8.
         coarse: a `faiss.index_factory` string for the coarse index; "auto": 4-bit product quantisation with fast scan

@@ -24,9 +24,9 @@ from .projection import keyed_generator
 from .query import Preconditioner
 from .subspace import SubspaceFit
 
-# Above so many half-whitened coordinates (128 MiB of W at k = 512; a fit of about a minute on two cores), each layer's
-# own eigenvectors stand for the PCA over all layers.
-PCA_UP_TO = 65_536
+# Above so many half-whitened coordinates (at k = 512: W takes 512 MiB, its fit about 5 GiB), each layer's own
+# eigenvectors stand for the PCA over all layers, for many times the candidates (`bench.sketch_choices`).
+PCA_UP_TO = 262_144
 _POWER_ITERATIONS = 2
 _BATCH_ROWS = 256
 
