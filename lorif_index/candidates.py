@@ -17,13 +17,11 @@ import torch
 
 from .calibration import SIGNS, Calibration, Orders, Seen, expected_missed, recall_from_missed
 from .errors import QueryError
+from .resident import Resident
 from .rows import RowLayout
 from .scoring import Question, Scorer
 from .scratch import SCRATCH
-from .store import Store
 
-# Coordinates of all rows are held in memory up to so many bytes; beyond, those of candidates are read by position.
-RESIDENT_BYTES = 4 << 30
 # Factors are gathered and scored a block at a time: bounds memory for large batches.
 _GATHER_BYTES = 128 << 20
 # Coarse scores are asked for this many times as far as rows are proposed, to see what comes next.
@@ -124,24 +122,23 @@ class CandidateSearch:
     """Coarse search, narrowing and exact rescoring over one index.
 
     Args:
-        store: the rows.
+        rows: the index's.
         coarse: what proposes candidates, over their coordinates.
         sample: (m, k) float32 coordinates of random rows, which stand for all in the estimate.
         calibration: what was learnt, or None.
     """
 
-    def __init__(self, store: Store, coarse: Proposer, sample: np.ndarray, calibration: Calibration | None) -> None:
-        self._store = store
-        self._layout = store.layout
+    def __init__(self, rows: Resident, coarse: Proposer, sample: np.ndarray, calibration: Calibration | None) -> None:
+        self._rows = rows
+        self._layout = rows.layout
         self._coarse = coarse
         self._sample = sample
-        self._codes: torch.Tensor | None = None
         self.calibration = calibration
 
     @property
     def limit(self) -> int:
         """Most rows proposed for a query; beyond, a scan is the better way."""
-        return min(max(len(self._store) // 8, 4 * _FIRST_GUESS), len(self._store))
+        return min(max(len(self._rows) // 8, 4 * _FIRST_GUESS), len(self._rows))
 
     @property
     def narrows(self) -> bool:
@@ -180,7 +177,7 @@ class CandidateSearch:
         queries = coordinates(question).numpy() * sign
         orders = self._orders(largest)
         total = question.count
-        states = [_State(question.some(slice(q, q + 1)).scorer(self._layout)) for q in range(total)]
+        states = [_State(question.some(slice(q, q + 1)).scorer(self._layout, self._rows.device)) for q in range(total)]
         found = Found(
             np.full((total, k), -1, dtype=np.int64),
             np.zeros((total, k), dtype=np.float32),
@@ -238,13 +235,17 @@ class CandidateSearch:
         orders = self._orders(largest)
         return positions, scores * sign, orders.recall_alone(k) if orders else float("nan")
 
-    def codes(self, positions: np.ndarray) -> torch.Tensor:
-        """Codes of rows at some positions, (m, code bytes) uint8; good until the next call."""
-        if self._codes is None and len(self._store) * self._layout.code_bytes <= RESIDENT_BYTES:
-            self._codes = self._store.all_codes()
-        if self._codes is None:
-            return self._store.gather_codes(positions)
-        return SCRATCH.select("codes", self._codes, torch.from_numpy(positions))
+    def by_coordinates(self, question: Question, positions: np.ndarray) -> np.ndarray:
+        """(m,) float32: scores by coordinates of rows at some positions for a question of one query."""
+        return self._by_coordinates(question.scorer(self._layout, self._rows.device), positions)[0]
+
+    def _by_coordinates(self, scorer: Scorer, positions: np.ndarray) -> tuple[np.ndarray, int]:
+        """The same, and the bytes that were read for it."""
+        order = np.argsort(positions)
+        codes, read = self._rows.codes(positions[order])
+        out = np.empty(len(positions), dtype=np.float32)
+        out[order] = scorer.score_codes(codes)[0].cpu().numpy()
+        return out, read
 
     def _orders(self, largest: bool) -> Orders | None:
         return self.calibration.orders[SIGNS[0] if largest else SIGNS[1]] if self.calibration else None
@@ -260,10 +261,9 @@ class CandidateSearch:
             positions, coarse = positions[new], coarse[new]
         fine = coarse
         if self._layout.codes is not None and len(positions):
-            order = np.argsort(positions)
-            fine = np.empty_like(coarse)
-            fine[order] = state.scorer.score_codes(self.codes(positions[order]))[0].numpy() * sign
-            found.bytes_read += 0 if self._codes is not None else len(positions) * self._layout.code_bytes
+            fine, read = self._by_coordinates(state.scorer, positions)
+            fine *= sign
+            found.bytes_read += read
         state.propose(positions, coarse, fine)
         found.seconds["narrow"] += time.perf_counter() - began
 
@@ -279,14 +279,13 @@ class CandidateSearch:
         wanted = [places[np.argsort(state.positions[places])] for state, places in zip(states, wanted, strict=True)]
         at = [state.positions[places] for state, places in zip(states, wanted, strict=True)]
         union = np.unique(np.concatenate(at)) if at else np.empty(0, dtype=np.int64)
-        found.bytes_read += len(union) * self._layout.factor_bytes
         scores = [np.empty(len(part), dtype=np.float32) for part in at]
         step = max(_GATHER_BYTES // self._layout.factor_bytes, 1)
         for start in range(0, len(union), step):
             block = union[start : start + step]
             began = time.perf_counter()
-            room = SCRATCH.take("gathered", len(block), self._layout.width, dtype=self._layout.torch_dtype)
-            factors = self._store.gather_factors(block, out=room)
+            factors, read = self._rows.factors(block)
+            found.bytes_read += read
             gathered = time.perf_counter()
             for state, part, out in zip(states, at, scores, strict=True):
                 low, high = np.searchsorted(part, [block[0], block[-1] + 1])
@@ -295,7 +294,7 @@ class CandidateSearch:
                     # One query that wants the whole block needs no copy of it.
                     all_of_it = len(places) == len(block)
                     mine = factors if all_of_it else SCRATCH.select("mine", factors, torch.from_numpy(places))
-                    out[low:high] = state.scorer.score_factors(mine)[0].numpy()
+                    out[low:high] = state.scorer.score_factors(mine)[0].cpu().numpy()
             found.seconds["gather"] += gathered - began
             found.seconds["rescore"] += time.perf_counter() - gathered
         for state, places, out in zip(states, wanted, scores, strict=True):
@@ -306,6 +305,6 @@ class CandidateSearch:
     def _rest(self, seen: np.ndarray, sample: np.ndarray, last: float) -> tuple[np.ndarray, np.ndarray]:
         """Coarse scores of what is not proposed, and weights: those seen one by one, then the sample below them."""
         below = sample[sample < last]
-        weight = len(self._store) / max(len(sample), 1)
+        weight = len(self._rows) / max(len(sample), 1)
         weights = np.concatenate([np.ones(len(seen)), np.full(len(below), weight)])
         return np.concatenate([seen, below]), weights

@@ -140,13 +140,12 @@ def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: S
     # Answers beyond a tenth of the rows are no search.
     most = max(min(KS[-1], count // 10), 1)
     tops = {sign: TopK(question.count, min(most + 1, count), largest=sign == SIGNS[0]) for sign in SIGNS}
-    scorer = question.scorer(reader.layout)
     stage.total = (stage.total or 0) + count
-    for start, scores, size in stream_scores(reader.store, scorer):
+    for start, scores, size in stream_scores(reader.rows, question):
         for top in tops.values():
             top.update(start, scores)
         stage.advance(scores.shape[1], size)
-    bare = CandidateSearch(reader.store, reader.coarse, queries.sample(), None)  # type: ignore[arg-type]
+    bare = CandidateSearch(reader.rows, reader.coarse, queries.sample(), None)  # type: ignore[arg-type]
     orders = {}
     for sign, top in tops.items():
         answers = top.result()[0].numpy()
@@ -184,9 +183,8 @@ def _ranks(
         hit[inside] = positions[order][at[inside]] == answers[q][inside]
         coarse[q, hit] = order[at[hit]]
         if search.narrows:
-            scorer = one.scorer(search.layout)
-            proposed = np.sort(scorer.score_codes(search.codes(positions))[0].numpy() * sign)
-            mine = scorer.score_codes(search.codes(answers[q]))[0].numpy() * sign
+            proposed, mine = (search.by_coordinates(one, rows) * sign for rows in (positions, answers[q]))
+            proposed.sort()
             # How many of the proposed score higher.
             fine[q] = len(proposed) - np.searchsorted(proposed, mine, side="right")
     return coarse, fine

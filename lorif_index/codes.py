@@ -19,7 +19,7 @@ BITS = (1, 2, 4, 8)
 _STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 _SCALE_BYTES = 4
 # Rows unpacked at once: what stays in a core's cache.
-_BLOCK_ROWS = 512
+_BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CodeLayout:
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The stored coordinates, (n, k) float32."""
-        buffer = torch.empty(codes.shape[0], self.per_byte * self.packed)
+        buffer = torch.empty(codes.shape[0], self.per_byte * self.packed, device=codes.device)
         levels = self.levels(codes, buffer)[:, : self.dim]
         return (levels - (2**self.bits - 1) / 2) * self.scales(codes)[:, None]
 
@@ -99,22 +99,24 @@ class CodeScorer:
 
     Args:
         layout: the codes' layout.
-        queries: (q, k) float32.
+        queries: (q, k) float32, on the device where codes will be scored.
     """
 
     def __init__(self, layout: CodeLayout, queries: torch.Tensor) -> None:
         self._layout = layout
         # <x, scale (level - middle)> = scale (<x, level> - middle sum x): one product on the raw levels.
-        self._queries = torch.zeros(layout.per_byte * layout.packed, queries.shape[0])
+        self._queries = torch.zeros(layout.per_byte * layout.packed, queries.shape[0], device=queries.device)
+        self._step = _BLOCK_ROWS if queries.device.type == "cpu" else _GPU_BLOCK_ROWS
         self._queries[: layout.dim] = queries.T
         self._offset = queries.sum(dim=1) * ((2**layout.bits - 1) / 2)
 
     def score(self, codes: torch.Tensor) -> torch.Tensor:
         """(q, n) float32 of codes (n, row_bytes)."""
-        out = torch.empty(self._queries.shape[1], codes.shape[0])
-        for start in range(0, codes.shape[0], _BLOCK_ROWS):
-            part = codes[start : start + _BLOCK_ROWS]
-            levels = self._layout.levels(part, SCRATCH.take("levels", len(part), self._queries.shape[0]))
+        out = torch.empty(self._queries.shape[1], codes.shape[0], device=codes.device)
+        for start in range(0, codes.shape[0], self._step):
+            part = codes[start : start + self._step]
+            room = SCRATCH.take("levels", len(part), self._queries.shape[0], device=codes.device)
+            levels = self._layout.levels(part, room)
             scores = (levels @ self._queries).sub_(self._offset).mul_(self._layout.scales(part)[:, None])
             out[:, start : start + len(part)] = scores.T
         return out

@@ -11,24 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from .coarse import faiss_is_installed, load_faiss
-
 # Scores of so many (query, row) pairs are held at once.
 _PAIRS = 1 << 26
-# Part of the GPU's free memory that coordinates may take.
-_SHARE = 0.5
-
-
-def gpu_for(nbytes: int) -> torch.device | None:
-    """The GPU, if there is one that faiss and torch both see and that has room for so many bytes."""
-    # faiss-gpu imports and silently does nothing on a machine without a GPU: its own count is the gate.
-    if not faiss_is_installed() or not torch.cuda.is_available():
-        return None
-    count = getattr(load_faiss(), "get_num_gpus", lambda: 0)()
-    if count < 1:
-        return None
-    free, _ = torch.cuda.mem_get_info()
-    return torch.device("cuda") if nbytes <= _SHARE * free else None
 
 
 class FlatSketch:

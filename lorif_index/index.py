@@ -22,6 +22,7 @@ from .config import BuildConfig
 from .curvature import LayerCurvature
 from .damping import Damping, as_damping
 from .data import as_source, batch_count
+from .devices import search_device
 from .errors import ConfigError, FingerprintError, NonFiniteError, QueryError
 from .gradients import GradientBlock, LayerSpec, parse_block
 from .losses import PerExample
@@ -38,9 +39,17 @@ from .sources import ModelCapture, check_block, model_digest
 class Index:
     """A training set's gradients, ready to be asked. Made by `Index.build` or `Index.open`, not by calling it."""
 
-    def __init__(self, path: Path, manifest: Manifest, model: nn.Module | None, loss: PerExample | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        model: nn.Module | None,
+        loss: PerExample | None,
+        device: str | torch.device | None = None,
+    ) -> None:
         self._path = path
-        self._use(Reader(path, manifest))
+        self._device = search_device(device)
+        self._use(Reader(path, manifest, device=self._device))
         self._projections = Projections(self._specs, self._config.seed)
         self._model = model
         self._loss = loss
@@ -109,7 +118,12 @@ class Index:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, model: nn.Module | None = None, loss: PerExample | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        loss: PerExample | None = None,
+        device: str | torch.device | None = None,
     ) -> Index:
         """Opens a finished index.
 
@@ -117,13 +131,15 @@ class Index:
             path: its folder.
             model: the model it was built from; needed for raw queries only.
             loss: the loss it was built with, if that was not the default.
+            device: where rows are scored: "cuda", where what fits into half of the free memory stays; "cpu"; None: a
+                GPU where torch and faiss both see one.
 
         Raises:
             NotAnIndexError, FormatVersionError, CorruptionError: the folder. FingerprintError: another model or loss
             than it was built from; the message names what differs.
         """
         folder = Path(path)
-        index = cls(folder, read_manifest(folder), None, None)
+        index = cls(folder, read_manifest(folder), None, None, device)
         if model is not None:
             index._attach(model, loss)
         return index
@@ -334,7 +350,7 @@ class Index:
         """
         self._need_rows("rebuild_coarse")
         with reporter(progress) as report:
-            self._use(Reader(self._path, rebuild(self._reader, coarse, report)))
+            self._use(Reader(self._path, rebuild(self._reader, coarse, report), device=self._device))
 
     def calibrate(
         self,
@@ -361,7 +377,7 @@ class Index:
         extra = None if query is None else self._query_gradients(query, measure, self.layers)
         with reporter(progress) as report:
             manifest = recalibrate(self._reader, extra, report)
-        self._use(Reader(self._path, manifest))
+        self._use(Reader(self._path, manifest, device=self._device))
         return dict(manifest.calibration or {})
 
     def verify(self) -> None:

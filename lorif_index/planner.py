@@ -112,7 +112,7 @@ def choose_plan(
 def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple[int, torch.Tensor, int]]:
     """(position of the first row, scores (q, n), bytes read) of every block of the index."""
     with report.stage("scan", len(reader.store)) as stage:
-        for start, scores, size in stream_scores(reader.store, question.scorer(reader.layout)):
+        for start, scores, size in stream_scores(reader.rows, question):
             yield start, scores, size
             stage.advance(scores.shape[1], size)
 

@@ -16,14 +16,17 @@ from .coarse import Coarse, coarse_fingerprint
 from .codes import CodeLayout
 from .config import STORES, BuildConfig
 from .damping import Damping
+from .devices import room_on
 from .errors import CorruptionError, FingerprintError, StoreError
 from .fitted import CalibrationQueries, FittedCurvature, load_sketch
-from .flat import FlatSketch, gpu_for
+from .flat import FlatSketch
 from .gradients import LayerGradient, LayerSpec
 from .manifest import Manifest
 from .query import Preconditioner
+from .resident import Resident
 from .rows import RowLayout, Rows
 from .scoring import Question, ask
+from .scratch import CPU
 from .sealed import SealedFile, SealedInfo
 from .sketch import Sketch, SketchEncoder
 from .store import Store
@@ -60,10 +63,14 @@ class Reader:
         folder: the index's folder.
         manifest: with its curvature; sketch and coarse index may be absent.
         layout: of the rows; by default what the manifest says.
+        device: where rows are scored.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, layout: RowLayout | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, layout: RowLayout | None = None, device: torch.device = CPU
+    ) -> None:
         self.folder = folder
+        self.device = device
         self.manifest = manifest
         self.config = BuildConfig.from_json(manifest.config)
         self.specs = {spec.name: spec for spec in manifest.layers}
@@ -119,16 +126,20 @@ class Reader:
             return None
         learnt = self.manifest.calibration
         calibration = Calibration.from_json(learnt) if learnt is not None else None
-        return CandidateSearch(self.store, self._proposer(self.coarse), self.queries.sample(), calibration)
+        # The sketch takes its room on the device before the rows do.
+        proposer = self._proposer(self.coarse)
+        return CandidateSearch(self.rows, proposer, self.queries.sample(), calibration)
+
+    @cached_property
+    def rows(self) -> Resident:
+        """The rows where they are scored: on a GPU those that fit stay there."""
+        return Resident(self.store, self.device, room_on(self.device))
 
     def _proposer(self, coarse: Coarse) -> Proposer:
         """The coarse index, or the coordinates themselves on a GPU with room for them."""
-        if not self.layout.row_bytes:
+        if not self.layout.row_bytes or 2 * coarse.dim * len(self.store) > room_on(self.device):
             return coarse
-        device = gpu_for(2 * coarse.dim * len(self.store))
-        if device is None:
-            return coarse
-        return FlatSketch(self.all_coordinates(), len(self.store), coarse.dim, device)
+        return FlatSketch(self.all_coordinates(), len(self.store), coarse.dim, self.device)
 
     def coarse_fingerprint(self, factory: str) -> str:
         """What a coarse index of these rows must be made from."""

@@ -16,6 +16,7 @@ import torch
 from .codes import CodeLayout
 from .factors import Factors
 from .gradients import LayerSpec
+from .scratch import CPU
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -37,6 +38,10 @@ class Rows:
 
     def __getitem__(self, which: slice | torch.Tensor) -> Rows:
         return Rows(self.factors[which], self.codes[which])
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on a device; these themselves where they are on it."""
+        return Rows(self.factors.to(device), self.codes.to(device))
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,10 @@ class RowLayout:
         self.code_bytes = codes.row_bytes if codes else 0
         self.row_bytes = self.factor_bytes + self.code_bytes
 
-    def empty(self, count: int) -> Rows:
+    def empty(self, count: int, device: torch.device = CPU) -> Rows:
         """Room for rows."""
-        factors = torch.empty(count, self.width, dtype=self.torch_dtype)
-        return Rows(factors, torch.empty(count, self.code_bytes, dtype=torch.uint8))
+        factors = torch.empty(count, self.width, dtype=self.torch_dtype, device=device)
+        return Rows(factors, torch.empty(count, self.code_bytes, dtype=torch.uint8, device=device))
 
     def rows(self, factors: torch.Tensor | None, codes: torch.Tensor | None) -> Rows:
         """Rows of parts that may be absent."""

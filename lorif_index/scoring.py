@@ -17,19 +17,21 @@ from .codes import CodeScorer
 from .curvature import LayerCurvature
 from .gradients import LayerSpec
 from .query import Preconditioner, transform
+from .resident import Resident
 from .rows import Group, RowLayout, Rows
-from .scratch import SCRATCH
+from .scratch import CPU, SCRATCH
 from .sketch import Sketch
-from .store import Store
 
 # From here on, rebuilding U V^T once and one matrix product for all queries is faster than a product a query
 # (measured at d = 32: from 24 queries on at c = 1, from 10 at c = 4).
 _REBUILD_FROM = 48
-# Float32 bytes of a block of rows: what stays in a core's cache between the steps.
-_BLOCK_BYTES = 2 << 20
+# Float32 bytes of a block of rows: what stays in a core's cache between the steps; a GPU wants large ones.
+_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2 << 20, 256 << 20
 
 
-def _block_rows(width: int) -> int:
+def _block_rows(width: int, device: torch.device = CPU) -> int:
+    if device.type != "cpu":
+        return max(_GPU_BLOCK_BYTES // (4 * width), 16)
     return min(max(_BLOCK_BYTES // (4 * width), 16), 512)
 
 
@@ -40,14 +42,25 @@ class Scorer:
         layout: the rows' layout.
         queries: layer -> (q, d_in, d_out) float32, for the factors; layers that are absent count nothing.
         x: (q, k) float32, for the coordinates, or None where the rows have none.
+        device: where the rows will be; scores are on it, too.
     """
 
-    def __init__(self, layout: RowLayout, queries: Mapping[str, torch.Tensor], x: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        layout: RowLayout,
+        queries: Mapping[str, torch.Tensor],
+        x: torch.Tensor | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        queries = {name: g.to(device) for name, g in queries.items()}
+        x = None if x is None else x.to(device)
         self.count = int(x.shape[0] if x is not None else next(iter(queries.values())).shape[0])
         self._layout = layout
-        self._rows = _block_rows(max(layout.width, 1))
+        self._rows = _block_rows(max(layout.width, 1), device)
         self._plans = [
-            _Plan(group, queries, self.count) for group in layout.groups if any(name in queries for name in group.names)
+            _Plan(group, queries, self.count, device)
+            for group in layout.groups
+            if any(name in queries for name in group.names)
         ]
         self._codes = CodeScorer(layout.codes, x) if layout.codes is not None and x is not None else None
 
@@ -61,12 +74,12 @@ class Scorer:
     def score_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """The coordinates' share of the scores, (q, n) float32, of codes (n, code bytes)."""
         if self._codes is None:
-            return torch.zeros(self.count, len(codes))
+            return torch.zeros(self.count, len(codes), device=codes.device)
         return self._codes.score(codes)
 
     def score_factors(self, factors: torch.Tensor) -> torch.Tensor:
         """The factors' share of the scores, (q, n) float32, of factors (n, width) in the stored dtype."""
-        out = torch.zeros(self.count, factors.shape[0])
+        out = torch.zeros(self.count, factors.shape[0], device=factors.device)
         if self._plans:
             for start in range(0, len(factors), self._rows):
                 block = SCRATCH.convert("block", factors[start : start + self._rows])
@@ -94,9 +107,9 @@ class Question:
         x = self.x[rows] if self.x is not None else None
         return Question({n: g[rows] for n, g in self.queries.items()}, x, len(range(self.count)[rows]))
 
-    def scorer(self, layout: RowLayout) -> Scorer:
-        """The scorer of these queries for rows of that layout."""
-        return Scorer(layout, self.queries, self.x if layout.codes is not None else None)
+    def scorer(self, layout: RowLayout, device: torch.device = CPU) -> Scorer:
+        """The scorer of these queries for rows of that layout, on that device."""
+        return Scorer(layout, self.queries, self.x if layout.codes is not None else None, device)
 
 
 def ask(
@@ -133,7 +146,7 @@ def ask(
 class _Plan:
     """How one group of layers is scored: query by query on the factors, or all at once on rebuilt gradients."""
 
-    def __init__(self, group: Group, queries: Mapping[str, torch.Tensor], count: int) -> None:
+    def __init__(self, group: Group, queries: Mapping[str, torch.Tensor], count: int, device: torch.device) -> None:
         self._group = group
         self._together = group.dense or count * (group.rank + 1) >= _REBUILD_FROM
         if self._together:
@@ -143,7 +156,7 @@ class _Plan:
             ]
         else:
             # Per query one (layers * c, d_in, d_out) batch: a matrix per factor pair, zero where one does not count.
-            empty = torch.zeros(count, group.d_in, group.d_out)
+            empty = torch.zeros(count, group.d_in, group.d_out, device=device)
             stacked = torch.stack([queries.get(name, empty) for name in group.names], dim=1)
             self._batches = list(stacked.repeat_interleave(group.rank, dim=1))
 
@@ -153,11 +166,11 @@ class _Plan:
             # Views (layers * c, n, d): the pairs of a block as one batch of strided matrices, without a copy.
             left = self._group.left(block).flatten(1, 2).transpose(0, 1)
             right = self._group.right(block).flatten(1, 2).transpose(0, 1)
-            product = SCRATCH.take("product", *left.shape[:2], self._group.d_out)
+            product = SCRATCH.take("product", *left.shape[:2], self._group.d_out, device=block.device)
             for q, batch in enumerate(self._batches):
                 out[q] += torch.bmm(left, batch, out=product).mul_(right).sum(0).sum(1)
             return
-        total = torch.zeros(len(block), out.shape[0])
+        total = torch.zeros(len(block), out.shape[0], device=block.device)
         for i, matrix in self._matrices:
             total.addmm_(self._gradient(block, i), matrix)
         out += total.T
@@ -167,7 +180,7 @@ class _Plan:
         group = self._group
         if group.dense:
             return group.left(block)[:, layer].flatten(1)
-        dense = SCRATCH.take("product", len(block), group.d_in, group.d_out)
+        dense = SCRATCH.take("product", len(block), group.d_in, group.d_out, device=block.device)
         return rebuild(group.left(block)[:, layer], group.right(block)[:, layer], dense).flatten(1)
 
 
@@ -178,10 +191,11 @@ def rebuild(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch
     return torch.bmm(left.transpose(1, 2), right, out=out)
 
 
-def stream_scores(store: Store, scorer: Scorer) -> Iterator[tuple[int, torch.Tensor, int]]:
-    """(position of the first row, scores (q, n), bytes read) of every block of the store, in order."""
-    for start, rows in store.stream():
-        yield start, scorer.score(rows), len(rows) * store.layout.row_bytes
+def stream_scores(rows: Resident, question: Question) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """(position of the first row, scores (q, n) on the CPU, bytes read) of every block of rows, in order."""
+    scorer = question.scorer(rows.layout, rows.device)
+    for start, block, read in rows.stream():
+        yield start, scorer.score(block).cpu(), read
 
 
 class TopK:

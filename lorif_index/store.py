@@ -100,8 +100,8 @@ class Store:
         for shard in self.shards:
             shard.file.close()
 
-    def stream(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Rows]]:
-        """All rows in order, as (position of the first, rows).
+    def stream(self, first: int = 0, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Rows]]:
+        """Rows from position `first` on, in order, as (position of the first, rows).
 
         The next block is read while the caller works on this one. A block is a view of a buffer that is used again:
         it is good until the next one is asked for.
@@ -110,7 +110,7 @@ class Store:
         pieces = [
             (shard, int(start), i, min(i + rows, shard.count))
             for shard, start in zip(self.shards, self._starts[:-1], strict=True)
-            for i in range(0, shard.count, rows)
+            for i in range(min(max(first - int(start), 0), shard.count), shard.count, rows)
         ]
         buffers = [self.layout.empty(rows) for _ in range(_READ_AHEAD + 1)]
         views = [(_bytes(buffer.factors), _bytes(buffer.codes)) for buffer in buffers]

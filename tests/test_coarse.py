@@ -336,11 +336,13 @@ def test_flat_coordinates_propose_as_well(index: Index, query: Any, monkeypatch:
     from lorif_index import flat, reader
 
     monkeypatch.setattr(flat, "_PAIRS", 60 * 700)  # several pieces
-    monkeypatch.setattr(reader, "gpu_for", lambda nbytes: torch.device("cpu"))
-    held = Index.open(index.path)
+    # Room for the sketch, and for some or all of the rows beside it.
+    monkeypatch.setattr(reader, "room_on", lambda device: 2 * 64 * N)
+    held = Index.open(index.path, device="cpu")
     scores = index.scores(query)
     hits = held.search(query, k=10, exact=False)
     assert isinstance(held._reader.candidates._coarse, flat.FlatSketch)  # type: ignore[union-attr]
+    assert 0 < held._reader.rows.kept <= N
     assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, 1)).max() <= 2e-6 * np.abs(scores).max()
     assert recall(hits.ids, scores) > 0.97
     x = held._prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
@@ -353,13 +355,32 @@ def test_flat_coordinates_propose_as_well(index: Index, query: Any, monkeypatch:
 def test_a_gpu_gives_the_same_rescored_results(index: Index, query: Any) -> None:
     import faiss
 
-    if not torch.cuda.is_available() or faiss.get_num_gpus() < 1:
+    if not torch.cuda.is_available() or getattr(faiss, "get_num_gpus", lambda: 0)() < 1:
         pytest.skip("no GPU that faiss and torch both see")
+    from lorif_index import reader
     from lorif_index.flat import FlatSketch
 
-    held = Index.open(index.path)
-    hits = held.search(query, k=10, exact=False)
-    assert isinstance(held._reader.candidates._coarse, FlatSketch)  # type: ignore[union-attr]
-    scores = index.scores(query)
-    assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, 1)).max() <= 2e-6 * np.abs(scores).max()
-    assert recall(hits.ids, scores) > 0.97
+    scores = Index.open(index.path, device="cpu").scores(query)
+    largest = np.abs(scores).max()
+    for share in (1.0, 0.4):
+        # All that fits, or room for a part of the rows.
+        with pytest.MonkeyPatch.context() as patch:
+            if share < 1:
+                patch.setattr(reader, "room_on", lambda device: int(0.4 * N * index.bytes_per_example))
+            held = Index.open(index.path, device="cuda")
+            kept = held._reader.rows.kept
+            assert kept == N if share == 1 else 0 < kept < N
+            hits = held.search(query, k=10, exact=False)
+            assert isinstance(held._reader.candidates._coarse, FlatSketch) or share < 1  # type: ignore[union-attr]
+            assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, 1)).max() <= 2e-6 * largest
+            assert recall(hits.ids, scores) > 0.97
+            assert np.abs(held.scores(query) - scores).max() <= 2e-6 * largest
+
+
+def test_a_device_that_is_not_there_is_refused(index: Index) -> None:
+    from lorif_index.devices import room_on, search_device
+
+    assert search_device("cpu") == torch.device("cpu") and room_on(torch.device("cpu")) == 0
+    for bad in ("cuda:99", "nonsense"):
+        with pytest.raises(ConfigError, match="pass 'cpu'"):
+            Index.open(index.path, device=bad)

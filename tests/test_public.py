@@ -32,7 +32,7 @@ SURFACE = [
 
 INDEX = {
     "build": "path model data gradients loss curvature config metadata progress",
-    "open": "path model loss",
+    "open": "path model loss device",
     "search": "self query k recall rescore measure opponents exact damping layers progress",
     "scores": "self query measure damping layers out progress",
     "self_influence": "self damping layers progress",
@@ -58,8 +58,8 @@ CONFIG = (
 # Stages in the order of the package docstring: a module may import those before it, never those behind.
 ORDER = (
     "version errors damping scratch codes config progress gradients projection losses data layers factors rows sealed "
-    "shards store spool capture sources subspace curvature query sketch fitted scoring results manifest coarse "
-    "flat calibration candidates reader planner coarse_build build index"
+    "shards store resident spool capture sources subspace curvature query sketch fitted scoring results manifest "
+    "coarse devices flat calibration candidates reader planner coarse_build build index"
 ).split()
 
 
