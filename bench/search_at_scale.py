@@ -50,7 +50,7 @@ def answers(index: Index, queries: Gradients, most: int, path: Path) -> dict[str
             return {name: kept[name] for name in kept.files}
     question = index._prepare(queries, None, index.config.damping, index.layers).question  # type: ignore[arg-type]
     tops = {"proponents": TopK(count, most), "opponents": TopK(count, most, largest=False)}
-    for start, scores, _ in stream_scores(index._store, question.scorer(index._layout)):
+    for start, scores, _ in stream_scores(index._reader.rows, question):
         for top in tops.values():
             top.update(start, scores)
     found = {sign: index.ids[top.result()[0].numpy()] for sign, top in tops.items()}

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .coarse import default_factory, faiss_is_installed, load_faiss
-from .coarse_build import calibrate, coordinate_sample, make_coarse, new_sketch, sketch_of_factors, stored_queries
+from .coarse_build import calibrate, make_coarse, new_sketch, sketch_of_factors
 from .config import BuildConfig, CurvatureRows
 from .curvature import LayerCurvature, RowPass, fit_curvature
 from .data import as_source
@@ -412,8 +412,8 @@ class _Build:
             if factory in (None, "auto"):
                 factory = default_factory(reader.sketch.dim)  # type: ignore[union-attr]
             if self.manifest.queries is None:
-                ids, gradients = self._calibration_queries(reader)
-                self.manifest.queries = save_queries(self.path, ids, gradients, coordinate_sample(reader))
+                ids, gradients = self._calibration_queries()
+                self.manifest.queries = save_queries(self.path, ids, gradients)
                 self.manifest.write(self.path, BUILDING)
             with self.reporter.stage("coarse", count) as stage:
                 entry = make_coarse(reader, str(factory), stage)
@@ -456,23 +456,17 @@ class _Build:
         for info in old:
             (self.path / info.sealed.file).unlink()
 
-    def _calibration_queries(self, reader: Reader) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-        """Training examples as queries: unfactored where rows are not of factors alone."""
+    def _calibration_queries(self) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        """Unfactored gradients of training examples as queries: outside of the fitting sample, which would be easier to
+        answer, where there are others."""
         each = 4 * sum(spec.dim for spec in self.specs.values())
         most = min(self.config.calibration_queries, max(_QUERY_BYTES // each, 1))
-        if self.manifest.stored == "factors":
-            return stored_queries(reader, most)
-        rows, count = self._sample()
-        generator = np.random.Generator(keyed_generator(self.config.seed, "calibration-queries", count))
-        chosen = np.sort(generator.permutation(count)[:most])
-        ids, parts, at = [], [], 0
-        for block in rows():
-            here = chosen[(chosen >= at) & (chosen < at + block.count)] - at
-            at += block.count
-            if len(here):
-                picked = block.select(here)
-                ids.append(picked.ids)
-                parts.append({name: g.dense().float().cpu() for name, g in picked.layers.items()})
+        others = self._shuffled()[self.config.curvature_sample :][:most]
+        chosen = np.sort(others if len(others) == most else self._shuffled()[:most])
+        ids, parts = [], []
+        for block in finite_blocks(self.source.sample(chosen), self.config.on_nonfinite, []):
+            ids.append(block.ids)
+            parts.append({name: g.dense().float().cpu() for name, g in block.layers.items()})
         empty = {name: torch.empty(0, spec.d_in, spec.d_out) for name, spec in self.specs.items()}
         gradients = {name: torch.cat([empty[name], *(p[name] for p in parts)]) for name in self.specs}
         return np.concatenate([np.empty(0, np.int64), *ids]), gradients
@@ -502,11 +496,13 @@ class _Build:
 
     def _sample_ids(self) -> np.ndarray:
         """Sorted ids of the random fitting sample."""
-        count, size = self.source.count, self.config.curvature_sample
-        if size >= count:
-            return np.arange(count, dtype=np.int64)
+        return np.sort(self._shuffled()[: self.config.curvature_sample])
+
+    def _shuffled(self) -> np.ndarray:
+        """All ids in random order: the fitting sample's first."""
+        count = self.source.count
         generator = np.random.Generator(keyed_generator(self.config.seed, "curvature-sample", count))
-        return np.sort(generator.permutation(count)[:size]).astype(np.int64)
+        return generator.permutation(count).astype(np.int64)
 
     def _device(self) -> torch.device:
         if self.capture is not None:

@@ -1,8 +1,8 @@
-"""Calibration: how many candidates a recall takes, learnt from queries with known answers, and an estimate at search.
+"""Calibration: how many candidates a recall takes, and what estimates of a recall are worth, learnt from queries with
+known answers.
 
 The coarse order is an approximation of the exact one. From queries whose exact answers were found by a full scan, the
-coarse ranks of those answers give T(k, recall), the candidates after which that share of the k best is among them. At
-a search the candidates' own errors tell how many of the rest may have been missed.
+coarse ranks of those answers give T(k, recall), the candidates after which that share of the k best is among them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from .errors import CorruptionError
 
@@ -21,6 +20,7 @@ KS = (1, 3, 10, 30, 100, 300, 1000)
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.9975, 0.999)
 SIGNS = ("proponents", "opponents")
 _POOLED = 10
+_LEAST_LOSS, _GROUPS, _LEAST_GROUP = 1e-6, 12, 8
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Orders:
         wide: [k][target] -> rows to take by coarse order, or None where no number up to the limit reached the target.
         deep: [k][target] -> how many of those, by coordinates, to score exactly; as wide where there is one order.
         alone: [k] -> recall of the coarse order alone: the share of the k best among its own k best.
-        scales: (k, mean estimated loss, real loss over it) of searches of several depths.
+        losses: (k, estimated loss, real loss) of searches of several depths, in groups of like estimates; the more was
+            estimated, the more was lost.
+        tilt: of both orders, <x, z> + tilt |x| |z|.
     """
 
     ks: tuple[int, ...]
@@ -41,7 +43,8 @@ class Orders:
     wide: tuple[tuple[int | None, ...], ...]
     deep: tuple[tuple[int | None, ...], ...]
     alone: tuple[float, ...]
-    scales: tuple[tuple[int, float, float], ...] = ()
+    losses: tuple[tuple[int, float, float], ...] = ()
+    tilt: float = 0.0
 
     def needed(self, k: int, recall: float) -> tuple[int, int] | None:
         """(wide, deep) of the next larger k and recall that were calibrated; None: beyond what was."""
@@ -62,13 +65,14 @@ class Orders:
         return float(np.interp(math.log(k), np.log(self.ks), self.alone))
 
     def corrected(self, estimate: float, k: int) -> float:
-        """An estimated recall, by what was learnt of estimates of that size at the nearest k."""
-        if not self.scales or estimate >= 1.0:
+        """An estimated recall, by what was really lost where estimates were of that size, at the nearest k."""
+        if not self.losses:
             return estimate
-        nearest = min((s[0] for s in self.scales), key=lambda known: abs(math.log(known / k)))
-        known = sorted((lost, scale) for at, lost, scale in self.scales if at == nearest)
-        scale = np.interp(math.log(1.0 - estimate), np.log([x for x, _ in known]), np.log([y for _, y in known]))
-        return 1.0 - min(math.exp(float(scale)) * (1.0 - estimate), 1.0)
+        nearest = min((point[0] for point in self.losses), key=lambda known: abs(math.log(known / k)))
+        known = [(math.log(lost), math.log(real / lost)) for at, lost, real in self.losses if at == nearest]
+        lost = max(1.0 - estimate, _LEAST_LOSS)
+        scale = np.interp(math.log(lost), [x for x, _ in known], [y for _, y in known])
+        return 1.0 - min(math.exp(float(scale)) * lost, 1.0)
 
     @classmethod
     def from_json(cls, data: Any) -> Orders:
@@ -83,12 +87,15 @@ class Orders:
             counts(data["wide"]),
             counts(data["deep"]),
             tuple(map(float, data["alone"])),
-            tuple((int(k), float(target), float(scale)) for k, target, scale in data["scales"]),
+            tuple((int(k), float(lost), float(real)) for k, lost, real in data["losses"]),
+            float(data["tilt"]),
         )
         lengths = {len(made.wide), len(made.deep), len(made.alone)}
         widths = {len(row) for row in (*made.wide, *made.deep)}
         if not made.ks or lengths != {len(made.ks)} or widths != {len(made.targets)}:
             raise ValueError("tables of the wrong form")
+        if not all(k > 0 and 0 < lost <= 1 and 0 < real <= 1 for k, lost, real in made.losses):
+            raise ValueError("losses outside of 0 to 1")
         return made
 
 
@@ -176,80 +183,22 @@ def learn(coarse: np.ndarray, fine: np.ndarray | None, limit: int) -> Orders:
     return Orders(ks, TARGETS, tuple(map(tuple, wide)), tuple(map(tuple, deep)), alone)
 
 
+def loss_curve(estimated: np.ndarray, real: np.ndarray, least: float) -> list[tuple[float, float]]:
+    """(estimated, real) mean loss of groups of like estimates, both rising.
+
+    Args:
+        estimated, real: (m,) of single queries at several depths.
+        least: real loss below which the queries could not have shown any.
+    """
+    estimated = np.maximum(estimated, _LEAST_LOSS)
+    order = np.argsort(estimated, kind="stable")
+    groups = np.array_split(order, min(_GROUPS, max(len(order) // _LEAST_GROUP, 1)))
+    lost = [float(np.exp(np.log(estimated[group]).mean())) for group in groups]
+    # A running maximum: where a group lost less than one with smaller estimates, that is chance.
+    seen = np.maximum.accumulate([max(float(real[group].mean()), least) for group in groups])
+    return list(zip(lost, seen.tolist(), strict=True))
+
+
 def _cost(wide: int, deep: int) -> float:
     """An exact score costs about ten scores by coordinates (measured at c = 4)."""
     return wide + 10.0 * deep
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a search has seen of one query; signs such that large is wanted.
-
-    Attributes:
-        coarse, fine: (w,) coarse scores and scores by coordinates of the rows proposed; the same where there are no
-            coordinates.
-        deep: (d,) places among those w whose exact scores are known: the best by fine score.
-        exact: (d,) exact scores.
-        rest, weights: coarse scores of rows that were not proposed, and how many rows each stands for.
-    """
-
-    coarse: np.ndarray
-    fine: np.ndarray
-    deep: np.ndarray
-    exact: np.ndarray
-    rest: np.ndarray
-    weights: np.ndarray
-
-
-def expected_missed(seen: Seen, threshold: float) -> float:
-    """How many rows without an exact score are expected to score above the threshold, the k-th best exact score found.
-
-    The fine score is taken as a line in the coarse one plus residuals, the exact one as a line in the fine one plus
-    residuals. Both are fitted on rows that were chosen by the line's own variable, so that the choice does not bias it.
-    """
-    to_fine, to_exact = _Line.fit(seen.coarse, seen.fine), _Line.fit(seen.fine[seen.deep], seen.exact)
-    shallow = np.ones(len(seen.fine), dtype=bool)
-    shallow[seen.deep] = False
-    missed = float(_survival(threshold - to_exact.at(seen.fine[shallow]), to_exact.residuals).sum())
-    if len(seen.rest):
-        # One residual of either kind, paired in turn.
-        turns = np.resize(to_exact.residuals, len(to_fine.residuals))
-        residuals = to_exact.slope * to_fine.residuals + np.random.default_rng(0).permutation(turns)
-        gap = threshold - to_exact.at(to_fine.at(seen.rest))
-        missed += float((_survival(gap, residuals) * seen.weights).sum())
-    return missed
-
-
-@dataclass(frozen=True)
-class _Line:
-    middle_x: float
-    middle_y: float
-    slope: float
-    residuals: np.ndarray
-
-    @classmethod
-    def fit(cls, x: np.ndarray, y: np.ndarray) -> _Line:
-        """Least squares."""
-        x, y = x.astype(np.float64), y.astype(np.float64)
-        middle_x, middle_y = float(x.mean()), float(y.mean())
-        spread = float(np.square(x - middle_x).sum())
-        slope = float(((x - middle_x) * (y - middle_y)).sum()) / spread if spread > 0 else 0.0
-        return cls(middle_x, middle_y, slope, y - middle_y - slope * (x - middle_x))
-
-    def at(self, x: np.ndarray) -> np.ndarray:
-        return self.middle_y + self.slope * (x - self.middle_x)
-
-
-def _survival(gap: np.ndarray, residuals: np.ndarray) -> np.ndarray:
-    """Chance that a residual exceeds each gap: the larger of the empirical and the normal one."""
-    ordered = np.sort(residuals)
-    sigma = float(ordered.std())
-    empirical = 1.0 - np.searchsorted(ordered, gap, side="left") / len(ordered)
-    if not sigma > 1e-12 * max(float(np.abs(gap).max(initial=0.0)), 1e-300):
-        return empirical
-    return np.maximum(empirical, torch.special.ndtr(torch.from_numpy(-gap / sigma)).numpy())
-
-
-def recall_from_missed(k: int, missed: float) -> float:
-    """Share of the k best that were found if `missed` rows outside score above the k-th best found."""
-    return k / (k + missed) if missed > 0 else 1.0

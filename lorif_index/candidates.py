@@ -15,8 +15,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from .calibration import SIGNS, Calibration, Orders, Seen, expected_missed, recall_from_missed
+from .calibration import SIGNS, Calibration, Orders
+from .coarse import tilted
 from .errors import QueryError
+from .missed import Seen, expected_missed
 from .resident import Resident
 from .rows import RowLayout
 from .scoring import Question, Scorer
@@ -24,13 +26,8 @@ from .scratch import SCRATCH
 
 # Factors are gathered and scored a block at a time: bounds memory for large batches.
 _GATHER_BYTES = 128 << 20
-# Coarse scores are asked for this many times as far as rows are proposed, to see what comes next.
-_BEYOND = 2
-_FIRST_GUESS = 1000
+_FIRST_GUESS, _GUESSED_TILT = 1000, 0.05
 _LEAST_WIDE, _LEAST_DEEP = 256, 64
-# A query goes on only if what it is estimated to lose is this much more than it may: a single estimate is rough, and
-# the recall asked for is a mean.
-_TOLERANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -67,28 +64,44 @@ class Found:
 
 
 class _State:
-    """What is known of one query; scores have their sign turned so that large is wanted."""
+    """What is known of one query; scores have their sign turned so that large is wanted.
 
-    def __init__(self, scorer: Scorer) -> None:
+    `coarse` is tilted; `fine`, the score by coordinates, is not. `size` is |x| |z|, or 1 where z is not known.
+    """
+
+    def __init__(self, scorer: Scorer, norm: float, tilt: float) -> None:
         self.scorer = scorer
+        self.norm, self.tilt = np.float32(norm), np.float32(tilt)
         self.positions = np.empty(0, dtype=np.int64)
         self.coarse = np.empty(0, dtype=np.float32)
         self.fine = np.empty(0, dtype=np.float32)
+        self.size = np.empty(0, dtype=np.float32)
         self.deep = np.empty(0, dtype=np.int64)
         self.exact = np.empty(0, dtype=np.float32)
+        self.complete = False
 
-    def propose(self, positions: np.ndarray, coarse: np.ndarray, fine: np.ndarray) -> None:
+    def propose(self, positions: np.ndarray, coarse: np.ndarray, fine: np.ndarray, size: np.ndarray) -> None:
         self.positions = np.concatenate([self.positions, positions])
         self.coarse = np.concatenate([self.coarse, coarse])
         self.fine = np.concatenate([self.fine, fine])
+        self.size = np.concatenate([self.size, size])
 
-    def next_deep(self, count: int) -> np.ndarray:
-        """Places of the best by fine score that are not scored exactly yet."""
+    @property
+    def order(self) -> np.ndarray:
+        """Scores by coordinates, tilted."""
+        return self.fine + self.tilt * self.size
+
+    def first(self, count: int) -> np.ndarray:
+        """Places of the best by order."""
         if count < len(self.fine):
-            best = np.argpartition(-self.fine, count - 1)[:count]
-        else:
-            best = np.arange(len(self.fine))
-        return best[~np.isin(best, self.deep)] if len(self.deep) else best
+            return np.argpartition(-self.order, count - 1)[:count]
+        return np.arange(len(self.fine))
+
+    def unscored(self) -> np.ndarray:
+        """Places without an exact score."""
+        shallow = np.ones(len(self.fine), dtype=bool)
+        shallow[self.deep] = False
+        return np.flatnonzero(shallow)
 
     def score(self, places: np.ndarray, exact: np.ndarray) -> None:
         self.deep = np.concatenate([self.deep, places])
@@ -97,6 +110,15 @@ class _State:
     def best(self, k: int) -> np.ndarray:
         """Which of the exact scores are the k best, best first; ties go to the earlier row, as in a scan."""
         return np.lexsort((self.positions[self.deep], -self.exact))[:k]
+
+    def seen(self, coordinates: bool) -> Seen:
+        """What the search has seen of the query."""
+        order = self.order
+        if not coordinates:
+            # The coarse order stands for exact scores, which are known of every row proposed.
+            order = np.empty_like(self.coarse)
+            order[self.deep] = self.exact
+        return Seen(self.coarse, order, self.fine, self.size, self.deep, self.exact, self.complete)
 
 
 def coordinates(question: Question) -> torch.Tensor:
@@ -113,8 +135,14 @@ def coordinates(question: Question) -> torch.Tensor:
 class Proposer(Protocol):
     """What proposes candidates: a `Coarse`, or a `FlatSketch` on a GPU."""
 
-    def search(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (q, count) int64, -1 for none, and scores (q, count) float32, falling, of queries (q, k)."""
+    @property
+    def tilts(self) -> bool:
+        """Whether it heeds `tilt`."""
+        ...
+
+    def search(self, x: np.ndarray, count: int, tilt: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (q, count) int64, -1 for none, and scores (q, count) float32, falling, of queries (q, k), by
+        <x, z> + tilt |x| |z|."""
         ...
 
 
@@ -124,21 +152,19 @@ class CandidateSearch:
     Args:
         rows: the index's.
         coarse: what proposes candidates, over their coordinates.
-        sample: (m, k) float32 coordinates of random rows, which stand for all in the estimate.
         calibration: what was learnt, or None.
     """
 
-    def __init__(self, rows: Resident, coarse: Proposer, sample: np.ndarray, calibration: Calibration | None) -> None:
+    def __init__(self, rows: Resident, coarse: Proposer, calibration: Calibration | None) -> None:
         self._rows = rows
         self._layout = rows.layout
         self._coarse = coarse
-        self._sample = sample
         self.calibration = calibration
 
     @property
     def limit(self) -> int:
         """Most rows proposed for a query; beyond, a scan is the better way."""
-        return min(max(len(self._rows) // 8, 4 * _FIRST_GUESS), len(self._rows))
+        return min(max(len(self._rows) // 4, 4 * _FIRST_GUESS), len(self._rows))
 
     @property
     def narrows(self) -> bool:
@@ -149,6 +175,16 @@ class CandidateSearch:
     def layout(self) -> RowLayout:
         """Of the rows."""
         return self._layout
+
+    def reaches(self, k: int, recall: float, *, largest: bool) -> bool:
+        """Whether calibration knows a number of candidates for that recall; True where nothing was calibrated."""
+        orders = self._orders(largest)
+        return orders is None or orders.needed(k, recall) is not None
+
+    @property
+    def tilts(self) -> bool:
+        """Whether the order can be tilted."""
+        return self._coarse.tilts
 
     def first_counts(self, k: int, recall: float, *, largest: bool) -> Counts:
         """How many rows to begin with: as calibrated, or a guess."""
@@ -163,7 +199,17 @@ class CandidateSearch:
         wide = min(max(wide, 2 * k, _LEAST_WIDE), self.limit)
         return Counts(wide, min(max(deep, k + k // 4, _LEAST_DEEP), wide) if self.narrows else wide)
 
-    def run(self, question: Question, k: int, recall: float, *, largest: bool, counts: Counts) -> Found:
+    def run(
+        self,
+        question: Question,
+        k: int,
+        recall: float,
+        *,
+        largest: bool,
+        counts: Counts,
+        without: np.ndarray | None = None,
+        tilt: float | None = None,
+    ) -> Found:
         """Searches for the k best rows of each query.
 
         Args:
@@ -172,12 +218,19 @@ class CandidateSearch:
             recall: wanted, in (0, 1]; 0 never goes on.
             largest: the largest scores, or the smallest.
             counts: rows to begin with.
+            without: (q,) for each query the position of a row that is no answer to it, or -1.
+            tilt: of the orders; by default as calibrated.
         """
         sign = np.float32(1.0 if largest else -1.0)
         queries = coordinates(question).numpy() * sign
         orders = self._orders(largest)
+        tilt = self._tilt(orders) if tilt is None else tilt
         total = question.count
-        states = [_State(question.some(slice(q, q + 1)).scorer(self._layout, self._rows.device)) for q in range(total)]
+        norms = np.linalg.norm(queries, axis=1)
+        states = [
+            _State(question.some(slice(q, q + 1)).scorer(self._layout, self._rows.device), norms[q], tilt)
+            for q in range(total)
+        ]
         found = Found(
             np.full((total, k), -1, dtype=np.int64),
             np.zeros((total, k), dtype=np.float32),
@@ -185,48 +238,77 @@ class CandidateSearch:
             np.zeros(total, dtype=np.int64),
             np.zeros(total),
         )
-        sampled = self._sample @ queries.T
-        pending = list(range(total))
+        widen, pending = list(range(total)), list(range(total))
+        wide = np.full(total, counts.wide)
+        wanted: dict[int, np.ndarray] = {}
+        first = True
         while pending:
+            if widen:
+                self._widen(states, widen, queries, wide, tilt, without, sign, found)
+            if not self.narrows:
+                wanted = {q: states[q].unscored() for q in pending}
+            elif first:
+                wanted = {q: states[q].first(counts.deep) for q in pending}
+            first = False
+            self._score_exactly([states[q] for q in pending], [wanted[q] for q in pending], sign, found)
             began = time.perf_counter()
-            positions, coarse = self._coarse.search(queries[pending], _BEYOND * counts.wide)
-            # An index of inverted lists may find fewer than asked for: -1 marks the end.
-            usable = (positions >= 0).sum(axis=1).tolist()
-            found.seconds["coarse"] += time.perf_counter() - began
-            rests = []
-            for i, q in enumerate(pending):
-                taken = min(counts.wide, usable[i])
-                self._propose(states[q], positions[i, :taken], coarse[i, :taken], sign, found)
-                # One that found fewer has not looked everywhere: then any row may be among the rest.
-                complete = usable[i] == positions.shape[1]
-                last = coarse[i, usable[i] - 1] if complete else np.inf
-                rests.append(self._rest(coarse[i, taken : usable[i]], sampled[:, q], last))
-            self._score_exactly([states[q] for q in pending], counts.deep, sign, found)
-            began = time.perf_counter()
-            short = []
-            for i, q in enumerate(pending):
+            wanted, widen = {}, []
+            for q in pending:
                 state = states[q]
                 best = state.best(k)
                 found.positions[q, : len(best)] = state.positions[state.deep[best]]
                 found.scores[q, : len(best)] = state.exact[best] * sign
                 found.candidates[q], found.proposed[q] = len(state.deep), len(state.positions)
-                if len(best):
-                    seen = Seen(state.coarse, state.fine, state.deep, state.exact, *rests[i])
-                    recall_now = recall_from_missed(k, expected_missed(seen, float(state.exact[best[-1]])))
-                    found.recall[q] = (orders.corrected(recall_now, k) if orders else recall_now) * len(best) / k
-                more = counts.wide < min(self.limit, usable[i] + 1) or counts.deep < len(state.positions)
-                if more and (1.0 - found.recall[q]) > _TOLERANCE * (1.0 - recall):
-                    short.append(q)
+                if not len(best):
+                    continue
+                missed = expected_missed(state.seen(self._layout.codes is not None), float(state.exact[best[-1]]))
+                seen = missed.recall(k)
+                found.recall[q] = (orders.corrected(seen, k) if orders else seen) * len(best) / k
+                lost = 1.0 - found.recall[q]
+                if lost <= 1.0 - recall or recall == 0:
+                    continue
+                # Of what may be lost in the end, half may be lost among the proposed rows.
+                share = 0.5 * (1.0 - recall) / lost
+                likely = missed.likely(share * (missed.unproposed + missed.unscored))
+                within = missed.unscored if len(likely) else 0.0
+                if missed.unproposed >= within and wide[q] < self.limit and not state.complete:
+                    wide[q] = min(2 * wide[q], self.limit)
+                    widen.append(q)
+                    wanted[q] = likely
+                elif len(likely):
+                    wanted[q] = likely
+            pending = list(wanted)
             found.seconds["check"] += time.perf_counter() - began
-            pending = short
-            wide = min(2 * counts.wide, self.limit)
-            counts = Counts(wide, min(2 * counts.deep, wide) if self.narrows else wide)
         return found
 
-    def order(self, question: Question, count: int, *, largest: bool) -> np.ndarray:
+    def _widen(
+        self,
+        states: list[_State],
+        chosen: list[int],
+        queries: np.ndarray,
+        wide: np.ndarray,
+        tilt: float,
+        without: np.ndarray | None,
+        sign: np.float32,
+        found: Found,
+    ) -> None:
+        """Proposes to the chosen queries so many rows as `wide` has for them, less those that they know already."""
+        began = time.perf_counter()
+        positions, coarse = self._coarse.search(queries[chosen], int(wide[chosen].max()), tilt)
+        found.seconds["coarse"] += time.perf_counter() - began
+        for q, row, scores in zip(chosen, positions, coarse, strict=True):
+            row, scores = row[: wide[q]], scores[: wide[q]]
+            # An index of inverted lists may find fewer than asked for: -1 marks the end.
+            good = row >= 0
+            states[q].complete = int(good.sum()) == len(self._rows)
+            if without is not None:
+                good &= row != without[q]
+            self._propose(states[q], row[good], scores[good], sign, found)
+
+    def order(self, question: Question, count: int, tilt: float, *, largest: bool) -> np.ndarray:
         """(q, count) positions in coarse order."""
         sign = np.float32(1.0 if largest else -1.0)
-        return self._coarse.search(coordinates(question).numpy() * sign, count)[0]
+        return self._coarse.search(coordinates(question).numpy() * sign, count, tilt)[0]
 
     def coarse_only(self, question: Question, k: int, *, largest: bool) -> tuple[np.ndarray, np.ndarray, float]:
         """The k best by coarse score: positions, approximate scores (q, k), and the recall learnt for that."""
@@ -235,17 +317,25 @@ class CandidateSearch:
         orders = self._orders(largest)
         return positions, scores * sign, orders.recall_alone(k) if orders else float("nan")
 
-    def by_coordinates(self, question: Question, positions: np.ndarray) -> np.ndarray:
-        """(m,) float32: scores by coordinates of rows at some positions for a question of one query."""
-        return self._by_coordinates(question.scorer(self._layout, self._rows.device), positions)[0]
+    def by_coordinates(self, question: Question, positions: np.ndarray, tilt: float, *, largest: bool) -> np.ndarray:
+        """(m,) float32: place in the order by coordinates, as scores, of rows at some positions for one query."""
+        scorer = question.scorer(self._layout, self._rows.device)
+        scores, norms, _ = self._by_coordinates(scorer, positions)
+        return tilted(scores[None] * (1 if largest else -1), coordinates(question).numpy(), norms, tilt)[0]
 
-    def _by_coordinates(self, scorer: Scorer, positions: np.ndarray) -> tuple[np.ndarray, int]:
-        """The same, and the bytes that were read for it."""
+    def _by_coordinates(self, scorer: Scorer, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """(m,) float32 scores by coordinates, (m,) norms of those, and the bytes that were read for it."""
         order = np.argsort(positions)
         codes, read = self._rows.codes(positions[order])
-        out = np.empty(len(positions), dtype=np.float32)
-        out[order] = scorer.score_codes(codes)[0].cpu().numpy()
-        return out, read
+        scores, norms = np.empty(len(positions), dtype=np.float32), np.empty(len(positions), dtype=np.float32)
+        scores[order] = scorer.score_codes(codes)[0].cpu().numpy()
+        norms[order] = self._layout.codes.norms(codes).cpu().numpy()  # type: ignore[union-attr]
+        return scores, norms, read
+
+    def _tilt(self, orders: Orders | None) -> float:
+        if not self._coarse.tilts:
+            return 0.0
+        return _GUESSED_TILT if orders is None else orders.tilt
 
     def _orders(self, largest: bool) -> Orders | None:
         return self.calibration.orders[SIGNS[0] if largest else SIGNS[1]] if self.calibration else None
@@ -259,17 +349,17 @@ class CandidateSearch:
             # Equal coarse scores may come in another order the second time: what is known is told by position.
             new = ~np.isin(positions, state.positions)
             positions, coarse = positions[new], coarse[new]
-        fine = coarse
+        fine, size = coarse, np.ones_like(coarse)
         if self._layout.codes is not None and len(positions):
-            fine, read = self._by_coordinates(state.scorer, positions)
+            fine, norms, read = self._by_coordinates(state.scorer, positions)
             fine *= sign
+            size = state.norm * norms
             found.bytes_read += read
-        state.propose(positions, coarse, fine)
+        state.propose(positions, coarse, fine, size)
         found.seconds["narrow"] += time.perf_counter() - began
 
-    def _score_exactly(self, states: list[_State], count: int, sign: np.float32, found: Found) -> None:
-        """Exact scores of each query's best by fine score; rows are read once, in rising order, a block at a time."""
-        wanted = [state.next_deep(count) for state in states]
+    def _score_exactly(self, states: list[_State], wanted: list[np.ndarray], sign: np.float32, found: Found) -> None:
+        """Exact scores of rows at some places of each query; rows are read once, in rising order, a block at a time."""
         if not self._layout.width:
             # Coordinates are all that is stored: their scores are the exact ones.
             for state, places in zip(states, wanted, strict=True):
@@ -301,10 +391,3 @@ class CandidateSearch:
             # Sums in the same order as a scan's: factors, then coordinates.
             fine = state.fine[places] if self._layout.codes is not None else np.float32(0.0)
             state.score(places, out * sign + fine)
-
-    def _rest(self, seen: np.ndarray, sample: np.ndarray, last: float) -> tuple[np.ndarray, np.ndarray]:
-        """Coarse scores of what is not proposed, and weights: those seen one by one, then the sample below them."""
-        below = sample[sample < last]
-        weight = len(self._rows) / max(len(sample), 1)
-        weights = np.concatenate([np.ones(len(seen)), np.full(len(below), weight)])
-        return np.concatenate([seen, below]), weights

@@ -1,6 +1,9 @@
 """Coarse: a FAISS index over the coordinates, which proposes candidates by inner product. The one module that knows
 faiss; any `faiss.index_factory` string will do, and flat 4-bit product quantisation with fast scan is the default
 (André, Kermarrec and Le Scouarnec, VLDB 2015; Douze et al., arXiv:2401.08281).
+
+What a code leaves out grows with its row's norm. A search may therefore *tilt* its order, <x, z> + tilt |x| |z|: large
+rows are given the benefit of the doubt. In the index the norm takes the place of the last two coordinates.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from .sealed import SealedFile, SealedInfo, seal_file
 
 TRAIN_ROWS = 50_000
 _CODE_BYTES = 128
+_LEAST_DIM = 8
 
 
 def faiss_is_installed() -> bool:
@@ -48,17 +53,68 @@ def default_factory(dim: int) -> str:
     return f"PQ{pieces}x4fs"
 
 
+def tilted(scores: np.ndarray, x: np.ndarray, norms: np.ndarray, tilt: float) -> np.ndarray:
+    """scores + tilt |x| |z|, (q, n) float32, from scores (q, n), queries (q, k) and norms (n,) of rows."""
+    if not tilt:
+        return scores
+    weights = np.float32(tilt) * np.linalg.norm(x, axis=1).astype(np.float32)
+    return scores + weights[:, None] * norms.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class NormAxis:
+    """How a row's norm lies among the coordinates of a coarse index: as (|z| - mean) / unit.
+
+    Attributes:
+        mean: of the norms.
+        unit: such that the axis spreads as much as a coordinate does.
+    """
+
+    mean: float
+    unit: float
+
+    @classmethod
+    def fit(cls, sample: np.ndarray) -> NormAxis | None:
+        """From coordinates (m, k); None where two of so few would be missed, or all norms are equal."""
+        if sample.shape[1] < _LEAST_DIM:
+            return None
+        norms = np.linalg.norm(sample.astype(np.float64), axis=1)
+        spread, rms = float(norms.std()), float(np.sqrt(np.square(sample, dtype=np.float64).mean()))
+        return cls(float(norms.mean()), spread / rms) if spread > 1e-6 * rms else None
+
+    def rows(self, z: np.ndarray) -> np.ndarray:
+        """Coordinates (n, k) as the index takes them."""
+        out = np.array(z, dtype=np.float32)
+        out[:, -2] = (np.linalg.norm(z, axis=1) - self.mean) / self.unit
+        out[:, -1] = 0.0
+        return out
+
+    def queries(self, x: np.ndarray, tilt: float) -> np.ndarray:
+        """Queries (q, k) as the index takes them."""
+        out = np.array(x, dtype=np.float32)
+        out[:, -2] = tilt * self.unit * np.linalg.norm(x, axis=1)
+        out[:, -1] = 0.0
+        return out
+
+
 class Coarse:
     """A FAISS index of coordinates, by position; scores are approximate inner products.
 
     Args:
         index: a trained faiss index with inner product as its metric.
         factory: the string that it was made from.
+        axis: where rows' norms lie, or None where searches cannot be tilted.
     """
 
-    def __init__(self, index: Any, factory: str) -> None:
+    def __init__(self, index: Any, factory: str, axis: NormAxis | None) -> None:
         self._index = index
         self.factory = factory
+        self.axis = axis
+
+    @property
+    def tilts(self) -> bool:
+        """Whether searches can be tilted."""
+        return self.axis is not None
 
     @classmethod
     def train(cls, factory: str, sample: np.ndarray) -> Coarse:
@@ -68,6 +124,8 @@ class Coarse:
             ConfigError: faiss does not take the string, the width or so few rows.
         """
         faiss = load_faiss()
+        axis = NormAxis.fit(sample)
+        sample = sample if axis is None else axis.rows(sample)
         try:
             index = faiss.index_factory(sample.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
             _quietly(faiss, index)
@@ -77,10 +135,11 @@ class Coarse:
                 f"faiss refuses coarse={factory!r} for {sample.shape[1]} coordinates and {len(sample)} training rows "
                 f"({_reason(error)}): choose another factory string, or coarse='auto'"
             ) from None
-        return cls(index, factory)
+        return cls(index, factory, axis)
 
     def add(self, rows: np.ndarray) -> None:
         """Takes the next rows, (n, k) float32."""
+        rows = rows if self.axis is None else self.axis.rows(rows)
         self._index.add(np.ascontiguousarray(rows, dtype=np.float32))
 
     def __len__(self) -> int:
@@ -90,10 +149,20 @@ class Coarse:
     def dim(self) -> int:
         return int(self._index.d)
 
-    def search(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `count` best of queries (q, k): positions (q, count) int64, -1 where there are no more, and scores
-        (q, count) float32, falling."""
-        rows, most = np.ascontiguousarray(x, dtype=np.float32), min(count, len(self))
+    def search(self, x: np.ndarray, count: int, tilt: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` best of queries (q, k) by <x, z> + tilt |x| |z|.
+
+        Returns:
+            positions (q, count) int64, -1 where there are no more, and scores (q, count) float32, falling.
+        """
+        most = min(count, len(self))
+        rows = np.ascontiguousarray(x if self.axis is None else self.axis.queries(x, tilt), dtype=np.float32)
+        positions, scores = self._search(rows, most)
+        if self.axis is not None:
+            scores = tilted(scores, x, np.full(most, self.axis.mean), tilt)
+        return positions, scores
+
+    def _search(self, rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         if len(rows) > 1:
             scores, positions = self._index.search(rows, most)
             return positions, scores
@@ -118,7 +187,7 @@ class Coarse:
             temporary.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, file: SealedFile, factory: str, dim: int, count: int) -> Coarse:
+    def load(cls, file: SealedFile, factory: str, axis: NormAxis | None, dim: int, count: int) -> Coarse:
         """Reads a sealed index, mapped into memory where faiss can; the digest is checked before faiss sees a byte.
 
         Raises:
@@ -135,7 +204,7 @@ class Coarse:
                 f"{file.path} holds {index.ntotal} rows of width {index.d}, where {count} of {dim} were expected: "
                 "rebuild_coarse() anew"
             )
-        return cls(index, factory)
+        return cls(index, factory, axis)
 
 
 def _quietly(faiss: Any, index: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calibration import KS, SIGNS, Calibration, Orders, learn
+from .calibration import KS, SIGNS, Calibration, Orders, learn, loss_curve
 from .candidates import CandidateSearch
 from .coarse import TRAIN_ROWS, Coarse, default_factory, load_faiss
 from .config import BuildConfig
@@ -32,9 +32,10 @@ from .scoring import Question, TopK, stream_scores
 from .sketch import Sketch, fit_sketch, sketch_method
 from .store import Store
 
-SAMPLE_ROWS = 4096
 _CORRECTION_QUERIES = 64
-_LARGEST_SCALE, _LEAST_LOSS = 20.0, 1e-6
+_TILT_QUERIES = 32
+TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
+"""Tilts that calibration chooses from."""
 
 
 def random_positions(reader: Reader, what: str, most: int) -> np.ndarray:
@@ -65,12 +66,8 @@ def make_coarse(reader: Reader, factory: str, stage: Stage) -> dict[str, Any]:
         raise ConfigError(f"coarse={factory!r} kept {len(coarse)} of {len(reader.store)} rows: choose another")
     fingerprint = reader.coarse_fingerprint(factory)
     info = coarse.save(reader.folder, coarse_name(fingerprint))
-    return {"file": info.to_json(), "factory": factory, "fingerprint": fingerprint}
-
-
-def coordinate_sample(reader: Reader) -> np.ndarray:
-    """(s, k) float32: coordinates of random rows, which stand for all in the estimate of a recall."""
-    return reader.coordinates(reader.store.gather(random_positions(reader, "recall-sample", SAMPLE_ROWS))).numpy()
+    axis = None if coarse.axis is None else [coarse.axis.mean, coarse.axis.unit]
+    return {"file": info.to_json(), "factory": factory, "fingerprint": fingerprint, "axis": axis}
 
 
 def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock]:
@@ -145,13 +142,14 @@ def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: S
         for top in tops.values():
             top.update(start, scores)
         stage.advance(scores.shape[1], size)
-    bare = CandidateSearch(reader.rows, reader.coarse, queries.sample(), None)  # type: ignore[arg-type]
+    bare = CandidateSearch(reader.rows, reader.coarse, None)  # type: ignore[arg-type]
     orders = {}
     for sign, top in tops.items():
-        answers = top.result()[0].numpy()
-        coarse, fine = _ranks(bare, question, _without(answers, own, most), own, largest=sign == SIGNS[0])
+        answers, largest = _without(top.result()[0].numpy(), own, most), sign == SIGNS[0]
+        tilt = _best_tilt(bare, question, answers, largest=largest)
+        coarse, fine = _ranks(bare, question, answers, own, tilt, largest=largest)
         learnt = learn(coarse, fine if bare.narrows else None, bare.limit)
-        orders[sign] = _corrected(learnt, bare, question, answers, largest=sign == SIGNS[0])
+        orders[sign] = _corrected(dataclasses.replace(learnt, tilt=tilt), bare, question, answers, own, largest=largest)
     return Calibration(orders, question.count, count, bare.limit, policy.to_json())
 
 
@@ -165,25 +163,47 @@ def _without(positions: np.ndarray, own: np.ndarray, most: int) -> np.ndarray:
     return out
 
 
+def _best_tilt(search: CandidateSearch, question: Question, answers: np.ndarray, *, largest: bool) -> float:
+    """The tilt under which answers stand first in the coarse order: by the depths that hold most of the 10 and of the
+    100 best, over some of the queries."""
+    if not search.tilts:
+        return 0.0
+    question = question.some(slice(0, _TILT_QUERIES))
+    answers = answers[: question.count]
+    costs = []
+    for tilt in TILTS:
+        order = search.order(question, search.limit, tilt, largest=largest)
+        places = np.stack([_places(row, best) for row, best in zip(order, answers, strict=True)])
+        depths = [np.quantile(places[:, :k], (0.95, 0.99)) for k in (10, 100)]
+        costs.append(float(np.log1p(depths).sum()))
+    return TILTS[int(np.argmin(costs))]
+
+
+def _places(order: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """(m,) where each of some positions stands in an order of positions; its length where it is not there."""
+    by_position = np.argsort(order, kind="stable")
+    ranked = order[by_position]
+    at = np.minimum(np.searchsorted(ranked, wanted), len(order) - 1)
+    return np.where(ranked[at] == wanted, by_position[at], len(order))
+
+
 def _ranks(
-    search: CandidateSearch, question: Question, answers: np.ndarray, own: np.ndarray, *, largest: bool
+    search: CandidateSearch, question: Question, answers: np.ndarray, own: np.ndarray, tilt: float, *, largest: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """(q, m) each: rank of each answer by coarse order, `limit` where it is not among the first, and by coordinates
     among the rows that the coarse order proposes; the query's own row not counted."""
-    limit, sign = search.limit, 1.0 if largest else -1.0
+    limit = search.limit
     coarse, fine = np.full(answers.shape, limit, dtype=np.int64), np.zeros(answers.shape, dtype=np.int64)
     for q in range(question.count):
         one = question.some(slice(q, q + 1))
-        positions = search.order(one, limit, largest=largest)[0]
+        positions = search.order(one, limit, tilt, largest=largest)[0]
         positions = positions[(positions >= 0) & (positions != own[q])]
-        order = np.argsort(positions, kind="stable")
-        at = np.searchsorted(positions[order], answers[q])
-        inside = at < len(positions)
-        hit = np.zeros(len(at), dtype=bool)
-        hit[inside] = positions[order][at[inside]] == answers[q][inside]
-        coarse[q, hit] = order[at[hit]]
+        places = _places(positions, answers[q])
+        coarse[q] = np.where(places < len(positions), places, limit)
         if search.narrows:
-            proposed, mine = (search.by_coordinates(one, rows) * sign for rows in (positions, answers[q]))
+            proposed, mine = (
+                search.by_coordinates(one, rows, tilt, largest=largest) for rows in (positions, answers[q])
+            )
             proposed.sort()
             # How many of the proposed score higher.
             fine[q] = len(proposed) - np.searchsorted(proposed, mine, side="right")
@@ -191,27 +211,28 @@ def _ranks(
 
 
 def _corrected(
-    orders: Orders, search: CandidateSearch, question: Question, answers: np.ndarray, *, largest: bool
+    orders: Orders, search: CandidateSearch, question: Question, answers: np.ndarray, own: np.ndarray, *, largest: bool
 ) -> Orders:
-    """The tables with what is to be corrected in estimates, from searches at several depths without going on.
-
-    Answers include the query's own row here, as a search's do.
-    """
+    """The tables with what is to be corrected in estimates, from searches at several depths without going on."""
     question = question.some(slice(0, _CORRECTION_QUERIES))
-    answers, scales = answers[: question.count], []
+    answers, own, losses = answers[: question.count], own[: question.count], []
     for k in [k for k in orders.ks if k in (10, 100)] or [orders.ks[-1]]:
+        estimated, real = [], []
         for recall in (0.5, 0.8, 0.9, 0.95, 0.99):
             if orders.needed(k, recall) is None:
                 # Beyond what was followed: there a search takes all that it may.
                 continue
-            found = search.run(question, k, 0.0, largest=largest, counts=search.counts_by(orders, k, recall))
+            counts = search.counts_by(orders, k, recall)
+            found = search.run(question, k, 0.0, largest=largest, counts=counts, without=own, tilt=orders.tilt)
             kept = [len(np.intersect1d(row, answer[:k])) for row, answer in zip(found.positions, answers, strict=True)]
-            # Where nothing was lost, these queries could not have shown less than half an answer.
-            lost, least = 1.0 - float(np.mean(kept)) / k, 0.5 / (k * question.count)
-            estimated = 1.0 - float(found.recall.mean())
-            if estimated > _LEAST_LOSS:
-                scales.append((k, estimated, min(max(lost, least) / estimated, _LARGEST_SCALE)))
-    return dataclasses.replace(orders, scales=tuple(scales))
+            estimated.append(1.0 - found.recall)
+            real.append(1.0 - np.array(kept) / k)
+        if estimated:
+            # Where a group lost nothing, it could not have shown less than half an answer.
+            least = 0.5 / (k * question.count)
+            curve = loss_curve(np.concatenate(estimated), np.concatenate(real), least)
+            losses += [(k, lost, gone) for lost, gone in curve]
+    return dataclasses.replace(orders, losses=tuple(losses))
 
 
 def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
@@ -231,7 +252,7 @@ def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
     queries = manifest.queries
     if queries is None:
         ids, gradients = stored_queries(reader, reader.config.calibration_queries)
-        queries = save_queries(reader.folder, ids, gradients, coordinate_sample(reader))
+        queries = save_queries(reader.folder, ids, gradients)
     with report.stage("coarse", len(reader.store)) as stage:
         entry = make_coarse(reader, factory, stage)
     fresh = dataclasses.replace(manifest, coarse=entry, queries=queries, calibration=None)

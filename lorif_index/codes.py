@@ -8,6 +8,7 @@ Long, arXiv:2405.12497).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from .scratch import SCRATCH
 BITS = (1, 2, 4, 8)
 # Best uniform steps for a unit Gaussian and 2^bits levels (Max, 1960, table II; 8 bits by minimising numerically).
 _STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
+# Root mean square of a unit Gaussian's level, counted from the middle (integrated numerically).
+_LEVEL_RMS = {1: 0.5, 2: 0.9428, 4: 2.9660, 8: 32.4662}
 _SCALE_BYTES = 4
 # Rows unpacked at once: what stays in a core's cache.
 _BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 16
@@ -86,6 +89,10 @@ class CodeLayout:
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n,) float32."""
         return codes[:, self.packed :].contiguous().view(torch.float32).reshape(-1)
+
+    def norms(self, codes: torch.Tensor) -> torch.Tensor:
+        """(n,) float32, about the coordinates' norms: levels of rotated coordinates differ little in theirs."""
+        return self.scales(codes) * (_LEVEL_RMS[self.bits] * math.sqrt(self.dim))
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The stored coordinates, (n, k) float32."""

@@ -129,15 +129,13 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
     return Sketch(layers, dim, method, energy)
 
 
-def save_queries(
-    folder: Path, ids: np.ndarray, gradients: Mapping[str, torch.Tensor], sample: np.ndarray
-) -> dict[str, Any]:
+def save_queries(folder: Path, ids: np.ndarray, gradients: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Writes what calibration asks: `ids` (m,) int64 and `query_<i>` (m, d_in, d_out) float32 of training examples, in
-    the layers' order, and `sample` (s, k) float32, coordinates of random rows; what the manifest keeps."""
-    arrays: dict[str, np.ndarray] = {"ids": ids.astype("<i8"), "sample": sample.astype("<f4")}
+    the layers' order; what the manifest keeps."""
+    arrays: dict[str, np.ndarray] = {"ids": ids.astype("<i8")}
     arrays |= {f"query_{i}": g.float().numpy() for i, g in enumerate(gradients.values())}
     sealed = write_sealed(folder, QUERIES_FILE, {k: v for k, v in arrays.items() if v.size}, {})
-    return {"file": sealed.to_json(), "count": len(ids), "sample": len(sample)}
+    return {"file": sealed.to_json(), "count": len(ids)}
 
 
 class CalibrationQueries:
@@ -147,14 +145,13 @@ class CalibrationQueries:
         CorruptionError: the manifest's entry is damaged.
     """
 
-    def __init__(self, folder: Path, facts: Any, specs: Mapping[str, LayerSpec], dim: int) -> None:
+    def __init__(self, folder: Path, facts: Any, specs: Mapping[str, LayerSpec]) -> None:
         try:
             self.file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
-            self.count, self._rows = int(facts["count"]), int(facts["sample"])
+            self.count = int(facts["count"])
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"the manifest's entry of calibration queries is damaged: {error!r}") from None
         self._specs = specs
-        self._dim = dim
         self._checked = False
 
     def ids(self) -> np.ndarray:
@@ -167,10 +164,6 @@ class CalibrationQueries:
             spec.name: torch.from_numpy(self._read(f"query_{i}", (self.count, spec.d_in, spec.d_out), "<f4"))
             for i, spec in enumerate(self._specs.values())
         }
-
-    def sample(self) -> np.ndarray:
-        """(s, k) float32: coordinates of random rows."""
-        return self._read("sample", (self._rows, self._dim), "<f4")
 
     def _read(self, dataset: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         if not self._checked:

@@ -26,17 +26,29 @@ class FlatSketch:
 
     def __init__(self, blocks: Iterable[torch.Tensor], count: int, dim: int, device: torch.device) -> None:
         self._rows = torch.empty(count, dim, dtype=torch.float16, device=device)
+        self._norms = torch.empty(count, device=device)
         at = 0
         for block in blocks:
             self._rows[at : at + len(block)] = block.to(device)
+            self._norms[at : at + len(block)] = block.norm(dim=1).to(device)
             at += len(block)
+
+    @property
+    def tilts(self) -> bool:
+        """Whether searches can be tilted."""
+        return True
 
     def __len__(self) -> int:
         return int(self._rows.shape[0])
 
-    def search(self, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `count` best of queries (q, k): positions (q, count) int64, and scores (q, count) float32, falling."""
+    def search(self, x: np.ndarray, count: int, tilt: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` best of queries (q, k) by <x, z> + tilt |x| |z|.
+
+        Returns:
+            positions (q, count) int64, and scores (q, count) float32, falling.
+        """
         queries = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(self._rows.device)
+        weights = tilt * queries.norm(dim=1, keepdim=True)
         count = min(count, len(self))
         step = max(_PAIRS // max(len(queries), 1), count)
         best = torch.empty(len(queries), 0, device=self._rows.device)
@@ -45,6 +57,8 @@ class FlatSketch:
             part = self._rows[start : start + step]
             # On a GPU the product itself sums halves in float32; elsewhere they are converted first.
             scores = (queries.half() @ part.T).float() if part.is_cuda else queries @ part.float().T
+            if tilt:
+                scores.addmm_(weights, self._norms[start : start + len(part)][None])
             places = torch.arange(start, start + len(part), device=part.device).expand_as(scores)
             best, where = torch.cat([best, scores], dim=1), torch.cat([where, places], dim=1)
             if best.shape[1] > count:

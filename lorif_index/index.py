@@ -219,6 +219,7 @@ class Index:
             rescore=rescore,
             exact=exact,
             all_layers=len(chosen) == len(self.layers),
+            damping=policy,
         )
         prepared = self._prepare(query, measure, policy, chosen)
         answer = ANSWERS[plan.way](self._reader, prepared.question, plan, k, not opponents, reporter(progress))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .damping import Damping, damping_from_json
 from .errors import QueryError
 from .progress import Reporter
 from .reader import Reader
@@ -54,7 +55,15 @@ class Answer:
 
 
 def choose_plan(
-    reader: Reader, *, k: int, recall: float, largest: bool, rescore: bool, exact: bool | None, all_layers: bool
+    reader: Reader,
+    *,
+    k: int,
+    recall: float,
+    largest: bool,
+    rescore: bool,
+    exact: bool | None,
+    all_layers: bool,
+    damping: Damping,
 ) -> Plan:
     """The way to answer.
 
@@ -66,6 +75,7 @@ def choose_plan(
         rescore: False asks for coarse scores.
         exact: True for a scan, False for candidates, None to choose.
         all_layers: the query counts every layer.
+        damping: the query's.
 
     Raises:
         QueryError: the index cannot do what was asked for.
@@ -88,7 +98,7 @@ def choose_plan(
     if exact is False:
         if not has_coarse:
             raise QueryError("exact=False, but this index has no coarse stage: make one with rebuild_coarse()")
-        return Plan("candidates", "candidates, as asked by exact=False", recall)
+        return Plan("candidates", f"candidates, as asked by exact=False{_caveat(reader, damping)}", recall)
     count = len(reader.store)
     if exact:
         return Plan("scan", "scan of every row, as asked by exact=True", 1.0)
@@ -103,10 +113,31 @@ def choose_plan(
     search = reader.candidates
     if search is None:
         return Plan("scan", "scan of every row: the index has no coarse stage", 1.0)
+    if not search.reaches(k, recall, largest=largest):
+        return Plan(
+            "scan",
+            f"scan of every row: calibration found no number of candidates, of up to {search.limit:,}, that reaches "
+            f"recall={recall:g} at k={k:,}",
+            1.0,
+        )
     deep = search.first_counts(k, recall, largest=largest).deep
     if deep * _GATHER_COST >= count:
         return Plan("scan", f"scan of every row: {deep:,} candidates of {count:,} rows would cost as much", 1.0)
-    return Plan("candidates", "candidates of the coarse index, rescored", recall)
+    return Plan("candidates", f"candidates of the coarse index, rescored{_caveat(reader, damping)}", recall)
+
+
+def _caveat(reader: Reader, damping: Damping) -> str:
+    """What calibration cannot speak for."""
+    search = reader.candidates
+    if search is None or search.calibration is None:
+        return "; never calibrated: their number is a guess, and their recall is estimated from this search alone"
+    learnt = search.calibration.damping
+    if learnt == damping.to_json():
+        return ""
+    return (
+        f"; calibrated under {damping_from_json(learnt)}, not under {damping}: further from that, recall takes more "
+        "candidates, and is estimated from this search alone"
+    )
 
 
 def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple[int, torch.Tensor, int]]:

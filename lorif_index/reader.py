@@ -12,7 +12,7 @@ import torch
 
 from .calibration import Calibration
 from .candidates import CandidateSearch, Proposer
-from .coarse import Coarse, coarse_fingerprint
+from .coarse import Coarse, NormAxis, coarse_fingerprint
 from .codes import CodeLayout
 from .config import STORES, BuildConfig
 from .damping import Damping
@@ -92,9 +92,9 @@ class Reader:
     @cached_property
     def queries(self) -> CalibrationQueries | None:
         """The calibration queries, or None."""
-        if self.manifest.queries is None or self.sketch is None:
+        if self.manifest.queries is None:
             return None
-        return CalibrationQueries(self.folder, self.manifest.queries, self.specs, self.sketch.dim)
+        return CalibrationQueries(self.folder, self.manifest.queries, self.specs)
 
     @cached_property
     def coarse(self) -> Coarse | None:
@@ -108,7 +108,8 @@ class Reader:
             return None
         try:
             info, factory, stored = SealedInfo.from_json(entry["file"]), str(entry["factory"]), entry["fingerprint"]
-        except (KeyError, TypeError) as error:
+            axis = None if entry["axis"] is None else NormAxis(float(entry["axis"][0]), float(entry["axis"][1]))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CorruptionError(f"the manifest's entry of the coarse index is damaged: {error!r}") from None
         expected = self.coarse_fingerprint(factory)
         if stored != expected or info.file != coarse_name(expected):
@@ -117,18 +118,18 @@ class Reader:
                 f"{expected[:16]} here): make it anew with rebuild_coarse()"
             )
         self._coarse_file = SealedFile(self.folder, info)
-        return Coarse.load(self._coarse_file, factory, self.sketch.dim, len(self.store))
+        return Coarse.load(self._coarse_file, factory, axis, self.sketch.dim, len(self.store))
 
     @cached_property
     def candidates(self) -> CandidateSearch | None:
         """The candidate search, or None where there is no coarse index."""
-        if self.coarse is None or self.queries is None:
+        if self.coarse is None:
             return None
         learnt = self.manifest.calibration
         calibration = Calibration.from_json(learnt) if learnt is not None else None
         # The sketch takes its room on the device before the rows do.
         proposer = self._proposer(self.coarse)
-        return CandidateSearch(self.rows, proposer, self.queries.sample(), calibration)
+        return CandidateSearch(self.rows, proposer, calibration)
 
     @cached_property
     def rows(self) -> Resident:

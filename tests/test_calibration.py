@@ -5,15 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorif_index.calibration import (
-    TARGETS,
-    Calibration,
-    Orders,
-    Seen,
-    expected_missed,
-    learn,
-    recall_from_missed,
-)
+from lorif_index.calibration import TARGETS, Calibration, Orders, learn, loss_curve
 from lorif_index.errors import CorruptionError
 
 
@@ -46,35 +38,17 @@ def test_few_queries_are_held_to_more() -> None:
     assert 0.9 <= found < 0.94
 
 
-@pytest.mark.parametrize("wide", [500, 2000])
-@pytest.mark.parametrize("noise", [0.05, 0.3])
-def test_the_estimate_is_right_where_errors_are_gaussian(wide: int, noise: float) -> None:
-    """Exact = fine + noise, fine = 0.9 coarse + noise: the expected number of missed rows against the real one."""
-    real, estimated, n, k, deep_count = 0, 0.0, 20_000, 50, wide // 4
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        coarse = rng.standard_normal(n)
-        fine = 0.9 * coarse + noise * rng.standard_normal(n)
-        exact = fine + noise * rng.standard_normal(n)
-        order = np.argsort(-coarse)
-        proposed, rest = order[:wide], order[wide:]
-        deep = np.argsort(-fine[proposed])[:deep_count]
-        threshold = np.sort(exact[proposed[deep]])[-k]
-        unseen = np.setdiff1d(np.arange(n), proposed[deep])
-        real += int((exact[unseen] > threshold).sum())
-        seen = Seen(coarse[proposed], fine[proposed], deep, exact[proposed[deep]], coarse[rest], np.ones(len(rest)))
-        estimated += expected_missed(seen, threshold)
-    assert 0.6 * real - 10 <= estimated <= 1.6 * real + 10
-
-
 def test_corrections_are_those_of_like_estimates() -> None:
     ones = ((1,) * len(TARGETS),)
-    orders = Orders((1,), TARGETS, ones, ones, (1.0,), ((10, 0.1, 0.5), (10, 0.001, 2.0), (100, 0.01, 3.0)))
+    orders = Orders((1,), TARGETS, ones, ones, (1.0,), ((10, 0.001, 0.002), (10, 0.1, 0.05), (100, 0.01, 0.03)))
     assert orders.corrected(0.9, 10) == pytest.approx(0.95) and orders.corrected(0.999, 8) == pytest.approx(0.998)
     assert orders.corrected(0.99, 10) == pytest.approx(0.99)  # between the two, on a line of logarithms
     assert orders.corrected(0.999999, 10) == pytest.approx(1 - 2e-6, abs=1e-9)
     assert orders.corrected(0.99, 300) == pytest.approx(0.97)
-    assert orders.corrected(1.0, 10) == 1.0 and orders.corrected(0.0, 100) == 0.0
+    assert orders.corrected(0.0, 100) == 0.0
+    # What an estimate cannot see is corrected like the smallest one that was.
+    blind = Orders((1,), TARGETS, ones, ones, (1.0,), ((10, 1e-6, 0.3), (10, 0.1, 0.4)))
+    assert blind.corrected(1.0, 10) == pytest.approx(0.7)
     assert Orders((1,), TARGETS, ones, ones, (1.0,)).corrected(0.7, 1) == 0.7
 
 
@@ -93,8 +67,17 @@ def test_two_orders_are_learnt_together_and_the_cheapest_pair_is_taken() -> None
     assert learn(coarse, fine, 5000).needed(100, 0.9) is None
 
 
-def test_recall_from_missed() -> None:
-    assert recall_from_missed(10, 0.0) == 1.0 and recall_from_missed(10, 10.0) == 0.5
+def test_like_estimates_are_grouped_and_chance_is_smoothed() -> None:
+    estimated = np.repeat([0.0, 0.01, 0.1, 0.4], 39)
+    real = np.repeat([0.002, 0.03, 0.02, 0.2], 39)
+    curve = loss_curve(estimated, real, 0.001)
+    assert len(curve) == 12
+    lost, gone = zip(*curve, strict=True)
+    assert list(lost) == sorted(lost) and list(gone) == sorted(gone)
+    assert lost[0] == pytest.approx(1e-6) and gone[0] == pytest.approx(0.002)
+    # .02 after .03 is taken for chance.
+    assert gone[-4] == pytest.approx(0.03) and gone[-1] == pytest.approx(0.2)
+    assert loss_curve(np.full(9, 0.5), np.zeros(9), 0.01) == [(pytest.approx(0.5), 0.01)]
 
 
 def test_it_comes_back_from_json_or_is_refused() -> None:

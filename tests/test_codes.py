@@ -31,6 +31,15 @@ def test_gaussian_rows_lose_what_max_says(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_norms_are_read_from_scales(bits: int) -> None:
+    torch.manual_seed(0)
+    layout = CodeLayout(512, bits)
+    codes = layout.encode(torch.randn(300, 512) * torch.logspace(-3, 3, 300)[:, None])
+    ratio = layout.norms(codes) / layout.decode(codes).norm(dim=1)
+    assert float((ratio - 1).abs().max()) < 0.08 and abs(float(ratio.mean()) - 1) < 0.005
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_scores_are_inner_products_with_what_is_stored(bits: int) -> None:
     torch.manual_seed(0)
     layout = CodeLayout(77, bits)
