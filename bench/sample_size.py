@@ -44,10 +44,10 @@ def dense_scores(index: Index, queries: dict[str, torch.Tensor], gradients: Inde
 
 
 def gradients_scores(gradients: Index, transformed: dict[str, torch.Tensor]) -> np.ndarray:
-    from lorif_index.scoring import Scorer, stream_scores
+    from lorif_index.scoring import Question, stream_scores
 
-    scorer = Scorer(gradients._layout, transformed)
-    return np.concatenate([part.numpy() for _, part, _ in stream_scores(gradients._store, scorer)], axis=1)
+    question = Question(transformed, None, len(next(iter(transformed.values()))))
+    return np.concatenate([part.numpy() for _, part, _ in stream_scores(gradients._reader.rows, question)], axis=1)
 
 
 def main() -> None:

@@ -168,7 +168,7 @@ def measure(index: Index, n: int, folder: Path, limit: int, repeats: int) -> dic
     prepared = [index._prepare(q, None, index.config.damping, index.layers).question for q in (one, many)]
 
     def scan(which: int) -> None:
-        for _ in stream_scores(store, prepared[which].scorer(store.layout)):
+        for _ in stream_scores(index._reader.rows, prepared[which]):
             pass
 
     result: dict[str, Any] = {"rank": index.config.rank, "rows": len(index), "bytes_per_row": store.layout.row_bytes}

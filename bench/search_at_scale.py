@@ -24,10 +24,12 @@ from bench.scale_index import FULL_RANK, derived, full_index
 from bench.scan_cost import drop, published_way, read_raw, resident_fraction
 from lorif_index import Index
 from lorif_index.coarse import Coarse, load_faiss
+from lorif_index.planner import choose_plan
 from lorif_index.query import transform
 from lorif_index.scoring import TopK, stream_scores
 
-TARGETS, KS = (0.9, 0.99), (1, 10, 100)
+TARGETS, KS, DAMPINGS = (0.9, 0.95, 0.99), (1, 10, 100), (0.01, 0.03, 0.1, 0.3, 1.0)
+SIGNS = ("proponents", "opponents")
 Gradients = dict[str, torch.Tensor]
 
 
@@ -58,15 +60,32 @@ def answers(index: Index, queries: Gradients, most: int, path: Path) -> dict[str
     return found
 
 
-def recalls(index: Index, queries: Gradients, truth: dict[str, np.ndarray], targets: Any, ks: Any, sign: str) -> Any:
-    """Achieved and estimated recall, candidates and milliseconds a query, in batches of 10."""
+def planned(index: Index, k: int, target: float, sign: str) -> str:
+    """What a search that is left to choose does: "candidates" or "scan"."""
+    plan = choose_plan(
+        index._reader,
+        k=k,
+        recall=target,
+        largest=sign == "proponents",
+        rescore=True,
+        exact=None,
+        all_layers=True,
+        damping=index.config.damping,  # type: ignore[arg-type]
+    )
+    return plan.way
+
+
+def recalls(
+    index: Index, queries: Gradients, truth: dict[str, np.ndarray], targets: Any, ks: Any, sign: str, **options: Any
+) -> list[dict[str, Any]]:
+    """Achieved and estimated recall of rescored candidates, and milliseconds a query, in batches of 10."""
     count, rows = len(next(iter(queries.values()))), []
     for k in ks:
         for target in targets:
             found, estimated, candidates, began = [], [], [], time.perf_counter()
             for start in range(0, count, 10):
                 part = some(queries, start, start + 10)
-                hits = index.search(part, k, recall=target, exact=False, opponents=sign == "opponents")
+                hits = index.search(part, k, recall=target, exact=False, opponents=sign == "opponents", **options)
                 best = truth[sign][start : start + len(hits), :k]
                 found += [np.intersect1d(a, b).size / k for a, b in zip(hits.ids, best, strict=True)]
                 estimated += hits.stats.recall_by_query
@@ -80,12 +99,24 @@ def recalls(index: Index, queries: Gradients, truth: dict[str, np.ndarray], targ
                     "recall": float(np.mean(found)),
                     "standard_error": float(np.std(found, ddof=1) / len(found) ** 0.5),
                     "estimated": float(np.mean(estimated)),
+                    "planned": planned(index, k, target, sign),
                     "candidates": float(np.mean(candidates)),
                     "candidates_median": float(np.median(candidates)),
                     "ms": 1e3 * (time.perf_counter() - began) / count,
                 }
             )
             print(index.path.name, rows[-1], flush=True)
+    return rows
+
+
+def dampings(index: Index, queries: Gradients) -> list[dict[str, Any]]:
+    """Other dampings than the sketch's: recall of the ten best as achieved and as estimated."""
+    rows = []
+    for multiple in DAMPINGS:
+        scores = index.scores(queries, damping=multiple)
+        truth = {"proponents": index.ids[np.argsort(-scores, axis=1, kind="stable")[:, :10]]}
+        (row,) = recalls(index, queries, truth, TARGETS[-1:], KS[1:2], "proponents", damping=multiple)
+        rows.append({"damping": multiple, **row})
     return rows
 
 
@@ -159,13 +190,19 @@ def flat_peer(index: Index, dense: Dense, queries: Gradients, singles: int) -> d
     return {"rows": count, "bytes": 2 * dense.width, "ms": 1e3 * one, "ms_of_32": 1e3 * many}
 
 
+def made_up(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
+    """Coordinates whose norms differ, as real ones' do."""
+    norms = np.exp(0.3 * rng.standard_normal((count, 1), dtype=np.float32))
+    return rng.standard_normal((count, dim), dtype=np.float32) * norms
+
+
 def synthetic(count: int, dim: int, factory: str) -> dict[str, Any]:
     """The coarse stage alone over made-up sketches."""
     rng = np.random.default_rng(0)
-    coarse = Coarse.train(factory, rng.standard_normal((20_000, dim), dtype=np.float32))
+    coarse = Coarse.train(factory, made_up(rng, 20_000, dim))
     began = time.perf_counter()
     for start in range(0, count, 100_000):
-        coarse.add(rng.standard_normal((min(100_000, count - start), dim), dtype=np.float32))
+        coarse.add(made_up(rng, min(100_000, count - start), dim))
     adding = time.perf_counter() - began
     x = rng.standard_normal((40, dim), dtype=np.float32)
     out: dict[str, Any] = {"count": count, "adding_seconds": adding}
@@ -190,12 +227,12 @@ def main() -> None:
         synthetic={"type": int, "default": 10_000_000},
         steps={"type": int, "default": 2000},
     )
-    folder, most, steps, sizes, count, made_up = (
+    folder, most, steps, sizes, count, fake = (
         FOLDER, None, parsed.steps, sorted(parsed.sizes), parsed.queries, parsed.synthetic,
     )  # fmt: skip
-    peer_rows, published_rows, singles, repeats, settings = 100_000, 2048, 100, 5, {}
+    peer_rows, published_rows, singles, repeats, settings = 100_000, 20_000, 100, 5, {}
     if parsed.smoke:
-        folder, most, steps, sizes, count, made_up = CACHE / "smoke" / "scale", 60, 3, [1200, 2500], 20, 5000
+        folder, most, steps, sizes, count, fake = CACHE / "smoke" / "scale", 60, 3, [1200, 2500], 20, 5000
         peer_rows, published_rows, singles, repeats = 1200, 256, 4, 1
         settings = {"curvature_rank": 32, "sketch_dim": 64, "curvature_sample": 600, "calibration_queries": 8}
         shutil.rmtree(folder, ignore_errors=True)
@@ -213,22 +250,18 @@ def main() -> None:
                 "build": index.build_report["seconds"],
             }
             last = n == sizes[-1]
-            # The shifted source is asked at one rank: full scans for the truth take minutes at the last size.
-            for source in SOURCES if last and rank == 1 else SOURCES[:1]:
-                truth = answers(index, some(queries[source], 0, count), 100, index.path / f"answers-{source}.npz")
+            for source in SOURCES:
                 mine = some(queries[source], 0, count)
+                truth = answers(index, mine, 100, index.path / f"answers-{source}.npz")
                 targets, ks = (TARGETS, KS) if last else (TARGETS[-1:], KS[1:])
-                entry[f"recall_{source}"] = recalls(index, mine, truth, targets, ks, "proponents")
-                if last:
-                    # Opponents take many more candidates: fewer queries.
-                    mine = some(queries[source], 0, min(count, 20))
-                    entry[f"recall_{source}"] += recalls(index, mine, truth, TARGETS[:1], KS[1:], "opponents")
+                entry[f"recall_{source}"] = [r for s in SIGNS for r in recalls(index, mine, truth, targets, ks, s)]
             entry |= latency(index, queries["held-out"], min(singles, count), repeats)
             if last:
-                entry["batches"] = batches(index, queries["held-out"], (1, 4, 16, 32, 64, 128, 256))
+                entry["batches"] = batches(index, queries["held-out"], (1, 4, 16, 32, 64, 128, 256, 512, 1000))
             result["indexes"].append(entry)
             print(f"n={n:,} c={rank}: done", flush=True)
     middle = derived(whole, 1, min(sizes, key=lambda n: abs(n - peer_rows)))
+    result["dampings"] = dampings(middle, some(queries["held-out"], 0, count))
     dense = gradients("train", len(middle), steps, folder, most)
     result["flat"] = flat_peer(middle, dense, queries["held-out"], 10)
     ours = next(e for e in result["indexes"] if e["n"] == len(middle) and e["rank"] == 1)
@@ -247,7 +280,7 @@ def main() -> None:
             "candidates_100": exponent(ns, [e["candidates_100"] for e in mine]),
         }
     keep("search_at_scale", result, parsed)
-    result["synthetic"] = synthetic(made_up, coarse["dim"], coarse["factory"])
+    result["synthetic"] = synthetic(fake, coarse["dim"], coarse["factory"])
     show(result)
     keep("search_at_scale", result, parsed)
     if not parsed.smoke:
@@ -284,10 +317,14 @@ def show(result: dict[str, Any]) -> None:
                 if "batches" in e:
                     print(
                         f"n={e['n']:,} c={e['rank']} {source} {r['sign']} k={r['k']} asked {r['target']}: "
-                        f"{r['recall']:.4f} (estimated {r['estimated']:.4f}), {r['candidates']:.0f} rescored"
+                        f"{r['recall']:.4f} (estimated {r['estimated']:.4f}), {r['candidates']:.0f} rescored, "
+                        f"{r['ms']:.1f} ms; by itself: {r['planned']}"
                     )
         for b in e.get("batches", []):
             print(f"n={e['n']:,} c={e['rank']} batch {b['batch']}: {b['ms_per_query']:.2f} ms a query")
+    for r in result["dampings"]:
+        found = f"{r['recall']:.4f} (estimated {r['estimated']:.4f})"
+        print(f"damping {r['damping']}: {found}, {r['candidates']:.0f} rescored")
     for name in ("flat", "published", "ours_there", "synthetic", "growth_c1", "growth_c4"):
         print(name, result[name])
 
@@ -322,14 +359,22 @@ def plots(result: dict[str, Any], folder: Path) -> None:
         axis.legend()
     figure.tight_layout()
     figure.savefig(folder / "search_at_scale.svg", metadata={"Date": None})
-    figure, axis = pyplot.subplots(figsize=(4, 3))
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3))
     for rank in (1, FULL_RANK):
         mine = [e for e in result["indexes"] if e["rank"] == rank]
         ns, ts = [e["n"] for e in mine], [e["candidates_100"] for e in mine]
-        axis.plot(ns, ts, "o-", label=f"c={rank}: N^{exponent(ns, ts):.2f}")
-    axis.set(xscale="log", yscale="log", xlabel="N", ylabel="rows rescored for .99, k=100")
-    axis.grid(alpha=0.3)
-    axis.legend()
+        slope = exponent(ns, ts)
+        (points,) = axes[0].plot(ns, ts, "o", label=f"c={rank}: N^{slope:.2f}")
+        middle = np.exp(np.mean(np.log(ts)) - slope * np.mean(np.log(ns)))
+        axes[0].plot(ns, [middle * n**slope for n in ns], "-", color=points.get_color())
+    axes[0].set(xscale="log", yscale="log", xlabel="N", ylabel="rows rescored for .99, k=100")
+    for e in last:
+        sizes, rates = [b["batch"] for b in e["batches"]], [1e3 / b["ms_per_query"] for b in e["batches"]]
+        axes[1].plot(sizes, rates, "o-", label=f"c={e['rank']}")
+    axes[1].set(xscale="log", xlabel="queries together", ylabel="queries per second", title=f"N = {last[0]['n']:,}")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
     figure.tight_layout()
     figure.savefig(folder / "candidates_at_scale.svg", metadata={"Date": None})
     print(f"plots in {os.path.relpath(folder, ROOT)}")

@@ -21,8 +21,9 @@ from .scoring import Question, TopK, stream_scores
 
 # Below so many rows a scan takes a few milliseconds, and is always right.
 SCAN_UP_TO = 10_000
-# Scoring a gathered candidate costs about as much as this many rows of a scan.
-_GATHER_COST = 4
+# What a candidate costs beside its bytes, counted in bytes that a scan gets through meanwhile: to be read by itself and
+# scored exactly, and to be scored by coordinates.
+_GATHER_BYTES, _NARROW_BYTES = 6000, 700
 # Queries whose scorers are held at the same time.
 _BATCH = 128
 
@@ -120,9 +121,9 @@ def choose_plan(
             f"recall={recall:g} at k={k:,}",
             1.0,
         )
-    deep = search.first_counts(k, recall, largest=largest).deep
-    if deep * _GATHER_COST >= count:
-        return Plan("scan", f"scan of every row: {deep:,} candidates of {count:,} rows would cost as much", 1.0)
+    counts, each = search.first_counts(k, recall, largest=largest), reader.layout.row_bytes
+    if counts.deep * (each + _GATHER_BYTES) + counts.wide * _NARROW_BYTES >= count * each:
+        return Plan("scan", f"scan of every row: {counts.deep:,} candidates of {count:,} rows would cost as much", 1.0)
     return Plan("candidates", f"candidates of the coarse index, rescored{_caveat(reader, damping)}", recall)
 
 
