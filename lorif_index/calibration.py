@@ -194,9 +194,20 @@ def loss_curve(estimated: np.ndarray, real: np.ndarray, least: float) -> list[tu
     order = np.argsort(estimated, kind="stable")
     groups = np.array_split(order, min(_GROUPS, max(len(order) // _LEAST_GROUP, 1)))
     lost = [float(np.exp(np.log(estimated[group]).mean())) for group in groups]
-    # A running maximum: where a group lost less than one with smaller estimates, that is chance.
-    seen = np.maximum.accumulate([max(float(real[group].mean()), least) for group in groups])
-    return list(zip(lost, seen.tolist(), strict=True))
+    seen = _rising([max(float(real[group].mean()), least) for group in groups])
+    return list(zip(lost, seen, strict=True))
+
+
+def _rising(values: list[float]) -> list[float]:
+    """The nearest sequence that never falls, by pooling neighbours that do (Ayer et al., Ann. Math. Stat. 26, 1955)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pool = (value, 1)
+        while pools and pools[-1][0] > pool[0]:
+            mean, count = pools.pop()
+            pool = ((mean * count + pool[0] * pool[1]) / (count + pool[1]), count + pool[1])
+        pools.append(pool)
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _cost(wide: int, deep: int) -> float:

@@ -32,7 +32,6 @@ from .scoring import Question, TopK, stream_scores
 from .sketch import Sketch, fit_sketch, sketch_method
 from .store import Store
 
-_CORRECTION_QUERIES = 64
 _TILT_QUERIES = 32
 TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 """Tilts that calibration chooses from."""
@@ -148,7 +147,7 @@ def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: S
         answers, largest = _without(top.result()[0].numpy(), own, most), sign == SIGNS[0]
         tilt = _best_tilt(bare, question, answers, largest=largest)
         coarse, fine = _ranks(bare, question, answers, own, tilt, largest=largest)
-        learnt = learn(coarse, fine if bare.narrows else None, bare.limit)
+        learnt = learn(coarse, fine if bare.layout.narrows else None, bare.limit)
         orders[sign] = _corrected(dataclasses.replace(learnt, tilt=tilt), bare, question, answers, own, largest=largest)
     return Calibration(orders, question.count, count, bare.limit, policy.to_json())
 
@@ -200,7 +199,7 @@ def _ranks(
         positions = positions[(positions >= 0) & (positions != own[q])]
         places = _places(positions, answers[q])
         coarse[q] = np.where(places < len(positions), places, limit)
-        if search.narrows:
+        if search.layout.narrows:
             proposed, mine = (
                 search.by_coordinates(one, rows, tilt, largest=largest) for rows in (positions, answers[q])
             )
@@ -214,8 +213,7 @@ def _corrected(
     orders: Orders, search: CandidateSearch, question: Question, answers: np.ndarray, own: np.ndarray, *, largest: bool
 ) -> Orders:
     """The tables with what is to be corrected in estimates, from searches at several depths without going on."""
-    question = question.some(slice(0, _CORRECTION_QUERIES))
-    answers, own, losses = answers[: question.count], own[: question.count], []
+    losses = []
     for k in [k for k in orders.ks if k in (10, 100)] or [orders.ks[-1]]:
         estimated, real = [], []
         for recall in (0.5, 0.8, 0.9, 0.95, 0.99):
@@ -223,7 +221,7 @@ def _corrected(
                 # Beyond what was followed: there a search takes all that it may.
                 continue
             counts = search.counts_by(orders, k, recall)
-            found = search.run(question, k, 0.0, largest=largest, counts=counts, without=own, tilt=orders.tilt)
+            found = search.trial(question, k, largest=largest, counts=counts, tilt=orders.tilt, without=own)
             kept = [len(np.intersect1d(row, answer[:k])) for row, answer in zip(found.positions, answers, strict=True)]
             estimated.append(1.0 - found.recall)
             real.append(1.0 - np.array(kept) / k)

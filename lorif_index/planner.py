@@ -121,8 +121,10 @@ def choose_plan(
             f"recall={recall:g} at k={k:,}",
             1.0,
         )
-    counts, each = search.first_counts(k, recall, largest=largest), reader.layout.row_bytes
-    if counts.deep * (each + _GATHER_BYTES) + counts.wide * _NARROW_BYTES >= count * each:
+    counts, layout = search.first_counts(k, recall, largest=largest), reader.layout
+    cost = counts.wide * _NARROW_BYTES if layout.codes is not None else 0
+    cost += counts.deep * (layout.factor_bytes + _GATHER_BYTES) if layout.width else 0
+    if cost >= count * layout.row_bytes:
         return Plan("scan", f"scan of every row: {counts.deep:,} candidates of {count:,} rows would cost as much", 1.0)
     return Plan("candidates", f"candidates of the coarse index, rescored{_caveat(reader, damping)}", recall)
 

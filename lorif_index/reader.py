@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .calibration import Calibration
-from .candidates import CandidateSearch, Proposer
+from .candidates import CandidateSearch
 from .coarse import Coarse, NormAxis, coarse_fingerprint
 from .codes import CodeLayout
 from .config import STORES, BuildConfig
@@ -22,6 +22,7 @@ from .fitted import CalibrationQueries, FittedCurvature, load_sketch
 from .flat import FlatSketch
 from .gradients import LayerGradient, LayerSpec
 from .manifest import Manifest
+from .pursuit import Proposer
 from .query import Preconditioner
 from .resident import Resident
 from .rows import RowLayout, Rows
@@ -81,6 +82,8 @@ class Reader:
             raise CorruptionError(f"{folder} has no curvature in its manifest: restore it from a copy")
         self.curvature = FittedCurvature(folder, manifest.curvature, self.specs, manifest.curvature_layers)
         self._coarse_file: SealedFile | None = None
+        self._policy: Damping | None = None
+        self._preconditioners: dict[str, Preconditioner] = {}
 
     @cached_property
     def sketch(self) -> Sketch | None:
@@ -158,9 +161,14 @@ class Reader:
         )
 
     def preconditioners(self, chosen: Iterable[str], policy: Damping) -> dict[str, Preconditioner]:
-        """H^-1 of some layers under a damping policy."""
-        complement = self.config.complement
-        return {name: Preconditioner.of(name, self.curvature[name], policy, complement) for name in chosen}
+        """H^-1 of some layers under a damping policy; those of the last policy are kept."""
+        if self._policy != policy:
+            self._policy, self._preconditioners = policy, {}
+        made = self._preconditioners
+        for name in chosen:
+            if name not in made:
+                made[name] = Preconditioner.of(name, self.curvature[name], policy, self.config.complement)
+        return {name: made[name] for name in chosen}
 
     def ask(self, gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]) -> Question:
         """The question that gradients {layer: (q, d_in, d_out)} put to the rows."""

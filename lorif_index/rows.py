@@ -119,6 +119,11 @@ class RowLayout:
         self.code_bytes = codes.row_bytes if codes else 0
         self.row_bytes = self.factor_bytes + self.code_bytes
 
+    @property
+    def narrows(self) -> bool:
+        """Whether rows have factors, and coordinates that cost less to score."""
+        return self.codes is not None and self.width > 0
+
     def empty(self, count: int, device: torch.device = CPU) -> Rows:
         """Room for rows."""
         factors = torch.empty(count, self.width, dtype=self.torch_dtype, device=device)

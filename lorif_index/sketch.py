@@ -11,7 +11,7 @@ the query's side, x = W^T diag(sqrt(S + lambda) / (S + lambda')) V^T vec(G_q).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,10 +42,13 @@ class LayerSketch:
 
     lam: float
     weights: torch.Tensor
+    _root: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def whitening(self, layer: LayerCurvature) -> torch.Tensor:
-        """(m,) float32: sqrt(S + lambda)."""
-        return torch.sqrt(layer.eigenvalues[: len(self.weights)].double() + self.lam).float()
+        """(m,) float32: sqrt(S + lambda), S of the layer that the sketch was made for."""
+        if not self._root:
+            self._root.append(torch.sqrt(layer.eigenvalues[: len(self.weights)].double() + self.lam).float())
+        return self._root[0]
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def test_like_estimates_are_grouped_and_chance_is_smoothed() -> None:
     lost, gone = zip(*curve, strict=True)
     assert list(lost) == sorted(lost) and list(gone) == sorted(gone)
     assert lost[0] == pytest.approx(1e-6) and gone[0] == pytest.approx(0.002)
-    # .02 after .03 is taken for chance.
-    assert gone[-4] == pytest.approx(0.03) and gone[-1] == pytest.approx(0.2)
+    # .02 after .03 is taken for chance: both are .025.
+    assert gone[-4] == pytest.approx(0.025) and gone[4] == pytest.approx(0.025) and gone[-1] == pytest.approx(0.2)
     assert loss_curve(np.full(9, 0.5), np.zeros(9), 0.01) == [(pytest.approx(0.5), 0.01)]
 
 

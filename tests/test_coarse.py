@@ -205,6 +205,10 @@ def test_beyond_the_size_of_a_quick_scan_candidates_are_chosen(
     index: Index, query: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorif_index.planner.SCAN_UP_TO", 0)
+    costly = index.search(query, k=1, recall=0.8)
+    assert costly.stats.exact and "cost as much" in costly.stats.plan
+    monkeypatch.setattr("lorif_index.planner._GATHER_BYTES", 0)
+    monkeypatch.setattr("lorif_index.planner._NARROW_BYTES", 0)
     hits = index.search(query, k=1, recall=0.8)
     assert not hits.stats.exact and "candidates" in hits.stats.plan
     layers = index.search(query, layers="a")

@@ -59,7 +59,7 @@ CONFIG = (
 ORDER = (
     "version errors damping scratch codes config progress gradients projection losses data layers factors rows sealed "
     "shards store resident spool capture sources subspace curvature query sketch fitted scoring results manifest "
-    "coarse devices flat calibration missed candidates reader planner coarse_build build index"
+    "coarse devices flat calibration missed pursuit candidates reader planner coarse_build build index"
 ).split()
 
 
