@@ -60,6 +60,7 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         self._facts = dict(zip(specs, facts, strict=True))
         self._numbers = {name: i for i, name in enumerate(specs)}
         self._loaded: dict[str, LayerCurvature] = {}
+        self._rooms: dict[tuple[int, int], tuple[list[str], torch.Tensor]] = {}
         self._checked = False
         self._lock = threading.Lock()
 
@@ -85,9 +86,19 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
             trace, rows, examples = float(facts["trace"]), int(facts["rows"]), float(facts["examples"])
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"the manifest's curvature entry of layer {name!r} is damaged ({error!r})") from None
-        basis = self.file.read_array(f"basis_{number}", (self._specs[name].dim, rank), "<f4")
+        basis = self._room(name, rank)
+        self.file.read_array(f"basis_{number}", (self._specs[name].dim, rank), "<f4", out=basis.numpy())
         spectrum = self.file.read_array(f"spectrum_{number}", (length,), "<f8")
-        return LayerCurvature(torch.from_numpy(basis), torch.from_numpy(spectrum), trace, rows, examples)
+        return LayerCurvature(basis, torch.from_numpy(spectrum), trace, rows, examples)
+
+    def _room(self, name: str, rank: int) -> torch.Tensor:
+        """Memory for a layer's basis: layers of one shape lie one behind the other (see `query.products`)."""
+        shape = (self._specs[name].dim, rank)
+        if shape not in self._rooms:
+            alike = [n for n, spec in self._specs.items() if (spec.dim, int(self._facts[n]["rank"])) == shape]
+            self._rooms[shape] = (alike, torch.empty(len(alike), *shape))
+        alike, room = self._rooms[shape]
+        return room[alike.index(name)]
 
 
 def save_sketch(folder: Path, sketch: Sketch) -> dict[str, Any]:
@@ -122,10 +133,15 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
         raise CorruptionError(f"the manifest's sketch entry is damaged ({error!r}): restore it from a copy") from None
     with closing(file):
         file.verify()
-        layers = {}
+        layers, at = {}, 0
+        # One matrix of all layers, so that they lie one behind the other (see `query.products`).
+        room = torch.empty(sum(counts), dim)
         for i, (name, lam, count) in enumerate(zip(names, lams, counts, strict=True)):
-            array = file.read_array(f"weights_{i}", (count, dim), "<f4") if count else np.empty((0, dim), "<f4")
-            layers[name] = LayerSketch(lam, torch.from_numpy(array))
+            part = room[at : at + count]
+            if count:
+                file.read_array(f"weights_{i}", (count, dim), "<f4", out=part.numpy())
+            layers[name] = LayerSketch(lam, part)
+            at += count
     return Sketch(layers, dim, method, energy)
 
 

@@ -16,6 +16,51 @@ from .curvature import LayerCurvature
 from .damping import Damping
 from .errors import CurvatureError
 
+# For so few rows, layers of one shape are multiplied together: a row by itself takes three times as long.
+_FEW_ROWS = 8
+
+
+def products(
+    rows: Mapping[str, torch.Tensor], matrices: Mapping[str, torch.Tensor], *, transposed: bool = False
+) -> dict[str, torch.Tensor]:
+    """Layer -> rows (q, a) @ matrix (a, b), or @ matrix^T of a (b, a); few rows with neighbours in memory at once."""
+    out: dict[str, torch.Tensor] = {}
+    for names in _neighbours([(name, matrices[name]) for name in rows]):
+        if len(names) == 1 or len(rows[names[0]]) > _FEW_ROWS:
+            out |= {name: rows[name] @ (matrices[name].T if transposed else matrices[name]) for name in names}
+            continue
+        first = matrices[names[0]]
+        together = first.as_strided((len(names), *first.shape), (first.numel(), *first.stride()))
+        stacked = torch.stack([rows[name] for name in names])
+        if transposed:
+            # The matrices first: they are read in the order in which they lie.
+            found = torch.bmm(together, stacked.transpose(1, 2)).transpose(1, 2)
+        else:
+            found = torch.bmm(stacked, together)
+        out |= dict(zip(names, found, strict=True))
+    return out
+
+
+def _neighbours(matrices: list[tuple[str, torch.Tensor]]) -> list[list[str]]:
+    """Runs of names whose matrices have one shape and lie one behind the other in one storage."""
+    runs: list[list[str]] = []
+    last: torch.Tensor | None = None
+    for name, matrix in matrices:
+        follows = (
+            last is not None
+            and matrix.shape == last.shape
+            and matrix.is_contiguous()
+            and last.is_contiguous()
+            and matrix.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+            and matrix.storage_offset() == last.storage_offset() + last.numel()
+        )
+        if follows:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+        last = matrix
+    return runs
+
 
 @dataclass(frozen=True)
 class Preconditioner:
@@ -50,16 +95,17 @@ class Preconditioner:
         inside = (1.0 / (layer.eigenvalues.double() + lam)).float()
         return cls(layer.basis, inside, 0.0 if layer.rank == layer.dim else 1.0 / mu, lam)
 
+    def within(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """a (q, r) such that H^-1 g = V a + outside g, of rows g whose coordinates V^T g (q, r) are given."""
+        return coordinates * (self.inside - self.outside)
+
+    def with_outside(self, inside: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """inside + outside g, (q, D)."""
+        return torch.add(inside, g, alpha=self.outside) if self.outside else inside
+
     def apply(self, g: torch.Tensor) -> torch.Tensor:
         """H^-1 g for rows (q, D) float32."""
-        return self.combine(g, g @ self.basis, 0.0)
-
-    def combine(self, g: torch.Tensor, coordinates: torch.Tensor, less: torch.Tensor | float) -> torch.Tensor:
-        """H^-1 g - V less, for rows g (q, D) whose coordinates V^T g (q, r) are known; less (q, r) or a number."""
-        out = (coordinates * (self.inside - self.outside) - less) @ self.basis.T
-        if self.outside:
-            out.add_(g, alpha=self.outside)
-        return out
+        return self.with_outside(self.within(g @ self.basis) @ self.basis.T, g)
 
     def quadratic(self, g: torch.Tensor) -> torch.Tensor:
         """g^T H^-1 g for rows (n, D) float32, (n,)."""
@@ -75,4 +121,8 @@ def transform(
     gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]
 ) -> dict[str, torch.Tensor]:
     """The transformed query, layer by layer: (q, d_in, d_out) -> (q, d_in, d_out), float32."""
-    return {name: preconditioners[name].apply(g.flatten(1)).reshape(g.shape) for name, g in gradients.items()}
+    flat = {name: g.flatten(1) for name, g in gradients.items()}
+    bases = {name: preconditioners[name].basis for name in flat}
+    within = {name: preconditioners[name].within(c) for name, c in products(flat, bases).items()}
+    inside = products(within, bases, transposed=True)
+    return {n: preconditioners[n].with_outside(inside[n], flat[n]).reshape(g.shape) for n, g in gradients.items()}

@@ -16,7 +16,7 @@ import torch
 from .codes import CodeScorer
 from .curvature import LayerCurvature
 from .gradients import LayerSpec
-from .query import Preconditioner, transform
+from .query import Preconditioner, products, transform
 from .resident import Resident
 from .rows import Group, RowLayout, Rows
 from .scratch import CPU, SCRATCH
@@ -124,23 +124,21 @@ def ask(
     count = int(next(iter(gradients.values())).shape[0])
     flat = {name: g.flatten(1) for name, g in gradients.items()}
     x, inside = None, {}
+    bases = {name: curvature[name].basis for name in (flat if sketch is None else specs)}
     if sketch is not None:
-        inside = {name: g @ curvature[name].basis for name, g in flat.items()}
+        inside = products(flat, bases)
         x = sketch.query(inside, curvature, preconditioners)
     if not layout.groups:
         return Question({}, x, count)
     if sketch is None or x is None or layout.codes is None:
         return Question(transform(gradients, preconditioners), x, count)
     # What <x, z> accounts for is taken off in every layer, also in those left out by the query: coordinates mix them.
-    queries = {}
-    for name, spec in specs.items():
-        less = sketch.taken(x, name, curvature[name])
-        if name in flat:
-            rest = preconditioners[name].combine(flat[name], inside[name], less)
-        else:
-            rest = -(less @ curvature[name].basis.T)
-        queries[name] = rest.reshape(count, spec.d_in, spec.d_out)
-    return Question(queries, x, count)
+    taken = sketch.taken(x, curvature)
+    within = {n: preconditioners[n].within(inside[n]) - taken[n] if n in flat else -taken[n] for n in specs}
+    queries = products(within, bases, transposed=True)
+    for name, g in flat.items():
+        queries[name] = preconditioners[name].with_outside(queries[name], g)
+    return Question({n: queries[n].reshape(count, s.d_in, s.d_out) for n, s in specs.items()}, x, count)
 
 
 class _Plan:

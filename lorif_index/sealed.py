@@ -218,11 +218,11 @@ class SealedFile:
         for i in missing:
             self.read(offsets[i], views[i])
 
-    def read_array(self, dataset: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """A whole dataset as an array."""
+    def read_array(self, dataset: str, shape: tuple[int, ...], dtype: str, out: np.ndarray | None = None) -> np.ndarray:
+        """A whole dataset as an array, into `out` (contiguous, of that shape and type) if given."""
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         offset = self.require(dataset, size)
-        out = np.empty(shape, dtype=dtype)
+        out = np.empty(shape, dtype=dtype) if out is None else out
         self.read(offset, out.data.cast("B"))
         return out
 

@@ -10,7 +10,7 @@ the query's side, x = W^T diag(sqrt(S + lambda) / (S + lambda')) V^T vec(G_q).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,7 @@ from .errors import CurvatureError
 from .gradients import GradientBlock, LayerGradient
 from .progress import Stage
 from .projection import keyed_generator
-from .query import Preconditioner
+from .query import Preconditioner, products
 from .subspace import SubspaceFit
 
 # Above so many half-whitened coordinates (at k = 512: W takes 512 MiB, its fit about 5 GiB), each layer's own
@@ -80,21 +80,28 @@ class Sketch:
             curvature: layer -> fitted curvature.
             preconditioners: layer -> H^-1 under the query's damping.
         """
-        out = torch.zeros(next(iter(inside.values())).shape[0], self.dim)
+        scaled = {}
         for name, c in inside.items():
             part = self.layers[name]
             count = len(part.weights)
             if count:
-                scale = part.whitening(curvature[name]) * preconditioners[name].inside[:count]
-                out += (c[:, :count] * scale) @ part.weights
+                scaled[name] = c[:, :count] * (part.whitening(curvature[name]) * preconditioners[name].inside[:count])
+        out = torch.zeros(next(iter(inside.values())).shape[0], self.dim)
+        for piece in products(scaled, self._weights(scaled)).values():
+            out += piece
         return out
 
-    def taken(self, x: torch.Tensor, name: str, layer: LayerCurvature) -> torch.Tensor:
-        """What of a layer's subspace <x, z> accounts for: (S + lambda)^-1/2 (W x)_l, (q, r) float32."""
-        part = self.layers[name]
-        out = torch.zeros(x.shape[0], layer.rank)
-        out[:, : len(part.weights)] = (x @ part.weights.T) / part.whitening(layer)
-        return out
+    def taken(self, x: torch.Tensor, curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
+        """What of each layer's subspace <x, z> accounts for: (S + lambda)^-1/2 (W x)_l, (q, r) float32."""
+        used = {name: x for name, part in self.layers.items() if len(part.weights)}
+        out = {}
+        for name, w in products(used, self._weights(used), transposed=True).items():
+            w = w / self.layers[name].whitening(curvature[name])
+            out[name] = torch.nn.functional.pad(w, (0, curvature[name].rank - w.shape[1]))
+        return {n: out[n] if n in out else torch.zeros(x.shape[0], curvature[n].rank) for n in self.layers}
+
+    def _weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {name: self.layers[name].weights for name in names}
 
 
 class SketchEncoder:

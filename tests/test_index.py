@@ -486,5 +486,5 @@ def test_progress_tells_rate_and_bytes(tmp_path: Path) -> None:
 
 def test_memory_of_a_search_does_not_grow_with_the_index(index: Index) -> None:
     """Blocks are bounded, and of the scores only k a query are kept."""
-    blocks = [len(rows) for _, rows in index._store.stream(10 * index.bytes_per_example)]
+    blocks = [len(rows) for _, rows in index._store.stream(block_bytes=10 * index.bytes_per_example)]
     assert max(blocks) <= 10 and sum(blocks) == N

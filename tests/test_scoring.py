@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorif_index.gradients import LayerSpec
+from lorif_index.query import products
 from lorif_index.rows import RowLayout
 from lorif_index.scoring import Scorer, TopK
 
@@ -58,3 +59,19 @@ def test_top_k_is_a_stable_sort(q: int, k: int, sizes: list[int], levels: int, l
     order = np.argsort(-scores if largest else scores, axis=1, kind="stable")[:, :k]
     assert np.array_equal(positions, order)
     assert np.array_equal(values, np.take_along_axis(scores, order, axis=1))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 40])
+def test_layers_that_lie_together_are_multiplied_together(count: int) -> None:
+    """Neighbours in memory, layers left out, other shapes and single ones: always rows @ matrix."""
+    torch.manual_seed(0)
+    room = torch.randn(4, 7, 5)
+    matrices = {f"n{i}": room[i] for i in range(4)} | {"far": torch.randn(7, 5), "other": torch.randn(9, 5)}
+    for names in (list(matrices), ["n0", "n2", "n3", "other"], ["n3", "n2"], ["far"]):
+        rows = {n: torch.randn(count, matrices[n].shape[0]) for n in names}
+        found = products(rows, matrices)
+        back = products(found, matrices, transposed=True)
+        assert list(found) == list(back) == names
+        for n in names:
+            assert torch.allclose(found[n], rows[n] @ matrices[n], atol=1e-5)
+            assert torch.allclose(back[n], found[n] @ matrices[n].T, atol=1e-4)
