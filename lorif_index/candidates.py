@@ -12,7 +12,7 @@ from .rows import RowLayout
 from .scoring import Question
 
 _FIRST_GUESS, _GUESSED_TILT = 1000, 0.05
-_LEAST_WIDE, _LEAST_DEEP = 256, 64
+_LEAST_WIDE, _LEAST_DEEP, _LEAST_LIMIT = 256, 64, 20_000
 
 
 class CandidateSearch:
@@ -32,7 +32,7 @@ class CandidateSearch:
     @property
     def limit(self) -> int:
         """Most rows proposed for a query; beyond, a scan is the better way."""
-        return min(max(len(self._rows) // 4, 4 * _FIRST_GUESS), len(self._rows))
+        return min(max(len(self._rows) // 4, _LEAST_LIMIT), len(self._rows))
 
     @property
     def layout(self) -> RowLayout:

@@ -27,7 +27,7 @@ from .scratch import SCRATCH
 # Factors are gathered and scored a block at a time: bounds memory for large batches.
 _GATHER_BYTES = 128 << 20
 # Where a search itself sees less than this share of what may be lost, more rows would be taken blindly.
-_LEAST_LOSS = 0.5
+_LEAST_LOSS = 0.25
 
 
 class Proposer(Protocol):

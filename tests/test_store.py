@@ -50,7 +50,8 @@ def test_rows_come_back(tmp_path: Path, dtype: str, codes: CodeLayout | None) ->
     assert len(store) == 40 and len(store.shards) == 6
     assert np.array_equal(store.ids, ids)
     for block in (1, store.layout.row_bytes * 3, 1 << 20):
-        got = [(start, Rows(part.factors.clone(), part.codes.clone())) for start, part in store.stream(block_bytes=block)]
+        blocks = store.stream(block_bytes=block)
+        got = [(start, Rows(part.factors.clone(), part.codes.clone())) for start, part in blocks]
         assert same(Rows(*(torch.cat([getattr(p, name) for _, p in got]) for name in ("factors", "codes"))), rows)
         assert [start for start, _ in got] == np.cumsum([0, *(len(p) for _, p in got[:-1])]).tolist()
     order = np.array([39, 0, 7, 6, 39, 21])
