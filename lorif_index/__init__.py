@@ -11,12 +11,14 @@ The stages, one module each, in the order in which data flows through them:
     sketch, codes         k half-whitened coordinates of all layers together, in few bits
     rows                  how factors and codes of one example lie
     sealed, shards, store immutable HDF5 files, streamed and gathered
+    resident              the rows on the device that scores them
     fitted                the files of curvature, sketch and calibration queries
     damping, query        the Woodbury-preconditioned query transform
     scoring, results      exact scores of rows, and the answer with its diagnosis
-    coarse, flat          what proposes candidates: a FAISS index, or coordinates on a GPU
-    calibration           how many candidates a recall takes
-    candidates, planner   candidates rescored and checked; scan or candidates, and why
+    coarse, flat, devices what proposes candidates: a FAISS index, or coordinates on a GPU
+    calibration, missed   how many candidates a recall takes; how many answers a search has missed
+    pursuit, candidates   proposed, narrowed, rescored, checked, and gone on with; where that begins
+    planner               scan or candidates, and why
     manifest, reader      what makes a folder an index, and its parts put together
     coarse_build, build, index   how it is made, and the user's handle
 

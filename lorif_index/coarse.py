@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,19 @@ class NormAxis:
 
     mean: float
     unit: float
+
+    @classmethod
+    def from_json(cls, data: Any) -> NormAxis | None:
+        """From the manifest's [mean, unit], or null; ValueError or TypeError where it cannot be."""
+        if data is None:
+            return None
+        mean, unit = map(float, data)
+        if not (math.isfinite(mean) and 0 < unit < math.inf):
+            raise ValueError(f"an axis of {data}")
+        return cls(mean, unit)
+
+    def to_json(self) -> list[float]:
+        return [self.mean, self.unit]
 
     @classmethod
     def fit(cls, sample: np.ndarray) -> NormAxis | None:

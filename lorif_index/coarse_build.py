@@ -65,7 +65,7 @@ def make_coarse(reader: Reader, factory: str, stage: Stage) -> dict[str, Any]:
         raise ConfigError(f"coarse={factory!r} kept {len(coarse)} of {len(reader.store)} rows: choose another")
     fingerprint = reader.coarse_fingerprint(factory)
     info = coarse.save(reader.folder, coarse_name(fingerprint))
-    axis = None if coarse.axis is None else [coarse.axis.mean, coarse.axis.unit]
+    axis = None if coarse.axis is None else coarse.axis.to_json()
     return {"file": info.to_json(), "factory": factory, "fingerprint": fingerprint, "axis": axis}
 
 

@@ -111,8 +111,8 @@ class Reader:
             return None
         try:
             info, factory, stored = SealedInfo.from_json(entry["file"]), str(entry["factory"]), entry["fingerprint"]
-            axis = None if entry["axis"] is None else NormAxis(float(entry["axis"][0]), float(entry["axis"][1]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            axis = NormAxis.from_json(entry["axis"])
+        except (KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"the manifest's entry of the coarse index is damaged: {error!r}") from None
         expected = self.coarse_fingerprint(factory)
         if stored != expected or info.file != coarse_name(expected):

@@ -217,6 +217,16 @@ def test_beyond_the_size_of_a_quick_scan_candidates_are_chosen(
     assert everything.stats.exact and "no number of candidates" in everything.stats.plan
 
 
+def test_what_was_never_calibrated_is_a_guess_that_says_so(train: Any, query: Any, tmp_path: Path) -> None:
+    index = Index.build(tmp_path / "i", gradients=blocks(train), config=config(calibration_queries=0))
+    hits = index.search(query, k=10, exact=False)
+    assert "never calibrated" in hits.stats.plan and recall(hits.ids, index.scores(query)) > 0.95
+    alone = index.search(query, k=10, rescore=False)
+    assert np.isnan(alone.stats.estimated_recall)
+    index.calibrate(query)
+    assert "never calibrated" not in Index.open(tmp_path / "i").search(query, k=10, exact=False).stats.plan
+
+
 def test_only_the_coarse_code(train: Any, query: Any, tmp_path: Path) -> None:
     whole = Index.build(tmp_path / "w", gradients=blocks(train), config=config(store="coordinates", coordinate_bits=8))
     small = Index.build(tmp_path / "s", gradients=blocks(train), config=config(store="coarse"))
@@ -309,6 +319,17 @@ def test_a_stale_coarse_index_is_never_used(index: Index, query: Any, tmp_path: 
     data["coarse"]["fingerprint"] = stale._reader.coarse_fingerprint(data["coarse"]["factory"])
     manifest.write_text(json.dumps(data))
     with pytest.raises(FingerprintError):
+        Index.open(tmp_path / "copy").search(query, exact=False)
+
+
+@pytest.mark.parametrize("axis", [[1.0], [1.0, 0.0], ["a", 1.0], [float("inf"), 1.0], 3])
+def test_a_damaged_axis_is_refused(index: Index, query: Any, tmp_path: Path, axis: Any) -> None:
+    shutil.copytree(index.path, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["coarse"]["axis"] = axis
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(LorifError):
         Index.open(tmp_path / "copy").search(query, exact=False)
 
 
