@@ -13,6 +13,7 @@ import torch
 
 # Scores of so many (query, row) pairs are held at once.
 _PAIRS = 1 << 26
+_TINY = 1e-30
 
 
 class FlatSketch:
@@ -25,12 +26,14 @@ class FlatSketch:
     """
 
     def __init__(self, blocks: Iterable[torch.Tensor], count: int, dim: int, device: torch.device) -> None:
+        # Directions in half precision, and norms beside them: neither overflows, whatever the gradients' scale.
         self._rows = torch.empty(count, dim, dtype=torch.float16, device=device)
         self._norms = torch.empty(count, device=device)
         at = 0
         for block in blocks:
-            self._rows[at : at + len(block)] = block.to(device)
-            self._norms[at : at + len(block)] = block.norm(dim=1).to(device)
+            norms = block.norm(dim=1)
+            self._rows[at : at + len(block)] = (block / norms.clamp(min=_TINY)[:, None]).to(device)
+            self._norms[at : at + len(block)] = norms.to(device)
             at += len(block)
 
     @property
@@ -48,7 +51,8 @@ class FlatSketch:
             positions (q, count) int64, and scores (q, count) float32, falling.
         """
         queries = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(self._rows.device)
-        weights = tilt * queries.norm(dim=1, keepdim=True)
+        sizes = queries.norm(dim=1, keepdim=True)
+        queries = queries / sizes.clamp(min=_TINY)
         count = min(count, len(self))
         step = max(_PAIRS // max(len(queries), 1), count)
         best = torch.empty(len(queries), 0, device=self._rows.device)
@@ -56,9 +60,8 @@ class FlatSketch:
         for start in range(0, len(self), step):
             part = self._rows[start : start + step]
             # On a GPU the product itself sums halves in float32; elsewhere they are converted first.
-            scores = (queries.half() @ part.T).float() if part.is_cuda else queries @ part.float().T
-            if tilt:
-                scores.addmm_(weights, self._norms[start : start + len(part)][None])
+            cosines = (queries.half() @ part.T).float() if part.is_cuda else queries @ part.float().T
+            scores = cosines.add_(tilt).mul_(self._norms[start : start + len(part)]).mul_(sizes)
             places = torch.arange(start, start + len(part), device=part.device).expand_as(scores)
             best, where = torch.cat([best, scores], dim=1), torch.cat([where, places], dim=1)
             if best.shape[1] > count:

@@ -171,6 +171,10 @@ def test_large_rows_are_given_the_benefit_of_the_doubt(index: Index, query: Any)
         assert np.abs(scores - np.sort(expected, axis=1)[:, ::-1][:, :50]).max() < 2e-3 * largest
         positions, scores = coarse.search(asked, N, tilt)
         assert np.corrcoef(scores.ravel(), np.take_along_axis(expected, positions, 1).ravel())[0, 1] > 0.9
+    # Scales beyond those of half precision.
+    for scale in (1e-7, 1e7):
+        far = FlatSketch([torch.from_numpy(scale * z)], N, z.shape[1], torch.device("cpu"))
+        assert np.array_equal(far.search(asked, 50, 0.05)[0], flat.search(asked, 50, 0.05)[0])
     tilts = [index._reader.candidates.calibration.orders[s].tilt for s in ("proponents", "opponents")]  # type: ignore[union-attr]
     assert all(t in TILTS for t in tilts)
 
