@@ -2,7 +2,7 @@
 
 In float32, so that only the reduction counts: all half-whitened coordinates, PCA to k of them, each layer's own
 eigenvectors, a subsampled randomised Hadamard rotation, and PCA of gradients that were half-whitened with the
-complement too. Exact answers are those of indexes that rescore from both representations, at c = 1 and c = 4.
+complement too; and what a tilt by the rows' norms changes. Exact answers are those of indexes that rescore from both representations, at c = 1 and c = 4.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from bench.scale_data import FOLDER, Dense, gradients
 from bench.scale_index import FULL_RANK, derived, full_index
 from bench.search_at_scale import asked
 from lorif_index import Index
+from lorif_index.coarse import tilted
+from lorif_index.coarse_build import TILTS
 from lorif_index.damping import as_damping
 
 Whiten = Callable[[torch.Tensor], torch.Tensor]
@@ -117,6 +119,27 @@ def main() -> None:
                 results.append({"sketch": name, "sign": word, "rescored from": f"both, {stored}", **found})
         print(results[-4]["sketch"], results[-4]["k=100"], flush=True)
 
+    def note_tilted(name: str, x: torch.Tensor, z: torch.Tensor) -> None:
+        """The best tilt for one half of the queries, and what it needs on the other half."""
+        half, approximate, norms = count // 2, (x @ z.T).numpy(), z.norm(dim=1).numpy()
+
+        def depths(tilt: float, part: slice, sign: int, scores: np.ndarray) -> dict[str, dict[str, int]]:
+            order = tilted(sign * approximate[part], x[part].numpy(), norms, tilt)
+            return {f"k={k}": needed(order, sign * scores[part], k) for k in (10, 100)}
+
+        for sign, word in ((1, "proponents"), (-1, "opponents")):
+            for stored, scores in exact.items():
+                found = [depths(tilt, slice(0, half), sign, scores) for tilt in TILTS]
+                costs = [sum(np.log(at["0.99"]) for at in each.values()) for each in found]
+                for tilt in (0.0, TILTS[int(np.argmin(costs))]):
+                    row = {
+                        "sketch": f"{name}, other half, tilt {tilt}",
+                        "sign": word,
+                        "rescored from": f"both, {stored}",
+                    }
+                    results.append(row | depths(tilt, slice(half, None), sign, scores))
+                print(results[-1], flush=True)
+
     e, xe = chunks(dense, inside), inside(flat)
     note(f"all {e.shape[1]:,} coordinates", xe, e)
     fitting = e[: n // 2]
@@ -125,6 +148,7 @@ def main() -> None:
     order = torch.argsort(shares, descending=True, stable=True)
     for k in ks:
         note(f"PCA, k={k}", xe @ directions[:, :k], e @ directions[:, :k])
+        note_tilted(f"PCA, k={k}", xe @ directions[:, :k], e @ directions[:, :k])
         note(f"per layer, k={k}", xe[:, order[:k]], e[:, order[:k]])
         turn = hadamard(e.shape[1], k, 0)
         note(f"Hadamard, k={k}", turn(xe), torch.cat([turn(part) for part in e.split(500)]))
