@@ -2,7 +2,8 @@
 
 In float32, so that only the reduction counts: all half-whitened coordinates, PCA to k of them, each layer's own
 eigenvectors, a subsampled randomised Hadamard rotation, and PCA of gradients that were half-whitened with the
-complement too; and what a tilt by the rows' norms changes. Exact answers are those of indexes that rescore from both representations, at c = 1 and c = 4.
+complement too; and what a tilt by the rows' norms changes. Exact answers are those of indexes that rescore from both
+representations, at c = 1 and c = 4.
 """
 
 from __future__ import annotations
