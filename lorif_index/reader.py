@@ -82,8 +82,7 @@ class Reader:
             raise CorruptionError(f"{folder} has no curvature in its manifest: restore it from a copy")
         self.curvature = FittedCurvature(folder, manifest.curvature, self.specs, manifest.curvature_layers)
         self._coarse_file: SealedFile | None = None
-        self._policy: Damping | None = None
-        self._preconditioners: dict[str, Preconditioner] = {}
+        self._kept: tuple[Damping, dict[str, Preconditioner]] | None = None
 
     @cached_property
     def sketch(self) -> Sketch | None:
@@ -162,9 +161,11 @@ class Reader:
 
     def preconditioners(self, chosen: Iterable[str], policy: Damping) -> dict[str, Preconditioner]:
         """H^-1 of some layers under a damping policy; those of the last policy are kept."""
-        if self._policy != policy:
-            self._policy, self._preconditioners = policy, {}
-        made = self._preconditioners
+        # One assignment, so that searches in several threads never mix two policies.
+        kept = self._kept
+        if kept is None or kept[0] != policy:
+            kept = self._kept = (policy, {})
+        made = kept[1]
         for name in chosen:
             if name not in made:
                 made[name] = Preconditioner.of(name, self.curvature[name], policy, self.config.complement)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,24 @@ def test_another_damping_still_works_and_the_estimate_knows(index: Index, query:
         got = recall(hits.ids, scores)
         assert got >= 0.95 or hits.stats.estimated_recall < got + 0.05
         assert "calibrated under" in hits.stats.plan
+
+
+def test_searches_in_several_threads_do_not_mix(index: Index, query: Any) -> None:
+    """Dampings, signs and ways, all at once in one opened index: each answer is the one it would be alone."""
+    asks = [
+        {"damping": damping, "opponents": opponents, "exact": exact}
+        for damping in (0.01, 0.1, 1.0)
+        for opponents in (False, True)
+        for exact in (False, True)
+    ]
+    parts = [{name: g[i : i + 3] for name, g in query.items()} for i in range(0, 12, 3)]
+    jobs = [(part, ask) for ask in asks for part in parts]
+    alone = [index.search(part, k=5, **ask) for part, ask in jobs]
+    opened = Index.open(index.path)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: opened.search(job[0], k=5, **job[1]), jobs))
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one.ids, other.ids) and np.allclose(one.scores, other.scores, rtol=1e-5)
 
 
 def test_layer_subsets_scan_and_say_so(index: Index, query: Any) -> None:
