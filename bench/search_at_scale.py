@@ -232,9 +232,15 @@ def main() -> None:
         queries={"type": int, "default": 100},
         synthetic={"type": int, "default": 10_000_000},
         steps={"type": int, "default": 2000},
+        first={
+            "type": int,
+            "default": 0,
+            "help": "the first query of each source: others than settings were chosen by",
+        },
+        recall_only={"action": "store_true", "help": "recall at every size and no times; kept apart"},
     )
-    folder, most, steps, sizes, count, fake = (
-        FOLDER, None, parsed.steps, sorted(parsed.sizes), parsed.queries, parsed.synthetic,
+    first, folder, most, steps, sizes, count, fake = (
+        parsed.first, FOLDER, None, parsed.steps, sorted(parsed.sizes), parsed.queries, parsed.synthetic,
     )  # fmt: skip
     peer_rows, published_rows, singles, repeats, settings = 100_000, 20_000, 100, 5, {}
     if parsed.smoke:
@@ -242,7 +248,7 @@ def main() -> None:
         peer_rows, published_rows, singles, repeats = 1200, 256, 4, 1
         settings = {"curvature_rank": 32, "sketch_dim": 64, "curvature_sample": 600, "calibration_queries": 8}
         shutil.rmtree(folder, ignore_errors=True)
-    queries = {s: asked(s, 1000 if s == "held-out" and not most else count, steps, folder, most) for s in SOURCES}
+    queries = {s: asked(s, count if most else 1000, steps, folder, most) for s in SOURCES}
     whole = full_index(sizes[-1], steps, folder, most, settings)
     result: dict[str, Any] = {"sizes": sizes, "queries": count, "indexes": []}
     for n in sizes:
@@ -257,15 +263,22 @@ def main() -> None:
             }
             last = n == sizes[-1]
             for source in SOURCES:
-                mine = some(queries[source], 0, count)
-                truth = answers(index, mine, 100, index.path / f"answers-{source}.npz")
+                mine = some(queries[source], first, first + count)
+                truth = answers(index, mine, 100, index.path / f"answers-{source}-{first}.npz")
                 targets, ks = (TARGETS, KS) if last else (TARGETS[-1:], KS[1:])
                 entry[f"recall_{source}"] = [r for s in SIGNS for r in recalls(index, mine, truth, targets, ks, s)]
+            if parsed.recall_only:
+                result["indexes"].append(entry)
+                continue
             entry |= latency(index, queries["held-out"], min(singles, count), repeats)
             if last:
                 entry["batches"] = batches(index, queries["held-out"], (1, 4, 16, 32, 64, 128, 256, 512, 1000))
             result["indexes"].append(entry)
             print(f"n={n:,} c={rank}: done", flush=True)
+    if parsed.recall_only:
+        show_recall(result)
+        keep("recall_at_scale", result | {"first": first}, parsed)
+        return
     middle = derived(whole, 1, min(sizes, key=lambda n: abs(n - peer_rows)))
     result["dampings"] = dampings(middle, some(queries["held-out"], 0, count))
     dense = gradients("train", len(middle), steps, folder, most)
@@ -317,15 +330,8 @@ def show(result: dict[str, Any]) -> None:
             ]
         )
     table(rows)
+    show_recall(result)
     for e in result["indexes"]:
-        for source in SOURCES:
-            for r in e.get(f"recall_{source}", []):
-                if "batches" in e:
-                    print(
-                        f"n={e['n']:,} c={e['rank']} {source} {r['sign']} k={r['k']} asked {r['target']}: "
-                        f"{r['recall']:.4f} (estimated {r['estimated']:.4f}), {r['candidates']:.0f} rescored, "
-                        f"{r['ms']:.1f} ms; by itself: {r['planned']}"
-                    )
         for b in e.get("batches", []):
             print(f"n={e['n']:,} c={e['rank']} batch {b['batch']}: {b['ms_per_query']:.2f} ms a query")
     for r in result["dampings"]:
@@ -333,6 +339,17 @@ def show(result: dict[str, Any]) -> None:
         print(f"damping {r['damping']}: {found}, {r['candidates']:.0f} rescored")
     for name in ("flat", "published", "ours_there", "synthetic", "growth_c1", "growth_c4"):
         print(name, result[name])
+
+
+def show_recall(result: dict[str, Any]) -> None:
+    for e in result["indexes"]:
+        for source in SOURCES:
+            for r in e[f"recall_{source}"]:
+                print(
+                    f"n={e['n']:,} c={e['rank']} {source} {r['sign']} k={r['k']} asked {r['target']}: "
+                    f"{r['recall']:.4f} (estimated {r['estimated']:.4f}), {r['candidates']:.0f} rescored, "
+                    f"{r['ms']:.1f} ms; by itself: {r['planned']}"
+                )
 
 
 def plots(result: dict[str, Any], folder: Path) -> None:
