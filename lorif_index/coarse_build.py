@@ -33,6 +33,8 @@ from .sketch import Sketch, fit_sketch, sketch_method
 from .store import Store
 
 _TILT_QUERIES = 32
+# Calibration queries searched for together: bounds memory.
+_TOGETHER = 128
 TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 """Tilts that calibration chooses from."""
 
@@ -180,6 +182,8 @@ def _best_tilt(search: CandidateSearch, question: Question, answers: np.ndarray,
 
 def _places(order: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """(m,) where each of some positions stands in an order of positions; its length where it is not there."""
+    if not len(order):
+        return np.zeros(len(wanted), dtype=np.int64)
     by_position = np.argsort(order, kind="stable")
     ranked = order[by_position]
     at = np.minimum(np.searchsorted(ranked, wanted), len(order) - 1)
@@ -221,10 +225,15 @@ def _corrected(
                 # Beyond what was followed: there a search takes all that it may.
                 continue
             counts = search.counts_by(orders, k, recall)
-            found = search.trial(question, k, largest=largest, counts=counts, tilt=orders.tilt, without=own)
-            kept = [len(np.intersect1d(row, answer[:k])) for row, answer in zip(found.positions, answers, strict=True)]
-            estimated.append(1.0 - found.recall)
-            real.append(1.0 - np.array(kept) / k)
+            for start in range(0, question.count, _TOGETHER):
+                part = slice(start, start + _TOGETHER)
+                found = search.trial(
+                    question.some(part), k, largest=largest, counts=counts, tilt=orders.tilt, without=own[part]
+                )
+                pairs = zip(found.positions, answers[part], strict=True)
+                kept = [len(np.intersect1d(row, answer[:k])) for row, answer in pairs]
+                estimated.append(1.0 - found.recall)
+                real.append(1.0 - np.array(kept) / k)
         if estimated:
             # Where a group lost nothing, it could not have shown less than half an answer.
             least = 0.5 / (k * question.count)
