@@ -4,15 +4,17 @@ The stages, one module each, in the order in which data flows through them:
 
     data, losses          batches and per-example losses
     layers, capture       per-example projected gradients of a model's linear maps
-    projection            the random projections they are taken in
+    projection            the projections they are taken in: random, or learnt
     gradients, sources    gradients as values, from a model or handed over; spool keeps them for several passes
     factors               rank-c factors
-    subspace, curvature   low-rank second moment per layer, by streamed randomised SVD
+    probes                rows that estimate the Gauss-Newton matrix
+    subspace              leading eigenpairs of streamed rows, which give
+    eigenbases, curvature the learnt projections, and each layer's low-rank curvature
     sketch, codes         k half-whitened coordinates of all layers together, in few bits
     rows                  how factors and codes of one example lie
     sealed, shards, store immutable HDF5 files, streamed and gathered
     resident              the rows on the device that scores them
-    fitted                the files of curvature, sketch and calibration queries
+    fitted                the files of projections, curvature, sketch and calibration queries
     damping, query        the Woodbury-preconditioned query transform
     scoring, results      exact scores of rows, and the answer with its diagnosis
     coarse, flat, devices what proposes candidates: a FAISS index, or coordinates on a GPU
@@ -31,7 +33,7 @@ from .config import BuildConfig, CurvatureRows, LayerSelection
 from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping, ReleaseDamping
 from .errors import LorifError
 from .index import Index
-from .losses import default_loss
+from .losses import CrossEntropy, default_loss
 from .progress import ProgressEvent
 from .results import Hits, SearchStats
 from .version import VERSION
@@ -41,6 +43,7 @@ __version__ = VERSION
 __all__ = [
     "AbsoluteDamping",
     "BuildConfig",
+    "CrossEntropy",
     "CurvatureRows",
     "Damping",
     "Hits",

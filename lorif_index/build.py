@@ -1,8 +1,8 @@
 """Build: fit what is shared on a sample, then one pass over the data encodes each example once.
 
-The stages, each of which leaves its result sealed, so that the same call goes on after an interruption: sample ->
-curvature -> sketch -> encode -> coarse -> calibrate -> manifest. The published recipe fits the curvature last, from
-all stored factors; where rows hold factors alone, the sketch is of them and is fitted after them.
+The stages, each of which leaves its result sealed, so that the same call goes on after an interruption: projections ->
+sample -> curvature -> sketch -> encode -> coarse -> calibrate -> manifest. The published recipe fits the curvature
+last, from all stored factors; where rows hold factors alone, the sketch is of them and is fitted after them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import resource
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,17 +21,27 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import eigenbases
 from .coarse import default_factory, faiss_is_installed, load_faiss
 from .coarse_build import calibrate, make_coarse, new_sketch, sketch_of_factors
 from .config import BuildConfig, CurvatureRows
 from .curvature import LayerCurvature, RowPass, fit_curvature
-from .data import as_source
+from .data import ExampleSource, as_source
 from .errors import ConfigError, CorruptionError, DataError, IndexExistsError, NonFiniteError
 from .factors import factorise
-from .fitted import FittedCurvature, load_sketch, save_curvature, save_queries, save_sketch
+from .fitted import (
+    FittedCurvature,
+    FittedProjections,
+    load_sketch,
+    save_curvature,
+    save_projections,
+    save_queries,
+    save_sketch,
+)
 from .gradients import GradientBlock, GradientSource, LayerGradient
-from .losses import PerExample
+from .losses import LogitsOf, PerExample, default_loss, logits_of
 from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, read_manifest, spec_to_json
+from .probes import Probes
 from .progress import Reporter
 from .projection import ALGORITHM, Projections, keyed_generator
 from .query import Preconditioner
@@ -42,6 +53,7 @@ from .sources import (
     GivenGradients,
     ModelCapture,
     ModelGradients,
+    ProbedGradients,
     Rewound,
     curvature_source,
     finite_blocks,
@@ -141,18 +153,23 @@ class _Build:
     ) -> None:
         self.path, self.config, self.loss, self.reporter, self.stack = path, config, loss, reporter, stack
         self.capture: ModelCapture | None = None
+        self.examples: ExampleSource | None = None
         for leftover in path.glob(f"{SPOOL_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        if isinstance(curvature, str):
+            config = self.config = dataclasses.replace(config, curvature=curvature)
+            curvature = None
         self.curvature = (
             curvature if isinstance(curvature, CurvatureRows) or curvature is None else CurvatureRows(curvature)
         )
+        self.logits = self._logits_for_ggn(gradients is None)
         fingerprint: dict[str, Any]
         self.source: GradientSource
         if gradients is None:
             if model is None:
                 raise DataError("data= needs a model= to take gradients of")
             # Everything is checked, and the first batch taken, before a folder is made.
-            examples = as_source(data, config.batch_size)
+            examples = self.examples = as_source(data, config.batch_size)
             self.capture = ModelCapture(model, config)
             self.specs, self.projections = self.capture.specs, self.capture.projections
             self.source = ModelGradients(self.capture.capture(loss), examples)
@@ -178,14 +195,52 @@ class _Build:
             "projection": ALGORITHM,
             "layers": [spec_to_json(spec) for spec in self.specs.values()],
             "config": {k: v for k, v in config.to_json().items() if k not in _FREE_SETTINGS},
-            "curvature": "given" if curvature is not None else config.curvature_rows,
+            "curvature": self.curvature_kind,
         }
         self.manifest = self._begin(
             Manifest(fingerprint, config.to_json(), list(self.specs.values()), metadata=metadata)
         )
+        self._load_projections()
         self._sampled: tuple[RowPass, int] | None = None
         self._spool: Spool | None = None
         self._vanished = 0
+
+    def _logits_for_ggn(self, from_model: bool) -> LogitsOf | None:
+        """How probes find the logits; None where the curvature is something else.
+
+        Raises:
+            ConfigError: the GGN was asked for by name, and cannot be had.
+        """
+        wanted = self.config.curvature
+        if self.curvature is not None or self.config.curvature_rows == "factors" or wanted == "empirical":
+            return None
+        if not from_model:
+            if wanted == "ggn":
+                raise ConfigError(
+                    "curvature='ggn' needs the model's logits, and the index is built from gradients: pass the "
+                    "curvature's rows as curvature=CurvatureRows(...)"
+                )
+            return None
+        logits = logits_of(default_loss if self.loss is None else self.loss)
+        if logits is None:
+            trouble = (
+                f"the loss {loss_name(self.loss)!r} does not say which logits it is the cross-entropy of (give it an "
+                "attribute `logits`, or use CrossEntropy)"
+            )
+            if wanted == "ggn":
+                raise ConfigError(f"curvature='ggn': {trouble}, or pass curvature='empirical'")
+            warnings.warn(
+                f"{trouble}, so the curvature is the empirical one; curvature='empirical' says that this is meant",
+                stacklevel=5,
+            )
+        return logits
+
+    @property
+    def curvature_kind(self) -> str:
+        """What the curvature's rows are: "given", "ggn", "factors" (of everything stored) or "sample" (gradients)."""
+        if self.curvature is not None:
+            return "given"
+        return "ggn" if self.logits is not None else self.config.curvature_rows
 
     def _begin(self, fresh: Manifest) -> Manifest:
         """The unfinished manifest in the folder if it is of this very build, else a new one."""
@@ -200,6 +255,7 @@ class _Build:
                     "finish it with what it was begun with, or delete the folder to begin anew",
                 )
                 fresh.shards, fresh.skipped = found.shards, found.skipped
+                fresh.projections = found.projections
                 fresh.curvature, fresh.curvature_layers = found.curvature, found.curvature_layers
                 fresh.stored, fresh.sketch = found.stored, found.sketch
                 if found.config.get("calibration_queries") == fresh.config["calibration_queries"]:
@@ -216,7 +272,7 @@ class _Build:
         """Removes what an interrupted run left unsealed; only names that a build gives."""
         known = {shard.sealed.file for shard in manifest.shards}
         known |= {manifest.curvature.file} if manifest.curvature else set()
-        known |= {e["file"]["file"] for e in (manifest.sketch, manifest.coarse, manifest.queries) if e is not None}
+        known |= {e["file"]["file"] for e in manifest.side_files()}
         for item in self.path.iterdir():
             if item.suffix == ".part" or (item.suffix in (".h5", ".faiss") and item.name not in known):
                 item.unlink()
@@ -231,6 +287,8 @@ class _Build:
 
     def run(self) -> None:
         late = self.config.curvature_rows == "factors" and self.curvature is None
+        if self.config.projection == "eigen" and self.manifest.projections is None:
+            self._fit_projections()
         if self.manifest.curvature is None and not late:
             self._fit_from_rows()
         if self.manifest.stored is None:
@@ -243,6 +301,39 @@ class _Build:
             self._fit_from_factors()
         self._add_coarse()
         self._finish()
+
+    def _fit_projections(self) -> None:
+        """Learns the projections that the first pass of the sample tells."""
+        ids = np.sort(self._shuffled()[: min(self.config.curvature_sample, eigenbases.SAMPLE)])
+        layers = self.capture.layers if self.capture is not None else []
+        sides = eigenbases.fitted_sides(self.specs, layers)
+        if not sides:
+            return
+        if isinstance(self.source, GivenGradients):
+            source = self.source
+            walk = eigenbases.walk_gradients(lambda: source.given(ids), sides)
+        else:
+            walk = self._walk_sides(ids)
+        with self.reporter.stage("projections") as stage:
+            found = eigenbases.fit_eigenbases(walk, self.specs, sides, self.config.seed, self._device(), stage)
+        self.manifest.projections = save_projections(self.path, found, self.specs)
+        self.manifest.write(self.path, BUILDING)
+        self._load_projections()
+
+    def _walk_sides(self, ids: np.ndarray) -> eigenbases.Walk:
+        capture = self.capture
+        if capture is None or self.examples is None:
+            raise DataError("projections are learnt from a model's passes, and there is no model")
+        loss = default_loss if self.loss is None else self.loss
+        return eigenbases.walk_model(
+            capture.model, capture.layers, self.specs, loss, self.config.autocast, self.examples, ids
+        )
+
+    def _load_projections(self) -> None:
+        if self.manifest.projections is not None:
+            learnt = FittedProjections(self.path, self.manifest.projections, self.specs)
+            self.stack.callback(learnt.file.close)
+            self.projections.use(learnt)
 
     def _decide_representation(self) -> str:
         """What rows will hold. Where factors lose next to nothing, the coordinates' rounding would only make scores
@@ -276,20 +367,23 @@ class _Build:
         return self._sampled
 
     def _walkable(
-        self, source: GradientSource, wanted: np.ndarray, everything: bool
+        self, source: GradientSource, wanted: np.ndarray, everything: bool, *, each: int = 1
     ) -> tuple[RowPass, int, Spool | None, list[int]]:
-        """Some rows of a source for several walks, kept on disk meanwhile where they fit; ids of what was skipped."""
+        """Some rows of a source, `each` an example, for several walks, kept on disk meanwhile where they fit; and the
+        ids of what was skipped."""
         skipped: list[int] = []
 
         def walk() -> Iterator[GradientBlock]:
             skipped.clear()
             return finite_blocks(source.sample(wanted), self.config.on_nonfinite, skipped)
 
-        need = len(wanted) * sum(spec.dim for spec in self.specs.values()) * 4
+        need = len(wanted) * each * sum(spec.dim for spec in self.specs.values()) * 4
         # Given gradients are there to be walked again; a part of them is found faster in a copy.
         if need > self.config.spool_bytes or (everything and isinstance(source, GivenGradients)):
             return walk, sum(block.count for block in walk()), None, skipped
-        with self.reporter.stage("sample", len(wanted)) as stage:
+        with self.reporter.stage(
+            "sample" if each == 1 and source is self.source else "rows", len(wanted) * each
+        ) as stage:
             spool = Spool(self.path, _told(walk(), stage.advance))
         self.stack.callback(spool.close)
         return spool.blocks, spool.count, spool, list(skipped)
@@ -297,12 +391,18 @@ class _Build:
     def _fit_from_rows(self) -> None:
         """Curvature from the user's rows, or from unfactored gradients of a random sample."""
         per_example = 1
+        spool: Spool | None = None
         if self.curvature is not None:
             per_example = self.curvature.rows_per_example
             source, copy = curvature_source(self.curvature, self.capture, self.loss, self.projections, self.path)
             if copy is not None:
                 self.stack.callback(copy.close)
-            rows, count, _, _ = self._walkable(source, np.arange(source.count, dtype=np.int64), True)
+            rows, count, spool, _ = self._walkable(source, np.arange(source.count, dtype=np.int64), True)
+        elif self.logits is not None and self.capture is not None and self.examples is not None:
+            probes = Probes(self.logits, self.config.probes, self.config.seed)
+            probed = ProbedGradients(self.capture.capture(self.loss), self.examples, probes)
+            rows, count, spool, _ = self._walkable(probed, self._sample_ids(), False, each=probes.each)
+            per_example = probes.rows_per_example
         else:
             rows, count = self._sample()
         with self.reporter.stage("curvature") as stage:
@@ -317,6 +417,8 @@ class _Build:
                 stage=stage,
                 device=self._device(),
             )
+        if spool is not None:
+            spool.close()
         self._keep(fitted)
 
     def _fit_sketch(self) -> None:

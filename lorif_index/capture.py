@@ -8,7 +8,7 @@ so that no parameter-sized gradient is ever formed, and the backward pass skips 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,23 +89,49 @@ class Capture:
             CaptureError: rows that cannot be mapped to examples, examples that depend on each other, a layer without
                 gradient; each names the module.
         """
+        (block,) = self._run(ids, batch, self._function, require_all)
+        return block
+
+    def several(self, ids: np.ndarray, batch: Batch, functions: PerExample) -> list[GradientBlock]:
+        """Gradients of several functions of the same batch, from one forward pass and a backward pass each.
+
+        Args:
+            ids, batch: as in `gradients`.
+            functions: functions(model, batch) -> (rows, n).
+
+        Returns:
+            one block a row; raises as `gradients` does.
+        """
+        return self._run(ids, batch, functions, False)
+
+    def look(self, batch: Batch, function: Callable[[nn.Module, Any], None]) -> None:
+        """Calls function(model, batch) as the passes do: on the model's device, in eval mode, left as it was found."""
+        with _left_as_found(self._model), self._casting():
+            function(self._model, to_device(batch, self.device))
+
+    def _run(self, ids: np.ndarray, batch: Batch, functions: PerExample, require_all: bool) -> list[GradientBlock]:
         batch = to_device(batch, self.device)
         self._n = batch_count(batch)
         if self._n != len(ids):
             raise CaptureError(f"the batch holds {self._n} examples where {len(ids)} were expected")
-        self._sums = {layer.name: _Sum() for layer in self._layers}
+        blocks = []
         self._called = set()
         try:
             with self._hooked():
-                losses = self._losses(batch)
+                rows = self._losses(batch, functions)
                 if not self._isolated and self._n > 1:
-                    self._check_isolation(losses)
+                    self._sums = {layer.name: _Sum() for layer in self._layers}
+                    self._check_isolation(rows.sum(dim=0))
                 self._active = True
-                if losses.requires_grad:
-                    (losses.sum() * self._scale).backward()
-            if require_all:
-                self._check_reached(losses)
-            return GradientBlock(ids, {layer.name: self._result(layer.name) for layer in self._layers})
+                for number, row in enumerate(rows):
+                    self._sums = {layer.name: _Sum() for layer in self._layers}
+                    if row.requires_grad:
+                        (row.sum() * self._scale).backward(retain_graph=number + 1 < len(rows))
+                    if require_all:
+                        self._check_reached(row)
+                    results = {layer.name: self._result(layer.name) for layer in self._layers}
+                    blocks.append(GradientBlock(ids, results))
+            return blocks
         finally:
             self._active = False
             self._probing = None
@@ -125,19 +151,24 @@ class Capture:
                     stack.callback(handle.remove)
             yield
 
-    def _losses(self, batch: Batch) -> torch.Tensor:
+    def _casting(self) -> AbstractContextManager[Any]:
         if self._autocast is None:
-            losses = self._function(self._model, batch)
-        else:
-            with torch.autocast(self.device.type, dtype=getattr(torch, self._autocast)):
-                losses = self._function(self._model, batch)
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self._autocast))
+
+    def _losses(self, batch: Batch, functions: PerExample) -> torch.Tensor:
+        """(rows, n)."""
+        with self._casting():
+            losses = functions(self._model, batch)
+        if isinstance(losses, torch.Tensor) and losses.ndim == 2 and functions is not self._function:
+            return losses
         if not isinstance(losses, torch.Tensor) or losses.ndim != 1 or losses.shape[0] != self._n:
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise CaptureError(
                 f"the loss must give one value per example, shape ({self._n},), but gave {got}: "
                 "leave its examples unreduced (reduction='none') and sum over positions only"
             )
-        return losses
+        return losses.unsqueeze(0)
 
     def _forward_hook(self, layer: str, use: Use) -> Callable[..., torch.Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:

@@ -13,6 +13,8 @@ from .damping import Damping, PaperDamping, RelativeDamping, as_damping, damping
 from .errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
+PROJECTIONS = ("eigen", "random")
+CURVATURES = ("auto", "ggn", "empirical")
 STORES = ("both", "factors", "coordinates", "coarse")
 
 
@@ -102,7 +104,12 @@ class BuildConfig:
             width: an int; a fraction of the width (0 < f < 1), such as 1/16; None for no projection; "auto" is 1/16
             for a model's gradients and no projection for gradients handed over by the user.
         projection_floor: the least width that a fraction may give (small models lose too much below it).
+        projection: "eigen": each side's leading eigenvectors, learnt from a sample; "random": random signs, which need
+            no pass over data.
         rank: c, the number of factor pairs kept per example and layer; None keeps the full rank.
+        curvature: what the curvature is the second moment of. "ggn": rows that estimate the Gauss-Newton matrix, for a
+            loss that says where its logits are; "empirical": the gradients themselves; "auto": "ggn" where it can be.
+        probes: random rows an example of the "ggn"; None: exact rows for a prediction among few classes, else 1.
         curvature_rank: r, the number of curvature directions kept per layer; None keeps all.
         curvature_rows: "sample" fits the curvature on unfactored gradients of a random sample; "factors" on all stored
             factors, after they were written (the published order).
@@ -135,7 +142,10 @@ class BuildConfig:
 
     projection_dim: int | float | Fraction | str | None = "auto"
     projection_floor: int = 32
+    projection: str = "eigen"
     rank: int | None = 1
+    curvature: str = "auto"
+    probes: int | None = None
     curvature_rank: int | None = 512
     curvature_rows: str = "sample"
     curvature_sample: int = 10_000
@@ -178,6 +188,8 @@ class BuildConfig:
             if value is not None and (not _is_int(value) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, or None for the full rank, got {value!r}")
         for name, allowed in (
+            ("projection", PROJECTIONS),
+            ("curvature", CURVATURES),
             ("curvature_rows", ("sample", "factors")),
             ("complement", ("tail-corrected", "truncated")),
             ("store", STORES),
@@ -193,6 +205,13 @@ class BuildConfig:
             raise ConfigError(f"coarse must be a faiss.index_factory string, 'auto' or None, got {self.coarse!r}")
         if self.store == "coarse" and self.coarse is None:
             raise ConfigError("store='coarse' keeps the coarse code alone, but coarse=None leaves it out")
+        if self.probes is not None and (not _is_int(self.probes) or self.probes < 1):
+            raise ConfigError(f"probes must be an integer of at least 1, or None for the default, got {self.probes!r}")
+        if self.curvature_rows == "factors" and self.curvature == "ggn":
+            raise ConfigError(
+                "curvature='ggn' needs rows of its own, and curvature_rows='factors' takes the stored gradients: pass "
+                "curvature_rows='sample', or curvature='empirical'"
+            )
         if self.curvature_rows == "factors" and self.store != "factors":
             raise ConfigError(
                 f"curvature_rows='factors' fits the curvature after everything was stored, and store={self.store!r} "
@@ -221,6 +240,8 @@ class BuildConfig:
         recipe: dict[str, Any] = {
             "projection_dim": 1 / 16,
             "projection_floor": 1,
+            "projection": "random",
+            "curvature": "empirical",
             "rank": 1,
             "curvature_rank": 2048,
             "curvature_rows": "factors",

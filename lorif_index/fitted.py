@@ -1,4 +1,4 @@
-"""Fitted curvature and sketch on disk: written once, loaded when a search first needs them."""
+"""Fitted projections, curvature and sketch on disk: written once, loaded when a search first needs them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,59 @@ from .sealed import SealedFile, SealedInfo, write_sealed
 from .sketch import LayerSketch, Sketch
 
 FILE = "curvature.h5"
+PROJECTIONS_FILE = "projections.h5"
 SKETCH_FILE = "sketch.h5"
 QUERIES_FILE = "calibration.h5"
+
+
+def save_projections(
+    folder: Path, learnt: Mapping[tuple[str, str], torch.Tensor], specs: Mapping[str, LayerSpec]
+) -> dict[str, Any]:
+    """Writes `in_<i>`, `out_<i>` (width, d) float32 of the learnt sides of layer number i; what the manifest keeps."""
+    arrays: dict[str, np.ndarray] = {}
+    sides = []
+    for i, name in enumerate(specs):
+        for side in ("in", "out"):
+            if (name, side) in learnt:
+                arrays[f"{side}_{i}"] = learnt[name, side].numpy()
+                sides.append([i, side])
+    return {"file": write_sealed(folder, PROJECTIONS_FILE, arrays, {}).to_json(), "sides": sides}
+
+
+class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
+    """The learnt projections of an index, (layer, side) -> (width, d); the digest is checked before the first use.
+
+    Raises:
+        CorruptionError: the manifest's entry is damaged.
+    """
+
+    def __init__(self, folder: Path, facts: Any, specs: Mapping[str, LayerSpec]) -> None:
+        names = list(specs)
+        try:
+            self.file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
+            self._numbers = {(names[int(i)], str(side)): int(i) for i, side in facts["sides"]}
+            if any(i < 0 for i in self._numbers.values()) or {s for _, s in self._numbers} - {"in", "out"}:
+                raise ValueError(f"sides {facts['sides']!r}")
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CorruptionError(f"the manifest's entry of the projections is damaged: {error!r}") from None
+        self._specs = specs
+        self._checked = False
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: tuple[str, str]) -> torch.Tensor:
+        number, spec = self._numbers[key], self._specs[key[0]]
+        shape = (spec.width_in, spec.d_in) if key[1] == "in" else (spec.width_out, spec.d_out)
+        with self._lock:
+            if not self._checked:
+                self.file.verify()
+                self._checked = True
+            return torch.from_numpy(self.file.read_array(f"{key[1]}_{number}", shape, "<f4"))
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 def save_curvature(folder: Path, fitted: Mapping[str, LayerCurvature]) -> tuple[SealedInfo, list[dict[str, Any]]]:

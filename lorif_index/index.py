@@ -50,7 +50,7 @@ class Index:
         self._path = path
         self._device = search_device(device)
         self._use(Reader(path, manifest, device=self._device))
-        self._projections = Projections(self._specs, self._config.seed)
+        self._projections = Projections(self._specs, self._config.seed, self._reader.projections)
         self._model = model
         self._loss = loss
 
@@ -86,8 +86,8 @@ class Index:
                 pairs {layer: ((n, d_in, m), (n, d_out, m))}. An iterator that is used up by one walk is kept on disk
                 meanwhile.
             loss: loss(model, batch) -> (n,) per-example losses; default `default_loss`.
-            curvature: rows to fit the curvature from, of the same forms as data or gradients, or a `CurvatureRows`;
-                default: gradients of a random sample of the data.
+            curvature: "ggn" or "empirical" (see `BuildConfig.curvature`), or rows to fit it from, of the same forms as
+                data or gradients, or a `CurvatureRows`; default: what the config says, on a random sample of the data.
             config: the choices; `BuildConfig()` by default.
             metadata: a dict of plain JSON values, kept in the manifest.
             progress: True or False for bars on stderr, None for bars on a terminal, or a callable that gets every
@@ -576,7 +576,9 @@ class Index:
                 f"the index was built with loss {built_with!r}: Index.open(path, model=..., loss={built_with})"
             )
         config = self._query_config()
-        capture = ModelCapture(self._model, config).capture(self._loss if measure is None else measure)
+        capture = ModelCapture(self._model, config, self._projections).capture(
+            self._loss if measure is None else measure
+        )
         for ids, batch in _query_batches(query, config.batch_size):
             block = capture.gradients(ids, batch)
             if measure is not None:

@@ -15,9 +15,10 @@ from .sealed import SealedInfo, sync_folder
 from .shards import ShardInfo
 
 FORMAT = "lorif-index"
-FORMAT_VERSION = 2
-# Version 1 had factors alone, and no coarse stage.
-READABLE = (1, 2)
+FORMAT_VERSION = 3
+# Version 1 had factors alone, and no coarse stage; until version 2 projections were random and curvature empirical.
+READABLE = (1, 2, 3)
+_BEFORE_3 = {"projection": "random", "curvature": "empirical"}
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
 _LARGEST = 256 << 20
@@ -32,6 +33,7 @@ class Manifest:
         config: the `BuildConfig` as JSON.
         layers: the tracked layers.
         shards: sealed shards, in order of their ids.
+        projections: the learnt projections' file and sides (see `fitted.save_projections`), or None.
         curvature: the curvature's file, or None while it is not fitted.
         curvature_layers: per layer, in the layers' order: rank, spectrum length, trace, rows, examples.
         stored: what rows hold: "both", "factors", "coordinates" or "coarse"; None while that is not decided.
@@ -48,6 +50,7 @@ class Manifest:
     config: dict[str, Any]
     layers: list[LayerSpec]
     shards: list[ShardInfo] = field(default_factory=list)
+    projections: dict[str, Any] | None = None
     curvature: SealedInfo | None = None
     curvature_layers: list[dict[str, Any]] = field(default_factory=list)
     stored: str | None = None
@@ -59,10 +62,16 @@ class Manifest:
     report: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def side_files(self) -> list[dict[str, Any]]:
+        """The entries that name a file by `file`: projections, sketch, coarse index, queries."""
+        return [e for e in (self.projections, self.sketch, self.coarse, self.queries) if e is not None]
+
     def digest(self) -> str:
         """SHA-256, in hex, over the fingerprint's fields and the digests of all files: names this exact index."""
         files = [s.sealed.digest for s in self.shards]
         files.append(self.curvature.digest if self.curvature else "")
+        if self.projections is not None:
+            files.append(self.projections["file"]["digest"])
         if self.sketch is not None:
             files.append(self.sketch["file"]["digest"])
         if self.stored == "coarse" and self.coarse is not None:
@@ -77,6 +86,7 @@ class Manifest:
             "config": self.config,
             "layers": [spec_to_json(spec) for spec in self.layers],
             "shards": [shard.to_json() for shard in self.shards],
+            "projections": self.projections,
             "curvature": self.curvature.to_json() if self.curvature else None,
             "curvature_layers": self.curvature_layers,
             "stored": self.stored,
@@ -96,6 +106,7 @@ class Manifest:
             config=data["config"],
             layers=[LayerSpec(**{**spec, "uses": tuple(spec["uses"])}) for spec in data["layers"]],
             shards=[ShardInfo.from_json(shard) for shard in data["shards"]],
+            projections=data.get("projections"),
             curvature=SealedInfo.from_json(data["curvature"]) if data["curvature"] is not None else None,
             curvature_layers=data["curvature_layers"],
             stored=data.get("stored", "factors"),
@@ -154,6 +165,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
             isinstance(v, dict) for v in (manifest.fingerprint, manifest.config, manifest.report, manifest.metadata)
         ):
             raise TypeError("fingerprint, config, report and metadata must be objects")
+        if version < 3:
+            manifest.config = _BEFORE_3 | manifest.config
         return manifest
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{path} lacks a field or has one of the wrong form ({error!r}): restore it") from None

@@ -1,4 +1,4 @@
-"""Projection: random sign matrices that are the same on every device and machine.
+"""Projection: random sign matrices that are the same on every device and machine, or learnt ones (`eigenbases`).
 
 Two-sided projection of a layer's gradient, G = P_in^T dW P_out (LoGRA, arXiv:2405.13954; LoRIF, arXiv:2601.21929),
 with entries +-1/sqrt(d) drawn on the CPU by the counter-based Philox generator (Salmon et al., 2011), keyed by
@@ -8,6 +8,7 @@ with entries +-1/sqrt(d) drawn on the CPU by the counter-based Philox generator 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -52,12 +53,25 @@ class Projections:
     """The projections of all layers; a side that keeps its own width has none.
 
     Matrices are made on the CPU when first asked for, and kept on the device of the gradients.
+
+    Args:
+        specs: the layers.
+        seed: of the random ones.
+        learnt: (layer, side) -> (width, d) matrix of the sides whose projection was learnt.
     """
 
-    def __init__(self, specs: dict[str, LayerSpec], seed: int) -> None:
+    def __init__(
+        self, specs: dict[str, LayerSpec], seed: int, learnt: Mapping[tuple[str, str], torch.Tensor] | None = None
+    ) -> None:
         self.specs = specs
         self._seed = seed
+        self._learnt: Mapping[tuple[str, str], torch.Tensor] = {} if learnt is None else learnt
         self._cache: dict[tuple[str, str, torch.device, torch.dtype], torch.Tensor] = {}
+
+    def use(self, learnt: Mapping[tuple[str, str], torch.Tensor]) -> None:
+        """Takes learnt projections from now on."""
+        self._learnt = learnt
+        self._cache.clear()
 
     def side(self, layer: str, side: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
         """(width, d) matrix, or None where that side is not projected."""
@@ -67,7 +81,11 @@ class Projections:
             return None
         key = (layer, side, device, dtype)
         if key not in self._cache:
-            self._cache[key] = projection_matrix(self._seed, layer, side, width, dim).to(device=device, dtype=dtype)
+            if (layer, side) in self._learnt:
+                matrix = self._learnt[layer, side]
+            else:
+                matrix = projection_matrix(self._seed, layer, side, width, dim)
+            self._cache[key] = matrix.to(device=device, dtype=dtype)
         return self._cache[key]
 
     def project(self, block: GradientBlock) -> GradientBlock:

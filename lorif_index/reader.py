@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from .config import STORES, BuildConfig
 from .damping import Damping
 from .devices import room_on
 from .errors import CorruptionError, FingerprintError, StoreError
-from .fitted import CalibrationQueries, FittedCurvature, load_sketch
+from .fitted import CalibrationQueries, FittedCurvature, FittedProjections, load_sketch
 from .flat import FlatSketch
 from .gradients import LayerGradient, LayerSpec
 from .manifest import Manifest
@@ -83,6 +82,13 @@ class Reader:
         self.curvature = FittedCurvature(folder, manifest.curvature, self.specs, manifest.curvature_layers)
         self._coarse_file: SealedFile | None = None
         self._kept: tuple[Damping, dict[str, Preconditioner]] | None = None
+
+    @cached_property
+    def projections(self) -> FittedProjections | None:
+        """The learnt projections, or None where all are random."""
+        if self.manifest.projections is None:
+            return None
+        return FittedProjections(self.folder, self.manifest.projections, self.specs)
 
     @cached_property
     def sketch(self) -> Sketch | None:
@@ -206,8 +212,7 @@ class Reader:
     def files(self) -> list[SealedFile]:
         """Every file of the index but the manifest."""
         files = [shard.file for shard in self.store.shards] + [self.curvature.file]
-        entries: list[Any] = [self.manifest.sketch, self.manifest.coarse, self.manifest.queries]
-        files += [SealedFile(self.folder, SealedInfo.from_json(e["file"])) for e in entries if e is not None]
+        files += [SealedFile(self.folder, SealedInfo.from_json(e["file"])) for e in self.manifest.side_files()]
         return files
 
     def close(self) -> None:
@@ -216,6 +221,8 @@ class Reader:
         self.curvature.file.close()
         if self._coarse_file is not None:
             self._coarse_file.close()
+        if "projections" in self.__dict__ and self.projections is not None:
+            self.projections.file.close()
         if "queries" in self.__dict__ and self.queries is not None:
             self.queries.file.close()
 

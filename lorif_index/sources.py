@@ -18,6 +18,7 @@ from .errors import ConfigError, DataError
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
 from .layers import TrackedLayer, kept_rank, layer_specs, select_layers
 from .losses import PerExample, default_loss
+from .probes import Probes
 from .projection import Projections
 from .spool import Spool
 
@@ -48,6 +49,29 @@ class ModelGradients:
         return block
 
 
+class ProbedGradients:
+    """Curvature rows of a model over a source of examples: gradients of probes instead of the loss (see `probes`)."""
+
+    def __init__(self, capture: Capture, examples: ExampleSource, probes: Probes) -> None:
+        self._capture = capture
+        self._examples = examples
+        self.probes = probes
+        self.count = examples.count
+        _, first = next(iter(examples.batches()))
+        capture.look(first, probes.prepare)
+
+    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+        yield from self.sample(np.arange(start, self.count, dtype=np.int64))
+
+    def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        """The rows of the examples with these ids; blocks of the same examples follow each other."""
+        for part, batch in self._examples.select(ids):
+            yield from self._capture.several(part, batch, self._functions(part))
+
+    def _functions(self, ids: np.ndarray) -> PerExample:
+        return lambda model, batch: self.probes(model, batch, ids)
+
+
 class GivenGradients:
     """Gradients handed over by the user, as an iterable of blocks that can be walked again."""
 
@@ -62,10 +86,15 @@ class GivenGradients:
                 yield self._projections.project(block).select(np.flatnonzero(block.ids >= start))
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        for block in self.given(ids):
+            yield self._projections.project(block)
+
+    def given(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        """The examples with these ids as they were handed over, not projected."""
         for block in _parsed(self._blocks, self._projections.specs):
             rows = np.flatnonzero(np.isin(block.ids, ids))
             if len(rows):
-                yield self._projections.project(block.select(rows))
+                yield block.select(rows)
 
 
 def _parsed(blocks: Iterable[Any], specs: dict[str, LayerSpec]) -> Iterator[GradientBlock]:
@@ -98,9 +127,15 @@ def check_block(block: GradientBlock, specs: dict[str, LayerSpec], what: str = "
 
 
 class ModelCapture:
-    """What is needed to take gradients of a model: its tracked layers, their specs, and the shared projections."""
+    """What is needed to take gradients of a model: its tracked layers, their specs, and the shared projections.
 
-    def __init__(self, model: nn.Module, config: BuildConfig) -> None:
+    Args:
+        model: on one device.
+        config: layers, widths and seed.
+        projections: an index's own; by default new ones, which are random.
+    """
+
+    def __init__(self, model: nn.Module, config: BuildConfig, projections: Projections | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise DataError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_device(model, config)
@@ -108,7 +143,7 @@ class ModelCapture:
         self.config = config
         self.layers: list[TrackedLayer] = select_layers(model, config.layers)
         self.specs = layer_specs(self.layers, config)
-        self.projections = Projections(self.specs, config.seed)
+        self.projections = Projections(self.specs, config.seed) if projections is None else projections
 
     def capture(self, function: PerExample | None) -> Capture:
         return Capture(

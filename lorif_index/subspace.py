@@ -42,15 +42,24 @@ class SubspaceFit:
         count: number of rows.
         seed: of the starting block.
         device: where the products are computed.
+        whole_up_to: a D up to which the dense matrix is held, whatever the rank.
     """
 
     def __init__(
-        self, key: tuple[str, ...], dim: int, rank: int | None, count: int, seed: int, device: torch.device
+        self,
+        key: tuple[str, ...],
+        dim: int,
+        rank: int | None,
+        count: int,
+        seed: int,
+        device: torch.device,
+        *,
+        whole_up_to: int = 0,
     ) -> None:
         self.dim = dim
         self.device = device
         self.rank = min(dim if rank is None else rank, dim, count)
-        self.block = min(self.rank + OVERSAMPLING, dim)
+        self.block = dim if dim <= whole_up_to else min(self.rank + OVERSAMPLING, dim)
         self.exact = self.block >= dim
         self._key = key
         self._seed = seed

@@ -82,10 +82,16 @@ def test_scores_predict_real_leave_one_out_refits(tmp_path: Path) -> None:
     rows = p.sqrt()[:, :, None, None] * x[:, None, :, None] * (p[:, None, None, :] - torch.eye(10)[None, :, None, :])
     ggn = CurvatureRows([{"": part} for part in rows.reshape(-1, 64, 10).split(1000)], rows_per_example=10)
     config = BuildConfig(
-        projection_dim=None, rank=None, curvature_rank=None, dtype="float32", damping=AbsoluteDamping(LAM)
+        projection_dim=None,
+        rank=None,
+        curvature_rank=None,
+        dtype="float32",
+        damping=AbsoluteDamping(LAM),
+        store="factors",
+        coarse=None,
     )
     figures = {}
-    for name, curvature in (("ggn", ggn), ("empirical second moment", None)):
+    for name, curvature in (("ggn", "ggn"), ("ggn, its rows given", ggn), ("empirical second moment", "empirical")):
         index = Index.build(tmp_path / name, model=model, data=(x, y), curvature=curvature, config=config)
         predicted = index.scores((asked, answers))[:, removed].astype(np.float64) / N
         a, b = predicted.ravel(), truth.ravel()
@@ -93,5 +99,6 @@ def test_scores_predict_real_leave_one_out_refits(tmp_path: Path) -> None:
         print(f"\nleave-one-out, {name}: Pearson {figures[name][0]:.4f}, slope {figures[name][1]:.4f}")
     pearson, slope = figures["ggn"]
     assert pearson >= 0.98 and 0.9 <= slope <= 1.1
+    assert figures["ggn, its rows given"] == pytest.approx(figures["ggn"], rel=1e-4)
     # The empirical second moment is another matrix: it ranks well, and its scale is off.
     assert figures["empirical second moment"][0] >= 0.8

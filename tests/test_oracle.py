@@ -176,6 +176,8 @@ def test_main_path(
         layers=made.selection,
         batch_size=16,
         store="factors",
+        projection="random",
+        curvature="empirical",
     )
     index = Index.build(tmp_path / "i", model=made.model, data=made.data, config=config)
     assert set(index.layers) == set(made.weights)
@@ -226,7 +228,14 @@ def test_main_path(
 def test_full_rank_is_the_dense_influence_end_to_end(case: Any, tmp_path: Path) -> None:
     """Nothing of the package's in the reference: its own gradients, its own eigendecomposition."""
     made, train_gradients, query_gradients = case
-    config = BuildConfig(projection_dim=None, rank=None, curvature_rank=None, dtype="float32", layers=made.selection)
+    config = BuildConfig(
+        projection_dim=None,
+        rank=None,
+        curvature_rank=None,
+        curvature="empirical",
+        dtype="float32",
+        layers=made.selection,
+    )
     index = Index.build(tmp_path / "i", model=made.model, data=made.data, config=config)
     expected: np.ndarray = np.zeros(
         (len(made.query["input_ids"] if isinstance(made.query, dict) else made.query[0]), len(index))
@@ -254,7 +263,13 @@ def test_damping_and_layers_at_search_time(
 ) -> None:
     made = mlp()
     config = BuildConfig(
-        projection_dim=9, curvature_rank=SMALL_RANK, dtype="float32", complement=complement, store="factors"
+        projection_dim=9,
+        projection="random",
+        curvature_rank=SMALL_RANK,
+        curvature="empirical",
+        dtype="float32",
+        complement=complement,
+        store="factors",
     )
     index = Index.build(tmp_path / "i", model=made.model, data=made.data, config=config)
     queries = projected(index, made.gradients(made.query))

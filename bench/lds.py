@@ -1,0 +1,175 @@
+"""Claim: the default predicts retraining best (LDS), side by side with other methods on the same model and queries.
+
+The linear datamodeling score (Ilyas et al., arXiv:2202.00622; Park et al., arXiv:2303.14186) is the rank correlation,
+over random halves of the training set, of the scores summed over a half with minus the query's loss after training on
+that half; here its mean over queries. Every method runs at its own default damping, and at the best of a sweep that is
+chosen on the even queries and reported on the odd ones. `bench.lds_truth` makes the truth.
+
+Each method's scores are kept, so that methods can be run one by one (`--methods`), other libraries in an environment of
+their own; a call without methods to run gathers what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from bench.environment import CACHE, arguments, keep, table
+from bench.lds_truth import gather, make
+from bench.methods import METHODS
+from bench.peers import Peer
+from bench.tasks import TASKS, Task
+
+
+def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(q,) Spearman correlations of rows."""
+    ranks = [rankdata(v, axis=1) - (v.shape[1] + 1) / 2 for v in (a, b)]
+    norms = [np.sqrt(np.square(r).sum(axis=1)) for r in ranks]
+    return (ranks[0] * ranks[1]).sum(axis=1) / np.maximum(norms[0] * norms[1], 1e-12)
+
+
+def membership(task: Task) -> np.ndarray:
+    """(subsets, n) float64, one where an example is in a half."""
+    out = np.zeros((task.subsets, task.count))
+    for number in range(task.subsets):
+        out[number, task.subset(number)] = 1.0
+    return out
+
+
+def lds(scores: np.ndarray, members: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(q,) of scores (q, n), for losses (subsets, q)."""
+    return correlations(scores.astype(np.float64) @ members.T, -truth.T)
+
+
+def ceiling(losses: np.ndarray) -> dict[str, float]:
+    """How well one seed's truth predicts another's, and (Spearman and Brown) what their mean can be predicted by."""
+    seeds = len(losses)
+    if seeds < 2:
+        return {}
+    pairs = [correlations(losses[i].T, losses[j].T).mean() for i in range(seeds) for j in range(i)]
+    between = float(np.mean(pairs))
+    return {"seed to seed": between, "mean of seeds": float(np.sqrt(seeds * between / (1 + (seeds - 1) * between)))}
+
+
+def summary(values: np.ndarray) -> list[float]:
+    """Mean and standard error."""
+    return [round(float(values.mean()), 4), round(float(values.std(ddof=1) / np.sqrt(len(values))), 4)]
+
+
+def judge(found: Peer, members: np.ndarray, truth: np.ndarray, reference: np.ndarray | None) -> dict[str, Any]:
+    """The figures of one method; `reference` is the library default's per query."""
+    each = {label: lds(scores, members, truth) for label, scores in found.scores.items()}
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    best = max(each, key=lambda label: each[label][even].mean())
+    default = each[found.default]
+    out = {
+        "default": found.default,
+        "lds": summary(default),
+        "lds_odd": summary(default[odd]),
+        "best": best,
+        "best_odd": summary(each[best][odd]),
+        "sweep": {label: summary(values) for label, values in each.items()},
+        "bytes_per_example": found.bytes_per_example,
+        "build_seconds": round(found.build_seconds, 2),
+        "query_milliseconds": round(found.query_milliseconds, 3),
+        "note": found.note,
+    }
+    if reference is not None:
+        out["minus_library"] = summary(default - reference)
+        out["best_minus_library_odd"] = summary((each[best] - reference)[odd])
+    return out
+
+
+def _file(task: Task, smoke: bool, method: str) -> Path:
+    plain = "".join(c if c.isalnum() else "-" for c in method)
+    return CACHE / "lds" / (task.name + ("-smoke" if smoke else "")) / f"{plain}.npz"
+
+
+def _keep(path: Path, found: Peer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {k: v for k, v in vars(found).items() if k != "scores"}
+    arrays = {f"scores {label}": scores.astype(np.float32) for label, scores in found.scores.items()}
+    np.savez(path, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+
+
+def kept(path: Path) -> Peer | None:
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        scores = {key.removeprefix("scores "): file[key] for key in file.files if key != "facts"}
+        return Peer(scores=scores, **json.loads(str(file["facts"])))
+
+
+def main() -> None:
+    parsed = arguments(
+        __doc__ or "",
+        task={"default": "digits", "choices": sorted(TASKS)},
+        methods={"nargs": "*", "default": None, "help": "methods to run; all that were not, by default"},
+        again={"action": "store_true", "help": "also run what was kept"},
+    )
+    task = TASKS[parsed.task](parsed.smoke)
+    if parsed.smoke:
+        make(task, smoke=True)
+    losses = gather(task, parsed.smoke)
+    truth, members = losses.mean(axis=0), membership(task)
+    wanted = list(METHODS) if parsed.methods is None else parsed.methods
+    if parsed.smoke and parsed.methods is None:
+        wanted = ["random", "gradient dot", "LoGRA d=16", "LoRIF c=1", "library default"]
+    model, failed = None, {}
+    for name in wanted:
+        path = _file(task, parsed.smoke, name)
+        if path.exists() and not parsed.again and not parsed.smoke:
+            continue
+        model = task.full(0, parsed.smoke) if model is None else model
+        try:
+            _keep(path, METHODS[name](task, model))
+        except Exception as error:
+            failed[name] = "".join(traceback.format_exception_only(error)).strip()
+            print(f"{name}: {failed[name]}", flush=True)
+    print(
+        f"{task.name}: {task.count} examples, {truth.shape[1]} queries, {truth.shape[0]} halves x {len(losses)} seeds"
+    )
+    best = ceiling(losses)
+    print(f"ceiling: {best or 'one seed, not known'}")
+    reference = kept(_file(task, parsed.smoke, "library default"))
+    base = lds(reference.scores[reference.default], members, truth) if reference is not None else None
+    rows, figures = [["method", "LDS, default", "best on odd", "at", "bytes", "build s", "query ms"]], {}
+    for name in METHODS:
+        found = kept(_file(task, parsed.smoke, name))
+        if found is None:
+            if name in failed:
+                figures[name] = {"error": failed[name]}
+                rows.append([name, "did not run", "", "", "", "", ""])
+            continue
+        f = figures[name] = judge(found, members, truth, base)
+        rows.append(
+            [
+                name,
+                "{:.3f} ± {:.3f}".format(*f["lds"]),
+                "{:.3f} ± {:.3f}".format(*f["best_odd"]),
+                f["best"],
+                f"{f['bytes_per_example']:,.0f}",
+                f"{f['build_seconds']:.1f}",
+                f"{f['query_milliseconds']:.2f}",
+            ]
+        )
+    table(rows)
+    result = {
+        "task": task.name,
+        "examples": task.count,
+        "queries": truth.shape[1],
+        "halves": truth.shape[0],
+        "seeds": len(losses),
+        "ceiling": best,
+        "methods": figures,
+    }
+    keep(f"lds_{task.name}", result, parsed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""Tasks of the attribution benchmarks: data, a model, how it is trained, and queries; all made on the spot.
+
+A task is trained again on halves of its data, with several seeds, to see what a method should have predicted. Images
+are scikit-learn's digits and Fashion-MNIST (Xiao, Rasul and Vollgraf, arXiv:1708.07747; Debian's
+dataset-fashion-mnist); text is the standard library's own source, with one document a file.
+"""
+
+from __future__ import annotations
+
+import collections
+import gzip
+import re
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bench.environment import CACHE
+from lorif_index import default_loss
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+LENGTH, VOCABULARY = 64, 2000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained: epochs, batch size, learning rate (cosine, to zero), weight decay and optimiser."""
+
+    epochs: int
+    batch: int
+    rate: float
+    decay: float
+    optimizer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: of the task.
+        data: training examples, a tuple of tensors or a dict with `input_ids`.
+        queries: held-out examples, of the same form.
+        begin: begin(seed) -> the model before its training.
+        recipe: of the training.
+        subsets, seeds: how many halves the truth is made from, each with how many seeds.
+        sources: (n,) and (q,): which document each example and query is of; None where there are none.
+    """
+
+    name: str
+    data: Any
+    queries: Any
+    begin: Callable[[int], nn.Module]
+    recipe: Recipe
+    subsets: int
+    seeds: int
+    sources: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def count(self) -> int:
+        return size(self.data)
+
+    def train(self, chosen: np.ndarray, seed: int) -> nn.Module:
+        """A model trained on some of the examples."""
+        recipe = self.recipe
+        model = self.begin(seed).train()
+        if recipe.optimizer == "sgd":
+            optimizer: Any = torch.optim.SGD(
+                model.parameters(), lr=recipe.rate, momentum=0.9, weight_decay=recipe.decay
+            )
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
+        steps = -(-len(chosen) // recipe.batch) * recipe.epochs
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        generator = torch.Generator().manual_seed(seed)
+        indices = torch.from_numpy(np.asarray(chosen, dtype=np.int64))
+        for _ in range(recipe.epochs):
+            for part in indices[torch.randperm(len(indices), generator=generator)].split(recipe.batch):
+                optimizer.zero_grad(set_to_none=True)
+                losses = default_loss(model, take(self.data, part))
+                (losses.mean() / positions(self.data)).backward()
+                optimizer.step()
+                schedule.step()
+        return model.eval()
+
+    def full(self, seed: int = 0, smoke: bool = False) -> nn.Module:
+        """The model that is asked about: trained on everything, once, and kept."""
+        path = CACHE / "full" / f"{self.name}{'-smoke' if smoke else ''}-{seed}.npz"
+        if not path.exists():
+            keep_weights(path, self.train(np.arange(self.count), seed))
+        return with_weights(self.begin(seed), path)
+
+    def subset(self, number: int) -> np.ndarray:
+        """Sorted positions of one half of the training examples."""
+        generator = np.random.default_rng([7, number])
+        return np.sort(generator.permutation(self.count)[: self.count // 2])
+
+    def losses(self, model: nn.Module) -> np.ndarray:
+        """(q,) loss of each query, in nats, summed over tokens."""
+        return per_example(model, self.queries)
+
+
+def keep_weights(path: Path, model: nn.Module) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **{key: value.numpy() for key, value in model.state_dict().items()})
+
+
+def with_weights(model: nn.Module, path: Path) -> nn.Module:
+    with np.load(path, allow_pickle=False) as kept:
+        model.load_state_dict({key: torch.from_numpy(kept[key]) for key in kept.files})
+    return model.eval()
+
+
+def size(data: Any) -> int:
+    return len(data["input_ids"] if isinstance(data, dict) else data[0])
+
+
+def take(data: Any, part: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: value[part] for key, value in data.items()}
+    return tuple(value[part] for value in data)
+
+
+def positions(data: Any) -> int:
+    """What the training loss is averaged over besides examples."""
+    return data["input_ids"].shape[1] - 1 if isinstance(data, dict) and "labels" not in data else 1
+
+
+def per_example(model: nn.Module, data: Any, batch: int = 64) -> np.ndarray:
+    with torch.no_grad():
+        parts = [default_loss(model, take(data, slice(i, i + batch))) for i in range(0, size(data), batch)]
+    return torch.cat(parts).double().numpy()
+
+
+# -- images --------------------------------------------------------------------------------------------------------
+
+
+def digits(smoke: bool = False) -> Task:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    x = torch.tensor(found.data[order] / 16.0, dtype=torch.float32)
+    y = torch.tensor(found.target[order])
+    n, q = (200, 24) if smoke else (1437, 360)
+
+    def begin(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+    recipe = Recipe(4 if smoke else 30, 64, 0.05, 5e-4, "sgd")
+    return Task(
+        "digits", (x[:n], y[:n]), (x[n : n + q], y[n : n + q]), begin, recipe, 4 if smoke else 100, 1 if smoke else 3
+    )
+
+
+def images(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fashion-MNIST from Debian's package: (n, 1, 28, 28) float32 in 0 to 1, and labels.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    if not FASHION.is_dir():
+        raise FileNotFoundError(f"{FASHION} is not there: apt-get install dataset-fashion-mnist")
+    with gzip.open(FASHION / f"{part}-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(FASHION / f"{part}-labels-idx1-ubyte.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    return torch.from_numpy(pixels.astype(np.float32) / 255.0), torch.from_numpy(labels.astype(np.int64))
+
+
+def convolutional(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def fashion(smoke: bool = False) -> Task:
+    x, y = images("train")
+    xq, yq = images("t10k")
+    n, q = (200, 24) if smoke else (4000, 360)
+    recipe = Recipe(2 if smoke else 25, 64, 0.05, 5e-4, "sgd")
+    return Task(
+        "fashion",
+        (x[:n], y[:n]),
+        (xq[:q], yq[:q]),
+        convolutional,
+        recipe,
+        4 if smoke else 80,
+        1 if smoke else 2,
+    )
+
+
+# -- sequences -----------------------------------------------------------------------------------------------------
+
+
+def documents() -> tuple[np.ndarray, np.ndarray]:
+    """Windows (n, 64) of word ids of the standard library's sources, in order, and the file (n,) each is of."""
+    path = CACHE / "stdlib-documents.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words, files = [], []
+        for number, source in enumerate(sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))):
+            if "site-packages" in source.parts:
+                continue
+            found = re.findall(r"\w+|[^\w\s]", source.read_text(encoding="utf-8", errors="ignore"))
+            whole = len(found) // LENGTH * LENGTH
+            words += found[:whole]
+            files += [number] * (whole // LENGTH)
+        common = collections.Counter(words).most_common(VOCABULARY - 1)
+        number_of = {word: i + 1 for i, (word, _) in enumerate(common)}
+        ids = np.array([number_of.get(word, 0) for word in words], dtype=np.int16).reshape(-1, LENGTH)
+        np.savez(path, ids=ids, files=np.array(files, dtype=np.int32))
+    with np.load(path, allow_pickle=False) as kept:
+        return kept["ids"], kept["files"]
+
+
+def passages(n: int, q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Other windows for a base model; then n passages of files that have 8 to 60, and q held-out ones of those files.
+
+    Returns:
+        base ids (m, 64), training ids (n, 64), query ids (q, 64), and files of the latter two. No window is in two.
+    """
+    ids, files = documents()
+    ids, first = np.unique(ids, axis=0, return_index=True)
+    files = files[first]
+    generator = np.random.default_rng(0)
+    counts = np.bincount(files)
+    fit = generator.permutation(np.flatnonzero((counts >= 8) & (counts <= 60)))
+    mine, taken = [], 0
+    for file in fit:
+        mine.append(file)
+        taken += counts[file]
+        if taken >= n + q:
+            break
+    inside = np.isin(files, mine)
+    own = generator.permutation(np.flatnonzero(inside))[: n + q]
+    base = generator.permutation(np.flatnonzero(~inside))
+    return ids[base], ids[own[q:]], ids[own[:q]], files[own[q:]], files[own[:q]]
+
+
+def gpt(seed: int) -> Any:
+    """A GPT-2-architecture model, 4 layers 64 wide, without dropout, with fresh weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_layer=4,
+        n_embd=64,
+        n_head=4,
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def _base(ids: np.ndarray, steps: int) -> dict[str, torch.Tensor]:
+    """The base model's weights, trained once on windows of other files and kept."""
+    path = CACHE / "full" / f"base-{steps}.npz"
+    if not path.exists():
+        print(f"training the base model, {steps} steps ...", flush=True)
+        model = gpt(0).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        rows = torch.from_numpy(ids[np.random.default_rng(1).permutation(len(ids))].astype(np.int64))
+        for step in range(steps):
+            at = step * 32 % (len(rows) - 32)
+            optimizer.zero_grad(set_to_none=True)
+            (default_loss(model, {"input_ids": rows[at : at + 32]}).mean() / (LENGTH - 1)).backward()
+            optimizer.step()
+            schedule.step()
+        keep_weights(path, model)
+    return dict(with_weights(gpt(0), path).state_dict())
+
+
+def finetuned(smoke: bool = False) -> Task:
+    n, q = (160, 16) if smoke else (4096, 256)
+    base, train, queries, files, query_files = passages(n, q)
+    weights = _base(base, 10 if smoke else 2500)
+
+    def begin(seed: int) -> nn.Module:
+        model = gpt(seed)
+        model.load_state_dict(weights)
+        return model
+
+    return Task(
+        "finetuned",
+        {"input_ids": torch.from_numpy(train.astype(np.int64))},
+        {"input_ids": torch.from_numpy(queries.astype(np.int64))},
+        begin,
+        Recipe(1 if smoke else 4, 16, 1e-3, 0.01, "adamw"),
+        3 if smoke else 64,
+        1 if smoke else 2,
+        (files, query_files),
+    )
+
+
+def scratch(smoke: bool = False) -> Task:
+    n, q = (160, 16) if smoke else (2048, 256)
+    _, train, queries, files, query_files = passages(n, q)
+    return Task(
+        "scratch",
+        {"input_ids": torch.from_numpy(train.astype(np.int64))},
+        {"input_ids": torch.from_numpy(queries.astype(np.int64))},
+        gpt,
+        Recipe(1 if smoke else 10, 16, 2e-3, 0.01, "adamw"),
+        3 if smoke else 64,
+        1,
+        (files, query_files),
+    )
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "digits": digits,
+    "fashion": fashion,
+    "finetuned": finetuned,
+    "scratch": scratch,
+}

@@ -1,0 +1,99 @@
+"""Probes: gradients of combinations of logits whose second moment is the Gauss-Newton matrix (GGN).
+
+For a softmax cross-entropy the GGN is sum_t J_t^T (diag(p_t) - p_t p_t^T) J_t (Schraudolph, Neural Computation 14(7),
+2002; it is the Fisher matrix of the model's own labels, Martens, arXiv:1412.1193). Back-propagating
+
+    v = sqrt(p) e - p sum_c(sqrt(p_c) e_c),    e of random signs,
+
+instead of the loss's gradient at the logits gives E[v v^T] = diag(p) - p p^T, with independent signs at each position;
+its variance is far below that of labels sampled from p. Where an example is one prediction among few classes, the rows
+v_c = sqrt(p_c) (p - onehot(c)), one a class, add up to it exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .losses import IGNORE, LogitsOf, checked_logits
+from .projection import keyed_generator
+
+# Up to so many classes of a single prediction, exact rows cost no more than what as many probes are worth.
+EXACT_UP_TO = 16
+# Probes of an example where the rows are random (`bench.curvature_choices`).
+PROBES = 1
+
+
+class Probes:
+    """The functions of a model whose gradients are an example's curvature rows.
+
+    Args:
+        logits: which logits the loss is the cross-entropy of.
+        probes: random probes an example; None: exact rows where an example is one prediction among at most
+            `EXACT_UP_TO` classes, else `PROBES`.
+        seed: of the signs.
+
+    Attributes:
+        each: rows of an example; known after `prepare`.
+        exact: whether they add up to the example's GGN, or each is an estimate of it.
+    """
+
+    def __init__(self, logits: LogitsOf, probes: int | None, seed: int) -> None:
+        self._logits = logits
+        self._wanted = probes
+        self._seed = seed
+        self.each = probes or PROBES
+        self.exact = False
+
+    def prepare(self, model: nn.Module, batch: Any) -> None:
+        """Decides, by the form of the logits of a batch, how many rows an example has."""
+        with torch.no_grad():
+            logits, _ = checked_logits(self._logits(model, batch))
+        self.exact = self._wanted is None and logits.ndim == 2 and logits.shape[1] <= EXACT_UP_TO
+        self.each = int(logits.shape[1]) if self.exact else self._wanted or PROBES
+
+    @property
+    def rows_per_example(self) -> int:
+        """How many rows add up to one example's curvature (see `CurvatureRows`)."""
+        return self.each if self.exact else 1
+
+    def __call__(self, model: nn.Module, batch: Any, ids: np.ndarray) -> torch.Tensor:
+        """(rows, n): one function a row and example, in float32.
+
+        Args:
+            model, batch: as for a loss.
+            ids: (n,) of the examples; signs depend on them and not on the batch.
+        """
+        logits, labels = checked_logits(self._logits(model, batch))
+        logits, counts = logits.float().flatten(1, -2) if logits.ndim > 2 else logits.float().unsqueeze(1), labels
+        with torch.no_grad():
+            p = logits.softmax(dim=-1)
+            shown = (counts.reshape(len(ids), -1) != IGNORE).to(p.dtype).unsqueeze(-1)
+        rows = []
+        signs = None if self.exact else self._signs(ids, p)
+        for number in range(self.each):
+            with torch.no_grad():
+                if signs is None:
+                    v = p.clone()
+                    v[..., number] -= 1.0
+                    v *= p[..., number : number + 1].sqrt()
+                else:
+                    v = p.sqrt() * signs[number]
+                    v -= p * v.sum(dim=-1, keepdim=True)
+                v *= shown
+            rows.append((logits * v).flatten(1).sum(dim=1))
+        return torch.stack(rows)
+
+    def _signs(self, ids: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+        """(rows, n, positions, C) of +-1, drawn on the CPU; longer padding leaves an example's own as they are."""
+        _, positions, classes = like.shape
+        bits = positions * self.each * classes
+        drawn = np.empty((len(ids), bits), dtype=np.uint8)
+        for row, i in zip(drawn, ids.tolist(), strict=True):
+            raw = keyed_generator(self._seed, "ggn", i).random_raw(-(-bits // 64)).astype("<u8")
+            row[:] = np.unpackbits(raw.view(np.uint8), count=bits, bitorder="little")
+        signs = torch.from_numpy(drawn).to(like.device).reshape(len(ids), positions, self.each, classes)
+        return signs.permute(2, 0, 1, 3).to(like.dtype).mul_(2.0).sub_(1.0)

@@ -1,0 +1,163 @@
+"""Learnt projections: against eigenvectors of float64 second moments taken with plain hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_oracle import cnn, gpt2, mlp
+from torch import nn
+
+from lorif_index import BuildConfig, Index, LayerSelection, default_loss, eigenbases
+from lorif_index.errors import CurvatureError, FingerprintError
+from lorif_index.projection import projection_matrix
+
+
+def second_moments(model: nn.Module, name: str, data: Any, bias: bool) -> tuple[np.ndarray, np.ndarray]:
+    """sum x x^T, a one appended for the bias, and sum dy dy^T, over positions with a gradient."""
+    model = model.double().eval()
+    kept: dict[str, torch.Tensor] = {}
+
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        kept["x"] = args[0].detach()
+        output.retain_grad()
+        kept["y"] = output
+
+    handle = dict(model.named_modules())[name].register_forward_hook(hook)
+    batch = data if isinstance(data, dict) else (data[0].double(), data[1])
+    default_loss(model, batch).sum().backward()
+    handle.remove()
+    model.float()
+    x, dy = kept["x"].flatten(0, -2), kept["y"].grad.flatten(0, -2)
+    counts = dy.abs().amax(1) > 0
+    x, dy = x[counts], dy[counts]
+    if bias:
+        x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    return (x.T @ x).numpy(), (dy.T @ dy).numpy()
+
+
+def leading(c: np.ndarray, d: int) -> np.ndarray:
+    return np.linalg.eigh(c)[1][:, ::-1][:, :d]
+
+
+def same_space(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a @ a.T - b @ b.T, 2))
+
+
+@pytest.mark.parametrize("whole_up_to", [4096, 0])
+@pytest.mark.parametrize(("make", "layer"), [(mlp, "0"), (gpt2, "transformer.h.0.mlp.c_fc")])
+def test_projections_are_the_leading_eigenvectors(
+    make: Any, layer: str, whole_up_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eigenbases, "_WHOLE_UP_TO", whole_up_to)
+    monkeypatch.setattr("lorif_index.subspace.OVERSAMPLING", 2)
+    case = make()
+    config = BuildConfig(projection_dim=4, layers=[layer], batch_size=7)
+    index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
+    learnt = index._reader.projections
+    assert learnt is not None and set(learnt) == {(layer, "in"), (layer, "out")}
+    for side, c in zip(("in", "out"), second_moments(case.model, layer, case.data, bias=True), strict=True):
+        p = learnt[layer, side].double().numpy()
+        assert np.abs(p.T @ p - np.eye(4)).max() < 1e-5
+        best = leading(c, 4)
+        assert np.trace(p.T @ c @ p) > (1 - 1e-6 if whole_up_to else 0.99) * np.trace(best.T @ c @ best)
+        if whole_up_to:
+            assert same_space(p, best) < 1e-3
+
+
+def test_scores_use_them_on_both_sides(tmp_path: Path) -> None:
+    case = mlp()
+    config = BuildConfig(
+        projection_dim=5, curvature="empirical", rank=None, curvature_rank=None, dtype="float32", store="factors"
+    )
+    index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
+    rows, queries = case.gradients(case.data), case.gradients(case.query)
+    expected = np.zeros((10, 120))
+    for layer in index.layers:
+        p_in, p_out = (leading(c, 5) for c in second_moments(case.model, layer, case.data, bias=True))
+        g, q = (np.einsum("ia,nij,jb->nab", p_in, v[layer], p_out).reshape(len(v[layer]), -1) for v in (rows, queries))
+        c = g.T @ g / len(g)
+        expected += q @ np.linalg.solve(c + 0.1 * np.trace(c) / len(c) * np.eye(len(c)), g.T)
+    scores = index.scores(case.query)
+    assert np.abs(scores - expected).max() < 2e-3 * np.abs(expected).max()
+    # From disk, in another process's place.
+    again = Index.open(tmp_path / "i", model=case.model)
+    assert np.array_equal(again.scores(case.query), scores)
+    raw = {layer: torch.from_numpy(q).float() for layer, q in queries.items()}
+    assert np.allclose(Index.open(tmp_path / "i").scores(raw), scores, rtol=1e-3, atol=1e-3 * np.abs(scores).max())
+
+
+def test_the_same_files_each_time(tmp_path: Path) -> None:
+    case = cnn()
+    digests = []
+    for name in "ab":
+        index = Index.build(tmp_path / name, model=case.model, data=case.data, config=BuildConfig(projection_dim=3))
+        digests.append(index.fingerprint)
+    assert digests[0] == digests[1]
+    random = Index.build(
+        tmp_path / "c", model=case.model, data=case.data, config=BuildConfig(projection_dim=3, projection="random")
+    )
+    assert random.fingerprint != digests[0] and not (tmp_path / "c" / "projections.h5").exists()
+
+
+def test_one_hot_sides_stay_random(tmp_path: Path) -> None:
+    case = gpt2()
+    config = BuildConfig(projection_dim=4, layers=LayerSelection(embeddings=True, head=True))
+    index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
+    learnt = index._reader.projections
+    assert learnt is not None
+    # The head is tied to the token embedding: its other side is learnt.
+    assert ("transformer.wte", "in") not in learnt and ("transformer.wte", "out") in learnt
+    spec = index.specs["transformer.wte"]
+    side = index._projections.side("transformer.wte", "in", torch.device("cpu"), torch.float32)
+    assert side is not None and torch.equal(side, projection_matrix(0, "transformer.wte", "in", spec.width_in, 4))
+
+
+def test_of_gradients_that_were_handed_over(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(60, 9, 7, generator=generator) * torch.linspace(1, 3, 9)[:, None]
+    config = BuildConfig(projection_dim=4, dtype="float32", rank=None, store="factors")
+    index = Index.build(tmp_path / "i", gradients=[{"w": g[:25]}, {"w": g[25:]}], config=config)
+    learnt = index._reader.projections
+    assert learnt is not None
+    whole = g.double().numpy()
+    assert same_space(learnt["w", "in"].double().numpy(), leading(np.einsum("nij,nkj->ik", whole, whole), 4)) < 1e-4
+    p_in, p_out = learnt["w", "in"].double().numpy(), learnt["w", "out"].double().numpy()
+    left, right = index.factors()["w"]
+    assert np.allclose((left @ right.mT).numpy(), np.einsum("ia,nij,jb->nab", p_in, whole, p_out), atol=1e-4)
+
+
+def test_interrupted_after_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mlp()
+    config = BuildConfig(projection_dim=4)
+    whole = Index.build(tmp_path / "whole", model=case.model, data=case.data, config=config)
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorif_index.build.fit_curvature", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
+    assert (tmp_path / "i" / "projections.h5").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("lorif_index.build.eigenbases.fit_eigenbases", stop)
+        index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
+    assert np.array_equal(index.scores(case.query), whole.scores(case.query))
+    with pytest.raises(FingerprintError):
+        other = mlp()
+        with torch.no_grad():
+            other.model[0].weight.add_(1e-3)
+        Index.open(tmp_path / "i", model=other.model)
+
+
+def test_zero_gradients_are_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].bias.fill_(-1e3)
+    data = (torch.rand(20, 6), torch.randint(0, 3, (20,)))
+    with pytest.raises(CurvatureError, match=r"'0'.*exclude"):
+        Index.build(tmp_path / "i", model=model, data=data, config=BuildConfig(projection_dim=2))

@@ -1,0 +1,176 @@
+"""The GGN curvature, against the dense float64 Gauss-Newton matrix from Jacobians of the parameters themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from test_oracle import Case, cnn, gpt2, mlp
+from torch import nn
+from torch.nn import functional
+
+from lorif_index import BuildConfig, CrossEntropy, CurvatureRows, Index, default_loss
+from lorif_index.errors import ConfigError, DataError
+from lorif_index.probes import Probes
+
+DENSE: dict[str, Any] = dict(projection_dim=None, rank=None, curvature_rank=None, dtype="float32", store="factors")
+
+
+def logits_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    """(positions, C) of a batch of one, those that count."""
+    if isinstance(batch, dict):
+        return model(**batch).logits[0, :-1]
+    return model(batch[0])
+
+
+def ggn(case: Case, weights: dict[str, tuple[str, str | None, bool]]) -> dict[str, np.ndarray]:
+    """Layer -> (D, D), sum over positions of J^T (diag(p) - p p^T) J, averaged over examples."""
+    count = len(case.data["input_ids"] if isinstance(case.data, dict) else case.data[0])
+    positions, classes = logits_of(case.model.double(), case.one(case.data, 0)).shape
+    out: dict[str, np.ndarray] = {}
+    for i in range(count):
+        batch = case.one(case.data, i)
+        with torch.no_grad():
+            p = logits_of(case.model, batch).softmax(1).numpy()
+        positions, classes = p.shape
+        jacobians = {
+            (t, c): oracle.example_gradients(
+                case.model, lambda _, b=batch: b, 1, lambda m, b, t=t, c=c: logits_of(m, b)[t, c], weights
+            )
+            for t in range(positions)
+            for c in range(classes)
+        }
+        for layer in weights:
+            for t in range(positions):
+                j = np.stack([jacobians[t, c][layer].ravel() for c in range(classes)])
+                inner = np.diag(p[t]) - np.outer(p[t], p[t])
+                out[layer] = out.get(layer, 0.0) + j.T @ inner @ j / count
+    case.model.float()
+    return out
+
+
+def matrix(index: Index, layer: str) -> np.ndarray:
+    fitted = index.curvature[layer]
+    basis = fitted.basis.double().numpy()
+    return (basis * fitted.eigenvalues.numpy()) @ basis.T
+
+
+def gap(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_rows_of_few_classes_add_up_to_the_ggn_exactly(make: Any, tmp_path: Path) -> None:
+    case = make()
+    weights = dict(list(case.weights.items())[-2:])
+    expected = ggn(case, weights)
+    index = Index.build(
+        tmp_path / "i", model=case.model, data=case.data, config=BuildConfig(**DENSE, layers=list(weights))
+    )
+    for layer, c in expected.items():
+        assert gap(matrix(index, layer), c) < 1e-4
+        assert index.curvature[layer].trace == pytest.approx(np.trace(c), rel=1e-4)
+        assert index.curvature[layer].examples == len(case.data[0])
+
+
+def test_random_probes_of_sequences_estimate_the_ggn(tmp_path: Path) -> None:
+    case = gpt2()
+    weights = {k: v for k, v in case.weights.items() if k == "transformer.h.1.mlp.c_proj"}
+    few = {k: v[:12] for k, v in case.data.items()}
+    case.data = few
+    (layer, expected), *_ = ggn(case, weights).items()
+    gaps = []
+    for probes in (4, 256):
+        config = BuildConfig(**DENSE, layers=[layer], probes=probes, batch_size=5)
+        index = Index.build(tmp_path / str(probes), model=case.model, data=few, config=config)
+        gaps.append(gap(matrix(index, layer), expected))
+    # Errors fall with the root of the number of probes.
+    assert gaps[1] < 0.12 and 4 < gaps[0] / gaps[1] < 16
+    assert index.curvature[layer].trace == pytest.approx(np.trace(expected), rel=0.05)
+
+
+def test_probes_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    case = gpt2()
+    traces = []
+    for size in (3, 40):
+        config = BuildConfig(projection_dim=None, batch_size=size, curvature_rank=None)
+        index = Index.build(tmp_path / str(size), model=case.model, data=case.data, config=config)
+        traces.append([index.curvature[layer].trace for layer in index.layers])
+    assert traces[0] == pytest.approx(traces[1], rel=1e-4)
+
+
+def test_probes_have_the_covariance_of_the_softmax() -> None:
+    logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).double()
+    leaf = logits.repeat(4000, 1).requires_grad_()
+    labels = torch.zeros(4000, dtype=torch.int64)
+    (row,) = Probes(lambda model, batch: (leaf, labels), 1, seed=3)(nn.Identity(), None, np.arange(4000))
+    (v,) = torch.autograd.grad(row.sum(), leaf)
+    p = logits.softmax(1)[0]
+    expected = torch.diag(p) - torch.outer(p, p)
+    assert float((v.T @ v / len(v) - expected).abs().max()) < 0.02
+    hidden = Probes(lambda model, batch: (leaf[:1], torch.tensor([-100])), 3, seed=3)
+    assert float(hidden(nn.Identity(), None, np.array([7])).detach().abs().max()) == 0.0
+
+
+def test_a_loss_that_says_where_its_logits_are(tmp_path: Path) -> None:
+    case = mlp()
+
+    def logits(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return model(batch[0]), batch[1]
+
+    config = BuildConfig(**DENSE)
+    given = Index.build(
+        tmp_path / "given", model=case.model, data=case.data, loss=CrossEntropy(logits), curvature="ggn", config=config
+    )
+    default = Index.build(tmp_path / "default", model=case.model, data=case.data, config=config)
+    assert np.allclose(given.scores(case.query), default.scores(case.query), rtol=1e-4, atol=1e-4)
+    assert given.config.curvature == "ggn" and default.config.curvature == "auto"
+
+
+def own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    return functional.mse_loss(model(batch[0]), functional.one_hot(batch[1], 10).float(), reduction="none").sum(1)
+
+
+def test_a_loss_that_does_not_gets_the_empirical_curvature_and_is_told(tmp_path: Path) -> None:
+    case = mlp()
+    with pytest.warns(UserWarning, match="own_loss.*does not say which logits"):
+        told = Index.build(tmp_path / "told", model=case.model, data=case.data, loss=own_loss)
+    meant = Index.build(tmp_path / "meant", model=case.model, data=case.data, loss=own_loss, curvature="empirical")
+    assert np.array_equal(told.scores(case.query), meant.scores(case.query))
+    with pytest.raises(ConfigError, match="own_loss.*CrossEntropy.*empirical"):
+        Index.build(tmp_path / "no", model=case.model, data=case.data, loss=own_loss, curvature="ggn")
+    assert not (tmp_path / "no").exists()
+    blocks = [{"w": torch.randn(20, 4, 4)}]
+    with pytest.raises(ConfigError, match="built from gradients.*CurvatureRows"):
+        Index.build(tmp_path / "no", gradients=blocks, curvature="ggn")
+    with pytest.raises(ConfigError, match="curvature must be one of"):
+        Index.build(tmp_path / "no", gradients=blocks, curvature="fisher")
+    with pytest.raises(ConfigError, match="rows of its own"):
+        BuildConfig.paper(curvature="ggn")
+
+
+def test_logits_of_the_wrong_form(tmp_path: Path) -> None:
+    case = mlp()
+    loss = CrossEntropy(lambda model, batch: (model(batch[0]), batch[1].float()))
+    with pytest.raises(DataError, match="integer labels"):
+        Index.build(tmp_path / "no", model=case.model, data=case.data, loss=loss)
+
+
+def test_rows_given_win_over_the_config(tmp_path: Path) -> None:
+    case = mlp()
+    rows = CurvatureRows(case.data)
+    given = Index.build(tmp_path / "given", model=case.model, data=case.data, curvature=rows)
+    empirical = Index.build(tmp_path / "empirical", model=case.model, data=case.data, curvature="empirical")
+    assert np.allclose(given.scores(case.query), empirical.scores(case.query), rtol=1e-3, atol=1e-3)
+
+
+def test_default_loss_is_of_its_logits() -> None:
+    case = gpt2()
+    case.model.eval()
+    logits, labels = default_loss.logits(case.model, case.data)
+    terms = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+    assert torch.equal(terms, default_loss(case.model, case.data))
