@@ -117,7 +117,7 @@ def paper(task: Task, model: nn.Module, *, rank: int = 1, rule: str = "paper") -
 def decay(task: Task, model: nn.Module) -> Peer:
     """The library's default with the training's own weight decay as lambda, where that is an l2 term of the loss."""
     rules = {"decay": AbsoluteDamping(task.recipe.decay)} if task.recipe.optimizer == "sgd" else {}
-    return library(task, model, rules=rules, default="decay" if rules else "default")
+    return library(task, model, rules=rules)
 
 
 METHODS: dict[str, Method] = {
@@ -130,12 +130,16 @@ METHODS: dict[str, Method] = {
     "LoRIF c=1, release's damping": lambda t, m: paper(t, m, rule="release"),
     "LoRIF c=4": lambda t, m: paper(t, m, rank=4),
     "library default": decay,
+    "library, pure GGN": lambda t, m: library(t, m, curvature="ggn"),
     "library, random projection": lambda t, m: library(t, m, projection="random"),
     "library, empirical curvature": lambda t, m: library(t, m, curvature="empirical"),
     "library, random and empirical": lambda t, m: library(t, m, projection="random", curvature="empirical"),
     "library, factors alone": lambda t, m: library(t, m, store="factors"),
     "library, coordinates alone": lambda t, m: library(t, m, store="coordinates"),
-    **{f"library, probes={k}": (lambda t, m, k=k: library(t, m, probes=k)) for k in (1, 2, 4, 8)},
+    "library, one probe": lambda t, m: library(t, m, probes=1),
+    "library, rank 4": lambda t, m: library(t, m, rank=4),
+    "library, truncated": lambda t, m: library(t, m, complement="truncated"),
+    "library, all directions": lambda t, m: library(t, m, curvature_rank=None),
     **{f"TRAK p={p}": (lambda t, m, p=p: PEERS["trak"](t, m, proj_dim=p)) for p in (1024, 2048)},
     "EK-FAC (kronfluence)": PEERS["ekfac"],
     "LoGRA (dattri)": PEERS["dattri-logra"],

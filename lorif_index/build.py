@@ -25,7 +25,7 @@ from . import eigenbases
 from .coarse import default_factory, faiss_is_installed, load_faiss
 from .coarse_build import calibrate, make_coarse, new_sketch, sketch_of_factors
 from .config import BuildConfig, CurvatureRows
-from .curvature import LayerCurvature, RowPass, fit_curvature
+from .curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
 from .data import ExampleSource, as_source
 from .errors import ConfigError, CorruptionError, DataError, IndexExistsError, NonFiniteError
 from .factors import factorise
@@ -72,6 +72,8 @@ _FREE_SETTINGS = ("complement", "shard_bytes", "spool_bytes", "device", "coarse"
 
 # Below so many rows a scan is as quick, and "auto" makes no coarse index.
 COARSE_FROM = 1024
+# Of the mixed curvature's trace (chosen on digits and Fashion-MNIST, held up on sequences: `docs/choosing.md`).
+_EMPIRICAL_SHARE = 0.25
 # Examples of the sample that tell what factors lose.
 _MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
@@ -215,9 +217,9 @@ class _Build:
         if self.curvature is not None or self.config.curvature_rows == "factors" or wanted == "empirical":
             return None
         if not from_model:
-            if wanted == "ggn":
+            if wanted != "auto":
                 raise ConfigError(
-                    "curvature='ggn' needs the model's logits, and the index is built from gradients: pass the "
+                    f"curvature={wanted!r} needs the model's logits, and the index is built from gradients: pass the "
                     "curvature's rows as curvature=CurvatureRows(...)"
                 )
             return None
@@ -227,8 +229,8 @@ class _Build:
                 f"the loss {loss_name(self.loss)!r} does not say which logits it is the cross-entropy of (give it an "
                 "attribute `logits`, or use CrossEntropy)"
             )
-            if wanted == "ggn":
-                raise ConfigError(f"curvature='ggn': {trouble}, or pass curvature='empirical'")
+            if wanted != "auto":
+                raise ConfigError(f"curvature={wanted!r}: {trouble}, or pass curvature='empirical'")
             warnings.warn(
                 f"{trouble}, so the curvature is the empirical one; curvature='empirical' says that this is meant",
                 stacklevel=5,
@@ -237,10 +239,13 @@ class _Build:
 
     @property
     def curvature_kind(self) -> str:
-        """What the curvature's rows are: "given", "ggn", "factors" (of everything stored) or "sample" (gradients)."""
+        """What the curvature's rows are: "given", "mixed", "ggn", "factors" (of everything stored) or "sample" (of
+        gradients)."""
         if self.curvature is not None:
             return "given"
-        return "ggn" if self.logits is not None else self.config.curvature_rows
+        if self.logits is None:
+            return self.config.curvature_rows
+        return "mixed" if self.config.curvature == "auto" else self.config.curvature
 
     def _begin(self, fresh: Manifest) -> Manifest:
         """The unfinished manifest in the folder if it is of this very build, else a new one."""
@@ -382,38 +387,42 @@ class _Build:
         if need > self.config.spool_bytes or (everything and isinstance(source, GivenGradients)):
             return walk, sum(block.count for block in walk()), None, skipped
         with self.reporter.stage(
-            "sample" if each == 1 and source is self.source else "rows", len(wanted) * each
+            "sample" if source is self.source else "probes" if self.curvature is None else "rows", len(wanted) * each
         ) as stage:
             spool = Spool(self.path, _told(walk(), stage.advance))
         self.stack.callback(spool.close)
         return spool.blocks, spool.count, spool, list(skipped)
 
     def _fit_from_rows(self) -> None:
-        """Curvature from the user's rows, or from unfactored gradients of a random sample."""
-        per_example = 1
+        """Curvature from the user's rows, from probes, or from unfactored gradients of a random sample."""
         spool: Spool | None = None
         if self.curvature is not None:
-            per_example = self.curvature.rows_per_example
             source, copy = curvature_source(self.curvature, self.capture, self.loss, self.projections, self.path)
             if copy is not None:
                 self.stack.callback(copy.close)
             rows, count, spool, _ = self._walkable(source, np.arange(source.count, dtype=np.int64), True)
+            part = Part(rows, count, count / self.curvature.rows_per_example, 1.0)
         elif self.logits is not None and self.capture is not None and self.examples is not None:
-            probes = Probes(self.logits, self.config.probes, self.config.seed)
+            wanted = self._sample_ids()
+            probes = Probes(self.logits, self.config.probes, self.config.seed, len(wanted))
             probed = ProbedGradients(self.capture.capture(self.loss), self.examples, probes)
-            rows, count, spool, _ = self._walkable(probed, self._sample_ids(), False, each=probes.each)
-            per_example = probes.rows_per_example
+            rows, count, spool, _ = self._walkable(probed, wanted, False, each=probes.each)
+            part = Part(rows, count, count / probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)
+            if self.curvature_kind == "mixed":
+                rows, count = self._sample()
+                part = mix([part, Part(rows, count, count, _EMPIRICAL_SHARE)], self.specs)
         else:
             rows, count = self._sample()
+            part = Part(rows, count, count, 1.0)
         with self.reporter.stage("curvature") as stage:
             fitted = fit_curvature(
-                rows,
-                count,
+                part.rows,
+                part.count,
                 self.specs,
                 rank=self.config.curvature_rank,
                 power_iterations=self.config.power_iterations,
                 seed=self.config.seed,
-                rows_per_example=per_example,
+                examples=part.examples,
                 stage=stage,
                 device=self._device(),
             )
@@ -449,7 +458,7 @@ class _Build:
                 rank=self.config.curvature_rank,
                 power_iterations=self.config.power_iterations,
                 seed=self.config.seed,
-                rows_per_example=1,
+                examples=len(store),
                 stage=stage,
                 device=self._device(),
             )

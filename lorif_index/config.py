@@ -14,7 +14,7 @@ from .errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
 PROJECTIONS = ("eigen", "random")
-CURVATURES = ("auto", "ggn", "empirical")
+CURVATURES = ("auto", "mixed", "ggn", "empirical")
 STORES = ("both", "factors", "coordinates", "coarse")
 
 
@@ -108,8 +108,10 @@ class BuildConfig:
             no pass over data.
         rank: c, the number of factor pairs kept per example and layer; None keeps the full rank.
         curvature: what the curvature is the second moment of. "ggn": rows that estimate the Gauss-Newton matrix, for a
-            loss that says where its logits are; "empirical": the gradients themselves; "auto": "ggn" where it can be.
-        probes: random rows an example of the "ggn"; None: exact rows for a prediction among few classes, else 1.
+            loss that says where its logits are; "empirical": the gradients themselves; "mixed": a quarter of the trace
+            of "ggn" replaced by as much of the empirical; "auto": "mixed" where it can be.
+        probes: random rows an example of the Gauss-Newton matrix; None: exact rows for a prediction among few classes
+            and not too many examples, else 1 to 4, the fewer the larger the sample (see `probes`).
         curvature_rank: r, the number of curvature directions kept per layer; None keeps all.
         curvature_rows: "sample" fits the curvature on unfactored gradients of a random sample; "factors" on all stored
             factors, after they were written (the published order).
@@ -207,10 +209,10 @@ class BuildConfig:
             raise ConfigError("store='coarse' keeps the coarse code alone, but coarse=None leaves it out")
         if self.probes is not None and (not _is_int(self.probes) or self.probes < 1):
             raise ConfigError(f"probes must be an integer of at least 1, or None for the default, got {self.probes!r}")
-        if self.curvature_rows == "factors" and self.curvature == "ggn":
+        if self.curvature_rows == "factors" and self.curvature in ("mixed", "ggn"):
             raise ConfigError(
-                "curvature='ggn' needs rows of its own, and curvature_rows='factors' takes the stored gradients: pass "
-                "curvature_rows='sample', or curvature='empirical'"
+                f"curvature={self.curvature!r} needs rows of its own, and curvature_rows='factors' takes the stored "
+                "gradients: pass curvature_rows='sample', or curvature='empirical'"
             )
         if self.curvature_rows == "factors" and self.store != "factors":
             raise ConfigError(

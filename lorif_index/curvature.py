@@ -6,7 +6,8 @@ Martinsson and Tropp, arXiv:0909.4061; LoRIF, arXiv:2601.21929). Rows are walked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,55 @@ class LayerCurvature:
         return max(self.trace - float(self.eigenvalues.sum()), 0.0) / left
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows that are mixed with others.
+
+    Attributes:
+        rows: gives the blocks, the same each time.
+        count: number of rows.
+        examples: how many examples they stand for.
+        share: of the mixture's trace.
+    """
+
+    rows: RowPass
+    count: int
+    examples: float
+    share: float
+
+
+def mix(parts: list[Part], names: Iterable[str]) -> Part:
+    """Rows whose second moment is, layer by layer, sum_p share_p C_p tr(C_first) / tr(C_p).
+
+    The trace stays that of the first part, unless that is zero. One walk over all rows finds the traces.
+    """
+    names = list(names)
+    first = parts[0]
+    traces = []
+    for part in parts:
+        squares = dict.fromkeys(names, 0.0)
+        for block in part.rows():
+            for name in names:
+                squares[name] += block.layers[name].squares()
+        traces.append({name: value / part.examples for name, value in squares.items()})
+    factors: list[dict[str, float]] = []
+    for part, own in zip(parts, traces, strict=True):
+        scale = {}
+        for name in names:
+            kept = next((trace[name] for trace in traces if trace[name] > 0), 0.0)
+            there = sum(p.share for p, trace in zip(parts, traces, strict=True) if trace[name] > 0)
+            weight = part.share / there * kept / own[name] if own[name] > 0 else 0.0
+            scale[name] = math.sqrt(weight * first.examples / part.examples)
+        factors.append(scale)
+
+    def rows() -> Iterator[GradientBlock]:
+        for part, scale in zip(parts, factors, strict=True):
+            for block in part.rows():
+                yield GradientBlock(block.ids, {name: block.layers[name].scaled(scale[name]) for name in names})
+
+    return Part(rows, sum(part.count for part in parts), first.examples, 1.0)
+
+
 def fit_curvature(
     rows: RowPass,
     count: int,
@@ -73,7 +123,7 @@ def fit_curvature(
     rank: int | None,
     power_iterations: int,
     seed: int,
-    rows_per_example: int,
+    examples: float,
     stage: Stage,
     device: torch.device,
 ) -> dict[str, LayerCurvature]:
@@ -87,7 +137,7 @@ def fit_curvature(
         rank: r, or None for all directions; never above D or the number of rows.
         power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
         seed: of the starting blocks.
-        rows_per_example: rows that stand for one example.
+        examples: n, how many examples the rows stand for.
         stage: told of the rows walked.
         device: where the products are computed.
 
@@ -108,7 +158,6 @@ def fit_curvature(
         stage.total = (stage.total or 0) + passes * count
         for number in range(passes):
             _walk(rows, count, group, number, passes, stage)
-        examples = count / rows_per_example
         for name, fit in group:
             pairs = fit.result(examples)
             if not pairs.trace > 0:

@@ -132,9 +132,19 @@ class LayerGradient:
         return LayerGradient(self._any[rows], None)
 
     def negated(self) -> LayerGradient:
+        return self.scaled(-1.0)
+
+    def scaled(self, factor: float) -> LayerGradient:
         if self._pair is not None:
-            return LayerGradient(None, (-self._pair[0], self._pair[1]))
-        return LayerGradient(-self._any, None)
+            return LayerGradient(None, (self._pair[0] * factor, self._pair[1]))
+        return LayerGradient(self._any * factor, None)
+
+    def squares(self) -> float:
+        """Sum of the squares of all entries, in float64."""
+        if self.pair is not None:
+            left, right = (p.double() for p in self.pair)
+            return float((torch.bmm(left.mT, left) * torch.bmm(right.mT, right)).sum())
+        return float(torch.linalg.vector_norm(self.flat().double(), dim=1).square().sum())
 
     def finite(self) -> torch.Tensor:
         """(n,) bool: no inf or NaN."""

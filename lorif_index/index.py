@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,13 +29,16 @@ from .errors import ConfigError, FingerprintError, NonFiniteError, QueryError
 from .gradients import GradientBlock, LayerSpec, parse_block
 from .losses import PerExample
 from .manifest import Manifest, check_same, read_manifest, spec_to_json
-from .planner import ANSWERS, choose_plan, scan
+from .planner import ANSWERS, Plan, choose_plan, scan
 from .progress import ProgressCallback, reporter
 from .projection import Projections
+from .query import Preconditioner
 from .reader import Reader, positions_of
 from .results import Hits, SearchStats
 from .scoring import Question, self_scores
 from .sources import ModelCapture, check_block, model_digest
+
+NORMALIZATIONS = ("relatif", "cosine")
 
 
 class Index:
@@ -53,6 +58,7 @@ class Index:
         self._projections = Projections(self._specs, self._config.seed, self._reader.projections)
         self._model = model
         self._loss = loss
+        self._own: tuple[tuple[str, tuple[str, ...]], np.ndarray] | None = None
 
     def _use(self, reader: Reader) -> None:
         self._reader = reader
@@ -175,6 +181,7 @@ class Index:
         rescore: bool = True,
         measure: PerExample | None = None,
         opponents: bool = False,
+        normalize: str | None = None,
         exact: bool | None = None,
         damping: Damping | float | None = None,
         layers: str | Iterable[str] | None = None,
@@ -190,6 +197,10 @@ class Index:
             rescore: False answers from the coarse index alone, with approximate scores.
             measure: measure(model, batch) -> (q,): explain this instead of the loss; positive scores raise it.
             opponents: the most negative scores first instead.
+            normalize: "relatif" divides each score by the root of the example's self-influence, so that examples of
+                large gradients everywhere do not win (RelatIF, Barshan, Brunet and Dziugaite, arXiv:2003.11630);
+                "cosine" by the root of the query's, too. Every row is scanned; the first such search under a damping
+                also finds all self-influences, which are kept in memory (4 bytes a row).
             exact: True scans every row; False rescores candidates, however small the index; None chooses.
             damping: another policy than the build's, or a multiple of trace / D.
             layers: names or glob patterns of the layers whose scores are summed; all by default.
@@ -209,6 +220,9 @@ class Index:
         if exact and not rescore:
             raise QueryError("exact=True scores every row, and rescore=False none: pass one of them")
         chosen, policy = self._chosen(layers), self._policy(damping)
+        if normalize is not None and (exact is False or not rescore):
+            raise QueryError(f"normalize={normalize!r} scans every row: leave exact=False or rescore=False out")
+        norms = self._norms(normalize, policy, chosen)
         k = min(int(k), len(self))
         # Before the query's gradients are taken: what cannot be answered is refused at once.
         plan = choose_plan(
@@ -221,7 +235,11 @@ class Index:
             all_layers=len(chosen) == len(self.layers),
             damping=policy,
         )
+        if norms is not None:
+            plan = Plan("scan", f"scan of every row, for normalize={normalize!r}", 1.0, torch.from_numpy(norms))
         prepared = self._prepare(query, measure, policy, chosen)
+        if normalize == "cosine":
+            prepared = prepared.scaled()
         answer = ANSWERS[plan.way](self._reader, prepared.question, plan, k, not opponents, reporter(progress))
         stats = SearchStats(
             exact=plan.way == "scan",
@@ -250,6 +268,7 @@ class Index:
         measure: PerExample | None = None,
         damping: Damping | float | None = None,
         layers: str | Iterable[str] | None = None,
+        normalize: str | None = None,
         out: np.ndarray | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
@@ -258,14 +277,18 @@ class Index:
         Exact for what is stored: factors, coordinates or both (`BuildConfig.store`).
 
         Args:
-            query, measure, damping, layers, progress: as in `search`.
+            query, measure, damping, layers, normalize, progress: as in `search`.
             out: a (q, n) float32 array to write to, for instance a memory map.
 
         Raises:
             QueryError: as in `search`, or an `out` of another shape or dtype.
         """
         self._need_rows("scores")
-        prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers))
+        chosen, policy = self._chosen(layers), self._policy(damping)
+        norms = self._norms(normalize, policy, chosen)
+        prepared = self._prepare(query, measure, policy, chosen)
+        if normalize == "cosine":
+            prepared = prepared.scaled()
         shape = (prepared.question.count, len(self))
         if out is None:
             out = np.empty(shape, dtype=np.float32)
@@ -273,7 +296,8 @@ class Index:
             raise QueryError(f"out must be {shape} float32, got {out.shape} {out.dtype}")
         with reporter(progress) as report:
             for start, scores, _ in scan(self._reader, prepared.question, report):
-                out[:, start : start + scores.shape[1]] = scores.numpy()
+                part = slice(start, start + scores.shape[1])
+                np.multiply(scores.numpy(), 1.0 if norms is None else norms[part], out=out[:, part])
         return out
 
     def self_influence(
@@ -503,8 +527,24 @@ class Index:
         began = time.perf_counter()
         gradients = self._query_gradients(query, measure, chosen)
         mid = time.perf_counter()
-        question = self._reader.ask(gradients, self._reader.preconditioners(chosen, policy))
-        return _Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
+        preconditioners = self._reader.preconditioners(chosen, policy)
+        question = self._reader.ask(gradients, preconditioners)
+        seconds = {"gradients": mid - began, "transform": time.perf_counter() - mid}
+        return _Prepared(question, seconds, gradients, preconditioners)
+
+    def _norms(self, normalize: str | None, policy: Damping, chosen: tuple[str, ...]) -> np.ndarray | None:
+        """What rows' scores are multiplied by, (n,) float32; None where they are not normalised."""
+        if normalize is None:
+            return None
+        if normalize not in NORMALIZATIONS:
+            raise QueryError(f"normalize must be one of {NORMALIZATIONS} or None, got {normalize!r}")
+        self._need_rows(f"normalize={normalize!r}")
+        key = (json.dumps(policy.to_json(), sort_keys=True), chosen)
+        if self._own is None or self._own[0] != key:
+            own = self.self_influence(damping=policy, layers=chosen).astype(np.float64)
+            # An example without a gradient influences nothing.
+            self._own = key, np.where(own > 0, 1.0 / np.sqrt(np.where(own > 0, own, 1.0)), 0.0).astype(np.float32)
+        return self._own[1]
 
     def _need_rows(self, what: str) -> None:
         if not self._layout.row_bytes:
@@ -589,10 +629,20 @@ class Index:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A question made ready, and how long that took."""
+    """A question made ready, how long that took, and what it was made of."""
 
     question: Question
     seconds: dict[str, float]
+    gradients: dict[str, torch.Tensor]
+    preconditioners: Mapping[str, Preconditioner]
+
+    def scaled(self) -> _Prepared:
+        """The same with each query divided by the root of its self-influence."""
+        own = torch.zeros(self.question.count)
+        for name, g in self.gradients.items():
+            own += self.preconditioners[name].quadratic(g.flatten(1))
+        scale = torch.where(own > 0, own, 1.0).rsqrt()
+        return dataclasses.replace(self, question=self.question.scaled(scale))
 
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:

@@ -36,11 +36,13 @@ class Plan:
         way: "scan", "candidates" or "coarse".
         reason: in words.
         recall: asked for.
+        scale: (n,) float32 that the rows' scores are multiplied by, for a scan; None: by nothing.
     """
 
     way: str
     reason: str
     recall: float
+    scale: torch.Tensor | None = None
 
 
 @dataclass
@@ -158,6 +160,8 @@ def _by_scan(
     began = time.perf_counter()
     with report as opened:
         for start, scores, size in scan(reader, question, opened):
+            if plan.scale is not None:
+                scores = scores * plan.scale[start : start + scores.shape[1]]
             top.update(start, scores)
             read += size
     positions, best = top.result()

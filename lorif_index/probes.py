@@ -21,10 +21,10 @@ from torch import nn
 from .losses import IGNORE, LogitsOf, checked_logits
 from .projection import keyed_generator
 
-# Up to so many classes of a single prediction, exact rows cost no more than what as many probes are worth.
+# Up to so many classes of a single prediction, rows may be exact.
 EXACT_UP_TO = 16
-# Probes of an example where the rows are random (`bench.curvature_choices`).
-PROBES = 1
+# Rows that a sample is given, where that takes no more than `MOST_PROBES` an example; twice as many if they are exact.
+ROWS, MOST_PROBES = 16_384, 4
 
 
 class Probes:
@@ -32,28 +32,32 @@ class Probes:
 
     Args:
         logits: which logits the loss is the cross-entropy of.
-        probes: random probes an example; None: exact rows where an example is one prediction among at most
-            `EXACT_UP_TO` classes, else `PROBES`.
+        probes: random probes an example; None: as many as make `ROWS` rows of the examples, from 1 to `MOST_PROBES`, or
+            exact rows where an example is one prediction among at most `EXACT_UP_TO` classes, up to 2 `ROWS` of them.
         seed: of the signs.
+        examples: how many there will be.
 
     Attributes:
         each: rows of an example; known after `prepare`.
         exact: whether they add up to the example's GGN, or each is an estimate of it.
     """
 
-    def __init__(self, logits: LogitsOf, probes: int | None, seed: int) -> None:
+    def __init__(self, logits: LogitsOf, probes: int | None, seed: int, examples: int) -> None:
         self._logits = logits
-        self._wanted = probes
+        self._may_be_exact = probes is None
         self._seed = seed
-        self.each = probes or PROBES
+        self._examples = examples
+        self.each = min(max(-(-ROWS // examples), 1), MOST_PROBES) if probes is None else probes
         self.exact = False
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
         """Decides, by the form of the logits of a batch, how many rows an example has."""
         with torch.no_grad():
             logits, _ = checked_logits(self._logits(model, batch))
-        self.exact = self._wanted is None and logits.ndim == 2 and logits.shape[1] <= EXACT_UP_TO
-        self.each = int(logits.shape[1]) if self.exact else self._wanted or PROBES
+        classes = int(logits.shape[-1])
+        few = classes <= EXACT_UP_TO and classes * self._examples <= 2 * ROWS
+        if self._may_be_exact and logits.ndim == 2 and few:
+            self.exact, self.each = True, classes
 
     @property
     def rows_per_example(self) -> int:

@@ -107,6 +107,11 @@ class Question:
         x = self.x[rows] if self.x is not None else None
         return Question({n: g[rows] for n, g in self.queries.items()}, x, len(range(self.count)[rows]))
 
+    def scaled(self, scale: torch.Tensor) -> Question:
+        """Each query times its entry of (q,)."""
+        queries = {n: g * scale[:, None, None] for n, g in self.queries.items()}
+        return Question(queries, None if self.x is None else self.x * scale[:, None], self.count)
+
     def scorer(self, layout: RowLayout, device: torch.device = CPU) -> Scorer:
         """The scorer of these queries for rows of that layout, on that device."""
         return Scorer(layout, self.queries, self.x if layout.codes is not None else None, device)

@@ -47,7 +47,7 @@ def fit(rows: torch.Tensor, a: int, b: int, rank: int | None, iterations: int = 
         rank=rank,
         power_iterations=iterations,
         seed=0,
-        rows_per_example=1,
+        examples=len(rows),
         stage=Stage(None, "curvature", None),
         device=torch.device("cpu"),
     )["x"]

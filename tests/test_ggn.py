@@ -17,7 +17,9 @@ from lorif_index import BuildConfig, CrossEntropy, CurvatureRows, Index, default
 from lorif_index.errors import ConfigError, DataError
 from lorif_index.probes import Probes
 
-DENSE: dict[str, Any] = dict(projection_dim=None, rank=None, curvature_rank=None, dtype="float32", store="factors")
+DENSE: dict[str, Any] = dict(
+    projection_dim=None, rank=None, curvature_rank=None, curvature="ggn", dtype="float32", store="factors"
+)
 
 
 def logits_of(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -77,6 +79,18 @@ def test_rows_of_few_classes_add_up_to_the_ggn_exactly(make: Any, tmp_path: Path
         assert index.curvature[layer].examples == len(case.data[0])
 
 
+def test_the_mixture_is_three_quarters_ggn_of_the_ggns_trace(tmp_path: Path) -> None:
+    case = mlp()
+    expected, gradients = ggn(case, case.weights), case.gradients(case.data)
+    config = BuildConfig(**DENSE | {"curvature": "auto"})
+    index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
+    for layer, c in expected.items():
+        empirical = oracle.second_moment(gradients[layer])
+        mixed = 0.75 * c + 0.25 * empirical * np.trace(c) / np.trace(empirical)
+        assert gap(matrix(index, layer), mixed) < 1e-4
+        assert index.curvature[layer].trace == pytest.approx(np.trace(c), rel=1e-4)
+
+
 def test_random_probes_of_sequences_estimate_the_ggn(tmp_path: Path) -> None:
     case = gpt2()
     weights = {k: v for k, v in case.weights.items() if k == "transformer.h.1.mlp.c_proj"}
@@ -97,7 +111,7 @@ def test_probes_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     case = gpt2()
     traces = []
     for size in (3, 40):
-        config = BuildConfig(projection_dim=None, batch_size=size, curvature_rank=None)
+        config = BuildConfig(projection_dim=None, batch_size=size, curvature_rank=None, curvature="ggn")
         index = Index.build(tmp_path / str(size), model=case.model, data=case.data, config=config)
         traces.append([index.curvature[layer].trace for layer in index.layers])
     assert traces[0] == pytest.approx(traces[1], rel=1e-4)
@@ -107,12 +121,12 @@ def test_probes_have_the_covariance_of_the_softmax() -> None:
     logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).double()
     leaf = logits.repeat(4000, 1).requires_grad_()
     labels = torch.zeros(4000, dtype=torch.int64)
-    (row,) = Probes(lambda model, batch: (leaf, labels), 1, seed=3)(nn.Identity(), None, np.arange(4000))
+    (row,) = Probes(lambda model, batch: (leaf, labels), 1, 3, 4000)(nn.Identity(), None, np.arange(4000))
     (v,) = torch.autograd.grad(row.sum(), leaf)
     p = logits.softmax(1)[0]
     expected = torch.diag(p) - torch.outer(p, p)
     assert float((v.T @ v / len(v) - expected).abs().max()) < 0.02
-    hidden = Probes(lambda model, batch: (leaf[:1], torch.tensor([-100])), 3, seed=3)
+    hidden = Probes(lambda model, batch: (leaf[:1], torch.tensor([-100])), 3, 3, 4000)
     assert float(hidden(nn.Identity(), None, np.array([7])).detach().abs().max()) == 0.0
 
 
@@ -122,13 +136,18 @@ def test_a_loss_that_says_where_its_logits_are(tmp_path: Path) -> None:
     def logits(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return model(batch[0]), batch[1]
 
-    config = BuildConfig(**DENSE)
+    config = BuildConfig(**DENSE | {"curvature": "auto"})
     given = Index.build(
-        tmp_path / "given", model=case.model, data=case.data, loss=CrossEntropy(logits), curvature="ggn", config=config
+        tmp_path / "given",
+        model=case.model,
+        data=case.data,
+        loss=CrossEntropy(logits),
+        curvature="mixed",
+        config=config,
     )
     default = Index.build(tmp_path / "default", model=case.model, data=case.data, config=config)
     assert np.allclose(given.scores(case.query), default.scores(case.query), rtol=1e-4, atol=1e-4)
-    assert given.config.curvature == "ggn" and default.config.curvature == "auto"
+    assert given.config.curvature == "mixed" and default.config.curvature == "auto"
 
 
 def own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -146,7 +165,7 @@ def test_a_loss_that_does_not_gets_the_empirical_curvature_and_is_told(tmp_path:
     assert not (tmp_path / "no").exists()
     blocks = [{"w": torch.randn(20, 4, 4)}]
     with pytest.raises(ConfigError, match="built from gradients.*CurvatureRows"):
-        Index.build(tmp_path / "no", gradients=blocks, curvature="ggn")
+        Index.build(tmp_path / "no", gradients=blocks, curvature="mixed")
     with pytest.raises(ConfigError, match="curvature must be one of"):
         Index.build(tmp_path / "no", gradients=blocks, curvature="fisher")
     with pytest.raises(ConfigError, match="rows of its own"):

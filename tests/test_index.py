@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, ProgressEvent
+from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, ProgressEvent, default_loss
 from lorif_index.errors import (
     CaptureError,
     ConfigError,
@@ -396,6 +396,9 @@ def own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
+own_loss.logits = default_loss.logits  # type: ignore[attr-defined]
+
+
 def test_another_model_or_loss_is_refused(index: Index, tmp_path: Path) -> None:
     with pytest.raises(FingerprintError, match=r"differs in model \(model: "):
         Index.open(index.path, model=make_model(seed=5))
@@ -420,7 +423,7 @@ def test_damaged_and_foreign_folders(index: Index, tmp_path: Path) -> None:
         (copy / "manifest.json").write_text(json.dumps(manifest | changes))
         return copy
 
-    with pytest.raises(FormatVersionError, match=r"version 99, and this library reads versions \(1, 2\)"):
+    with pytest.raises(FormatVersionError, match=r"version 99, and this library reads versions \(1, 2, 3\)"):
         Index.open(rewritten(format_version=99))
     with pytest.raises(NotAnIndexError, match="not a lorif-index manifest"):
         Index.open(rewritten(format="other"))
@@ -478,7 +481,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_index(
 def test_progress_tells_rate_and_bytes(tmp_path: Path) -> None:
     events: list[ProgressEvent] = []
     Index.build(tmp_path / "a", model=make_model(), data=make_data(), config=CONFIG, progress=events.append)
-    assert {e.stage for e in events} == {"sample", "curvature", "encode"}
+    assert {e.stage for e in events} == {"sample", "probes", "curvature", "encode"}
     last = [e for e in events if e.stage == "encode"][-1]
     assert last.finished and last.done == last.total == N and last.bytes > 0
     assert last.rate > 0 and last.seconds_left == 0

@@ -34,8 +34,8 @@ SURFACE = [
 INDEX = {
     "build": "path model data gradients loss curvature config metadata progress",
     "open": "path model loss device",
-    "search": "self query k recall rescore measure opponents exact damping layers progress",
-    "scores": "self query measure damping layers out progress",
+    "search": "self query k recall rescore measure opponents normalize exact damping layers progress",
+    "scores": "self query measure damping layers normalize out progress",
     "self_influence": "self damping layers progress",
     "factors": "self ids",
     "coordinates": "self ids",

@@ -27,7 +27,8 @@ def case() -> tuple[Case, dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def build(made: Case, folder: Path, **settings: object) -> Index:
-    config = BuildConfig(projection_dim=6, curvature_rank=9, layers=made.selection, batch_size=16, **settings)  # type: ignore[arg-type]
+    fixed = dict(projection_dim=6, projection="random", curvature="empirical", curvature_rank=9)
+    config = BuildConfig(layers=made.selection, batch_size=16, **fixed, **settings)  # type: ignore[arg-type]
     return Index.build(folder / "i", model=made.model, data=made.data, config=config)
 
 
@@ -181,3 +182,35 @@ def test_what_a_representation_lacks_is_refused(tmp_path: Path) -> None:
     hits = coarse.search(made.query, k=5)
     assert hits.stats.approximate and hits.stats.store == "coarse" and coarse.bytes_per_example == 0
     assert hits.ids.shape == (len(hits), 5)
+
+
+@pytest.mark.parametrize("store", ["factors", "both"])
+def test_normalised_scores(case: object, tmp_path: Path, store: str) -> None:
+    made, _, query_gradients = case  # type: ignore[misc]
+    index = build(made, tmp_path, store=store, sketch_dim=24)
+    plain, own = index.scores(made.query, damping=0.3), index.self_influence(damping=0.3)
+    relatif = index.scores(made.query, damping=0.3, normalize="relatif")
+    assert np.allclose(relatif, plain / np.sqrt(own), rtol=1e-4, atol=1e-5 * np.abs(relatif).max())
+    asked = np.zeros(len(plain))
+    for name, g in projected(index, query_gradients).items():
+        layer = index.curvature[name]
+        lam = 0.3 * layer.trace / layer.dim
+        h = oracle.inverse(
+            layer.basis.double().numpy(), layer.eigenvalues.numpy(), layer.trace, lam, index.config.complement
+        )
+        flat = g.reshape(len(g), -1)
+        asked += ((flat @ h) * flat).sum(axis=1)
+    cosine = index.scores(made.query, damping=0.3, normalize="cosine")
+    assert np.allclose(cosine, plain / np.sqrt(np.outer(asked, own)), rtol=2e-3, atol=1e-4)
+    if store == "factors":
+        assert np.abs(cosine).max() <= 1.0
+    for normalize, scores in (("relatif", relatif), ("cosine", cosine)):
+        for opponents in (False, True):
+            hits = index.search(made.query, 5, damping=0.3, normalize=normalize, opponents=opponents)
+            best = np.sort(scores, axis=1)[:, :5] if opponents else -np.sort(-scores, axis=1)[:, :5]
+            assert np.allclose(hits.scores, best, rtol=1e-5)
+            assert hits.stats.exact and normalize in hits.stats.plan
+    with pytest.raises(QueryError, match="normalize must be one of"):
+        index.search(made.query, normalize="l2")
+    with pytest.raises(QueryError, match="scans every row"):
+        index.search(made.query, normalize="cosine", exact=False)

@@ -40,7 +40,7 @@ def fitted(dim: int, method: str = "pca", rank: int | None = 7):  # type: ignore
     block = GradientBlock(np.arange(N), {k: LayerGradient.from_dense(v) for k, v in g.items()})
     stage, device = Stage(None, "x", None), torch.device("cpu")
     curvature = fit_curvature(
-        lambda: [block], N, SPECS, rank=rank, power_iterations=3, seed=0, rows_per_example=1, stage=stage, device=device
+        lambda: [block], N, SPECS, rank=rank, power_iterations=3, seed=0, examples=N, stage=stage, device=device
     )
     lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
     sketch = fit_sketch(lambda: [block], N, curvature, lams, dim=dim, method=method, seed=0, stage=stage, device=device)
@@ -145,7 +145,7 @@ def test_few_rows_give_few_coordinates(tmp_path: Path) -> None:
     block = GradientBlock(np.arange(5), {k: LayerGradient.from_dense(v) for k, v in g.items()})
     stage, device = Stage(None, "x", None), torch.device("cpu")
     curvature = fit_curvature(
-        lambda: [block], 5, SPECS, rank=7, power_iterations=1, seed=0, rows_per_example=1, stage=stage, device=device
+        lambda: [block], 5, SPECS, rank=7, power_iterations=1, seed=0, examples=5, stage=stage, device=device
     )
     lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
     sketch = fit_sketch(lambda: [block], 5, curvature, lams, dim=512, method="pca", seed=0, stage=stage, device=device)
