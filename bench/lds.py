@@ -85,7 +85,7 @@ def judge(found: Peer, members: np.ndarray, truth: np.ndarray, reference: np.nda
     return out
 
 
-def _file(task: Task, smoke: bool, method: str) -> Path:
+def score_file(task: Task, smoke: bool, method: str) -> Path:
     plain = "".join(c if c.isalnum() else "-" for c in method)
     return CACHE / "lds" / (task.name + ("-smoke" if smoke else "")) / f"{plain}.npz"
 
@@ -122,7 +122,7 @@ def main() -> None:
         wanted = ["random", "gradient dot", "LoGRA d=16", "LoRIF c=1", "library default"]
     model, failed = None, {}
     for name in wanted:
-        path = _file(task, parsed.smoke, name)
+        path = score_file(task, parsed.smoke, name)
         if path.exists() and not parsed.again and not parsed.smoke:
             continue
         model = task.full(0, parsed.smoke) if model is None else model
@@ -136,11 +136,11 @@ def main() -> None:
     )
     best = ceiling(losses)
     print(f"ceiling: {best or 'one seed, not known'}")
-    reference = kept(_file(task, parsed.smoke, "library default"))
+    reference = kept(score_file(task, parsed.smoke, "library default"))
     base = lds(reference.scores[reference.default], members, truth) if reference is not None else None
     rows, figures = [["method", "LDS, default", "best on odd", "at", "bytes", "build s", "query ms"]], {}
     for name in METHODS:
-        found = kept(_file(task, parsed.smoke, name))
+        found = kept(score_file(task, parsed.smoke, name))
         if found is None:
             if name in failed:
                 figures[name] = {"error": failed[name]}

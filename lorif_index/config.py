@@ -118,8 +118,9 @@ class BuildConfig:
         curvature_sample: size of that sample, in examples.
         power_iterations: subspace iterations of the randomised SVD that fits the curvature.
         damping: the default damping of searches; a number is a multiple of trace / D.
-        complement: "tail-corrected" gives directions outside the subspace the weight 1 / (lambda + mean tail
-            eigenvalue), "truncated" 1 / lambda.
+        complement: the weight of directions outside the subspace. "log-mean": what a tail of falling eigenvalues gives
+            a gradient on average (`query.log_mean`); "tail-corrected": 1 / (lambda + mean tail eigenvalue);
+            "truncated": 1 / lambda.
         store: what is kept per example. "both": factors, and coordinates of the unfactored gradient, which the scores'
             leading subspace is taken from; factors alone where they lose less than 1% of the gradients' squared norm
             (one position per example, the full rank). "factors": the published design. "coordinates": the smallest
@@ -153,7 +154,7 @@ class BuildConfig:
     curvature_sample: int = 10_000
     power_iterations: int = 2
     damping: Damping | float = field(default_factory=RelativeDamping)
-    complement: str = "tail-corrected"
+    complement: str = "log-mean"
     store: str = "both"
     sketch_dim: int = 512
     sketch: str = "auto"
@@ -193,7 +194,7 @@ class BuildConfig:
             ("projection", PROJECTIONS),
             ("curvature", CURVATURES),
             ("curvature_rows", ("sample", "factors")),
-            ("complement", ("tail-corrected", "truncated")),
+            ("complement", ("log-mean", "tail-corrected", "truncated")),
             ("store", STORES),
             ("sketch", ("auto", "pca", "per-layer")),
             ("coordinate_bits", BITS),

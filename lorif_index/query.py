@@ -1,12 +1,13 @@
 """Query: the Woodbury-preconditioned transform that turns a question into one small matrix per layer.
 
 Q'_l = H_l^-1 vec(G_q), H = V S V^T + lambda I (LoRIF, arXiv:2601.21929, section 3): inside the subspace each direction
-is divided by its eigenvalue + lambda, outside by mu, which is lambda ("truncated") or lambda + the mean tail
-eigenvalue ("tail-corrected"). It is applied to the query, and to the query only.
+is divided by its eigenvalue + lambda, outside by mu, which is lambda ("truncated"), lambda + the mean tail eigenvalue
+("tail-corrected"), or what a falling tail divides a gradient by on average ("log-mean"). It is applied to the query, and to the query only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,6 +63,25 @@ def _neighbours(matrices: list[tuple[str, torch.Tensor]]) -> list[list[str]]:
     return runs
 
 
+def log_mean(lam: float, largest: float, mean: float) -> float:
+    """mu of a tail of eigenvalues that fall exponentially from `largest` and have that mean.
+
+    A gradient's energy lies where the eigenvalues are large, so that 1 / (s + lambda), averaged over the tail with weight
+    s, is less than at the mean eigenvalue: 1 / mu = int s / (s + lambda) / int s. For s = largest exp(-a u), u from 0 to
+    1, mu is the logarithmic mean of largest + lambda and largest exp(-a) + lambda.
+    """
+    if not 0 < mean < largest:
+        return lam + max(mean, 0.0)
+    # (1 - exp(-a)) / a falls from 1 to 0.
+    low, high = 0.0, max(2.0 * largest / mean, 2.0)
+    for _ in range(100):
+        a = (low + high) / 2
+        low, high = (a, high) if -math.expm1(-a) / a > mean / largest else (low, a)
+    top, bottom = largest + lam, largest * math.exp(-high) + lam
+    # Nearly flat: the logarithm would lose its digits, and the means agree.
+    return top if top - bottom < 1e-9 * top else (top - bottom) / math.log(top / bottom)
+
+
 @dataclass(frozen=True)
 class Preconditioner:
     """H^-1 of one layer under one damping.
@@ -91,7 +111,11 @@ class Preconditioner:
                 f"damping {damping} gives lambda={lam} for layer {name!r} (trace {layer.trace:.3g}), which leaves the "
                 "curvature singular: pass AbsoluteDamping(...), or leave the layer out with layers="
             )
-        mu = lam + layer.tail_mean if complement == "tail-corrected" else lam
+        mu = lam
+        if complement == "tail-corrected":
+            mu = lam + layer.tail_mean
+        elif complement == "log-mean":
+            mu = log_mean(lam, float(layer.eigenvalues[-1]), layer.tail_mean)
         inside = (1.0 / (layer.eigenvalues.double() + lam)).float()
         return cls(layer.basis, inside, 0.0 if layer.rank == layer.dim else 1.0 / mu, lam)
 

@@ -81,12 +81,27 @@ def damping(rule: str, c: np.ndarray, rank: int | None = None, value: float = 0.
     return 0.5 * np.trace(c) / len(c)
 
 
+def exponential_tail(largest: float, mean: float, lam: float) -> float:
+    """int s / int s / (s + lam), of s = largest exp(-a u) with that mean, by quadrature."""
+    if not 0 < mean < largest:
+        return lam + mean
+    u = np.linspace(0, 1, 200_001)
+    low, high = 0.0, 1e5
+    for _ in range(80):
+        a = (low + high) / 2
+        low, high = (a, high) if np.trapezoid(np.exp(-a * u), u) > mean / largest else (low, a)
+    s = largest * np.exp(-low * u)
+    return float(np.trapezoid(s, u) / np.trapezoid(s / (s + lam), u))
+
+
 def inverse(v: np.ndarray, s: np.ndarray, trace: float, lam: float, complement: str) -> np.ndarray:
     """The dense inverse of V S V^T + lambda I, with the complement's weight."""
     d = len(v)
     tail = 0.0
     if complement == "tail-corrected" and v.shape[1] < d:
         tail = max(trace - s.sum(), 0.0) / (d - v.shape[1])
+    if complement == "log-mean" and v.shape[1] < d:
+        tail = exponential_tail(s[-1], max(trace - s.sum(), 0.0) / (d - v.shape[1]), lam) - lam
     outside = np.eye(d) - v @ v.T
     return np.linalg.inv((v * s) @ v.T + lam * np.eye(d) + tail * outside)
 

@@ -22,7 +22,7 @@ from lorif_index.curvature import LayerCurvature, fit_curvature
 from lorif_index.errors import ConfigError, CurvatureError
 from lorif_index.gradients import GradientBlock, LayerGradient, LayerSpec
 from lorif_index.progress import Stage
-from lorif_index.query import Preconditioner
+from lorif_index.query import Preconditioner, log_mean
 
 
 def decaying_rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -179,3 +179,20 @@ def test_the_sample_is_random_bounded_and_of_the_seed(tmp_path: Any) -> None:
     a, b, again, whole = traces(0, 100, "a"), traces(1, 100, "b"), traces(0, 100, "c"), traces(0, 10_000, "d")
     assert a == again and a != b
     assert a == pytest.approx(whole, rel=0.2)
+
+
+@pytest.mark.parametrize("fall", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize("lam", [1e-4, 0.05, 10.0])
+def test_log_mean_is_what_an_exponential_tail_divides_a_gradient_by(fall: float, lam: float) -> None:
+    tail = 0.7 * np.exp(-fall * (np.arange(20_000) + 0.5) / 20_000)
+    expected = tail.sum() / (tail / (tail + lam)).sum()
+    assert log_mean(lam, 0.7, float(tail.mean())) == pytest.approx(expected, rel=1e-4)
+    # Between the mean tail eigenvalue and the largest.
+    assert lam + tail.mean() <= log_mean(lam, 0.7, float(tail.mean())) * (1 + 1e-9) <= (lam + 0.7) * (1 + 2e-9)
+
+
+def test_log_mean_at_the_edges() -> None:
+    assert log_mean(0.1, 0.5, 0.5) == pytest.approx(0.6)
+    assert log_mean(0.1, 0.5, 0.0) == 0.1
+    assert log_mean(0.1, 0.0, 0.0) == 0.1
+    assert 0.1 < log_mean(0.1, 0.5, 1e-12) < 0.6

@@ -247,7 +247,7 @@ def test_full_rank_is_the_dense_influence_end_to_end(case: Any, tmp_path: Path) 
     assert within(index.scores(made.query), expected)
 
 
-@pytest.mark.parametrize("complement", ["truncated", "tail-corrected"])
+@pytest.mark.parametrize("complement", ["truncated", "tail-corrected", "log-mean"])
 @pytest.mark.parametrize(
     ("policy", "rule", "value"),
     [
@@ -294,7 +294,7 @@ def test_anything_given_as_gradients(tmp_path_factory: pytest.TempPathFactory, d
     rank, r = draw(st.sampled_from([1, 2, 3, None])), draw(st.sampled_from([1, 4, 20, None]))
     dtype, complement = (
         draw(st.sampled_from(["float16", "bfloat16", "float32"])),
-        draw(st.sampled_from(["truncated", "tail-corrected"])),
+        draw(st.sampled_from(["truncated", "tail-corrected", "log-mean"])),
     )
     scale = 10.0 ** draw(st.integers(-5, 2))
     pairs = draw(st.booleans())
