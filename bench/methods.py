@@ -32,9 +32,11 @@ def random(task: Task, model: nn.Module) -> Peer:
     return Peer({"default": scores}, "default", 0.0, 0.0, 0.0, "")
 
 
-def blocks(model: nn.Module, data: Any, config: BuildConfig, batch: int = 64) -> Iterator[dict[str, torch.Tensor]]:
-    """Layer -> (b, D) projected gradients of the data, batch after batch."""
-    taken = ModelCapture(model, config)
+def blocks(
+    model: nn.Module, data: Any, config: BuildConfig, batch: int = 64, index: Index | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Layer -> (b, D) projected gradients of the data, batch after batch, in the projections of an index if given."""
+    taken = ModelCapture(model, config, None if index is None else index._projections)
     capture = taken.capture(None)
     for start in range(0, size(data), batch):
         part = take(data, slice(start, start + batch))
@@ -137,8 +139,10 @@ METHODS: dict[str, Method] = {
     "library, factors alone": lambda t, m: library(t, m, store="factors"),
     "library, coordinates alone": lambda t, m: library(t, m, store="coordinates"),
     "library, one probe": lambda t, m: library(t, m, probes=1),
+    "library, four probes": lambda t, m: library(t, m, probes=4),
     "library, rank 4": lambda t, m: library(t, m, rank=4),
     "library, truncated": lambda t, m: library(t, m, complement="truncated"),
+    "library, mean tail": lambda t, m: library(t, m, complement="tail-corrected"),
     "library, all directions": lambda t, m: library(t, m, curvature_rank=None),
     **{f"TRAK p={p}": (lambda t, m, p=p: PEERS["trak"](t, m, proj_dim=p)) for p in (1024, 2048)},
     "EK-FAC (kronfluence)": PEERS["ekfac"],

@@ -110,8 +110,8 @@ class BuildConfig:
         curvature: what the curvature is the second moment of. "ggn": rows that estimate the Gauss-Newton matrix, for a
             loss that says where its logits are; "empirical": the gradients themselves; "mixed": a quarter of the trace
             of "ggn" replaced by as much of the empirical; "auto": "mixed" where it can be.
-        probes: random rows an example of the Gauss-Newton matrix; None: exact rows for a prediction among few classes
-            and not too many examples, else 1 to 4, the fewer the larger the sample (see `probes`).
+        probes: random rows an example of the Gauss-Newton matrix; None: 1 for sequences; for single predictions exact
+            rows where classes and examples are few, else 1 to 4, the fewer the larger the sample (see `probes`).
         curvature_rank: r, the number of curvature directions kept per layer; None keeps all.
         curvature_rows: "sample" fits the curvature on unfactored gradients of a random sample; "factors" on all stored
             factors, after they were written (the published order).

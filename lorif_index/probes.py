@@ -23,7 +23,9 @@ from .projection import keyed_generator
 
 # Up to so many classes of a single prediction, rows may be exact.
 EXACT_UP_TO = 16
-# Rows that a sample is given, where that takes no more than `MOST_PROBES` an example; twice as many if they are exact.
+# Rows that a sample of single predictions is given, where that takes no more than `MOST_PROBES` an example; twice as
+# many if they are exact. A sequence's positions have independent signs: one probe of it is many (`bench.lds`: four
+# probes instead of one are worth .005 LDS on sequences).
 ROWS, MOST_PROBES = 16_384, 4
 
 
@@ -32,8 +34,8 @@ class Probes:
 
     Args:
         logits: which logits the loss is the cross-entropy of.
-        probes: random probes an example; None: as many as make `ROWS` rows of the examples, from 1 to `MOST_PROBES`, or
-            exact rows where an example is one prediction among at most `EXACT_UP_TO` classes, up to 2 `ROWS` of them.
+        probes: random probes an example; None: one of a sequence; of single predictions as many as make `ROWS` rows,
+            from 1 to `MOST_PROBES`, or exact rows where there are at most `EXACT_UP_TO` classes, up to 2 `ROWS` of them.
         seed: of the signs.
         examples: how many there will be.
 
@@ -44,7 +46,7 @@ class Probes:
 
     def __init__(self, logits: LogitsOf, probes: int | None, seed: int, examples: int) -> None:
         self._logits = logits
-        self._may_be_exact = probes is None
+        self._free = probes is None
         self._seed = seed
         self._examples = examples
         self.each = min(max(-(-ROWS // examples), 1), MOST_PROBES) if probes is None else probes
@@ -55,8 +57,11 @@ class Probes:
         with torch.no_grad():
             logits, _ = checked_logits(self._logits(model, batch))
         classes = int(logits.shape[-1])
-        few = classes <= EXACT_UP_TO and classes * self._examples <= 2 * ROWS
-        if self._may_be_exact and logits.ndim == 2 and few:
+        if not self._free:
+            return
+        if logits.ndim > 2:
+            self.each = 1
+        elif classes <= EXACT_UP_TO and classes * self._examples <= 2 * ROWS:
             self.exact, self.each = True, classes
 
     @property

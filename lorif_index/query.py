@@ -2,7 +2,8 @@
 
 Q'_l = H_l^-1 vec(G_q), H = V S V^T + lambda I (LoRIF, arXiv:2601.21929, section 3): inside the subspace each direction
 is divided by its eigenvalue + lambda, outside by mu, which is lambda ("truncated"), lambda + the mean tail eigenvalue
-("tail-corrected"), or what a falling tail divides a gradient by on average ("log-mean"). It is applied to the query, and to the query only.
+("tail-corrected"), or what a falling tail divides a gradient by on average ("log-mean"). It is applied to the query,
+and to the query only.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ def _neighbours(matrices: list[tuple[str, torch.Tensor]]) -> list[list[str]]:
 def log_mean(lam: float, largest: float, mean: float) -> float:
     """mu of a tail of eigenvalues that fall exponentially from `largest` and have that mean.
 
-    A gradient's energy lies where the eigenvalues are large, so that 1 / (s + lambda), averaged over the tail with weight
-    s, is less than at the mean eigenvalue: 1 / mu = int s / (s + lambda) / int s. For s = largest exp(-a u), u from 0 to
-    1, mu is the logarithmic mean of largest + lambda and largest exp(-a) + lambda.
+    A gradient's energy lies where the eigenvalues are large, so that 1 / (s + lambda), averaged over the tail with
+    weight s, is less than at the mean eigenvalue: 1 / mu = int s / (s + lambda) / int s. For s = largest exp(-a u), u
+    from 0 to 1, mu is the logarithmic mean of largest + lambda and largest exp(-a) + lambda.
     """
     if not 0 < mean < largest:
         return lam + max(mean, 0.0)

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-BENCHES = "build_cost scan_cost sample_size search_at_scale fidelity coarse_choices sketch_choices".split()
+BENCHES = (
+    "build_cost scan_cost sample_size search_at_scale fidelity coarse_choices sketch_choices "
+    "lds tail_patch frontier mislabelled duplicates"
+).split()
 
 
 @pytest.mark.parametrize("name", BENCHES)

@@ -69,7 +69,8 @@ def test_build_says_what_it_made(home):
     assert made["examples"] == len(SENTENCES)
     assert {layer["rank"] for layer in made["layers"]} == {2}
     assert {(layer["d_in"], layer["d_out"]) for layer in made["layers"]} == {(8, 8)}
-    assert {layer["curvature_rank"] for layer in made["layers"]} == {len(SENTENCES)}
+    # One probe an example, and its gradient: two rows.
+    assert {layer["curvature_rank"] for layer in made["layers"]} == {2 * len(SENTENCES)}
     assert all(layer["trace_kept"] == pytest.approx(1.0, abs=1e-3) and layer["lambda"] > 0 for layer in made["layers"])
     assert made["config"]["dtype"] == "float32"
     text = made["metadata"]["text"]

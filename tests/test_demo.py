@@ -23,7 +23,7 @@ from lorif_index.errors import IndexExistsError, QueryError
 ROOT = Path(__file__).parent.parent
 SMALL = DemoSettings(
     seconds=4,
-    held_out=20,
+    held_out=100,
     vocabulary=512,
     context=96,
     width=32,
@@ -114,8 +114,9 @@ def test_the_demos_index_is_asked_by_the_command_line(small):
 
 def test_held_out_passages_find_their_topic_better_than_chance(small):
     _, result = small
-    assert result.check.asked == 20
-    assert result.check.best >= 3 * max(result.check.expected, 1)
+    # By chance 4.7 of 100, with a standard deviation of about 2.
+    assert result.check.asked == 100
+    assert result.check.best >= 2 * max(result.check.expected, 1)
 
 
 def test_the_demo_is_shown(small):

@@ -1,0 +1,174 @@
+"""Question: what does a stored byte buy in attribution quality? LDS and agreement against bytes per example.
+
+Projections and curvature are fitted once, as the default does, and the same gradients are then stored in every way;
+dense projected gradients (LoGRA), in half precision and rounded to few bits, and the published LoRIF are beside them.
+Agreement is the mean Spearman correlation with the scores of unrounded, unfactored gradients under the full inverse.
+Bytes are given without and with what all examples share: bases and curvature, divided by their number.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.environment import ROOT, arguments, keep, table
+from bench.lds import correlations, lds, membership, summary
+from bench.lds_truth import gather, make
+from bench.methods import blocks
+from bench.tasks import TASKS, size
+from lorif_index import BuildConfig, CurvatureRows, Index, PaperDamping
+from lorif_index.codes import CodeLayout
+
+Gradients = dict[str, torch.Tensor]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *(("coordinates", {"sketch_dim": k, "coordinate_bits": b}) for k in (256, 512, 1024) for b in (1, 2, 4)),
+    ("coordinates", {"sketch_dim": 1024, "coordinate_bits": 8}),
+    *(("factors", {"rank": c}) for c in (1, 2, 4, 8)),
+    *(("both", {"rank": c, "sketch_dim": k}) for c in (1, 4) for k in (512, 1024)),
+]
+
+
+def projected(index: Index, model: Any, data: Any, config: BuildConfig) -> Gradients:
+    found = list(blocks(model, data, config, index=index))
+    return {name: torch.cat([b[name] for b in found]) for name in found[0]}
+
+
+def rounded(g: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
+    """Rows in few bits with a scale each, as coordinates are stored (after a random rotation), and bytes a row."""
+    layout = CodeLayout(g.shape[1], bits)
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (g.shape[1],), generator=generator).float() * 2 - 1
+    rotation = torch.linalg.qr(torch.randn(g.shape[1], g.shape[1], generator=generator)).Q
+    return (layout.decode(layout.encode((g * signs) @ rotation)) @ rotation.T) * signs, float(layout.row_bytes)
+
+
+def dense(queries: Gradients, rows: Gradients, moment: Gradients, multiple: float) -> np.ndarray:
+    total = 0.0
+    for name, c in moment.items():
+        h = c.double() + multiple * float(c.trace()) / len(c) * torch.eye(len(c), dtype=torch.float64)
+        total = total + (torch.linalg.solve(h, queries[name].double().T).T.float() @ rows[name].T)
+    return total.numpy()  # type: ignore[union-attr]
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for family in dict.fromkeys(r["family"] for r in rows):
+        points = sorted((r["bytes"], r["lds"][0], r["lds"][1]) for r in rows if r["family"] == family)
+        axes.errorbar(*np.array(points).T[:2], yerr=[p[2] for p in points], marker="o", ms=4, lw=1, label=family)
+    axes.set(xscale="log", xlabel="bytes per example, without what all share", ylabel="LDS")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parsed = arguments(
+        __doc__ or "",
+        task={"default": "finetuned", "choices": ["finetuned", "scratch"]},
+        multiple={"type": float, "default": 0.1},
+    )
+    task = TASKS[parsed.task](parsed.smoke)
+    if parsed.smoke:
+        make(task, smoke=True)
+    truth, members = gather(task, parsed.smoke).mean(axis=0), membership(task)
+    model = task.full(0, parsed.smoke)
+    n = task.count
+    rows: list[dict[str, Any]] = []
+    reference: np.ndarray | None = None
+
+    def note(family: str, what: str, scores: np.ndarray, each: float, shared: float) -> None:
+        agreement = float(correlations(scores, reference).mean()) if reference is not None else 1.0
+        figures = {"lds": summary(lds(scores, members, truth)), "agreement": round(agreement, 4)}
+        rows.append({"family": family, "what": what, "bytes": each, "with_shared": each + shared / n, **figures})
+        print(rows[-1], flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config = BuildConfig(
+            curvature_rank=None, store="factors", coarse=None, projection_dim=8 if parsed.smoke else "auto"
+        )
+        fitted = Index.build(folder / "fit", model=model, data=task.data, config=config, progress=False)
+        data, asked = (projected(fitted, model, part, config) for part in (task.data, task.queries))
+        moment, roots = {}, {}
+        for name, spec in fitted.specs.items():
+            layer = fitted.curvature[name]
+            root = (layer.basis * layer.eigenvalues.float().sqrt()).T
+            roots[name] = root.reshape(-1, spec.d_in, spec.d_out)
+            moment[name] = root.T @ root
+        reference = dense(asked, data, moment, parsed.multiple)
+        wide = sum(g.shape[1] for g in data.values())
+        square = sum(4.0 * g.shape[1] ** 2 for g in data.values())
+        note("dense, library's fit", "half precision", reference, 2.0 * wide, square)
+        plain = BuildConfig(projection="random", projection_dim=config.projection_dim, coarse=None)
+        found = list(blocks(model, task.data, plain))
+        g = {name: torch.cat([b[name] for b in found]) for name in found[0]}
+        found = list(blocks(model, task.queries, plain))
+        q = {name: torch.cat([b[name] for b in found]) for name in g}
+        empirical = {name: v.T @ v / n for name, v in g.items()}
+        note("LoGRA", "half precision", dense(q, g, empirical, parsed.multiple), 2.0 * wide, square)
+        for bits in (8, 4, 2, 1):
+            pieces = {name: rounded(v, bits) for name, v in g.items()}
+            scores = dense(q, {name: p[0] for name, p in pieces.items()}, empirical, parsed.multiple)
+            note("LoGRA", f"{bits} bits", scores, sum(p[1] for p in pieces.values()), square)
+        given = [
+            {name: v[i : i + 512].reshape(-1, *roots[name].shape[1:]) for name, v in data.items()}
+            for i in range(0, n, 512)
+        ]
+        query = {name: v.reshape(-1, *roots[name].shape[1:]) for name, v in asked.items()}
+        count = min(len(r) for r in roots.values())
+        published = [
+            {name: v[i : i + 512].reshape(-1, *roots[name].shape[1:]) for name, v in g.items()}
+            for i in range(0, n, 512)
+        ]
+        published_query = {name: v.reshape(-1, *roots[name].shape[1:]) for name, v in q.items()}
+        for number, (store, settings) in enumerate(CASES[:3] if parsed.smoke else CASES):
+            chosen = BuildConfig(store=store, coarse=None, curvature_sample=n, **settings)
+            same = all(len(r) == count for r in roots.values())
+            curvature = CurvatureRows([roots], rows_per_example=count) if same else None
+            index = Index.build(
+                folder / str(number), gradients=given, curvature=curvature, config=chosen, progress=False
+            )
+            shared = index.nbytes - sum(shard.file.info.size for shard in index._store.shards)
+            what = ", ".join(f"{k}={v}" for k, v in settings.items())
+            note(store, what, index.scores(query, damping=parsed.multiple), index.bytes_per_example, shared)
+        for rank in () if parsed.smoke else (1, 2, 4, 8):
+            chosen = BuildConfig.paper(projection_dim=None, rank=rank, coarse=None)
+            index = Index.build(folder / f"paper{rank}", gradients=published, config=chosen, progress=False)
+            shared = index.nbytes - sum(shard.file.info.size for shard in index._store.shards)
+            note(
+                "LoRIF as published",
+                f"c={rank}",
+                index.scores(published_query, damping=PaperDamping()),
+                index.bytes_per_example,
+                shared,
+            )
+    lines = [["stored", "bytes", "with shared", "LDS", "agreement"]]
+    for r in rows:
+        what = f"{r['family']}: {r['what']}"
+        lines.append(
+            [
+                what,
+                f"{r['bytes']:,.0f}",
+                f"{r['with_shared']:,.0f}",
+                "{:.3f} ± {:.3f}".format(*r["lds"]),
+                f"{r['agreement']:.3f}",
+            ]
+        )
+    table(lines)
+    keep("frontier", {"task": task.name, "examples": n, "queries": size(task.queries), "rows": rows}, parsed)
+    if not parsed.smoke:
+        plot(rows, ROOT / "docs" / "frontier.svg")
+
+
+if __name__ == "__main__":
+    main()
