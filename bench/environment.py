@@ -37,9 +37,9 @@ def arguments(description: str, **extra: Any) -> argparse.Namespace:
     return parsed
 
 
-def keep(name: str, result: dict[str, Any], parsed: argparse.Namespace) -> None:
-    """Writes the result; a smoke run leaves the kept results alone."""
-    path = parsed.json or (None if parsed.smoke else RESULTS / f"{name}.json")
+def keep(name: str, result: dict[str, Any], parsed: argparse.Namespace, part: str = "") -> None:
+    """Writes the result, of a part of the benchmark if named; a smoke run leaves the kept results alone."""
+    path = parsed.json or (None if parsed.smoke else RESULTS / f"{name}{part and '_'}{part}.json")
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

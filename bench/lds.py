@@ -168,7 +168,7 @@ def main() -> None:
         "ceiling": best,
         "methods": figures,
     }
-    keep(f"lds_{task.name}", result, parsed)
+    keep("lds", result, parsed, task.name)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Probes:
     Args:
         logits: which logits the loss is the cross-entropy of.
         probes: random probes an example; None: one of a sequence; of single predictions as many as make `ROWS` rows,
-            from 1 to `MOST_PROBES`, or exact rows where there are at most `EXACT_UP_TO` classes, up to 2 `ROWS` of them.
+            from 1 to `MOST_PROBES`, or exact rows where there are at most `EXACT_UP_TO` classes, up to 2 `ROWS`.
         seed: of the signs.
         examples: how many there will be.
 
