@@ -72,7 +72,8 @@ _FREE_SETTINGS = ("complement", "shard_bytes", "spool_bytes", "device", "coarse"
 
 # Below so many rows a scan is as quick, and "auto" makes no coarse index.
 COARSE_FROM = 1024
-# Of the mixed curvature's trace (chosen on digits and Fashion-MNIST, held up on sequences: `docs/choosing.md`).
+# Of the mixed curvature's trace (of 1/4, 1/2 and 3/4; chosen on digits and Fashion-MNIST, held on sequences:
+# `docs/quality.md`).
 _EMPIRICAL_SHARE = 0.25
 # Examples of the sample that tell what factors lose.
 _MEASURED = 256

@@ -92,8 +92,8 @@ class Index:
                 pairs {layer: ((n, d_in, m), (n, d_out, m))}. An iterator that is used up by one walk is kept on disk
                 meanwhile.
             loss: loss(model, batch) -> (n,) per-example losses; default `default_loss`.
-            curvature: "ggn" or "empirical" (see `BuildConfig.curvature`), or rows to fit it from, of the same forms as
-                data or gradients, or a `CurvatureRows`; default: what the config says, on a random sample of the data.
+            curvature: "mixed", "ggn" or "empirical" (see `BuildConfig.curvature`), or rows to fit it from, of the same
+                forms as data or gradients, or a `CurvatureRows`; default: what the config says, on a random sample.
             config: the choices; `BuildConfig()` by default.
             metadata: a dict of plain JSON values, kept in the manifest.
             progress: True or False for bars on stderr, None for bars on a terminal, or a callable that gets every
