@@ -279,7 +279,8 @@ def cut(index: Index, path: Path, rank: int) -> Index:
             cut_rows = layout.rows(layout.pack(kept).to(layout.torch_dtype), None)
             writer.append(cut_rows, index.ids[start : start + len(rows)])
         writer.flush()
-        shutil.copy(index.path / "curvature.h5", path / "curvature.h5")
+        for name in ("curvature.h5", "projections.h5"):
+            shutil.copy(index.path / name, path / name)
         data = json.loads((index.path / "manifest.json").read_text())
         data["shards"] = [shard.to_json() for shard in writer.sealed]
         data["config"]["rank"] = rank
