@@ -20,6 +20,8 @@ from .errors import CurvatureError
 
 # For so few rows, layers of one shape are multiplied together: a row by itself takes three times as long.
 _FEW_ROWS = 8
+# A tail of less than this share of the trace is rounding, and has no shape.
+_NO_TAIL = 1e-5
 
 
 def products(
@@ -113,7 +115,8 @@ class Preconditioner:
                 "curvature singular: pass AbsoluteDamping(...), or leave the layer out with layers="
             )
         mu = lam
-        if complement == "tail-corrected":
+        left = layer.tail_mean * (layer.dim - layer.rank)
+        if complement == "tail-corrected" or (complement == "log-mean" and left <= _NO_TAIL * layer.trace):
             mu = lam + layer.tail_mean
         elif complement == "log-mean":
             mu = log_mean(lam, float(layer.eigenvalues[-1]), layer.tail_mean)

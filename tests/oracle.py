@@ -101,7 +101,10 @@ def inverse(v: np.ndarray, s: np.ndarray, trace: float, lam: float, complement: 
     if complement == "tail-corrected" and v.shape[1] < d:
         tail = max(trace - s.sum(), 0.0) / (d - v.shape[1])
     if complement == "log-mean" and v.shape[1] < d:
-        tail = exponential_tail(s[-1], max(trace - s.sum(), 0.0) / (d - v.shape[1]), lam) - lam
+        rest = max(trace - s.sum(), 0.0)
+        tail = rest / (d - v.shape[1])
+        if rest > 1e-5 * trace:
+            tail = exponential_tail(s[-1], tail, lam) - lam
     outside = np.eye(d) - v @ v.T
     return np.linalg.inv((v * s) @ v.T + lam * np.eye(d) + tail * outside)
 
