@@ -12,7 +12,7 @@ import json
 import resource
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,7 @@ class _Build:
         self.logits = self._logits_for_ggn(gradients is None)
         fingerprint: dict[str, Any]
         self.source: GradientSource
+        self._walk_sides: Callable[[np.ndarray, list[eigenbases.Side]], eigenbases.Walk]
         if gradients is None:
             if model is None:
                 raise DataError("data= needs a model= to take gradients of")
@@ -176,6 +177,8 @@ class _Build:
             self.capture = ModelCapture(model, config)
             self.specs, self.projections = self.capture.specs, self.capture.projections
             self.source = ModelGradients(self.capture.capture(loss), examples)
+            taken = self.capture
+            self._walk_sides = lambda ids, sides: taken.sides(loss, examples, ids)
             next(iter(self.source.blocks()))
             fingerprint = {
                 "model": model_digest(model),
@@ -190,7 +193,8 @@ class _Build:
                 stack.callback(gradients.close)
             self.specs = given_specs(gradients, config)
             self.projections = Projections(self.specs, config.seed)
-            self.source = GivenGradients(gradients, self.projections)
+            given = self.source = GivenGradients(gradients, self.projections)
+            self._walk_sides = lambda ids, sides: eigenbases.walk_gradients(lambda: given.given(ids), sides)
             fingerprint = {"model": None, "loss": None, "data": first_block_digest(gradients)}
         fingerprint |= {
             "format_version": FORMAT_VERSION,
@@ -315,25 +319,12 @@ class _Build:
         sides = eigenbases.fitted_sides(self.specs, layers)
         if not sides:
             return
-        if isinstance(self.source, GivenGradients):
-            source = self.source
-            walk = eigenbases.walk_gradients(lambda: source.given(ids), sides)
-        else:
-            walk = self._walk_sides(ids)
+        walk = self._walk_sides(ids, sides)
         with self.reporter.stage("projections") as stage:
             found = eigenbases.fit_eigenbases(walk, self.specs, sides, self.config.seed, self._device(), stage)
         self.manifest.projections = save_projections(self.path, found, self.specs)
         self.manifest.write(self.path, BUILDING)
         self._load_projections()
-
-    def _walk_sides(self, ids: np.ndarray) -> eigenbases.Walk:
-        capture = self.capture
-        if capture is None or self.examples is None:
-            raise DataError("projections are learnt from a model's passes, and there is no model")
-        loss = default_loss if self.loss is None else self.loss
-        return eigenbases.walk_model(
-            capture.model, capture.layers, self.specs, loss, self.config.autocast, self.examples, ids
-        )
 
     def _load_projections(self) -> None:
         if self.manifest.projections is not None:

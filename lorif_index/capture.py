@@ -89,7 +89,7 @@ class Capture:
             CaptureError: rows that cannot be mapped to examples, examples that depend on each other, a layer without
                 gradient; each names the module.
         """
-        (block,) = self._run(ids, batch, self._function, require_all)
+        (block,) = self._run(ids, batch, self._one_row, require_all)
         return block
 
     def several(self, ids: np.ndarray, batch: Batch, functions: PerExample) -> list[GradientBlock]:
@@ -118,9 +118,9 @@ class Capture:
         self._called = set()
         try:
             with self._hooked():
-                rows = self._losses(batch, functions)
+                with self._casting():
+                    rows = functions(self._model, batch)
                 if not self._isolated and self._n > 1:
-                    self._sums = {layer.name: _Sum() for layer in self._layers}
                     self._check_isolation(rows.sum(dim=0))
                 self._active = True
                 for number, row in enumerate(rows):
@@ -156,12 +156,9 @@ class Capture:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self._autocast))
 
-    def _losses(self, batch: Batch, functions: PerExample) -> torch.Tensor:
-        """(rows, n)."""
-        with self._casting():
-            losses = functions(self._model, batch)
-        if isinstance(losses, torch.Tensor) and losses.ndim == 2 and functions is not self._function:
-            return losses
+    def _one_row(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss or measure as (1, n)."""
+        losses = self._function(model, batch)
         if not isinstance(losses, torch.Tensor) or losses.ndim != 1 or losses.shape[0] != self._n:
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise CaptureError(

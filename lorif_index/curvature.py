@@ -15,9 +15,8 @@ import torch
 from .errors import CurvatureError
 from .gradients import GradientBlock, LayerSpec
 from .progress import Stage
-from .subspace import SubspaceFit
+from .subspace import SubspaceFit, fit_in_groups
 
-_GROUP_BYTES = 4 << 30
 _BATCH_ROWS = 256
 
 RowPass = Callable[[], Iterable[GradientBlock]]
@@ -146,42 +145,30 @@ def fit_curvature(
     """
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
-    pending = [(name, SubspaceFit(("curvature", name), s.dim, rank, count, seed, device)) for name, s in specs.items()]
-    fitted: dict[str, LayerCurvature] = {}
-    while pending:
-        group = [pending.pop(0)]
-        used = group[0][1].nbytes
-        while pending and used + pending[0][1].nbytes <= _GROUP_BYTES:
-            used += pending[0][1].nbytes
-            group.append(pending.pop(0))
-        passes = max(fit.passes(power_iterations) for _, fit in group)
+    fits = {name: SubspaceFit(("curvature", name), s.dim, rank, count, seed, device) for name, s in specs.items()}
+
+    def planned(passes: int) -> None:
         stage.total = (stage.total or 0) + passes * count
-        for number in range(passes):
-            _walk(rows, count, group, number, passes, stage)
-        for name, fit in group:
-            pairs = fit.result(examples)
-            if not pairs.trace > 0:
-                raise CurvatureError(
-                    f"layer {name!r} has zero gradients in all {count} curvature rows, so its curvature is singular: "
-                    "exclude it with LayerSelection(exclude=[...]), or fit from other rows"
-                )
-            fitted[name] = LayerCurvature(pairs.vectors, pairs.values, pairs.trace, count, examples)
-    return {name: fitted[name] for name in specs}
 
+    def walk(active: Mapping[str, SubspaceFit]) -> None:
+        seen = 0
+        for block in rows():
+            for name, fit in active.items():
+                gradients = block.layers[name].flat().to(device, torch.float32)
+                for part in gradients.split(_BATCH_ROWS):
+                    fit.add(part)
+            seen += block.count
+            stage.advance(block.count)
+        if seen != count:
+            raise CurvatureError(f"a pass over the curvature rows gave {seen} rows where {count} were counted before")
 
-def _walk(
-    rows: RowPass, count: int, group: list[tuple[str, SubspaceFit]], number: int, passes: int, stage: Stage
-) -> None:
-    active = [(name, fit) for name, fit in group if fit.begin(number, passes)]
-    seen = 0
-    for block in rows():
-        for name, fit in active:
-            gradients = block.layers[name].flat().to(fit.device, torch.float32)
-            for part in gradients.split(_BATCH_ROWS):
-                fit.add(part)
-        seen += block.count
-        stage.advance(block.count)
-    if seen != count:
-        raise CurvatureError(f"a pass over the curvature rows gave {seen} rows where {count} were counted before")
-    for _, fit in active:
-        fit.end()
+    fitted: dict[str, LayerCurvature] = {}
+    for name, fit in fit_in_groups(fits, power_iterations, walk, planned):
+        pairs = fit.result(examples)
+        if not pairs.trace > 0:
+            raise CurvatureError(
+                f"layer {name!r} has zero gradients in all {count} curvature rows, so its curvature is singular: "
+                "exclude it with LayerSelection(exclude=[...]), or fit from other rows"
+            )
+        fitted[name] = LayerCurvature(pairs.vectors, pairs.values, pairs.trace, count, examples)
+    return fitted

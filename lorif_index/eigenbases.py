@@ -8,7 +8,7 @@ projection: its leading eigenvectors would be the most frequent tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from .layers import TrackedLayer
 from .losses import PerExample
 from .progress import Stage
 from .projection import Projections
-from .subspace import SubspaceFit
+from .subspace import SubspaceFit, fit_in_groups
 
 Side = tuple[str, str]
 """(layer, "in" or "out")."""
@@ -33,7 +33,6 @@ SAMPLE = 4096
 # Widths up to which a second moment is held whole, so that one walk is enough.
 _WHOLE_UP_TO = 4096
 _POWER_ITERATIONS = 2
-_GROUP_BYTES = 4 << 30
 _BATCH_ROWS = 4096
 
 Sink = Callable[[Side, torch.Tensor], None]
@@ -66,41 +65,34 @@ def fit_eigenbases(
     Raises:
         CurvatureError: a side whose rows are all zero.
     """
-    pending = []
+    fits = {}
     for name, side in sides:
         spec = specs[name]
         width, dim = (spec.width_in, spec.d_in) if side == "in" else (spec.width_out, spec.d_out)
-        fit = SubspaceFit(("projection", name, side), width, dim, dim, seed, device, whole_up_to=_WHOLE_UP_TO)
-        pending.append(((name, side), fit))
+        key = ("projection", name, side)
+        fits[name, side] = SubspaceFit(key, width, dim, dim, seed, device, whole_up_to=_WHOLE_UP_TO)
+
+    def planned(passes: int) -> None:
+        stage.total = (stage.total or 0) + passes
+
+    def once(active: Mapping[Side, SubspaceFit]) -> None:
+        def take(side: Side, rows: torch.Tensor) -> None:
+            if side in active:
+                for part in rows.to(device, torch.float32).split(_BATCH_ROWS):
+                    active[side].add(part)
+
+        walk(take)
+        stage.advance(1)
+
     found: dict[Side, torch.Tensor] = {}
-    while pending:
-        group, used = [pending.pop(0)], 0
-        used = group[0][1].nbytes
-        while pending and used + pending[0][1].nbytes <= _GROUP_BYTES:
-            used += pending[0][1].nbytes
-            group.append(pending.pop(0))
-        passes = max(fit.passes(_POWER_ITERATIONS) for _, fit in group)
-        for number in range(passes):
-            active = {key: fit for key, fit in group if fit.begin(number, passes)}
-            stage.total = (stage.total or 0) + 1
-
-            def take(key: Side, rows: torch.Tensor, active: dict[Side, SubspaceFit] = active) -> None:
-                if key in active:
-                    for part in rows.to(device, torch.float32).split(_BATCH_ROWS):
-                        active[key].add(part)
-
-            walk(take)
-            stage.advance(1)
-            for fit in active.values():
-                fit.end()
-        for key, fit in group:
-            pairs = fit.result(1.0)
-            if not pairs.trace > 0:
-                raise CurvatureError(
-                    f"layer {key[0]!r} has zero gradients in all examples of the sample, so that no projection can be "
-                    "learnt: exclude it with LayerSelection(exclude=[...]), or build with projection='random'"
-                )
-            found[key] = pairs.vectors
+    for (name, side), fit in fit_in_groups(fits, _POWER_ITERATIONS, once, planned):
+        pairs = fit.result(1.0)
+        if not pairs.trace > 0:
+            raise CurvatureError(
+                f"layer {name!r} has zero gradients in all examples of the sample, so that no projection can be "
+                "learnt: exclude it with LayerSelection(exclude=[...]), or build with projection='random'"
+            )
+        found[name, side] = pairs.vectors
     return found
 
 

@@ -54,16 +54,13 @@ class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CorruptionError(f"the manifest's entry of the projections is damaged: {error!r}") from None
         self._specs = specs
-        self._checked = False
         self._lock = threading.Lock()
 
     def __getitem__(self, key: tuple[str, str]) -> torch.Tensor:
         number, spec = self._numbers[key], self._specs[key[0]]
         shape = (spec.width_in, spec.d_in) if key[1] == "in" else (spec.width_out, spec.d_out)
         with self._lock:
-            if not self._checked:
-                self.file.verify()
-                self._checked = True
+            self.file.verify_once()
             return torch.from_numpy(self.file.read_array(f"{key[1]}_{number}", shape, "<f4"))
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -112,7 +109,6 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         self._numbers = {name: i for i, name in enumerate(specs)}
         self._loaded: dict[str, LayerCurvature] = {}
         self._rooms: dict[tuple[int, int], tuple[list[str], torch.Tensor]] = {}
-        self._checked = False
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> LayerCurvature:
@@ -129,9 +125,7 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
 
     def _load(self, name: str) -> LayerCurvature:
         facts, number = self._facts[name], self._numbers[name]
-        if not self._checked:
-            self.file.verify()
-            self._checked = True
+        self.file.verify_once()
         try:
             rank, length = int(facts["rank"]), int(facts["spectrum"])
             trace, rows, examples = float(facts["trace"]), int(facts["rows"]), float(facts["examples"])
@@ -219,7 +213,6 @@ class CalibrationQueries:
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"the manifest's entry of calibration queries is damaged: {error!r}") from None
         self._specs = specs
-        self._checked = False
 
     def ids(self) -> np.ndarray:
         """(count,) int64: the training examples that are the queries."""
@@ -233,7 +226,5 @@ class CalibrationQueries:
         }
 
     def _read(self, dataset: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        if not self._checked:
-            self.file.verify()
-            self._checked = True
+        self.file.verify_once()
         return self.file.read_array(dataset, shape, dtype) if shape[0] else np.empty(shape, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -29,10 +28,9 @@ from .errors import ConfigError, FingerprintError, NonFiniteError, QueryError
 from .gradients import GradientBlock, LayerSpec, parse_block
 from .losses import PerExample
 from .manifest import Manifest, check_same, read_manifest, spec_to_json
-from .planner import ANSWERS, Plan, choose_plan, scan
+from .planner import ANSWERS, choose_plan, scan
 from .progress import ProgressCallback, reporter
 from .projection import Projections
-from .query import Preconditioner
 from .reader import Reader, positions_of
 from .results import Hits, SearchStats
 from .scoring import Question, self_scores
@@ -58,7 +56,7 @@ class Index:
         self._projections = Projections(self._specs, self._config.seed, self._reader.projections)
         self._model = model
         self._loss = loss
-        self._own: tuple[tuple[str, tuple[str, ...]], np.ndarray] | None = None
+        self._scale: tuple[tuple[str, tuple[str, ...]], torch.Tensor] | None = None
 
     def _use(self, reader: Reader) -> None:
         self._reader = reader
@@ -219,10 +217,8 @@ class Index:
             raise QueryError(f"recall must be above 0 and at most 1, got {recall!r}")
         if exact and not rescore:
             raise QueryError("exact=True scores every row, and rescore=False none: pass one of them")
+        self._check_normalize(normalize)
         chosen, policy = self._chosen(layers), self._policy(damping)
-        if normalize is not None and (exact is False or not rescore):
-            raise QueryError(f"normalize={normalize!r} scans every row: leave exact=False or rescore=False out")
-        norms = self._norms(normalize, policy, chosen)
         k = min(int(k), len(self))
         # Before the query's gradients are taken: what cannot be answered is refused at once.
         plan = choose_plan(
@@ -232,14 +228,11 @@ class Index:
             largest=not opponents,
             rescore=rescore,
             exact=exact,
+            normalize=normalize,
             all_layers=len(chosen) == len(self.layers),
             damping=policy,
         )
-        if norms is not None:
-            plan = Plan("scan", f"scan of every row, for normalize={normalize!r}", 1.0, torch.from_numpy(norms))
-        prepared = self._prepare(query, measure, policy, chosen)
-        if normalize == "cosine":
-            prepared = prepared.scaled()
+        prepared = self._prepare(query, measure, policy, chosen, normalize)
         answer = ANSWERS[plan.way](self._reader, prepared.question, plan, k, not opponents, reporter(progress))
         stats = SearchStats(
             exact=plan.way == "scan",
@@ -284,11 +277,8 @@ class Index:
             QueryError: as in `search`, or an `out` of another shape or dtype.
         """
         self._need_rows("scores")
-        chosen, policy = self._chosen(layers), self._policy(damping)
-        norms = self._norms(normalize, policy, chosen)
-        prepared = self._prepare(query, measure, policy, chosen)
-        if normalize == "cosine":
-            prepared = prepared.scaled()
+        self._check_normalize(normalize)
+        prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers), normalize)
         shape = (prepared.question.count, len(self))
         if out is None:
             out = np.empty(shape, dtype=np.float32)
@@ -296,8 +286,7 @@ class Index:
             raise QueryError(f"out must be {shape} float32, got {out.shape} {out.dtype}")
         with reporter(progress) as report:
             for start, scores, _ in scan(self._reader, prepared.question, report):
-                part = slice(start, start + scores.shape[1])
-                np.multiply(scores.numpy(), 1.0 if norms is None else norms[part], out=out[:, part])
+                out[:, start : start + scores.shape[1]] = scores.numpy()
         return out
 
     def self_influence(
@@ -522,29 +511,41 @@ class Index:
 
     # -- from question to scorer ---------------------------------------------------------------------------------
 
-    def _prepare(self, query: Any, measure: PerExample | None, policy: Damping, chosen: tuple[str, ...]) -> _Prepared:
+    def _prepare(
+        self,
+        query: Any,
+        measure: PerExample | None,
+        policy: Damping,
+        chosen: tuple[str, ...],
+        normalize: str | None,
+    ) -> _Prepared:
         """Gradients of the query, transformed once into a question to the rows."""
         began = time.perf_counter()
         gradients = self._query_gradients(query, measure, chosen)
         mid = time.perf_counter()
         preconditioners = self._reader.preconditioners(chosen, policy)
         question = self._reader.ask(gradients, preconditioners)
-        seconds = {"gradients": mid - began, "transform": time.perf_counter() - mid}
-        return _Prepared(question, seconds, gradients, preconditioners)
+        if normalize is not None:
+            asked = None
+            if normalize == "cosine":
+                asked = _inverse_roots(sum(preconditioners[n].quadratic(g.flatten(1)) for n, g in gradients.items()))
+            question = question.scaled(asked, self._row_scale(policy, chosen))
+        return _Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
 
-    def _norms(self, normalize: str | None, policy: Damping, chosen: tuple[str, ...]) -> np.ndarray | None:
-        """What rows' scores are multiplied by, (n,) float32; None where they are not normalised."""
+    def _check_normalize(self, normalize: str | None) -> None:
         if normalize is None:
-            return None
+            return
         if normalize not in NORMALIZATIONS:
             raise QueryError(f"normalize must be one of {NORMALIZATIONS} or None, got {normalize!r}")
         self._need_rows(f"normalize={normalize!r}")
+
+    def _row_scale(self, policy: Damping, chosen: tuple[str, ...]) -> torch.Tensor:
+        """(n,) float32: 1 / the root of each row's self-influence; the last is kept."""
         key = (json.dumps(policy.to_json(), sort_keys=True), chosen)
-        if self._own is None or self._own[0] != key:
-            own = self.self_influence(damping=policy, layers=chosen).astype(np.float64)
-            # An example without a gradient influences nothing.
-            self._own = key, np.where(own > 0, 1.0 / np.sqrt(np.where(own > 0, own, 1.0)), 0.0).astype(np.float32)
-        return self._own[1]
+        if self._scale is None or self._scale[0] != key:
+            own = torch.from_numpy(self.self_influence(damping=policy, layers=chosen))
+            self._scale = key, _inverse_roots(own)
+        return self._scale[1]
 
     def _need_rows(self, what: str) -> None:
         if not self._layout.row_bytes:
@@ -629,20 +630,15 @@ class Index:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A question made ready, how long that took, and what it was made of."""
+    """A question made ready, and how long that took."""
 
     question: Question
     seconds: dict[str, float]
-    gradients: dict[str, torch.Tensor]
-    preconditioners: Mapping[str, Preconditioner]
 
-    def scaled(self) -> _Prepared:
-        """The same with each query divided by the root of its self-influence."""
-        own = torch.zeros(self.question.count)
-        for name, g in self.gradients.items():
-            own += self.preconditioners[name].quadratic(g.flatten(1))
-        scale = torch.where(own > 0, own, 1.0).rsqrt()
-        return dataclasses.replace(self, question=self.question.scaled(scale))
+
+def _inverse_roots(own: Any) -> torch.Tensor:
+    """1 / sqrt of self-influences, float32; 0 where there is none: what has no gradient influences nothing."""
+    return torch.where(own > 0, torch.where(own > 0, own, 1.0).rsqrt(), 0.0)
 
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:

@@ -36,13 +36,11 @@ class Plan:
         way: "scan", "candidates" or "coarse".
         reason: in words.
         recall: asked for.
-        scale: (n,) float32 that the rows' scores are multiplied by, for a scan; None: by nothing.
     """
 
     way: str
     reason: str
     recall: float
-    scale: torch.Tensor | None = None
 
 
 @dataclass
@@ -65,6 +63,7 @@ def choose_plan(
     largest: bool,
     rescore: bool,
     exact: bool | None,
+    normalize: str | None,
     all_layers: bool,
     damping: Damping,
 ) -> Plan:
@@ -77,12 +76,17 @@ def choose_plan(
         largest: proponents are wanted, or opponents.
         rescore: False asks for coarse scores.
         exact: True for a scan, False for candidates, None to choose.
+        normalize: scores are to be normalised, which takes every row; None: as they are.
         all_layers: the query counts every layer.
         damping: the query's.
 
     Raises:
         QueryError: the index cannot do what was asked for.
     """
+    if normalize is not None:
+        if exact is False or not rescore:
+            raise QueryError(f"normalize={normalize!r} scans every row: leave exact=False or rescore=False out")
+        return Plan("scan", f"scan of every row, for normalize={normalize!r}", 1.0)
     rows = reader.layout.row_bytes > 0
     has_coarse = reader.manifest.coarse is not None
     if not rescore or (not rows and exact is None):
@@ -149,6 +153,8 @@ def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple
     """(position of the first row, scores (q, n), bytes read) of every block of the index."""
     with report.stage("scan", len(reader.store)) as stage:
         for start, scores, size in stream_scores(reader.rows, question):
+            if question.scale is not None:
+                scores.mul_(question.scale[start : start + scores.shape[1]])
             yield start, scores, size
             stage.advance(scores.shape[1], size)
 
@@ -160,8 +166,6 @@ def _by_scan(
     began = time.perf_counter()
     with report as opened:
         for start, scores, size in scan(reader, question, opened):
-            if plan.scale is not None:
-                scores = scores * plan.scale[start : start + scores.shape[1]]
             top.update(start, scores)
             read += size
     positions, best = top.result()

@@ -77,10 +77,11 @@ class Probes:
             ids: (n,) of the examples; signs depend on them and not on the batch.
         """
         logits, labels = checked_logits(self._logits(model, batch))
-        logits, counts = logits.float().flatten(1, -2) if logits.ndim > 2 else logits.float().unsqueeze(1), labels
+        # (n, positions, C), a single prediction being one position.
+        logits = logits.float().reshape(len(ids), -1, logits.shape[-1])
         with torch.no_grad():
             p = logits.softmax(dim=-1)
-            shown = (counts.reshape(len(ids), -1) != IGNORE).to(p.dtype).unsqueeze(-1)
+            shown = (labels.reshape(len(ids), -1, 1) != IGNORE).to(p.dtype)
         rows = []
         signs = None if self.exact else self._signs(ids, p)
         for number in range(self.each):

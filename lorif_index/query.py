@@ -114,12 +114,14 @@ class Preconditioner:
                 f"damping {damping} gives lambda={lam} for layer {name!r} (trace {layer.trace:.3g}), which leaves the "
                 "curvature singular: pass AbsoluteDamping(...), or leave the layer out with layers="
             )
-        mu = lam
-        left = layer.tail_mean * (layer.dim - layer.rank)
-        if complement == "tail-corrected" or (complement == "log-mean" and left <= _NO_TAIL * layer.trace):
-            mu = lam + layer.tail_mean
-        elif complement == "log-mean":
-            mu = log_mean(lam, float(layer.eigenvalues[-1]), layer.tail_mean)
+        tail = layer.tail_mean
+        shaped = complement == "log-mean" and tail * (layer.dim - layer.rank) > _NO_TAIL * layer.trace
+        if complement == "truncated":
+            mu = lam
+        elif shaped:
+            mu = log_mean(lam, float(layer.eigenvalues[-1]), tail)
+        else:
+            mu = lam + tail
         inside = (1.0 / (layer.eigenvalues.double() + lam)).float()
         return cls(layer.basis, inside, 0.0 if layer.rank == layer.dim else 1.0 / mu, lam)
 

@@ -9,7 +9,7 @@ Everything is accumulated in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -96,21 +96,25 @@ class Question:
         queries: layer -> (q, d_in, d_out) float32, for the factors; empty where none are kept.
         x: (q, k) float32, for coordinates and coarse index; None where the index has no sketch.
         count: q.
+        scale: (n,) float32 that a scan multiplies the rows' scores by, or None.
     """
 
     queries: Mapping[str, torch.Tensor]
     x: torch.Tensor | None
     count: int
+    scale: torch.Tensor | None = None
 
     def some(self, rows: slice) -> Question:
         """Some of the queries."""
         x = self.x[rows] if self.x is not None else None
-        return Question({n: g[rows] for n, g in self.queries.items()}, x, len(range(self.count)[rows]))
+        return Question({n: g[rows] for n, g in self.queries.items()}, x, len(range(self.count)[rows]), self.scale)
 
-    def scaled(self, scale: torch.Tensor) -> Question:
-        """Each query times its entry of (q,)."""
-        queries = {n: g * scale[:, None, None] for n, g in self.queries.items()}
-        return Question(queries, None if self.x is None else self.x * scale[:, None], self.count)
+    def scaled(self, queries: torch.Tensor | None, rows: torch.Tensor) -> Question:
+        """Scores are multiplied by the rows' (n,), and by the queries' (q,) if given."""
+        if queries is None:
+            return replace(self, scale=rows)
+        scaled = {n: g * queries[:, None, None] for n, g in self.queries.items()}
+        return replace(self, queries=scaled, x=None if self.x is None else self.x * queries[:, None], scale=rows)
 
     def scorer(self, layout: RowLayout, device: torch.device = CPU) -> Scorer:
         """The scorer of these queries for rows of that layout, on that device."""

@@ -173,6 +173,7 @@ class SealedFile:
         self.info = info
         self._fd = -1
         self._scattered_fd = -1
+        self._verified = False
         self._lock = threading.Lock()
 
     def require(self, dataset: str, size: int) -> int:
@@ -258,6 +259,12 @@ class SealedFile:
             raise CorruptionError(
                 f"{self.path} has digest {found} where {self.info.digest} was sealed: restore it from a copy"
             )
+
+    def verify_once(self) -> None:
+        """`verify`, the first time that it is called."""
+        if not self._verified:
+            self.verify()
+            self._verified = True
 
     def close(self) -> None:
         with self._lock:

@@ -14,6 +14,7 @@ from torch import nn
 from .capture import Capture, keep_finite
 from .config import BuildConfig, CurvatureRows
 from .data import ExampleSource, as_source
+from .eigenbases import Walk, walk_model
 from .errors import ConfigError, DataError
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
 from .layers import TrackedLayer, kept_rank, layer_specs, select_layers
@@ -154,6 +155,11 @@ class ModelCapture:
             default_loss if function is None else function,
             self.config.autocast,
         )
+
+    def sides(self, function: PerExample | None, examples: ExampleSource, ids: np.ndarray) -> Walk:
+        """A walk over the inputs and output gradients of the layers on some examples (see `eigenbases`)."""
+        function = default_loss if function is None else function
+        return walk_model(self.model, self.layers, self.specs, function, self.config.autocast, examples, ids)
 
 
 def check_device(model: nn.Module, config: BuildConfig) -> None:

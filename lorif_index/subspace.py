@@ -7,7 +7,9 @@ components of a sketch are both found so.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ import torch
 from .projection import keyed_generator
 
 OVERSAMPLING = 10
+_GROUP_BYTES = 4 << 30
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -130,3 +135,34 @@ class SubspaceFit:
         largest = basis.abs().argmax(dim=0, keepdim=True)
         basis = basis * torch.sign(torch.gather(basis, 0, largest))
         return Eigenpairs(basis.float().contiguous().cpu(), values.cpu(), self._trace / divisor)
+
+
+def fit_in_groups(
+    fits: Mapping[Key, SubspaceFit],
+    power_iterations: int,
+    walk: Callable[[Mapping[Key, SubspaceFit]], None],
+    planned: Callable[[int], None],
+) -> Iterator[tuple[Key, SubspaceFit]]:
+    """Runs fits through their passes, as many together as 4 GiB hold, and yields each when it has its result.
+
+    Args:
+        fits: key -> a fit that has not begun.
+        power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
+        walk: walks the rows once and adds them to the fits that it is given, some of `fits`.
+        planned: told how many walks a group will take, before its first.
+    """
+    pending = list(fits.items())
+    while pending:
+        group = [pending.pop(0)]
+        used = group[0][1].nbytes
+        while pending and used + pending[0][1].nbytes <= _GROUP_BYTES:
+            used += pending[0][1].nbytes
+            group.append(pending.pop(0))
+        passes = max(fit.passes(power_iterations) for _, fit in group)
+        planned(passes)
+        for number in range(passes):
+            active = {key: fit for key, fit in group if fit.begin(number, passes)}
+            walk(active)
+            for fit in active.values():
+                fit.end()
+        yield from group
