@@ -44,19 +44,29 @@ def _word_ids() -> np.ndarray:
     return np.array([number.get(word, 0) for word in words], dtype=np.int16)
 
 
-def gpt(layers: int = 4, width: int = 64) -> Any:
-    """A GPT-2-architecture model with fresh weights."""
+def gpt(
+    layers: int = 4,
+    width: int = 64,
+    *,
+    vocabulary: int = VOCABULARY,
+    length: int = LENGTH,
+    seed: int = 0,
+    dropout: bool = True,
+) -> Any:
+    """A GPT-2-architecture model with fresh weights; without dropout it has a GELU that is quicker on a CPU, too."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
+    plain = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = GPT2Config(
         n_layer=layers,
         n_embd=width,
         n_head=4,
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
+        vocab_size=vocabulary,
+        n_positions=length,
         bos_token_id=0,
         eos_token_id=0,
+        **({} if dropout else plain | {"activation_function": "gelu_pytorch_tanh"}),
     )
     return GPT2LMHeadModel(config)
 

@@ -27,9 +27,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from bench.corpus import gpt
 from bench.environment import CACHE, arguments, keep, table
+from bench.methods import gathered
+from bench.tasks import batches, keep_weights, take, with_weights
 from lorif_index import BuildConfig, Index, default_loss
-from lorif_index.sources import ModelCapture
 
 Batch = dict[str, torch.Tensor]
 BOOKS = tuple("Ge Exo Josh Jdgs Ruth 1Sm 2Sm 1Ki 2Ki 1Chr 2Chr Ezra Neh Psa Isa Jer Mic".split())
@@ -215,35 +217,9 @@ def encode(corpus: Corpus, sizes: Sizes) -> tuple[Batch, Batch]:
 # -- the model -----------------------------------------------------------------------------------------------------
 
 
-def gpt(sizes: Sizes) -> Any:
-    """A GPT-2-architecture model without dropout, with fresh weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=sizes.layers,
-        n_embd=sizes.width,
-        n_head=4,
-        vocab_size=sizes.vocabulary,
-        n_positions=sizes.length,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh",
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def take(data: Batch, part: Any) -> Batch:
-    return {key: value[part] for key, value in data.items()}
-
-
-def batches(data: Batch, count: int = 64) -> Iterator[Batch]:
+def verse_batches(data: Batch, count: int = 64) -> Iterator[Batch]:
     """Batches in order, without columns that are padding alone."""
-    for start in range(0, len(data["input_ids"]), count):
-        yield trimmed(take(data, slice(start, start + count)))
+    return map(trimmed, batches(data, count))
 
 
 def trimmed(batch: Batch) -> Batch:
@@ -252,13 +228,13 @@ def trimmed(batch: Batch) -> Batch:
 
 def trained(data: Batch, sizes: Sizes, smoke: bool) -> tuple[Any, float]:
     """The model trained from scratch (AdamW, cosine to zero, mean loss per word); kept between runs. Also seconds."""
-    model = gpt(sizes)
+    made = (sizes.layers, sizes.width)
+    model = gpt(*made, vocabulary=sizes.vocabulary, length=sizes.length, dropout=False)
     digest = hashlib.sha256(repr(dataclasses.astuple(sizes)).encode() + data["input_ids"].numpy().tobytes())
-    path = CACHE / "duplicates" / f"{digest.hexdigest()[:20]}.pt"
+    path = CACHE / "duplicates" / f"{digest.hexdigest()[:20]}.npz"
     if path.exists() and not smoke:
-        kept = torch.load(path, weights_only=True)
-        model.load_state_dict(kept["weights"])
-        return model.eval(), kept["seconds"]
+        model, facts = with_weights(model, path)
+        return model, facts["seconds"]
     began = time.perf_counter()
     count = len(data["input_ids"])
     lengths = data["attention_mask"].sum(dim=1)
@@ -282,14 +258,13 @@ def trained(data: Batch, sizes: Sizes, smoke: bool) -> tuple[Any, float]:
             schedule.step()
     seconds = time.perf_counter() - began
     if not smoke:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"weights": model.state_dict(), "seconds": seconds}, path)
+        keep_weights(path, model, seconds=seconds)
     return model.eval(), seconds
 
 
 def loss_per_word(model: Any, data: Batch) -> float:
     with torch.no_grad():
-        total = sum(float(default_loss(model, batch).sum()) for batch in batches(data))
+        total = sum(float(default_loss(model, batch).sum()) for batch in verse_batches(data))
     return total / float(data["attention_mask"][:, 1:].sum())
 
 
@@ -297,7 +272,7 @@ def embeddings(model: Any, data: Batch) -> np.ndarray:
     """(n, width) last hidden states, the mean over a verse's words, of length one."""
     parts = []
     with torch.no_grad():
-        for batch in batches(data):
+        for batch in verse_batches(data):
             shown = batch["attention_mask"].unsqueeze(2)
             parts.append((model.transformer(**batch).last_hidden_state * shown).sum(dim=1) / shown.sum(dim=1))
     return functional.normalize(torch.cat(parts), dim=1).numpy()
@@ -305,12 +280,8 @@ def embeddings(model: Any, data: Batch) -> np.ndarray:
 
 def gradients(index: Index, model: Any, data: Batch) -> np.ndarray:
     """(n, D) gradients under the index's projections, of all layers side by side, not factored."""
-    capture = ModelCapture(model, index.config, index._projections).capture(None)
-    parts = []
-    for batch in batches(data, 32):
-        block = capture.gradients(np.arange(len(batch["input_ids"])), batch)
-        parts.append(torch.cat([g.flat() for g in block.layers.values()], dim=1))
-    return torch.cat(parts).numpy()
+    found = gathered(model, verse_batches(data, 32), index.config, index)
+    return torch.cat(list(found.values()), dim=1).numpy()
 
 
 # -- the methods ---------------------------------------------------------------------------------------------------
@@ -343,18 +314,17 @@ def methods(
         began = time.perf_counter()
         index = Index.build(folder / name, model=model, data=data, config=config, progress=False)
         seconds[name] = time.perf_counter() - began
-        own = np.sqrt(np.maximum(index.self_influence(), np.finfo(np.float32).tiny))
         of_coarse = 0.0 if index.coarse is None else float(index.coarse["bytes_per_example"])
         size = index.bytes_per_example + of_coarse
 
         def search(rows: np.ndarray, index: Index = index) -> np.ndarray:
             return index.search(take(asked, rows), CUTS[-1]).ids
 
-        def normalised(rows: np.ndarray, index: Index = index, own: np.ndarray = own) -> np.ndarray:
-            return top(index.scores(take(asked, rows)) / own)
+        def normalised(rows: np.ndarray, index: Index = index) -> np.ndarray:
+            return index.search(take(asked, rows), CUTS[-1], normalize="relatif").ids
 
         out[name] = Method(search, size)
-        out[f"{name} / sqrt(self-influence)"] = Method(normalised, index.bytes_per_example + 4)
+        out[f"{name}, relatif"] = Method(normalised, index.bytes_per_example + 4)
         if name == "default":
             projected = index
     began = time.perf_counter()

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from bench import corpus
+from bench.agreement import agreement
 from bench.environment import CACHE, arguments, keep, table
-from bench.sample_size import agreement
 from bench.scale_data import FOLDER, gradients
 from lorif_index import BuildConfig, Index
 from lorif_index.projection import keyed_generator

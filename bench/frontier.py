@@ -9,19 +9,22 @@ Bytes are given without and with what all examples share: bases and curvature, d
 from __future__ import annotations
 
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.agreement import correlations
 from bench.environment import ROOT, arguments, keep, table
-from bench.lds import correlations, lds, membership, summary
+from bench.lds import lds, membership, summary
 from bench.lds_truth import gather, make
-from bench.methods import blocks
-from bench.tasks import TASKS, size
-from lorif_index import BuildConfig, CurvatureRows, Index, PaperDamping
+from bench.methods import gathered, shared_bytes
+from bench.tasks import TASKS, batches, size
+from lorif_index import BuildConfig, CurvatureRows, Index
 from lorif_index.codes import CodeLayout
+from lorif_index.gradients import LayerSpec
 
 Gradients = dict[str, torch.Tensor]
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -32,18 +35,23 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def projected(index: Index, model: Any, data: Any, config: BuildConfig) -> Gradients:
-    found = list(blocks(model, data, config, index=index))
-    return {name: torch.cat([b[name] for b in found]) for name in found[0]}
+@cache
+def rotation(width: int) -> torch.Tensor:
+    """A random rotation, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (width,), generator=generator).float() * 2 - 1
+    return signs[:, None] * torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
 
 
 def rounded(g: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
     """Rows in few bits with a scale each, as coordinates are stored (after a random rotation), and bytes a row."""
-    layout = CodeLayout(g.shape[1], bits)
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (g.shape[1],), generator=generator).float() * 2 - 1
-    rotation = torch.linalg.qr(torch.randn(g.shape[1], g.shape[1], generator=generator)).Q
-    return (layout.decode(layout.encode((g * signs) @ rotation)) @ rotation.T) * signs, float(layout.row_bytes)
+    layout, turn = CodeLayout(g.shape[1], bits), rotation(g.shape[1])
+    return layout.decode(layout.encode(g @ turn)) @ turn.T, float(layout.row_bytes)
+
+
+def shaped(gradients: Gradients, specs: dict[str, LayerSpec]) -> dict[str, torch.Tensor]:
+    """Layer -> (n, d_in, d_out), from (n, D)."""
+    return {name: g.reshape(-1, specs[name].d_in, specs[name].d_out) for name, g in gradients.items()}
 
 
 def dense(queries: Gradients, rows: Gradients, moment: Gradients, multiple: float) -> np.ndarray:
@@ -98,59 +106,42 @@ def main() -> None:
             curvature_rank=None, store="factors", coarse=None, projection_dim=8 if parsed.smoke else "auto"
         )
         fitted = Index.build(folder / "fit", model=model, data=task.data, config=config, progress=False)
-        data, asked = (projected(fitted, model, part, config) for part in (task.data, task.queries))
-        moment, roots = {}, {}
-        for name, spec in fitted.specs.items():
-            layer = fitted.curvature[name]
-            root = (layer.basis * layer.eigenvalues.float().sqrt()).T
-            roots[name] = root.reshape(-1, spec.d_in, spec.d_out)
-            moment[name] = root.T @ root
+        data, asked = (gathered(model, batches(part), config, fitted) for part in (task.data, task.queries))
+        roots = {name: (layer.basis * layer.eigenvalues.float().sqrt()).T for name, layer in fitted.curvature.items()}
+        moment = {name: root.T @ root for name, root in roots.items()}
         reference = dense(asked, data, moment, parsed.multiple)
         wide = sum(g.shape[1] for g in data.values())
         square = sum(4.0 * g.shape[1] ** 2 for g in data.values())
         note("dense, library's fit", "half precision", reference, 2.0 * wide, square)
         plain = BuildConfig(projection="random", projection_dim=config.projection_dim, coarse=None)
-        found = list(blocks(model, task.data, plain))
-        g = {name: torch.cat([b[name] for b in found]) for name in found[0]}
-        found = list(blocks(model, task.queries, plain))
-        q = {name: torch.cat([b[name] for b in found]) for name in g}
+        g, q = (gathered(model, batches(part), plain) for part in (task.data, task.queries))
         empirical = {name: v.T @ v / n for name, v in g.items()}
         note("LoGRA", "half precision", dense(q, g, empirical, parsed.multiple), 2.0 * wide, square)
         for bits in (8, 4, 2, 1):
             pieces = {name: rounded(v, bits) for name, v in g.items()}
             scores = dense(q, {name: p[0] for name, p in pieces.items()}, empirical, parsed.multiple)
             note("LoGRA", f"{bits} bits", scores, sum(p[1] for p in pieces.values()), square)
-        given = [
-            {name: v[i : i + 512].reshape(-1, *roots[name].shape[1:]) for name, v in data.items()}
-            for i in range(0, n, 512)
-        ]
-        query = {name: v.reshape(-1, *roots[name].shape[1:]) for name, v in asked.items()}
-        count = min(len(r) for r in roots.values())
-        published = [
-            {name: v[i : i + 512].reshape(-1, *roots[name].shape[1:]) for name, v in g.items()}
-            for i in range(0, n, 512)
-        ]
-        published_query = {name: v.reshape(-1, *roots[name].shape[1:]) for name, v in q.items()}
-        for number, (store, settings) in enumerate(CASES[:3] if parsed.smoke else CASES):
-            chosen = BuildConfig(store=store, coarse=None, curvature_sample=n, **settings)
-            same = all(len(r) == count for r in roots.values())
-            curvature = CurvatureRows([roots], rows_per_example=count) if same else None
-            index = Index.build(
-                folder / str(number), gradients=given, curvature=curvature, config=chosen, progress=False
-            )
-            shared = index.nbytes - sum(shard.file.info.size for shard in index._store.shards)
+
+        def stored(
+            family: str, what: str, gradients: Gradients, query: Gradients, config: BuildConfig, **how: Any
+        ) -> None:
+            """An index of gradients, and its figures at its own damping."""
+            rows_of = list(batches(shaped(gradients, fitted.specs), 512))
+            path = folder / str(len(rows))
+            index = Index.build(path, gradients=rows_of, config=config, progress=False, **how)
+            scores = index.scores(shaped(query, fitted.specs))
+            note(family, what, scores, index.bytes_per_example, shared_bytes(index))
+
+        # All layers have as many rows, or they are refused: a direction each, which add up to the moment.
+        count = len(next(iter(roots.values())))
+        curvature = CurvatureRows([shaped(roots, fitted.specs)], rows_per_example=count)
+        for store, settings in CASES[:3] if parsed.smoke else CASES:
+            chosen = BuildConfig(store=store, coarse=None, curvature_sample=n, damping=parsed.multiple, **settings)
             what = ", ".join(f"{k}={v}" for k, v in settings.items())
-            note(store, what, index.scores(query, damping=parsed.multiple), index.bytes_per_example, shared)
+            stored(store, what, data, asked, chosen, curvature=curvature)
         for rank in () if parsed.smoke else (1, 2, 4, 8):
-            chosen = BuildConfig.paper(projection_dim=None, rank=rank, coarse=None)
-            index = Index.build(folder / f"paper{rank}", gradients=published, config=chosen, progress=False)
-            shared = index.nbytes - sum(shard.file.info.size for shard in index._store.shards)
-            note(
-                "LoRIF as published",
-                f"c={rank}",
-                index.scores(published_query, damping=PaperDamping()),
-                index.bytes_per_example,
-                shared,
+            stored(
+                "LoRIF as published", f"c={rank}", g, q, BuildConfig.paper(projection_dim=None, rank=rank, coarse=None)
             )
     lines = [["stored", "bytes", "with shared", "LDS", "agreement"]]
     for r in rows:

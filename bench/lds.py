@@ -17,20 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
+from bench.agreement import correlations
 from bench.environment import CACHE, arguments, keep, table
 from bench.lds_truth import gather, make
 from bench.methods import METHODS
 from bench.peers import Peer
 from bench.tasks import TASKS, Task
-
-
-def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(q,) Spearman correlations of rows."""
-    ranks = [rankdata(v, axis=1) - (v.shape[1] + 1) / 2 for v in (a, b)]
-    norms = [np.sqrt(np.square(r).sum(axis=1)) for r in ranks]
-    return (ranks[0] * ranks[1]).sum(axis=1) / np.maximum(norms[0] * norms[1], 1e-12)
 
 
 def membership(task: Task) -> np.ndarray:

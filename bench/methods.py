@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from bench.peers import PEERS, Peer
-from bench.tasks import Task, size, take
-from lorif_index import AbsoluteDamping, BuildConfig, Index, PaperDamping, ReleaseDamping
+from bench.tasks import Task, batches, size, take
+from lorif_index import AbsoluteDamping, BuildConfig, Index, ReleaseDamping
 from lorif_index.sources import ModelCapture
 
 SWEEP = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
@@ -33,24 +33,35 @@ def random(task: Task, model: nn.Module) -> Peer:
 
 
 def blocks(
-    model: nn.Module, data: Any, config: BuildConfig, batch: int = 64, index: Index | None = None
+    model: nn.Module, parts: Iterable[Any], config: BuildConfig, index: Index | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Layer -> (b, D) projected gradients of the data, batch after batch, in the projections of an index if given."""
-    taken = ModelCapture(model, config, None if index is None else index._projections)
-    capture = taken.capture(None)
-    for start in range(0, size(data), batch):
-        part = take(data, slice(start, start + batch))
+    """Layer -> (b, D) projected gradients of each batch, in the projections of an index if given."""
+    capture = ModelCapture(model, config, None if index is None else index._projections).capture(None)
+    for part in parts:
         block = capture.gradients(np.arange(size(part)), part)
         yield {name: g.flat() for name, g in block.layers.items()}
+
+
+def gathered(
+    model: nn.Module, parts: Iterable[Any], config: BuildConfig, index: Index | None = None
+) -> dict[str, torch.Tensor]:
+    """Layer -> (n, D): the same of all batches together."""
+    found = list(blocks(model, parts, config, index))
+    return {name: torch.cat([block[name] for block in found]) for name in found[0]}
+
+
+def shared_bytes(index: Index) -> int:
+    """Bytes of an index that are not its rows'."""
+    return index.nbytes - sum(shard.file.info.size for shard in index._store.shards)
 
 
 def dot(task: Task, model: nn.Module, *, cosine: bool = False) -> Peer:
     """Inner products (TracIn of the last checkpoint, Pruthi et al., arXiv:2002.08484) of unprojected gradients."""
     config = BuildConfig(projection_dim=None)
-    asked = torch.cat([torch.cat(list(b.values()), dim=1) for b in blocks(model, task.queries, config)])
+    asked = torch.cat(list(gathered(model, batches(task.queries), config).values()), dim=1)
     parts = []
     began = time.perf_counter()
-    for block in blocks(model, task.data, config):
+    for block in blocks(model, batches(task.data), config):
         rows = torch.cat(list(block.values()), dim=1)
         parts.append(asked @ (nn.functional.normalize(rows, dim=1) if cosine else rows).T)
     seconds = time.perf_counter() - began
@@ -63,16 +74,13 @@ def logra(task: Task, model: nn.Module, *, dim: int = 32) -> Peer:
     """Dense projected gradients, and the full inverse of each layer's second moment (LoGRA, arXiv:2405.13954)."""
     config = BuildConfig(projection_dim=dim, projection="random")
     began = time.perf_counter()
-    found = list(blocks(model, task.data, config))
-    rows = {name: torch.cat([b[name] for b in found]) for name in found[0]}
-    del found
+    rows = gathered(model, batches(task.data), config)
     decomposed = {}
     for name, g in rows.items():
         values, vectors = torch.linalg.eigh((g.T @ g).double() / len(g))
         decomposed[name] = (values.clamp_min(0.0).float(), vectors.float())
     built = time.perf_counter() - began
-    found = list(blocks(model, task.queries, config))
-    asked = {name: torch.cat([b[name] for b in found]) for name in rows}
+    asked = gathered(model, batches(task.queries), config)
     scores = {}
     seconds = 0.0
     for multiple in SWEEP:
@@ -88,10 +96,15 @@ def logra(task: Task, model: nn.Module, *, dim: int = 32) -> Peer:
 
 
 def library(
-    task: Task, model: nn.Module, *, rules: dict[str, Any] | None = None, default: str = "default", **settings: Any
+    task: Task,
+    model: nn.Module,
+    *,
+    config: BuildConfig | None = None,
+    rules: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Peer:
-    """This library; with `rules`, other damping rules beside the sweep, of which `default` names the default."""
-    config = settings.pop("config", None) or BuildConfig(coarse=None, **settings)
+    """This library, with a config or settings of one; `rules` are other damping rules to try beside the sweep."""
+    config = BuildConfig(coarse=None, **settings) if config is None else config
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         index = Index.build(Path(folder) / "i", model=model, data=task.data, config=config, progress=False)
@@ -102,18 +115,16 @@ def library(
         for label, damping in sweep.items():
             began = time.perf_counter()
             scores[label] = index.scores(task.queries, damping=damping)
-            if label == default:
+            if label == "default":
                 seconds = time.perf_counter() - began
-        shared = index.nbytes - sum(shard.file.info.size for shard in index._store.shards)
-        note = f"store={index.representation}; {shared:,} bytes are shared by all examples"
-        return Peer(scores, default, float(index.bytes_per_example), built, 1e3 * seconds / size(task.queries), note)
+        note = f"store={index.representation}; {shared_bytes(index):,} bytes are shared by all examples"
+        return Peer(scores, "default", float(index.bytes_per_example), built, 1e3 * seconds / size(task.queries), note)
 
 
-def paper(task: Task, model: nn.Module, *, rank: int = 1, rule: str = "paper") -> Peer:
-    """LoRIF as published (arXiv:2601.21929) at the library's d: damping of the paper, or of the authors' release."""
+def paper(task: Task, model: nn.Module, *, rank: int = 1) -> Peer:
+    """LoRIF as published (arXiv:2601.21929) at the library's d, and with the damping of the authors' release."""
     config = BuildConfig.paper(projection_dim=1 / 16, projection_floor=32, rank=rank, coarse=None)
-    rules = {"paper": PaperDamping(), "release": ReleaseDamping()}
-    return library(task, model, rules=rules, default=rule, config=config)
+    return library(task, model, rules={"release": ReleaseDamping()}, config=config)
 
 
 def decay(task: Task, model: nn.Module) -> Peer:
@@ -129,7 +140,6 @@ METHODS: dict[str, Method] = {
     "LoGRA d=16": lambda t, m: logra(t, m, dim=16),
     "LoGRA d=32": logra,
     "LoRIF c=1": paper,
-    "LoRIF c=1, release's damping": lambda t, m: paper(t, m, rule="release"),
     "LoRIF c=4": lambda t, m: paper(t, m, rank=4),
     "library default": decay,
     "library, pure GGN": lambda t, m: library(t, m, curvature="ggn"),

@@ -26,7 +26,7 @@ import re
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ from torch import nn
 from torch.nn import functional
 
 from bench.environment import CACHE, arguments, keep, table
+from bench.methods import gathered
+from bench.tasks import batches, keep_weights, take, with_weights
 from lorif_index import BuildConfig, Index, default_loss
-from lorif_index.sources import ModelCapture
 
 Batch = dict[str, torch.Tensor]
 HAM, SPAM = 0, 1
@@ -232,26 +233,16 @@ def tiny(length: int) -> Base:
     return Base(BertModel(config), tokens)
 
 
-def take(data: Batch, part: Any) -> Batch:
-    return {key: value[part] for key, value in data.items()}
-
-
-def batches(data: Batch, count: int = 64) -> Iterator[Batch]:
-    for start in range(0, len(data["labels"]), count):
-        yield take(data, slice(start, start + count))
-
-
 def fine_tune(base: Base, data: Batch, sizes: Sizes, seed: int, smoke: bool) -> tuple[Top, float]:
     """The top fine-tuned (AdamW, linear decay to zero, the layers' own dropout); kept between runs. Also seconds."""
     model = base.top(seed)
     digest = hashlib.sha256(repr((dataclasses.astuple(sizes), seed)).encode())
     for value in data.values():
         digest.update(value.numpy().tobytes())
-    path = CACHE / "mislabelled" / f"{digest.hexdigest()[:20]}.pt"
+    path = CACHE / "mislabelled" / f"{digest.hexdigest()[:20]}.npz"
     if path.exists() and not smoke:
-        kept = torch.load(path, weights_only=True)
-        model.load_state_dict(kept["weights"])
-        return model.eval(), kept["seconds"]
+        _, facts = with_weights(model, path)
+        return model.eval(), facts["seconds"]
     began = time.perf_counter()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.rate, weight_decay=sizes.decay)
@@ -267,8 +258,7 @@ def fine_tune(base: Base, data: Batch, sizes: Sizes, seed: int, smoke: bool) -> 
             schedule.step()
     seconds = time.perf_counter() - began
     if not smoke:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"weights": model.state_dict(), "seconds": seconds}, path)
+        keep_weights(path, model, seconds=seconds)
     return model.eval(), seconds
 
 
@@ -289,9 +279,8 @@ def embeddings(model: Top, data: Batch) -> np.ndarray:
 
 def gradients(index: Index, model: Top, data: Batch) -> Batch:
     """Layer -> (n, d_in, d_out) gradients under the index's projections, not factored."""
-    capture = ModelCapture(model, index.config, index._projections).capture(None)
-    blocks = [capture.gradients(np.arange(len(b["labels"])), b).layers for b in batches(data, 32)]
-    return {name: torch.cat([block[name].dense() for block in blocks]) for name in index.layers}
+    found = gathered(model, batches(data, 32), index.config, index)
+    return {name: g.reshape(-1, index.specs[name].d_in, index.specs[name].d_out) for name, g in found.items()}
 
 
 def side_by_side(found: Batch) -> np.ndarray:
@@ -314,7 +303,7 @@ class Indexes:
             self.kept[kind] = Index.build(Path(folder) / kind, model=model, data=data, config=config, progress=False)
             self.report[kind] = {"build_seconds": time.perf_counter() - began}
         self.stored = gradients(self.kept["default"], model, data)
-        blocks = [take(self.stored, slice(i, i + 256)) for i in range(0, len(data["labels"]), 256)]
+        blocks = list(batches(self.stored, 256))
         config = BuildConfig(curvature="empirical")
         self.kept["empirical"] = Index.build(
             Path(folder) / "empirical", gradients=blocks, config=config, progress=False
@@ -444,8 +433,7 @@ def poisoned(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: boo
         for kind in KINDS:
             index, question = indexes.kept[kind], indexes.query(kind, queries)
             note(kind, index.search(question, most).ids)
-            own = np.sqrt(np.maximum(index.self_influence(), np.finfo(np.float32).tiny))
-            note(f"{kind} / sqrt(self-influence)", ranked(index.scores(question) / own))
+            note(f"{kind}, relatif", index.search(question, most, normalize="relatif").ids)
         result["builds"] = indexes.report
         stored, asked = side_by_side(indexes.stored), side_by_side(indexes.query("empirical", queries))
     note("gradient dot", ranked(asked @ stored.T))

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from bench.tasks import Task, size, take
+from bench.tasks import Task, batches, size, take
 from lorif_index import default_loss
 
 TRAK_MULTIPLES = (0.0, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -68,11 +68,6 @@ class Rows(Dataset):
 
     def __getitem__(self, row: int) -> Any:
         return take(self.data, row)
-
-
-def batches(data: Any, count: int) -> Iterator[Any]:
-    for start in range(0, size(data), count):
-        yield take(data, slice(start, start + count))
 
 
 def predictions(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.agreement import agreement
 from bench.corpus import gpt, sequences, train
 from bench.environment import arguments, keep, table
 from lorif_index import BuildConfig, Index
@@ -21,19 +22,6 @@ from lorif_index.damping import RelativeDamping
 from lorif_index.query import Preconditioner, transform
 
 QUERIES = 64
-
-
-def ranks(scores: np.ndarray) -> np.ndarray:
-    return scores.argsort(axis=1).argsort(axis=1).astype(np.float64)
-
-
-def agreement(scores: np.ndarray, truth: np.ndarray, k: int) -> tuple[float, float]:
-    """(mean Spearman, mean overlap of the top k)."""
-    a, b = ranks(scores), ranks(truth)
-    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
-    spearman = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    top = [np.intersect1d(x[-k:], y[-k:]).size / k for x, y in zip(scores.argsort(1), truth.argsort(1), strict=True)]
-    return float(spearman.mean()), float(np.mean(top))
 
 
 def dense_scores(index: Index, queries: dict[str, torch.Tensor], gradients: Index, complement: str) -> np.ndarray:
@@ -62,9 +50,9 @@ def main() -> None:
         folder = Path(temporary)
 
         def build(name: str, **settings: Any) -> Index:
-            config = BuildConfig(
-                **({"projection_dim": dim, "batch_size": 64, "rank": 1, "store": "factors", "coarse": None} | settings)
-            )
+            # Random projections: all indexes must see the same gradients, whatever their sample.
+            fixed = {"projection": "random", "projection_dim": dim, "curvature": "empirical", "store": "factors"}
+            config = BuildConfig(**(fixed | {"batch_size": 64, "rank": 1, "coarse": None} | settings))
             return Index.build(folder / name, model=model, data=data, config=config, progress=False)
 
         full = build("full", rank=None, dtype="float32", curvature_rank=None, curvature_sample=n)

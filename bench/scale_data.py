@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.corpus import gpt
 from bench.environment import CACHE
 from lorif_index import BuildConfig, default_loss
 from lorif_index.sources import ModelCapture
@@ -103,21 +104,11 @@ def _without(rows: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def trained_model(steps: int, folder: Path = FOLDER, most: int | None = None) -> Any:
     """A 4-layer, 64-wide GPT trained on the training windows, kept in the cache."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
 
     path = folder / f"model-{steps}"
     if not (path / "config.json").exists():
-        torch.manual_seed(0)
-        config = GPT2Config(
-            n_layer=4,
-            n_embd=64,
-            n_head=4,
-            vocab_size=VOCABULARY,
-            n_positions=LENGTH,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        model = GPT2LMHeadModel(config)
+        model = gpt(vocabulary=VOCABULARY, length=LENGTH)
         ids = windows("train", folder, most)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)

@@ -11,7 +11,7 @@ import collections
 import gzip
 import re
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench import corpus
 from bench.environment import CACHE
 from lorif_index import default_loss
 
@@ -49,7 +50,6 @@ class Task:
         begin: begin(seed) -> the model before its training.
         recipe: of the training.
         subsets, seeds: how many halves the truth is made from, each with how many seeds.
-        sources: (n,) and (q,): which document each example and query is of; None where there are none.
     """
 
     name: str
@@ -59,7 +59,6 @@ class Task:
     recipe: Recipe
     subsets: int
     seeds: int
-    sources: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def count(self) -> int:
@@ -93,7 +92,7 @@ class Task:
         path = CACHE / "full" / f"{self.name}{'-smoke' if smoke else ''}-{seed}.npz"
         if not path.exists():
             keep_weights(path, self.train(np.arange(self.count), seed))
-        return with_weights(self.begin(seed), path)
+        return with_weights(self.begin(seed), path)[0]
 
     def subset(self, number: int) -> np.ndarray:
         """Sorted positions of one half of the training examples."""
@@ -105,19 +104,24 @@ class Task:
         return per_example(model, self.queries)
 
 
-def keep_weights(path: Path, model: nn.Module) -> None:
+def keep_weights(path: Path, model: nn.Module, **facts: float) -> None:
+    """Writes a model's weights, and numbers that are to come back with them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **{key: value.numpy() for key, value in model.state_dict().items()})
+    numbers = {f"fact {name}": np.float64(value) for name, value in facts.items()}
+    np.savez(path, **numbers, **{key: value.numpy() for key, value in model.state_dict().items()})
 
 
-def with_weights(model: nn.Module, path: Path) -> nn.Module:
+def with_weights(model: nn.Module, path: Path) -> tuple[nn.Module, dict[str, float]]:
+    """The model with the weights that were kept, in eval mode, and the numbers."""
     with np.load(path, allow_pickle=False) as kept:
-        model.load_state_dict({key: torch.from_numpy(kept[key]) for key in kept.files})
-    return model.eval()
+        facts = {key.removeprefix("fact "): float(kept[key]) for key in kept.files if key.startswith("fact ")}
+        weights = [key for key in kept.files if not key.startswith("fact ")]
+        model.load_state_dict({key: torch.from_numpy(kept[key]) for key in weights})
+    return model.eval(), facts
 
 
 def size(data: Any) -> int:
-    return len(data["input_ids"] if isinstance(data, dict) else data[0])
+    return len(next(iter(data.values())) if isinstance(data, dict) else data[0])
 
 
 def take(data: Any, part: Any) -> Any:
@@ -126,15 +130,21 @@ def take(data: Any, part: Any) -> Any:
     return tuple(value[part] for value in data)
 
 
+def batches(data: Any, count: int = 64) -> Iterator[Any]:
+    """The data in order, so many examples at a time."""
+    for start in range(0, size(data), count):
+        yield take(data, slice(start, start + count))
+
+
 def positions(data: Any) -> int:
     """What the training loss is averaged over besides examples."""
     return data["input_ids"].shape[1] - 1 if isinstance(data, dict) and "labels" not in data else 1
 
 
-def per_example(model: nn.Module, data: Any, batch: int = 64) -> np.ndarray:
+def per_example(model: nn.Module, data: Any) -> np.ndarray:
+    """(n,) losses, in nats, summed over tokens."""
     with torch.no_grad():
-        parts = [default_loss(model, take(data, slice(i, i + batch))) for i in range(0, size(data), batch)]
-    return torch.cat(parts).double().numpy()
+        return torch.cat([default_loss(model, batch) for batch in batches(data)]).double().numpy()
 
 
 # -- images --------------------------------------------------------------------------------------------------------
@@ -228,11 +238,11 @@ def documents() -> tuple[np.ndarray, np.ndarray]:
         return kept["ids"], kept["files"]
 
 
-def passages(n: int, q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def passages(n: int, q: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Other windows for a base model; then n passages of files that have 8 to 60, and q held-out ones of those files.
 
     Returns:
-        base ids (m, 64), training ids (n, 64), query ids (q, 64), and files of the latter two. No window is in two.
+        base ids (m, 64), and `input_ids` of training (n, 64) and of queries (q, 64). No window is in two.
     """
     ids, files = documents()
     ids, first = np.unique(ids, axis=0, return_index=True)
@@ -249,31 +259,16 @@ def passages(n: int, q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     inside = np.isin(files, mine)
     own = generator.permutation(np.flatnonzero(inside))[: n + q]
     base = generator.permutation(np.flatnonzero(~inside))
-    return ids[base], ids[own[q:]], ids[own[:q]], files[own[q:]], files[own[:q]]
+    found = torch.from_numpy(ids.astype(np.int64))
+    return found[base], {"input_ids": found[own[q:]]}, {"input_ids": found[own[:q]]}
 
 
-def gpt(seed: int) -> Any:
-    """A GPT-2-architecture model, 4 layers 64 wide, without dropout, with fresh weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        n_layer=4,
-        n_embd=64,
-        n_head=4,
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh",
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2LMHeadModel(config)
+def gpt(seed: int) -> nn.Module:
+    """A GPT, 4 layers 64 wide, without dropout, with fresh weights."""
+    return corpus.gpt(vocabulary=VOCABULARY, length=LENGTH, seed=seed, dropout=False)
 
 
-def _base(ids: np.ndarray, steps: int) -> dict[str, torch.Tensor]:
+def _base(ids: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
     """The base model's weights, trained once on windows of other files and kept."""
     path = CACHE / "full" / f"base-{steps}.npz"
     if not path.exists():
@@ -281,7 +276,7 @@ def _base(ids: np.ndarray, steps: int) -> dict[str, torch.Tensor]:
         model = gpt(0).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        rows = torch.from_numpy(ids[np.random.default_rng(1).permutation(len(ids))].astype(np.int64))
+        rows = ids[np.random.default_rng(1).permutation(len(ids))]
         for step in range(steps):
             at = step * 32 % (len(rows) - 32)
             optimizer.zero_grad(set_to_none=True)
@@ -289,12 +284,11 @@ def _base(ids: np.ndarray, steps: int) -> dict[str, torch.Tensor]:
             optimizer.step()
             schedule.step()
         keep_weights(path, model)
-    return dict(with_weights(gpt(0), path).state_dict())
+    return dict(with_weights(gpt(0), path)[0].state_dict())
 
 
 def finetuned(smoke: bool = False) -> Task:
-    n, q = (160, 16) if smoke else (4096, 256)
-    base, train, queries, files, query_files = passages(n, q)
+    base, train, queries = passages(*(160, 16) if smoke else (4096, 256))
     weights = _base(base, 10 if smoke else 2500)
 
     def begin(seed: int) -> nn.Module:
@@ -302,31 +296,14 @@ def finetuned(smoke: bool = False) -> Task:
         model.load_state_dict(weights)
         return model
 
-    return Task(
-        "finetuned",
-        {"input_ids": torch.from_numpy(train.astype(np.int64))},
-        {"input_ids": torch.from_numpy(queries.astype(np.int64))},
-        begin,
-        Recipe(1 if smoke else 4, 16, 1e-3, 0.01, "adamw"),
-        3 if smoke else 64,
-        1 if smoke else 2,
-        (files, query_files),
-    )
+    recipe = Recipe(1 if smoke else 4, 16, 1e-3, 0.01, "adamw")
+    return Task("finetuned", train, queries, begin, recipe, 3 if smoke else 64, 1 if smoke else 2)
 
 
 def scratch(smoke: bool = False) -> Task:
-    n, q = (160, 16) if smoke else (2048, 256)
-    _, train, queries, files, query_files = passages(n, q)
-    return Task(
-        "scratch",
-        {"input_ids": torch.from_numpy(train.astype(np.int64))},
-        {"input_ids": torch.from_numpy(queries.astype(np.int64))},
-        gpt,
-        Recipe(1 if smoke else 10, 16, 2e-3, 0.01, "adamw"),
-        3 if smoke else 64,
-        1,
-        (files, query_files),
-    )
+    _, train, queries = passages(*(160, 16) if smoke else (2048, 256))
+    recipe = Recipe(1 if smoke else 10, 16, 2e-3, 0.01, "adamw")
+    return Task("scratch", train, queries, gpt, recipe, 3 if smoke else 64, 1)
 
 
 TASKS: dict[str, Callable[..., Task]] = {

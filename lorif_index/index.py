@@ -228,9 +228,9 @@ class Index:
             largest=not opponents,
             rescore=rescore,
             exact=exact,
-            normalize=normalize,
             all_layers=len(chosen) == len(self.layers),
             damping=policy,
+            normalize=normalize,
         )
         prepared = self._prepare(query, measure, policy, chosen, normalize)
         answer = ANSWERS[plan.way](self._reader, prepared.question, plan, k, not opponents, reporter(progress))
@@ -517,7 +517,7 @@ class Index:
         measure: PerExample | None,
         policy: Damping,
         chosen: tuple[str, ...],
-        normalize: str | None,
+        normalize: str | None = None,
     ) -> _Prepared:
         """Gradients of the query, transformed once into a question to the rows."""
         began = time.perf_counter()

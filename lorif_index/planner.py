@@ -63,9 +63,9 @@ def choose_plan(
     largest: bool,
     rescore: bool,
     exact: bool | None,
-    normalize: str | None,
     all_layers: bool,
     damping: Damping,
+    normalize: str | None = None,
 ) -> Plan:
     """The way to answer.
 
@@ -76,9 +76,9 @@ def choose_plan(
         largest: proponents are wanted, or opponents.
         rescore: False asks for coarse scores.
         exact: True for a scan, False for candidates, None to choose.
-        normalize: scores are to be normalised, which takes every row; None: as they are.
         all_layers: the query counts every layer.
         damping: the query's.
+        normalize: scores are to be normalised, which takes every row; None: as they are.
 
     Raises:
         QueryError: the index cannot do what was asked for.
