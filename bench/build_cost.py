@@ -129,7 +129,7 @@ def main() -> None:
     model = gpt(layers, width)
     train(model, ids, 5 if parsed.smoke else 100)
     with tempfile.TemporaryDirectory() as folder:
-        config = BuildConfig(projection_dim=32, rank=4, curvature_rank=16 if parsed.smoke else 512)
+        config = BuildConfig(projection_dim=32, rank=4, store="both", curvature_rank=16 if parsed.smoke else 512)
         index = Index.build(Path(folder) / "i", model=model, data={"input_ids": ids}, config=config, progress=False)
         report = index.build_report | {"bytes_per_example": index.bytes_per_example, "nbytes": index.nbytes}
     print("a whole build:", report)

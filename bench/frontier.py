@@ -28,6 +28,7 @@ from lorif_index.gradients import LayerSpec
 
 Gradients = dict[str, torch.Tensor]
 CASES: list[tuple[str, dict[str, Any]]] = [
+    *(("eigen", {"eigen_bytes": b}) for b in (256, 512, 1024, 1600, 2048, 4096, 8192)),
     *(("coordinates", {"sketch_dim": k, "coordinate_bits": b}) for k in (256, 512, 1024) for b in (1, 2, 4)),
     ("coordinates", {"sketch_dim": 1024, "coordinate_bits": 8}),
     *(("factors", {"rank": c}) for c in (1, 2, 4, 8)),

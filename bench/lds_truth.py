@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.environment import CACHE, arguments
-from bench.tasks import TASKS, Task
+from bench.tasks import TASKS, Task, size
 
 KEPT = Path(__file__).parent / "truth"
 
@@ -21,9 +21,19 @@ def _file(task: Task, smoke: bool, seed: int, number: int) -> Path:
     return CACHE / "truth" / (task.name + ("-smoke" if smoke else "")) / f"{seed}-{number:03d}.npy"
 
 
+def _kept(task: Task, smoke: bool) -> np.ndarray:
+    """(seeds, subsets, q) float32: the whole seeds that `bench/truth/` has."""
+    path = KEPT / f"{task.name}.npz"
+    if smoke or not path.exists():
+        return np.empty((0, task.subsets, size(task.queries)), dtype=np.float32)
+    with np.load(path, allow_pickle=False) as found:
+        return found["losses"]
+
+
 def make(task: Task, smoke: bool = False, part: int = 0, of: int = 1) -> None:
     """Trains what is missing; seed after seed, so that an early stop leaves whole ones."""
-    jobs = [(seed, number) for seed in range(task.seeds) for number in range(task.subsets)]
+    seeds = range(len(_kept(task, smoke)), task.seeds)
+    jobs = [(seed, number) for seed in seeds for number in range(task.subsets)]
     missing = [job for job in jobs[part::of] if not _file(task, smoke, *job).exists()]
     began = time.perf_counter()
     for done, (seed, number) in enumerate(missing):
@@ -45,24 +55,20 @@ def gather(task: Task, smoke: bool = False) -> np.ndarray:
     Raises:
         FileNotFoundError: not one seed is complete.
     """
-    kept = KEPT / f"{task.name}.npz"
-    seeds = []
-    for seed in range(task.seeds):
+    kept = _kept(task, smoke)
+    seeds = list(kept)
+    for seed in range(len(kept), task.seeds):
         files = [_file(task, smoke, seed, number) for number in range(task.subsets)]
         if not all(file.exists() for file in files):
             break
         seeds.append(np.stack([np.load(file, allow_pickle=False) for file in files]))
-    if smoke:
-        return np.stack(seeds)
-    if kept.exists():
-        with np.load(kept, allow_pickle=False) as found:
-            if len(found["losses"]) >= len(seeds):
-                return found["losses"]
     if not seeds:
         raise FileNotFoundError(f"no seed of {task.name} is complete: run python -m bench.lds_truth --task {task.name}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(kept, losses=np.stack(seeds))
-    return np.stack(seeds)
+    losses = np.stack(seeds)
+    if len(seeds) > len(kept) and not smoke:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(KEPT / f"{task.name}.npz", losses=losses)
+    return losses
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ def full_index(
     path = folder / f"index-c{FULL_RANK}-n{count}"
     if not (path / "manifest.json").exists():
         data = gradients("train", count, steps, folder, most)
-        Index.build(path, gradients=data, config=BuildConfig(rank=FULL_RANK, **(settings or {})), progress=False)
+        Index.build(
+            path, gradients=data, config=BuildConfig(rank=FULL_RANK, store="both", **(settings or {})), progress=False
+        )
     return Index.open(path)
 
 

@@ -10,11 +10,12 @@ The stages, one module each, in the order in which data flows through them:
     probes                rows that estimate the Gauss-Newton matrix
     subspace              leading eigenpairs of streamed rows, which give
     eigenbases, curvature the learnt projections, and each layer's low-rank curvature
-    sketch, codes         k half-whitened coordinates of all layers together, in few bits
-    rows                  how factors and codes of one example lie
+    eigencodes, codes     coordinates in the curvature's eigenbases, in few bits
+    sketch                k half-whitened coordinates of all layers together
+    rows                  how factors or eigencodes, and codes, of one example lie
     sealed, shards, store immutable HDF5 files, streamed and gathered
     resident              the rows on the device that scores them
-    fitted                the files of projections, curvature, sketch and calibration queries
+    fitted                the files of projections, curvature, eigencodes, sketch and calibration queries
     damping, query        the Woodbury-preconditioned query transform
     scoring, results      exact scores of rows, and the answer with its diagnosis
     coarse, flat, devices what proposes candidates: a FAISS index, or coordinates on a GPU

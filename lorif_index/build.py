@@ -1,8 +1,9 @@
 """Build: fit what is shared on a sample, then one pass over the data encodes each example once.
 
 The stages, each of which leaves its result sealed, so that the same call goes on after an interruption: projections ->
-sample -> curvature -> sketch -> encode -> coarse -> calibrate -> manifest. The published recipe fits the curvature
-last, from all stored factors; where rows hold factors alone, the sketch is of them and is fitted after them.
+sample -> curvature -> eigencodes or sketch -> encode -> coarse -> calibrate -> manifest. The published recipe fits the
+curvature last, from all stored factors; where rows hold factors or eigencodes alone, the sketch is of them, and is
+fitted after them.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from torch import nn
 
 from . import eigenbases
 from .coarse import default_factory, faiss_is_installed, load_faiss
-from .coarse_build import calibrate, make_coarse, new_sketch, sketch_of_factors
+from .coarse_build import calibrate, lambdas, make_coarse, sketch_of_gradients, sketch_of_rows
 from .config import BuildConfig, CurvatureRows
 from .curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
 from .data import ExampleSource, as_source
+from .eigencodes import EigenEncoder, directions_for, fit_eigencode
 from .errors import ConfigError, CorruptionError, DataError, IndexExistsError, NonFiniteError
 from .factors import factorise
 from .fitted import (
     FittedCurvature,
     FittedProjections,
+    load_eigencode,
     load_sketch,
     save_curvature,
+    save_eigencode,
     save_projections,
     save_queries,
     save_sketch,
@@ -75,6 +79,8 @@ COARSE_FROM = 1024
 # Of the mixed curvature's trace (of 1/4, 1/2 and 3/4; chosen on digits and Fashion-MNIST, held on sequences:
 # `docs/quality.md`).
 _EMPIRICAL_SHARE = 0.25
+# Directions of a layer's curvature, where rows of eigencodes do not ask for more.
+CURVATURE_RANK = 512
 # Examples of the sample that tell what factors lose.
 _MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
@@ -267,7 +273,7 @@ class _Build:
                 fresh.shards, fresh.skipped = found.shards, found.skipped
                 fresh.projections = found.projections
                 fresh.curvature, fresh.curvature_layers = found.curvature, found.curvature_layers
-                fresh.stored, fresh.sketch = found.stored, found.sketch
+                fresh.stored, fresh.eigen, fresh.sketch = found.stored, found.eigen, found.sketch
                 if found.config.get("calibration_queries") == fresh.config["calibration_queries"]:
                     fresh.queries = found.queries
                 if found.config.get("coarse") == fresh.config["coarse"] or self.config.store == "coarse":
@@ -299,12 +305,14 @@ class _Build:
         late = self.config.curvature_rows == "factors" and self.curvature is None
         if self.config.projection == "eigen" and self.manifest.projections is None:
             self._fit_projections()
-        if self.manifest.curvature is None and not late:
-            self._fit_from_rows()
         if self.manifest.stored is None:
             self.manifest.stored = self._decide_representation()
             self.manifest.write(self.path, BUILDING)
-        if self.manifest.sketch is None and self.manifest.stored != "factors":
+        if self.manifest.curvature is None and not late:
+            self._fit_from_rows()
+        if self.manifest.eigen is None and self.manifest.stored == "eigen":
+            self._fit_eigencode()
+        if self.manifest.sketch is None and self.manifest.stored not in ("factors", "eigen"):
             self._fit_sketch()
         self._encode()
         if self.manifest.curvature is None:
@@ -333,10 +341,15 @@ class _Build:
             self.projections.use(learnt)
 
     def _decide_representation(self) -> str:
-        """What rows will hold. Where factors lose next to nothing, the coordinates' rounding would only make scores
-        worse: then "both" is factors alone."""
-        if self.config.store != "both" or all(spec.dense for spec in self.specs.values()):
-            return "factors" if self.config.store == "both" else self.config.store
+        """What rows will hold. Where factors lose next to nothing, rounding would only make scores worse: then "auto"
+        and "both" are factors alone."""
+        wanted = "eigen" if self.config.store == "auto" else self.config.store
+        if self.config.curvature_rows == "factors" and self.config.store == "auto":
+            return "factors"
+        if self.config.store not in ("auto", "both"):
+            return wanted
+        if all(spec.dense for spec in self.specs.values()):
+            return "factors"
         lost = total = 0.0
         seen = 0
         for block in self._sample()[0]():
@@ -348,7 +361,7 @@ class _Build:
                 total += float(whole.double().square().sum())
             if seen >= _MEASURED:
                 break
-        return "both" if lost > _LOSSLESS * total else "factors"
+        return wanted if lost > _LOSSLESS * total else "factors"
 
     def _sample(self) -> tuple[RowPass, int]:
         """Unfactored gradients of the random sample, the same at each walk, and how many."""
@@ -411,7 +424,7 @@ class _Build:
                 part.rows,
                 part.count,
                 self.specs,
-                rank=self.config.curvature_rank,
+                rank=self._curvature_rank(),
                 power_iterations=self.config.power_iterations,
                 seed=self.config.seed,
                 examples=part.examples,
@@ -422,11 +435,37 @@ class _Build:
             spool.close()
         self._keep(fitted)
 
+    def _curvature_rank(self) -> int | None:
+        """Directions of each layer: as many as the config says, or rows of eigencodes have use for."""
+        rank = self.config.curvature_rank
+        if rank != "auto":
+            return rank  # type: ignore[return-value]
+        if self.manifest.stored != "eigen":
+            return CURVATURE_RANK
+        return max(CURVATURE_RANK, directions_for(self.config.eigen_bytes, len(self.specs)))
+
+    def _fit_eigencode(self) -> None:
+        """Which directions rows of eigencodes hold, by the sample's gradients."""
+        rows, count = self._sample()
+        curvature = self._curvature()
+        with self.reporter.stage("eigencodes") as stage:
+            code = fit_eigencode(
+                rows,
+                count,
+                curvature,
+                lambdas(curvature, self.config),
+                row_bytes=self.config.eigen_bytes,
+                stage=stage,
+                device=self._device(),
+            )
+        self.manifest.eigen = save_eigencode(self.path, code)
+        self.manifest.write(self.path, BUILDING)
+
     def _fit_sketch(self) -> None:
         """The sketch of unfactored gradients, which coordinates are taken with."""
         rows, count = self._sample()
         with self.reporter.stage("sketch") as stage:
-            sketch = new_sketch(rows, count, self._curvature(), self.config, stage, self._device())
+            sketch = sketch_of_gradients(rows, count, self._curvature(), self.config, stage, self._device())
         self.manifest.sketch = save_sketch(self.path, sketch)
         self.manifest.write(self.path, BUILDING)
 
@@ -447,7 +486,7 @@ class _Build:
                 lambda: _stored_gradients(store),
                 len(store),
                 self.specs,
-                rank=self.config.curvature_rank,
+                rank=self._curvature_rank(),
                 power_iterations=self.config.power_iterations,
                 seed=self.config.seed,
                 examples=len(store),
@@ -470,7 +509,10 @@ class _Build:
             # The rows have served their purpose.
             return
         layout = row_layout(manifest, self.config, self.specs)
-        encoder = None
+        encoder = eigen = None
+        if layout.eigen is not None:
+            curvature = self._curvature()
+            eigen = EigenEncoder(load_eigencode(self.path, manifest.eigen, curvature), curvature, self._device())
         if layout.codes is not None:
             curvature = self._curvature()
             sketch = load_sketch(self.path, manifest.sketch, self.specs)
@@ -486,6 +528,8 @@ class _Build:
                     packed = layout.pack(factorise(block, self.specs)).cpu()
                     stored, vanished = _stored(packed, block.ids, layout)
                     self._vanished += vanished
+                if eigen is not None:
+                    stored = eigen.encode(block.layers)
                 if encoder is not None and layout.codes is not None:
                     codes = layout.codes.encode(encoder.encode(block.layers))
                 sealed = writer.append(layout.rows(stored, codes), block.ids)
@@ -505,9 +549,9 @@ class _Build:
         if not self._wants_coarse(count):
             return
         if self.manifest.sketch is None:
-            # Rows are factors alone: the sketch is of them.
+            # Rows are factors or eigencodes alone: the sketch is of them.
             with self.reporter.stage("sketch") as stage:
-                self.manifest.sketch = sketch_of_factors(self._reader(), stage, self._device())
+                self.manifest.sketch = sketch_of_rows(self._reader(), stage, self._device())
             self.manifest.write(self.path, BUILDING)
         if self.manifest.coarse is None:
             reader = self._reader()

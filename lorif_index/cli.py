@@ -122,8 +122,8 @@ def build(
     ] = "auto",
     rank: Annotated[str, typer.Option(help="Factor pairs kept per passage and layer, c: an integer or full.")] = "1",
     curvature_rank: Annotated[
-        str, typer.Option(help="Curvature directions kept per layer, r: an integer or full.")
-    ] = "512",
+        str, typer.Option(help="Curvature directions kept per layer, r: an integer, full or auto.")
+    ] = "auto",
     curvature_sample: Annotated[
         int, typer.Option(min=1, help="Passages that the curvature is fitted on.")
     ] = BuildConfig.curvature_sample,
@@ -134,8 +134,11 @@ def build(
         list[str] | None, typer.Option(help="Track these layers only: a name or glob pattern; may be repeated.")
     ] = None,
     store: Annotated[
-        str, typer.Option(help="What is kept of a passage: both, factors, coordinates or coarse.")
+        str, typer.Option(help="What is kept of a passage: auto, eigen, both, factors, coordinates or coarse.")
     ] = BuildConfig.store,
+    eigen_bytes: Annotated[
+        int, typer.Option(min=1, help="Most bytes of a passage, with store eigen.")
+    ] = BuildConfig.eigen_bytes,
     dtype: Annotated[str, typer.Option(help="Of stored factors: float16, bfloat16 or float32.")] = "float16",
     sketch_dim: Annotated[
         int, typer.Option(min=1, help="Coordinates of a passage, for all layers together.")
@@ -153,9 +156,10 @@ def build(
     settings: dict[str, Any] = {
         "projection_dim": _projection_dim(projection_dim),
         "rank": _rank("--rank", rank),
-        "curvature_rank": _rank("--curvature-rank", curvature_rank),
+        "curvature_rank": "auto" if curvature_rank == "auto" else _rank("--curvature-rank", curvature_rank),
         "curvature_sample": curvature_sample,
         "store": store,
+        "eigen_bytes": eigen_bytes,
         "dtype": dtype,
         "sketch_dim": sketch_dim,
         "coordinate_bits": coordinate_bits,

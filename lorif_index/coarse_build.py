@@ -7,7 +7,7 @@ the index rescores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from .coarse import TRAIN_ROWS, Coarse, default_factory, load_faiss
 from .config import BuildConfig
 from .curvature import LayerCurvature, RowPass
 from .damping import as_damping
+from .eigencodes import Whitened
 from .errors import ConfigError, StoreError
 from .fitted import save_queries, save_sketch
 from .gradients import GradientBlock, LayerGradient
@@ -29,7 +30,7 @@ from .projection import keyed_generator
 from .query import Preconditioner
 from .reader import Reader, coarse_name, positions_of
 from .scoring import Question, TopK, stream_scores
-from .sketch import Sketch, fit_sketch, sketch_method
+from .sketch import Sketch, fit_sketch, half_whitened, sketch_method
 from .store import Store
 
 _TILT_QUERIES = 32
@@ -79,14 +80,32 @@ def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock
         yield GradientBlock(part, {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()})
 
 
-def sketch_of_factors(reader: Reader, stage: Stage, device: torch.device) -> dict[str, Any]:
-    """A sketch fitted on the stored factors of a random sample, where rows hold nothing else; the manifest's entry."""
-    rows = random_positions(reader, "curvature-sample", reader.config.curvature_sample)
-    walk = partial(stored_blocks, reader.store, rows)
-    return save_sketch(reader.folder, new_sketch(walk, len(rows), reader.curvature, reader.config, stage, device))
+def sketch_of_rows(reader: Reader, stage: Stage, device: torch.device) -> dict[str, Any]:
+    """A sketch fitted on the stored factors or eigencodes of a random sample, where rows hold nothing else; the
+    manifest's entry."""
+    chosen, config = random_positions(reader, "curvature-sample", reader.config.curvature_sample), reader.config
+    if reader.eigen is None:
+        walk = partial(stored_blocks, reader.store, chosen)
+        sketch = sketch_of_gradients(walk, len(chosen), reader.curvature, config, stage, device)
+    else:
+        lams = lambdas(reader.curvature, config)
+        whitened = Whitened(reader.eigen, reader.curvature, lams)
+
+        def rows() -> Iterator[torch.Tensor]:
+            for start in range(0, len(chosen), 512):
+                yield whitened.of(reader.store.gather_factors(chosen[start : start + 512]))
+
+        sketch = _new_sketch(rows, len(chosen), whitened.widths, reader.curvature, lams, config, stage, device)
+    return save_sketch(reader.folder, sketch)
 
 
-def new_sketch(
+def lambdas(curvature: Mapping[str, LayerCurvature], config: BuildConfig) -> dict[str, float]:
+    """Layer -> lambda of the config's damping."""
+    policy = as_damping(config.damping)
+    return {n: Preconditioner.of(n, layer, policy, config.complement).lam for n, layer in curvature.items()}
+
+
+def sketch_of_gradients(
     rows: RowPass,
     count: int,
     curvature: Mapping[str, LayerCurvature],
@@ -94,16 +113,31 @@ def new_sketch(
     stage: Stage,
     device: torch.device,
 ) -> Sketch:
-    """A sketch as the config has it (see `fit_sketch`)."""
-    policy = as_damping(config.damping)
-    lams = {n: Preconditioner.of(n, layer, policy, config.complement).lam for n, layer in curvature.items()}
+    """A sketch of gradients as the config has it (see `fit_sketch`)."""
+    lams = lambdas(curvature, config)
+    widths = {name: layer.rank for name, layer in curvature.items()}
+    whitened = half_whitened(rows, curvature, lams, device)
+    return _new_sketch(whitened, count, widths, curvature, lams, config, stage, device)
+
+
+def _new_sketch(
+    rows: Callable[[], Iterable[torch.Tensor]],
+    count: int,
+    widths: Mapping[str, int],
+    curvature: Mapping[str, LayerCurvature],
+    lams: Mapping[str, float],
+    config: BuildConfig,
+    stage: Stage,
+    device: torch.device,
+) -> Sketch:
     return fit_sketch(
         rows,
         count,
+        widths,
         curvature,
         lams,
         dim=config.sketch_dim,
-        method=sketch_method(config.sketch, curvature),
+        method=sketch_method(config.sketch, sum(widths.values())),
         seed=config.seed,
         stage=stage,
         device=device,
@@ -111,8 +145,17 @@ def new_sketch(
 
 
 def stored_queries(reader: Reader, most: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-    """Ids and gradients, as the factors have them, of random rows."""
+    """Ids and gradients, as the rows have them, of random rows."""
     positions = random_positions(reader, "calibration-queries", most)
+    if reader.eigen is not None:
+        inside = reader.eigen.decode(reader.store.gather_factors(positions))
+        shapes = {name: (spec.d_in, spec.d_out) for name, spec in reader.specs.items()}
+        return reader.store.ids[positions], {
+            name: (c @ reader.curvature[name].basis[:, reader.eigen.layers[name].directions].T).unflatten(
+                1, shapes[name]
+            )
+            for name, c in inside.items()
+        }
     parts = reader.layout.unpack(reader.store.gather(positions))
     return reader.store.ids[positions], {name: parts[name].dense() for name in reader.specs}
 
@@ -252,7 +295,7 @@ def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
     manifest = reader.manifest
     if manifest.sketch is None:
         with report.stage("sketch") as stage:
-            manifest = dataclasses.replace(manifest, sketch=sketch_of_factors(reader, stage, torch.device("cpu")))
+            manifest = dataclasses.replace(manifest, sketch=sketch_of_rows(reader, stage, torch.device("cpu")))
         reader = Reader(reader.folder, manifest)
     if factory == "auto":
         factory = default_factory(reader.sketch.dim)  # type: ignore[union-attr]

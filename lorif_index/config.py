@@ -15,7 +15,8 @@ from .errors import ConfigError
 DTYPES = ("float16", "bfloat16", "float32")
 PROJECTIONS = ("eigen", "random")
 CURVATURES = ("auto", "mixed", "ggn", "empirical")
-STORES = ("both", "factors", "coordinates", "coarse")
+REPRESENTATIONS = ("eigen", "both", "factors", "coordinates", "coarse")
+STORES = ("auto", *REPRESENTATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,8 @@ class BuildConfig:
             of "ggn" replaced by as much of the empirical; "auto": "mixed" where it can be.
         probes: random rows an example of the Gauss-Newton matrix; None: 1 for sequences; for single predictions exact
             rows where classes and examples are few, else 1 to 4, the fewer the larger the sample (see `probes`).
-        curvature_rank: r, the number of curvature directions kept per layer; None keeps all.
+        curvature_rank: r, the number of curvature directions kept per layer; None keeps all; "auto": 512, or more where
+            layers are so few that rows of eigencodes have room for more (see `eigencodes.directions_for`).
         curvature_rows: "sample" fits the curvature on unfactored gradients of a random sample; "factors" on all stored
             factors, after they were written (the published order).
         curvature_sample: size of that sample, in examples.
@@ -121,10 +123,13 @@ class BuildConfig:
         complement: the weight of directions outside the subspace. "log-mean": what a tail of falling eigenvalues gives
             a gradient on average (`query.log_mean`); "tail-corrected": 1 / (lambda + mean tail eigenvalue);
             "truncated": 1 / lambda.
-        store: what is kept per example. "both": factors, and coordinates of the unfactored gradient, which the scores'
-            leading subspace is taken from; factors alone where they lose less than 1% of the gradients' squared norm
-            (one position per example, the full rank). "factors": the published design. "coordinates": the smallest
-            that can be rescored. "coarse": the coarse code alone.
+        store: what is kept per example. "eigen": the unfactored gradient's coordinates in the layers' curvature
+            eigenbases, in few bits (see `eigencodes`). "auto": that, or factors alone where they lose less than 1% of
+            the gradients' squared norm (one position per example, the full rank) or the curvature is of them.
+            "factors": the published design. "both": factors, and coordinates of the unfactored gradient, which the
+            scores' leading subspace is taken from; factors alone as with "auto". "coordinates": the smallest that can
+            be rescored. "coarse": the coarse code alone.
+        eigen_bytes: most bytes of a row with store="eigen".
         sketch_dim: k, the number of coordinates, for all layers together.
         sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
             half-whitened coordinates (layers x r).
@@ -149,13 +154,14 @@ class BuildConfig:
     rank: int | None = 1
     curvature: str = "auto"
     probes: int | None = None
-    curvature_rank: int | None = 512
+    curvature_rank: int | str | None = "auto"
     curvature_rows: str = "sample"
     curvature_sample: int = 10_000
     power_iterations: int = 2
     damping: Damping | float = field(default_factory=RelativeDamping)
     complement: str = "log-mean"
-    store: str = "both"
+    store: str = "auto"
+    eigen_bytes: int = 1600
     sketch_dim: int = 512
     sketch: str = "auto"
     coordinate_bits: int = 4
@@ -181,6 +187,7 @@ class BuildConfig:
             ("shard_bytes", 1),
             ("spool_bytes", 0),
             ("sketch_dim", 1),
+            ("eigen_bytes", 1),
             ("calibration_queries", 0),
         ):
             value = getattr(self, name)
@@ -188,6 +195,8 @@ class BuildConfig:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name in ("rank", "curvature_rank"):
             value = getattr(self, name)
+            if name == "curvature_rank" and value == "auto":
+                continue
             if value is not None and (not _is_int(value) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, or None for the full rank, got {value!r}")
         for name, allowed in (
@@ -215,10 +224,10 @@ class BuildConfig:
                 f"curvature={self.curvature!r} needs rows of its own, and curvature_rows='factors' takes the stored "
                 "gradients: pass curvature_rows='sample', or curvature='empirical'"
             )
-        if self.curvature_rows == "factors" and self.store != "factors":
+        if self.curvature_rows == "factors" and self.store not in ("auto", "factors"):
             raise ConfigError(
                 f"curvature_rows='factors' fits the curvature after everything was stored, and store={self.store!r} "
-                "keeps coordinates, which need it before: pass store='factors', or curvature_rows='sample'"
+                "keeps what needs it before: pass store='factors', or curvature_rows='sample'"
             )
         if self.device is not None and not isinstance(self.device, str):
             object.__setattr__(self, "device", str(self.device))

@@ -1,4 +1,4 @@
-"""Fitted projections, curvature and sketch on disk: written once, loaded when a search first needs them."""
+"""Fitted projections, curvature, eigencodes and sketch on disk: written once, loaded when a search first needs them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .codes import BITS, CodeLayout
 from .curvature import LayerCurvature
+from .eigencodes import EigenCode, LayerCode
 from .errors import CorruptionError
 from .gradients import LayerSpec
 from .sealed import SealedFile, SealedInfo, write_sealed
@@ -20,6 +22,7 @@ from .sketch import LayerSketch, Sketch
 FILE = "curvature.h5"
 PROJECTIONS_FILE = "projections.h5"
 SKETCH_FILE = "sketch.h5"
+EIGEN_FILE = "eigencodes.h5"
 QUERIES_FILE = "calibration.h5"
 
 
@@ -188,6 +191,64 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
             layers[name] = LayerSketch(lam, part)
             at += count
     return Sketch(layers, dim, method, energy)
+
+
+def save_eigencode(folder: Path, code: EigenCode) -> dict[str, Any]:
+    """Writes `directions_<i>` (m,) int64 and `amplitudes_<i>` (m,) float32 for layer number i; what the manifest
+    keeps."""
+    arrays: dict[str, np.ndarray] = {}
+    for i, part in enumerate(code.layers.values()):
+        if len(part.directions):
+            arrays[f"directions_{i}"] = part.directions.numpy().astype("<i8")
+            arrays[f"amplitudes_{i}"] = part.amplitudes.numpy()
+    return {
+        "file": write_sealed(folder, EIGEN_FILE, arrays, {}).to_json(),
+        "bits": code.bits,
+        "counts": [len(part.directions) for part in code.layers.values()],
+    }
+
+
+def eigen_layout(facts: Any, layers: int) -> CodeLayout:
+    """The layout of eigencodes by the manifest's entry.
+
+    Raises:
+        CorruptionError: the entry is damaged.
+    """
+    try:
+        bits, counts = int(facts["bits"]), tuple(int(v) for v in facts["counts"])
+        if len(counts) != layers or bits not in BITS or min(counts) < 0 or not sum(counts):
+            raise ValueError(f"{len(counts)} layers of {bits} bits where the index has {layers}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(f"the manifest's entry of the eigencodes is damaged ({error!r}): restore it") from None
+    return CodeLayout(sum(counts), bits, counts)
+
+
+def load_eigencode(folder: Path, facts: Any, curvature: Mapping[str, LayerCurvature]) -> EigenCode:
+    """Reads what eigencodes mean after checking the file's digest.
+
+    Raises:
+        CorruptionError: the file or the manifest's entry is damaged.
+    """
+    layout = eigen_layout(facts, len(curvature))
+    try:
+        file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(f"the manifest's entry of the eigencodes is damaged ({error!r}): restore it") from None
+    layers = {}
+    with closing(file):
+        file.verify()
+        for i, (name, count) in enumerate(zip(curvature, layout.widths, strict=True)):
+            directions, amplitudes = np.empty(0, np.int64), np.empty(0, np.float32)
+            if count:
+                directions = file.read_array(f"directions_{i}", (count,), "<i8").astype(np.int64)
+                amplitudes = file.read_array(f"amplitudes_{i}", (count,), "<f4")
+                if directions.min() < 0 or directions.max() >= curvature[name].rank:
+                    raise CorruptionError(
+                        f"{file.path} names direction {int(directions.max())} of layer {name!r}, which has "
+                        f"{curvature[name].rank}: restore it from a copy"
+                    )
+            layers[name] = LayerCode(torch.from_numpy(directions), torch.from_numpy(amplitudes))
+    return EigenCode(layers, layout.bits)
 
 
 def save_queries(folder: Path, ids: np.ndarray, gradients: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -267,7 +267,7 @@ class Index:
     ) -> np.ndarray:
         """Exact scores of every training example, (q, n) float32; column j is row id `index.ids[j]`.
 
-        Exact for what is stored: factors, coordinates or both (`BuildConfig.store`).
+        Exact for what is stored: eigencodes, factors, coordinates or both (`BuildConfig.store`).
 
         Args:
             query, measure, damping, layers, normalize, progress: as in `search`.
@@ -303,7 +303,7 @@ class Index:
         out = np.empty(len(self), dtype=np.float32)
         with reporter(progress) as report, report.stage("scan", len(self)) as stage:
             for start, rows in self._store.stream():
-                own = self_scores(self._layout, rows, preconditioners, sketch, self._curvature)
+                own = self_scores(self._layout, rows, preconditioners, sketch, self._curvature, self._reader.eigen)
                 out[start : start + len(rows)] = own.numpy()
                 stage.advance(len(rows), len(rows) * self._layout.row_bytes)
         return out
@@ -321,7 +321,7 @@ class Index:
         """
         if not self._layout.groups:
             raise QueryError(
-                f"the index keeps no factors (store={self._config.store!r}): build it with store='both' or 'factors'"
+                f"the index keeps no factors (store={self.representation!r}): build it with store='both' or 'factors'"
             )
         out = {}
         for name, part in self._layout.unpack(self._store.gather(self._positions(ids))).items():
@@ -333,7 +333,7 @@ class Index:
         return {name: out[name] for name in self._specs}
 
     def coordinates(self, ids: Iterable[int] | np.ndarray | None = None) -> np.ndarray:
-        """Coordinates z, (n, k) float32, whose inner products approximate influence: stored, or computed from factors.
+        """Coordinates z, (n, k) float32, whose inner products approximate influence: stored, or computed from the rows.
 
         Args:
             ids: row ids, in the order wanted; all by default (mind the memory).
@@ -469,7 +469,7 @@ class Index:
 
     @property
     def representation(self) -> str:
-        """What rows hold: "both", "factors", "coordinates" or "coarse" (see `BuildConfig.store`)."""
+        """What rows hold: "eigen", "both", "factors", "coordinates" or "coarse" (see `BuildConfig.store`)."""
         return self._reader.representation
 
     @property
@@ -551,7 +551,7 @@ class Index:
         if not self._layout.row_bytes:
             raise QueryError(
                 f"{what} needs stored rows, and this index keeps the coarse code alone (store='coarse'): build it with "
-                "store='coordinates', 'factors' or 'both'"
+                "store='eigen', 'coordinates', 'factors' or 'both'"
             )
 
     def _positions(self, ids: Iterable[int] | np.ndarray | None) -> np.ndarray:
@@ -565,6 +565,7 @@ class Index:
 
     def _stored_dtype(self) -> str:
         parts = [self._config.dtype] if self._layout.groups else []
+        parts += [f"{self._layout.eigen.bits} bits"] if self._layout.eigen is not None else []
         parts += [f"{self._layout.codes.bits} bits"] if self._layout.codes is not None else []
         return " + ".join(parts) or "coarse code"
 

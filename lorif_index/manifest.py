@@ -15,9 +15,10 @@ from .sealed import SealedInfo, sync_folder
 from .shards import ShardInfo
 
 FORMAT = "lorif-index"
-FORMAT_VERSION = 3
-# Version 1 had factors alone, and no coarse stage; until version 2 projections were random and curvature empirical.
-READABLE = (1, 2, 3)
+FORMAT_VERSION = 4
+# Version 1 had factors alone, and no coarse stage; until version 2 projections were random and curvature empirical;
+# until version 3 there were no eigencodes.
+READABLE = (1, 2, 3, 4)
 _BEFORE_3 = {"projection": "random", "curvature": "empirical"}
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
@@ -36,7 +37,8 @@ class Manifest:
         projections: the learnt projections' file and sides (see `fitted.save_projections`), or None.
         curvature: the curvature's file, or None while it is not fitted.
         curvature_layers: per layer, in the layers' order: rank, spectrum length, trace, rows, examples.
-        stored: what rows hold: "both", "factors", "coordinates" or "coarse"; None while that is not decided.
+        stored: what rows hold: "eigen", "both", "factors", "coordinates" or "coarse"; None while that is not decided.
+        eigen: the eigencodes' file and facts (see `fitted.save_eigencode`), or None.
         sketch: the sketch's file and facts (see `fitted.save_sketch`), or None.
         coarse: the coarse index's file, factory and fingerprint, or None.
         queries: the file of calibration queries and sampled coordinates, or None.
@@ -54,6 +56,7 @@ class Manifest:
     curvature: SealedInfo | None = None
     curvature_layers: list[dict[str, Any]] = field(default_factory=list)
     stored: str | None = None
+    eigen: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
     coarse: dict[str, Any] | None = None
     queries: dict[str, Any] | None = None
@@ -63,8 +66,8 @@ class Manifest:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def side_files(self) -> list[dict[str, Any]]:
-        """The entries that name a file by `file`: projections, sketch, coarse index, queries."""
-        return [e for e in (self.projections, self.sketch, self.coarse, self.queries) if e is not None]
+        """The entries that name a file by `file`: projections, eigencodes, sketch, coarse index, queries."""
+        return [e for e in (self.projections, self.eigen, self.sketch, self.coarse, self.queries) if e is not None]
 
     def digest(self) -> str:
         """SHA-256, in hex, over the fingerprint's fields and the digests of all files: names this exact index."""
@@ -72,6 +75,8 @@ class Manifest:
         files.append(self.curvature.digest if self.curvature else "")
         if self.projections is not None:
             files.append(self.projections["file"]["digest"])
+        if self.eigen is not None:
+            files.append(self.eigen["file"]["digest"])
         if self.sketch is not None:
             files.append(self.sketch["file"]["digest"])
         if self.stored == "coarse" and self.coarse is not None:
@@ -90,6 +95,7 @@ class Manifest:
             "curvature": self.curvature.to_json() if self.curvature else None,
             "curvature_layers": self.curvature_layers,
             "stored": self.stored,
+            "eigen": self.eigen,
             "sketch": self.sketch,
             "coarse": self.coarse,
             "queries": self.queries,
@@ -110,6 +116,7 @@ class Manifest:
             curvature=SealedInfo.from_json(data["curvature"]) if data["curvature"] is not None else None,
             curvature_layers=data["curvature_layers"],
             stored=data.get("stored", "factors"),
+            eigen=data.get("eigen"),
             sketch=data.get("sketch"),
             coarse=data.get("coarse"),
             queries=data.get("queries"),

@@ -100,7 +100,7 @@ def choose_plan(
     if not rows:
         raise QueryError(
             f"exact={exact} needs stored rows, and this index keeps the coarse code alone (store='coarse'): leave "
-            "exact out for approximate scores, or build it with store='coordinates', 'factors' or 'both'"
+            "exact out for approximate scores, or build it with store='eigen', 'coordinates', 'factors' or 'both'"
         )
     if exact is False:
         if not has_coarse:

@@ -13,11 +13,19 @@ from .calibration import Calibration
 from .candidates import CandidateSearch
 from .coarse import Coarse, NormAxis, coarse_fingerprint
 from .codes import CodeLayout
-from .config import STORES, BuildConfig
+from .config import REPRESENTATIONS, BuildConfig
 from .damping import Damping
 from .devices import room_on
+from .eigencodes import EigenCode, EigenSketcher
 from .errors import CorruptionError, FingerprintError, StoreError
-from .fitted import CalibrationQueries, FittedCurvature, FittedProjections, load_sketch
+from .fitted import (
+    CalibrationQueries,
+    FittedCurvature,
+    FittedProjections,
+    eigen_layout,
+    load_eigencode,
+    load_sketch,
+)
 from .flat import FlatSketch
 from .gradients import LayerGradient, LayerSpec
 from .manifest import Manifest
@@ -42,8 +50,10 @@ def row_layout(manifest: Manifest, config: BuildConfig, specs: Mapping[str, Laye
         CorruptionError: no known representation, or coordinates without a sketch.
     """
     store, bits = manifest.stored, config.coordinate_bits
-    if store not in STORES:
-        raise CorruptionError(f"the manifest says that rows hold {store!r}: known are {STORES}")
+    if store not in REPRESENTATIONS:
+        raise CorruptionError(f"the manifest says that rows hold {store!r}: known are {REPRESENTATIONS}")
+    if store == "eigen":
+        return RowLayout(specs, config.dtype, eigen=eigen_layout(manifest.eigen, len(specs)))
     if store == "coarse":
         # Until the coarse index is made, its coordinates are kept.
         store, bits = ("coarse", 0) if manifest.coarse is not None else ("coordinates", _WAITING_BITS)
@@ -96,6 +106,13 @@ class Reader:
         if self.manifest.sketch is None:
             return None
         return load_sketch(self.folder, self.manifest.sketch, self.specs)
+
+    @cached_property
+    def eigen(self) -> EigenCode | None:
+        """What eigencodes mean, or None where rows hold something else."""
+        if self.manifest.eigen is None:
+            return None
+        return load_eigencode(self.folder, self.manifest.eigen, self.curvature)
 
     @cached_property
     def queries(self) -> CalibrationQueries | None:
@@ -179,16 +196,19 @@ class Reader:
 
     def ask(self, gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]) -> Question:
         """The question that gradients {layer: (q, d_in, d_out)} put to the rows."""
-        return ask(self.layout, self.specs, self.sketch, self.curvature, gradients, preconditioners)
+        return ask(self.layout, self.specs, self.sketch, self.curvature, gradients, preconditioners, self.eigen)
 
     def coordinates(self, rows: Rows) -> torch.Tensor:
-        """z (n, k) float32 of rows: those stored, or computed from the factors.
+        """z (n, k) float32 of rows: those stored, or computed from factors or eigencodes.
 
         Raises:
             StoreError: the index keeps neither, or has no sketch.
         """
         if self.layout.codes is not None:
             return self.layout.codes.decode(rows.codes)
+        if self.eigen is not None and self.sketch is not None:
+            blocks = rows.factors.split(512)
+            return torch.cat([self._sketcher.encode(block) for block in blocks])
         if not self.layout.groups or self.sketch is None:
             raise StoreError("the index keeps no coordinates, and no factors to compute them from: build it anew")
         parts = []
@@ -197,6 +217,12 @@ class Reader:
             layers = {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()}
             parts.append(self._encoder.encode(layers))
         return torch.cat(parts)
+
+    @cached_property
+    def _sketcher(self) -> EigenSketcher:
+        if self.sketch is None or self.eigen is None:
+            raise StoreError("the index has no sketch of eigencodes: make one with rebuild_coarse()")
+        return EigenSketcher(self.eigen, self.sketch, self.curvature)
 
     @cached_property
     def _encoder(self) -> SketchEncoder:

@@ -14,8 +14,8 @@ class SearchStats:
 
     Attributes:
         exact: every row was scored; "exact" means exact for what is stored.
-        store: the representation that was scored: "both", "factors", "coordinates", or "coarse" where scores are the
-            coarse index's approximations.
+        store: the representation that was scored: "eigen", "both", "factors", "coordinates", or "coarse" where scores
+            are the coarse index's approximations.
         dtype: the stored dtype of factors, and the bits of coordinates: "float16", "4 bits", "float16 + 4 bits".
         examined: rows scored exactly for the query that took most.
         total: rows in the index.

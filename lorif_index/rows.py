@@ -1,9 +1,10 @@
 """Rows: how all that is stored of one example lies beside each other, so that one example is one read.
 
 A row has two parts, of which an index may keep either or both: the factors of all layers, and the codes of its
-coordinates. The parts lie apart, so that the small codes can be read without the factors. Layers of one shape form a
-group. Within the factors, group after group: all left factors of its layers, then all right ones; layers of full rank
-hold their gradient instead. A block of rows is then a handful of strided matrices.
+coordinates. The parts lie apart, so that the small codes can be read without the factors. Eigencodes take the factors'
+place where they are kept. Layers of one shape form a group. Within the factors, group after group: all left factors of
+its layers, then all right ones; layers of full rank hold their gradient instead. A block of rows is then a handful of
+strided matrices.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .factors import Factors
 from .gradients import LayerSpec
 from .scratch import CPU
 
-STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+CODES = "uint8"
+STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, CODES: torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Rows:
     """A block of rows.
 
     Attributes:
-        factors: (n, width) in the stored dtype; width 0 where none are kept.
+        factors: (n, width) in the stored dtype, or eigencodes (n, width) uint8; width 0 where neither is kept.
         codes: (n, code bytes) uint8; 0 bytes where none are kept.
     """
 
@@ -92,18 +94,25 @@ class RowLayout:
         dtype: of the stored factors.
         factors: whether factors are kept.
         codes: the layout of the coordinates' codes, or None where none are kept.
+        eigen: the layout of eigencodes, which are kept in the factors' place, or None.
 
     Attributes:
-        groups: layers of one shape.
-        width: elements of the factors; 0 where none are kept.
+        groups: layers of one shape; none where no factors are kept.
+        width: elements of the factors or eigencodes; 0 where neither is kept.
         factor_bytes, code_bytes: of a row's parts; row_bytes: of both.
     """
 
     def __init__(
-        self, specs: Mapping[str, LayerSpec], dtype: str, *, factors: bool = True, codes: CodeLayout | None = None
+        self,
+        specs: Mapping[str, LayerSpec],
+        dtype: str,
+        *,
+        factors: bool = True,
+        codes: CodeLayout | None = None,
+        eigen: CodeLayout | None = None,
     ) -> None:
         by_shape: dict[tuple[int, int, int], list[str]] = {}
-        for spec in specs.values() if factors else ():
+        for spec in specs.values() if factors and eigen is None else ():
             by_shape.setdefault((spec.d_in, spec.d_out, spec.rank), []).append(spec.name)
         groups, offset = [], 0
         for (d_in, d_out, rank), names in by_shape.items():
@@ -111,11 +120,11 @@ class RowLayout:
             groups.append(group)
             offset += group.width
         self.groups = tuple(groups)
-        self.codes = codes
-        self.width = offset
-        self.dtype = dtype
-        self.torch_dtype = STORAGE[dtype]
-        self.factor_bytes = offset * self.torch_dtype.itemsize
+        self.codes, self.eigen = codes, eigen
+        self.width = offset if eigen is None else eigen.row_bytes
+        self.dtype = dtype if eigen is None else CODES
+        self.torch_dtype = STORAGE[self.dtype]
+        self.factor_bytes = self.width * self.torch_dtype.itemsize
         self.code_bytes = codes.row_bytes if codes else 0
         self.row_bytes = self.factor_bytes + self.code_bytes
 

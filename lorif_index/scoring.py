@@ -3,7 +3,7 @@
 Factors: I(q, i) = sum_l sum_a U_i[:, a]^T Q'_l V_i[:, a], O(D) for a pair and layer. (The published code projects every
 training example on V at every query, O(D r), for the same numbers.) Coordinates: I(q, i) = <x, z_i>. Both: the
 coordinates' subspace from them, the rest from the factors, I = <x, z_i> + sum_l <Q'_l - A_l^T (W x)_l, U_i V_i^T>.
-Everything is accumulated in float32.
+Eigencodes: I(q, i) = sum_l sum_j (v_j^T g_q) (v_j^T g_i) / (S_j + lambda). Everything is accumulated in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from .codes import CodeScorer
 from .curvature import LayerCurvature
+from .eigencodes import EigenCode
 from .gradients import LayerSpec
 from .query import Preconditioner, products, transform
 from .resident import Resident
@@ -42,6 +43,7 @@ class Scorer:
         layout: the rows' layout.
         queries: layer -> (q, d_in, d_out) float32, for the factors; layers that are absent count nothing.
         x: (q, k) float32, for the coordinates, or None where the rows have none.
+        eigen: (q, dim) float32, for eigencodes, or None where the rows have none.
         device: where the rows will be; scores are on it, too.
     """
 
@@ -50,11 +52,12 @@ class Scorer:
         layout: RowLayout,
         queries: Mapping[str, torch.Tensor],
         x: torch.Tensor | None = None,
+        eigen: torch.Tensor | None = None,
         device: torch.device = CPU,
     ) -> None:
         queries = {name: g.to(device) for name, g in queries.items()}
-        x = None if x is None else x.to(device)
-        self.count = int(x.shape[0] if x is not None else next(iter(queries.values())).shape[0])
+        given = next(part for part in (x, eigen, *queries.values()) if part is not None)
+        self.count = int(given.shape[0])
         self._layout = layout
         self._rows = _block_rows(max(layout.width, 1), device)
         self._plans = [
@@ -62,7 +65,11 @@ class Scorer:
             for group in layout.groups
             if any(name in queries for name in group.names)
         ]
-        self._codes = CodeScorer(layout.codes, x) if layout.codes is not None and x is not None else None
+        self._codes = self._eigen = None
+        if layout.codes is not None and x is not None:
+            self._codes = CodeScorer(layout.codes, x.to(device))
+        if layout.eigen is not None and eigen is not None:
+            self._eigen = CodeScorer(layout.eigen, eigen.to(device))
 
     def score(self, rows: Rows) -> torch.Tensor:
         """Scores (q, n) float32."""
@@ -78,7 +85,9 @@ class Scorer:
         return self._codes.score(codes)
 
     def score_factors(self, factors: torch.Tensor) -> torch.Tensor:
-        """The factors' share of the scores, (q, n) float32, of factors (n, width) in the stored dtype."""
+        """The share of the factors, or of eigencodes, in the scores, (q, n) float32, of (n, width) as stored."""
+        if self._eigen is not None:
+            return self._eigen.score(factors)
         out = torch.zeros(self.count, factors.shape[0], device=factors.device)
         if self._plans:
             for start in range(0, len(factors), self._rows):
@@ -96,29 +105,33 @@ class Question:
         queries: layer -> (q, d_in, d_out) float32, for the factors; empty where none are kept.
         x: (q, k) float32, for coordinates and coarse index; None where the index has no sketch.
         count: q.
+        eigen: (q, dim) float32, for eigencodes, or None.
         scale: (n,) float32 that a scan multiplies the rows' scores by, or None.
     """
 
     queries: Mapping[str, torch.Tensor]
     x: torch.Tensor | None
     count: int
+    eigen: torch.Tensor | None = None
     scale: torch.Tensor | None = None
 
     def some(self, rows: slice) -> Question:
         """Some of the queries."""
-        x = self.x[rows] if self.x is not None else None
-        return Question({n: g[rows] for n, g in self.queries.items()}, x, len(range(self.count)[rows]), self.scale)
+        x, eigen = (None if part is None else part[rows] for part in (self.x, self.eigen))
+        queries = {n: g[rows] for n, g in self.queries.items()}
+        return Question(queries, x, len(range(self.count)[rows]), eigen, self.scale)
 
     def scaled(self, queries: torch.Tensor | None, rows: torch.Tensor) -> Question:
         """Scores are multiplied by the rows' (n,), and by the queries' (q,) if given."""
         if queries is None:
             return replace(self, scale=rows)
         scaled = {n: g * queries[:, None, None] for n, g in self.queries.items()}
-        return replace(self, queries=scaled, x=None if self.x is None else self.x * queries[:, None], scale=rows)
+        x, eigen = (None if part is None else part * queries[:, None] for part in (self.x, self.eigen))
+        return replace(self, queries=scaled, x=x, eigen=eigen, scale=rows)
 
     def scorer(self, layout: RowLayout, device: torch.device = CPU) -> Scorer:
         """The scorer of these queries for rows of that layout, on that device."""
-        return Scorer(layout, self.queries, self.x if layout.codes is not None else None, device)
+        return Scorer(layout, self.queries, self.x if layout.codes is not None else None, self.eigen, device)
 
 
 def ask(
@@ -128,6 +141,7 @@ def ask(
     curvature: Mapping[str, LayerCurvature],
     gradients: Mapping[str, torch.Tensor],
     preconditioners: Mapping[str, Preconditioner],
+    eigen: EigenCode | None = None,
 ) -> Question:
     """The question that a query's gradients {layer: (q, d_in, d_out)} put to rows of that layout."""
     count = int(next(iter(gradients.values())).shape[0])
@@ -137,6 +151,9 @@ def ask(
     if sketch is not None:
         inside = products(flat, bases)
         x = sketch.query(inside, curvature, preconditioners)
+    if eigen is not None:
+        inside = inside or products(flat, bases)
+        return Question({}, x, count, eigen.query(inside, preconditioners))
     if not layout.groups:
         return Question({}, x, count)
     if sketch is None or x is None or layout.codes is None:
@@ -254,6 +271,7 @@ def self_scores(
     preconditioners: Mapping[str, Preconditioner],
     sketch: Sketch | None,
     curvature: Mapping[str, LayerCurvature],
+    eigen: EigenCode | None = None,
 ) -> torch.Tensor:
     """g^T H^-1 g summed over layers, (n,) float32, for what rows say of g.
 
@@ -262,6 +280,10 @@ def self_scores(
     """
     out = torch.zeros(len(rows))
     step = _block_rows(max(layout.width, 1))
+    if eigen is not None:
+        for start in range(0, len(rows), step):
+            out[start : start + step] = eigen.quadratic(rows.factors[start : start + step], preconditioners)
+        return out
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         dense = {name: f.dense().flatten(1) for name, f in layout.unpack(part).items()} if layout.groups else {}

@@ -1,6 +1,7 @@
 """Shards: sealed files of rows, their ids and their checksums.
 
-A shard holds `ids` (n,) int64; of the factors `rows` (n, width) in the stored dtype with `checksums` (n,) uint64; of
+A shard holds `ids` (n,) int64; of the factors, or of eigencodes in their place, `rows` (n, width) in the stored dtype
+with `checksums` (n,) uint64; of
 the coordinates `codes` (n, bytes) uint8 with `code_checksums` (n,) uint64; whichever are kept. A checksum is the
 XXH3-64 of a row's bytes, so that single rows gathered from a shard can be verified too.
 """
@@ -20,7 +21,7 @@ from .rows import RowLayout, Rows
 from .sealed import SealedFile, SealedInfo, write_sealed
 
 # bfloat16 has no HDF5 type of its own: its bits are stored as unsigned integers, and the attribute `dtype` says so.
-_VIEWS = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
+_VIEWS = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "uint8": "u1"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def write_shard(folder: Path, name: str, rows: Rows, ids: np.ndarray, dtype: str
         name: the file's final name.
         rows: n > 0 rows, contiguous, on the CPU.
         ids: (n,) int64, rising.
-        dtype: of the factors: "float16", "bfloat16" or "float32".
+        dtype: of the factors: "float16", "bfloat16" or "float32"; "uint8" where eigencodes take their place.
 
     Raises:
         OSError: the disk is full or refuses; nothing is left under the final name.

@@ -88,7 +88,10 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
     summary.add_row(
         "size", f"{facts['bytes_per_example']:,} bytes per example, {in_units(facts['nbytes'])} in all with curvature"
     )
-    stored = {"both": f"{config['dtype']} factors and {config['coordinate_bits']}-bit coordinates"}
+    stored = {
+        "eigen": "coordinates in the curvature's eigenbases, in few bits",
+        "both": f"{config['dtype']} factors and {config['coordinate_bits']}-bit coordinates",
+    }
     summary.add_row("stored", stored.get(facts["stored"], facts["stored"]))
     coarse = facts["coarse"]
     if coarse is not None:

@@ -10,7 +10,7 @@ the query's side, x = W^T diag(sqrt(S + lambda) / (S + lambda')) V^T vec(G_q).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -138,16 +138,33 @@ def coordinates_of(
     return torch.cat(parts, dim=1)
 
 
-def sketch_method(asked: str, curvature: Mapping[str, LayerCurvature]) -> str:
+def sketch_method(asked: str, total: int) -> str:
     """ "pca" or "per-layer": what "auto" stands for, by the number of half-whitened coordinates."""
     if asked != "auto":
         return asked
-    return "pca" if sum(layer.rank for layer in curvature.values()) <= PCA_UP_TO else "per-layer"
+    return "pca" if total <= PCA_UP_TO else "per-layer"
+
+
+def half_whitened(
+    rows: RowPass, curvature: Mapping[str, LayerCurvature], lams: Mapping[str, float], device: torch.device
+) -> Callable[[], Iterator[torch.Tensor]]:
+    """A walk over the half-whitened coordinates, (b, sum of r) float32 a piece, of blocks of gradients."""
+    whitened = {
+        name: (layer.basis / torch.sqrt(layer.eigenvalues.double() + lams[name]).float()).to(device)
+        for name, layer in curvature.items()
+    }
+
+    def walk() -> Iterator[torch.Tensor]:
+        for block in rows():
+            yield from _whiten(block, whitened)
+
+    return walk
 
 
 def fit_sketch(
-    rows: RowPass,
+    rows: Callable[[], Iterable[torch.Tensor]],
     count: int,
+    widths: Mapping[str, int],
     curvature: Mapping[str, LayerCurvature],
     lams: Mapping[str, float],
     *,
@@ -160,8 +177,9 @@ def fit_sketch(
     """Fits a sketch on a sample of the data, walked several times and never held.
 
     Args:
-        rows: gives the blocks of the sample's gradients, the same each time.
+        rows: gives the half-whitened coordinates of the sample, (b, sum of widths) a piece, the same each time.
         count: number of rows.
+        widths: layer -> how many of its first directions they have.
         curvature: layer -> fitted curvature.
         lams: layer -> lambda.
         dim: the most coordinates to keep; never more than there are half-whitened ones or rows, and a multiple of 8
@@ -172,21 +190,16 @@ def fit_sketch(
         stage: told of the rows walked.
         device: where the products are computed.
     """
-    widths = {name: layer.rank for name, layer in curvature.items()}
     total = sum(widths.values())
     kept = min(dim, total, count)
     kept = kept // 8 * 8 if kept >= 8 else kept
     generator = np.random.Generator(keyed_generator(seed, "sketch-rotation", kept))
     rotation = torch.linalg.qr(torch.from_numpy(generator.standard_normal((kept, kept)))).Q
-    whitened = {
-        name: (layer.basis / torch.sqrt(layer.eigenvalues.double() + lams[name]).float()).to(device)
-        for name, layer in curvature.items()
-    }
 
     def walk() -> Iterator[torch.Tensor]:
-        for block in rows():
-            yield from _whiten(block, whitened)
-            stage.advance(block.count)
+        for part in rows():
+            yield part.to(device)
+            stage.advance(len(part))
 
     if method == "pca":
         fit = SubspaceFit(("sketch",), total, kept, count, seed, device)
@@ -204,7 +217,7 @@ def fit_sketch(
         layers = {n: LayerSketch(lams[n], w.contiguous()) for n, w in zip(widths, weights, strict=True)}
         return Sketch(layers, kept, method, min(float(pairs.values[:kept].sum()) / pairs.trace, 1.0))
 
-    shares = torch.cat([(s := layer.eigenvalues.double()) / (s + lams[name]) for name, layer in curvature.items()])
+    shares = torch.cat([(s := curvature[n].eigenvalues[:m].double()) / (s + lams[n]) for n, m in widths.items()])
     best = torch.zeros(total, dtype=torch.bool)
     best[torch.argsort(shares, descending=True, stable=True)[:kept]] = True
     stage.total = (stage.total or 0) + count

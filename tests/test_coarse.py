@@ -61,7 +61,7 @@ def query() -> dict[str, torch.Tensor]:
     return gradients(60, seed=5)
 
 
-@pytest.fixture(scope="module", params=["both", "factors", "coordinates"])
+@pytest.fixture(scope="module", params=["both", "factors", "coordinates", "eigen"])
 def index(request: pytest.FixtureRequest, train: Any, tmp_path_factory: pytest.TempPathFactory) -> Index:
     return Index.build(
         tmp_path_factory.mktemp(request.param) / "i", gradients=blocks(train), config=config(store=request.param)
@@ -380,7 +380,7 @@ def test_nothing_random_is_left_to_chance(train: Any, query: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", ["sketch", "encode", "coarse", "calibrate"])
-@pytest.mark.parametrize("store", ["both", "factors", "coarse"])
+@pytest.mark.parametrize("store", ["both", "factors", "coarse", "eigen"])
 def test_an_interrupted_build_goes_on(train: Any, query: Any, tmp_path: Path, stage: str, store: str) -> None:
     """Stopped in any stage, the finished index answers as one built at once."""
 

@@ -52,15 +52,16 @@ PROPERTIES = (
 
 CONFIG = (
     "projection_dim projection_floor projection rank curvature probes curvature_rank curvature_rows curvature_sample "
-    "power_iterations damping complement store sketch_dim sketch coordinate_bits coarse calibration_queries dtype seed "
-    "layers batch_size device autocast on_nonfinite shard_bytes spool_bytes"
+    "power_iterations damping complement store eigen_bytes sketch_dim sketch coordinate_bits coarse "
+    "calibration_queries dtype seed layers batch_size device autocast on_nonfinite shard_bytes spool_bytes"
 ).split()
 
 # Stages in the order of the package docstring: a module may import those before it, never those behind.
 ORDER = (
     "version errors damping scratch codes config progress gradients projection losses probes data layers factors rows "
-    "sealed shards store resident spool capture subspace eigenbases sources curvature query sketch fitted scoring "
-    "results manifest coarse devices flat calibration missed pursuit candidates reader planner coarse_build build index"
+    "sealed shards store resident spool capture subspace eigenbases sources curvature query sketch eigencodes fitted "
+    "scoring results manifest coarse devices flat calibration missed pursuit candidates reader planner coarse_build "
+    "build index"
 ).split()
 
 

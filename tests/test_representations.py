@@ -153,12 +153,13 @@ def test_both_is_nearer_to_the_unfactored_score_than_either(tmp_path: Path) -> N
 def test_whole_gradients_need_no_coordinates(tmp_path: Path) -> None:
     made = CASES["mlp"]()
     index = build(made, tmp_path, rank=None)
-    assert index.config.store == "both" and index.search(made.query, k=3).stats.store == "factors"
+    assert index.config.store == "auto" and index.search(made.query, k=3).stats.store == "factors"
     with pytest.raises(QueryError, match="no coordinates"):
         index.coordinates()
     # One position an example: a single pair is the gradient itself.
-    index = build(made, tmp_path / "one", rank=1)
-    assert index.representation == "factors" and index.config.store == "both"
+    for store in ("auto", "both"):
+        index = build(made, tmp_path / store, rank=1, store=store)
+        assert index.representation == "factors" and index.config.store == store
     assert build(made, tmp_path / "c", rank=1, store="coordinates").representation == "coordinates"
 
 

@@ -16,14 +16,15 @@ from lorif_index.store import Store, StoreWriter
 N = 50
 
 
-@pytest.fixture(scope="module", params=["both", "factors", "coordinates"])
+@pytest.fixture(scope="module", params=["both", "factors", "coordinates", "eigen"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Rows]:
     specs = {"a": LayerSpec("a", 6, 5, 6, 5, 2), "b": LayerSpec("b", 4, 7, 4, 7, 2)}
-    codes = None if request.param == "factors" else CodeLayout(16, 4)
-    layout = RowLayout(specs, "float16", factors=request.param != "coordinates", codes=codes)
+    codes = CodeLayout(16, 4) if request.param in ("both", "coordinates") else None
+    eigen = CodeLayout(30, 2, (17, 13)) if request.param == "eigen" else None
+    layout = RowLayout(specs, "float16", factors=request.param != "coordinates", codes=codes, eigen=eigen)
     generator = torch.Generator().manual_seed(0)
     rows = Rows(
-        torch.randn(N, layout.width, generator=generator).half(),
+        (100 * torch.rand(N, layout.width, generator=generator)).to(layout.torch_dtype),
         torch.randint(0, 256, (N, layout.code_bytes), generator=generator, dtype=torch.uint8),
     )
     folder = tmp_path_factory.mktemp("rows")

@@ -16,7 +16,7 @@ from lorif_index.progress import Stage
 from lorif_index.query import Preconditioner, transform
 from lorif_index.rows import RowLayout
 from lorif_index.scoring import ask
-from lorif_index.sketch import PCA_UP_TO, Sketch, SketchEncoder, fit_sketch, sketch_method
+from lorif_index.sketch import PCA_UP_TO, Sketch, SketchEncoder, fit_sketch, half_whitened, sketch_method
 
 SPECS = {"a": LayerSpec("a", 5, 4, 5, 4, 1), "b": LayerSpec("b", 6, 3, 6, 3, 1), "c": LayerSpec("c", 3, 3, 3, 3, 1)}
 LAYOUT = RowLayout(SPECS, "float32", codes=CodeLayout(16, 4))
@@ -43,7 +43,8 @@ def fitted(dim: int, method: str = "pca", rank: int | None = 7):  # type: ignore
         lambda: [block], N, SPECS, rank=rank, power_iterations=3, seed=0, examples=N, stage=stage, device=device
     )
     lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
-    sketch = fit_sketch(lambda: [block], N, curvature, lams, dim=dim, method=method, seed=0, stage=stage, device=device)
+    rows, widths = half_whitened(lambda: [block], curvature, lams, device), {k: v.rank for k, v in curvature.items()}
+    sketch = fit_sketch(rows, N, widths, curvature, lams, dim=dim, method=method, seed=0, stage=stage, device=device)
     return g, block, curvature, lams, sketch
 
 
@@ -131,13 +132,8 @@ def test_coordinates_and_residual_always_add_up(dim: int) -> None:
 
 
 def test_large_models_take_the_per_layer_way() -> None:
-    _, _, curvature, _, _ = fitted(8)
-    assert sketch_method("auto", curvature) == "pca" and sketch_method("per-layer", curvature) == "per-layer"
-
-    class Many:
-        rank = 2048
-
-    assert sketch_method("auto", {str(i): Many() for i in range(PCA_UP_TO // 2048 + 1)}) == "per-layer"  # type: ignore[misc]
+    assert sketch_method("auto", PCA_UP_TO) == "pca" and sketch_method("per-layer", 8) == "per-layer"
+    assert sketch_method("auto", PCA_UP_TO + 1) == "per-layer"
 
 
 def test_few_rows_give_few_coordinates(tmp_path: Path) -> None:
@@ -148,5 +144,6 @@ def test_few_rows_give_few_coordinates(tmp_path: Path) -> None:
         lambda: [block], 5, SPECS, rank=7, power_iterations=1, seed=0, examples=5, stage=stage, device=device
     )
     lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
-    sketch = fit_sketch(lambda: [block], 5, curvature, lams, dim=512, method="pca", seed=0, stage=stage, device=device)
+    rows, widths = half_whitened(lambda: [block], curvature, lams, device), {k: v.rank for k, v in curvature.items()}
+    sketch = fit_sketch(rows, 5, widths, curvature, lams, dim=512, method="pca", seed=0, stage=stage, device=device)
     assert sketch.dim == 5 and sketch.energy == pytest.approx(1.0, abs=1e-5)

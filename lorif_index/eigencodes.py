@@ -1,0 +1,228 @@
+"""Eigencodes: an example's gradients in their layers' curvature eigenbases, in few bits.
+
+A layer's curvature is diagonal in its basis V, and so is the score: sum_j (v_j^T g_q) (v_j^T g_i) / (S_j + lambda).
+Directions differ in what they add to it, E_j / (S_j + lambda) with E_j = mean_i (v_j^T g_i)^2; the best of all layers
+are kept, as many as a row has room for, each as v_j^T g_i / sqrt(E_j) in 1, 2, 4 or 8 bits. More directions of one bit
+are better than fewer of several (`bench.frontier`): the error of a rounded coordinate is a share of what it adds, that
+of a missing one all of it. In random directions the same bits say much less. Nothing is kept of other directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .codes import BITS, CodeLayout
+from .curvature import LayerCurvature, RowPass
+from .errors import CurvatureError
+from .gradients import LayerGradient
+from .progress import Stage
+from .query import Preconditioner, products
+from .sketch import Sketch
+
+# Directions that add less than this, of at most 1, add nothing that could be seen.
+_LEAST_SHARE = 1e-3
+# Of the curvature's directions, so many times those that a row has room for are found: layers share it unequally.
+SPARE = 1.5
+
+
+@dataclass(frozen=True)
+class LayerCode:
+    """The directions of one layer that are kept.
+
+    Attributes:
+        directions: (m,) int64, rising: columns of the layer's basis.
+        amplitudes: (m,) float32: sqrt(E_j), what a coded coordinate of 1 stands for.
+    """
+
+    directions: torch.Tensor
+    amplitudes: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EigenCode:
+    """What rows of store="eigen" hold.
+
+    Attributes:
+        layers: layer -> its directions; every layer of the index, in order.
+        bits: of each coordinate.
+    """
+
+    layers: Mapping[str, LayerCode]
+    bits: int
+
+    @cached_property
+    def layout(self) -> CodeLayout:
+        """A piece for each layer, so that each has its own scale."""
+        widths = tuple(len(part.directions) for part in self.layers.values())
+        return CodeLayout(sum(widths), self.bits, widths)
+
+    def query(self, inside: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
+        """(q, dim) float32, whose inner product with a row's coordinates is its score.
+
+        Args:
+            inside: layer -> V^T vec(G_q), (q, r) float32; layers that are absent count nothing.
+            preconditioners: layer -> H^-1 under the query's damping.
+        """
+        count = next(iter(inside.values())).shape[0]
+        parts = []
+        for name, part in self.layers.items():
+            if name in inside:
+                weights = part.amplitudes * preconditioners[name].inside[part.directions]
+                parts.append(inside[name][:, part.directions] * weights)
+            else:
+                parts.append(torch.zeros(count, len(part.directions)))
+        return torch.cat(parts, dim=1)
+
+    def decode(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Layer -> what rows (n, row bytes) say of v_j^T vec(G), (n, m) float32, by the layer's directions."""
+        found = self.layout.decode(codes)
+        return {
+            name: found[:, piece.coordinates] * part.amplitudes
+            for (name, part), piece in zip(self.layers.items(), self.layout.pieces, strict=True)
+        }
+
+    def quadratic(self, codes: torch.Tensor, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
+        """g^T H^-1 g of rows in some layers, (n,) float32.
+
+        Decoded coordinates are made longer, so that inner products are not shrunk; squares take that back.
+        """
+        out = torch.zeros(len(codes))
+        decoded = self.decode(codes)
+        for name, preconditioner in preconditioners.items():
+            weights = preconditioner.inside[self.layers[name].directions]
+            out += decoded[name].square() @ weights
+        return out * self.layout.cosine**2
+
+
+class EigenEncoder:
+    """Codes of gradients, with bases and amplitudes folded into one (D, m) matrix a layer."""
+
+    def __init__(self, code: EigenCode, curvature: Mapping[str, LayerCurvature], device: torch.device) -> None:
+        self._layout = code.layout
+        self._matrices = {
+            name: (curvature[name].basis[:, part.directions] / part.amplitudes).to(device)
+            for name, part in code.layers.items()
+        }
+
+    def encode(self, layers: Mapping[str, LayerGradient]) -> torch.Tensor:
+        """Rows (n, row bytes) uint8, on the CPU."""
+        flat = {n: layers[n].flat().to(m.device, torch.float32) for n, m in self._matrices.items()}
+        return self._layout.encode(torch.cat([flat[n] @ m for n, m in self._matrices.items()], dim=1))
+
+
+class EigenSketcher:
+    """Coordinates of a sketch, of rows: with all that is fixed folded into one (dim, k) matrix."""
+
+    def __init__(self, code: EigenCode, sketch: Sketch, curvature: Mapping[str, LayerCurvature]) -> None:
+        self._layout = code.layout
+        parts = []
+        for name, part in code.layers.items():
+            layer = sketch.layers[name]
+            weights = torch.zeros(len(part.directions), sketch.dim)
+            there = part.directions < len(layer.weights)
+            directions = part.directions[there]
+            scale = part.amplitudes[there] / layer.whitening(curvature[name])[directions]
+            weights[there] = layer.weights[directions] * scale[:, None]
+            parts.append(weights)
+        self._matrix = torch.cat(parts)
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        """z (n, k) float32 of rows (n, row bytes)."""
+        return self._layout.decode(rows) @ self._matrix
+
+
+class Whitened:
+    """Half-whitened coordinates of rows, as a sketch is fitted on them; 0 in directions that are not kept.
+
+    Attributes:
+        widths: layer -> how many of its first directions there are.
+    """
+
+    def __init__(self, code: EigenCode, curvature: Mapping[str, LayerCurvature], lams: Mapping[str, float]) -> None:
+        self._layout = code.layout
+        self.widths = {n: int(p.directions[-1]) + 1 if len(p.directions) else 0 for n, p in code.layers.items()}
+        places, scales, at = [], [], 0
+        for name, part in code.layers.items():
+            places.append(at + part.directions)
+            roots = torch.sqrt(curvature[name].eigenvalues[part.directions].double() + lams[name])
+            scales.append(part.amplitudes / roots.float())
+            at += self.widths[name]
+        self._places, self._scales, self._total = torch.cat(places), torch.cat(scales), at
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, total) float32 of rows (n, row bytes)."""
+        out = torch.zeros(len(rows), self._total)
+        out[:, self._places] = self._layout.decode(rows) * self._scales
+        return out
+
+
+def directions_for(row_bytes: int, layers: int) -> int:
+    """Directions of each layer's curvature that rows of so many bytes can choose from."""
+    return -(-int(SPARE * 8 * row_bytes) // layers)
+
+
+def fit_eigencode(
+    rows: RowPass,
+    count: int,
+    curvature: Mapping[str, LayerCurvature],
+    lams: Mapping[str, float],
+    *,
+    row_bytes: int,
+    stage: Stage,
+    device: torch.device,
+) -> EigenCode:
+    """Chooses directions and bits by one walk over a sample.
+
+    Args:
+        rows: gives the blocks of the sample's gradients.
+        count: number of rows.
+        curvature: layer -> fitted curvature.
+        lams: layer -> lambda.
+        row_bytes: room of a row; where all directions fit in more than a bit each, they get 2, 4 or 8.
+        stage: told of the rows walked.
+        device: where the products are computed.
+
+    Raises:
+        CurvatureError: all gradients of the sample are zero, or not one byte of coordinates fits beside the scales.
+    """
+    bases = {name: layer.basis.to(device) for name, layer in curvature.items()}
+    squares = {name: torch.zeros(layer.rank, dtype=torch.float64) for name, layer in curvature.items()}
+    stage.total = (stage.total or 0) + count
+    for block in rows():
+        flat = {name: block.layers[name].flat().to(device, torch.float32) for name in bases}
+        for name, inside in products(flat, bases).items():
+            squares[name] += inside.square().sum(dim=0).cpu().double()
+        stage.advance(block.count)
+    energy = {name: total / count for name, total in squares.items()}
+    shares = torch.cat([energy[n] / (layer.eigenvalues.double() + lams[n]) for n, layer in curvature.items()])
+    if not shares.sum() > 0:
+        raise CurvatureError("all gradients of the eigencodes' sample are zero: fit from other data")
+    room = row_bytes - CodeLayout(0, 1, (0,) * len(curvature)).row_bytes
+    if room < 1:
+        raise CurvatureError(
+            f"eigen_bytes={row_bytes} leaves no room beside the scales of {len(curvature)} layers: pass at least "
+            f"{row_bytes - room + 1}"
+        )
+    useful = int((shares > _LEAST_SHARE * shares.max().clamp_max(1.0)).sum())
+    bits = max((b for b in BITS if useful * b <= 8 * room), default=1)
+    kept = torch.zeros(len(shares), dtype=torch.bool)
+    kept[torch.argsort(shares, descending=True, stable=True)[: min(useful, 8 * room // bits)]] = True
+    layers = {}
+    per_byte = 8 // bits
+    for (name, values), share, chosen in zip(
+        energy.items(),
+        shares.split([len(e) for e in energy.values()]),
+        kept.split([len(e) for e in energy.values()]),
+        strict=True,
+    ):
+        directions = chosen.nonzero().flatten()
+        # Whole bytes: of a begun one the least directions are left out, unless they are all.
+        whole = len(directions) // per_byte * per_byte if useful * bits > 8 * room else len(directions)
+        best = directions[torch.argsort(share[directions], descending=True, stable=True)[:whole]]
+        directions = best.sort().values
+        layers[name] = LayerCode(directions, values[directions].sqrt().float())
+    return EigenCode(layers, bits)
