@@ -33,6 +33,17 @@ def full_index(
     return Index.open(path)
 
 
+def eigen_index(
+    count: int, steps: int, folder: Path = FOLDER, most: int | None = None, settings: dict[str, Any] | None = None
+) -> Index:
+    """The index of eigencodes of the first `count` training windows, as the default builds it."""
+    path = folder / f"index-eigen-n{count}"
+    if not (path / "manifest.json").exists():
+        data = gradients("train", count, steps, folder, most)
+        Index.build(path, gradients=data, config=BuildConfig(store="eigen", **(settings or {})), progress=False)
+    return Index.open(path)
+
+
 def derived(whole: Index, rank: int, count: int) -> Index:
     """The index of the first `count` rows at rank c, with a coarse index and a calibration of its own."""
     if (rank, count) == (FULL_RANK, len(whole)):

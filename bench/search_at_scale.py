@@ -20,7 +20,7 @@ import torch
 
 from bench.environment import CACHE, ROOT, arguments, keep, table, timed
 from bench.scale_data import FOLDER, Dense, gradients
-from bench.scale_index import FULL_RANK, derived, full_index
+from bench.scale_index import FULL_RANK, derived, eigen_index, full_index
 from bench.scan_cost import drop, published_way, read_raw, resident_fraction
 from lorif_index import Index
 from lorif_index.coarse import Coarse, load_faiss
@@ -238,6 +238,7 @@ def main() -> None:
             "help": "the first query of each source: others than settings were chosen by",
         },
         recall_only={"action": "store_true", "help": "recall at every size and no times; kept apart"},
+        eigen={"action": "store_true", "help": "indexes of eigencodes, the default rows; kept apart"},
     )
     first, folder, most, steps, sizes, count, fake = (
         parsed.first, FOLDER, None, parsed.steps, sorted(parsed.sizes), parsed.queries, parsed.synthetic,
@@ -249,32 +250,41 @@ def main() -> None:
         settings = {"curvature_rank": 32, "sketch_dim": 64, "curvature_sample": 600, "calibration_queries": 8}
         shutil.rmtree(folder, ignore_errors=True)
     queries = {s: asked(s, count if most else 1000, steps, folder, most) for s in SOURCES}
-    whole = full_index(sizes[-1], steps, folder, most, settings)
     result: dict[str, Any] = {"sizes": sizes, "queries": count, "indexes": []}
-    for n in sizes:
-        for rank in (1, FULL_RANK):
-            index = derived(whole, rank, n)
-            entry: dict[str, Any] = {
-                "n": n,
-                "rank": rank,
-                "row_bytes": index.bytes_per_example,
-                "coarse": index.coarse,
-                "build": index.build_report["seconds"],
-            }
-            last = n == sizes[-1]
-            for source in SOURCES:
-                mine = some(queries[source], first, first + count)
-                truth = answers(index, mine, 100, index.path / f"answers-{source}-{first}.npz")
-                targets, ks = (TARGETS, KS) if last else (TARGETS[-1:], KS[1:])
-                entry[f"recall_{source}"] = [r for s in SIGNS for r in recalls(index, mine, truth, targets, ks, s)]
-            if parsed.recall_only:
-                result["indexes"].append(entry)
-                continue
+
+    def examine(index: Index, n: int, rank: int | str) -> None:
+        entry: dict[str, Any] = {
+            "n": n,
+            "rank": rank,
+            "row_bytes": index.bytes_per_example,
+            "coarse": index.coarse,
+            "build": index.build_report["seconds"],
+        }
+        last = n == sizes[-1]
+        for source in SOURCES:
+            mine = some(queries[source], first, first + count)
+            truth = answers(index, mine, 100, index.path / f"answers-{source}-{first}.npz")
+            targets, ks = (TARGETS, KS) if last else (TARGETS[-1:], KS[1:])
+            entry[f"recall_{source}"] = [r for s in SIGNS for r in recalls(index, mine, truth, targets, ks, s)]
+        if not parsed.recall_only:
             entry |= latency(index, queries["held-out"], min(singles, count), repeats)
             if last:
                 entry["batches"] = batches(index, queries["held-out"], (1, 4, 16, 32, 64, 128, 256, 512, 1000))
-            result["indexes"].append(entry)
-            print(f"n={n:,} c={rank}: done", flush=True)
+        result["indexes"].append(entry)
+        print(f"n={n:,} {rank}: done", flush=True)
+
+    if parsed.eigen:
+        for n in sizes:
+            examine(eigen_index(n, steps, folder, most, settings), n, "eigen")
+        show_recall(result)
+        if not parsed.recall_only:
+            show_times(result)
+        keep("eigen_at_scale", result | {"first": first}, parsed)
+        return
+    whole = full_index(sizes[-1], steps, folder, most, settings)
+    for n in sizes:
+        for rank in (1, FULL_RANK):
+            examine(derived(whole, rank, n), n, rank)
     if parsed.recall_only:
         show_recall(result)
         keep("recall_at_scale", result | {"first": first}, parsed)
@@ -309,7 +319,7 @@ def main() -> None:
 SOURCES = ("held-out", "shifted")
 
 
-def show(result: dict[str, Any]) -> None:
+def show_times(result: dict[str, Any]) -> None:
     rows = [["n", "c", "bytes", "recall@10", "@100", "hot ms", "scan ms", "x", "cold ms", "cold scan", "x", "rescored"]]
     for e in result["indexes"]:
         at = {r["k"]: r["recall"] for r in e["recall_held-out"] if r["target"] == 0.99 and r["sign"] == "proponents"}
@@ -337,6 +347,10 @@ def show(result: dict[str, Any]) -> None:
     for r in result["dampings"]:
         found = f"{r['recall']:.4f} (estimated {r['estimated']:.4f})"
         print(f"damping {r['damping']}: {found}, {r['candidates']:.0f} rescored")
+
+
+def show(result: dict[str, Any]) -> None:
+    show_times(result)
     for name in ("flat", "published", "ours_there", "synthetic", "growth_c1", "growth_c4"):
         print(name, result[name])
 

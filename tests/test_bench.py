@@ -30,6 +30,15 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) > 4
 
 
+def test_eigencodes_at_scale(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    kept = tmp_path / "result.json"
+    command = [sys.executable, "-m", "bench.search_at_scale", "--eigen", "--smoke", "--json", str(kept)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [e["rank"] for e in json.loads(kept.read_text())["indexes"]] == ["eigen", "eigen"]
+
+
 def test_results_that_are_kept_say_where_they_come_from() -> None:
     for path in (ROOT / "bench" / "results").glob("*.json"):
         environment = json.loads(path.read_text())["environment"]
