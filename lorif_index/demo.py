@@ -149,9 +149,6 @@ def _run(
     mid = time.perf_counter()
     config = BuildConfig(
         projection_dim=settings.projection_dim,
-        rank=settings.rank,
-        curvature_rank=settings.curvature_rank,
-        damping=settings.damping,
         seed=settings.seed,
         batch_size=settings.batch_size,
     )

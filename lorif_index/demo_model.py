@@ -43,7 +43,7 @@ class DemoSettings:
         context: tokens.
         width, depth, heads: of the model.
         batch_size, learning_rate, weight_decay: of AdamW.
-        projection_dim, rank, curvature_rank, damping: of the index.
+        projection_dim: of the index, which has the library's defaults else.
     """
 
     seconds: float = 60.0
@@ -59,10 +59,7 @@ class DemoSettings:
     batch_size: int = 8
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
-    projection_dim: int = 48
-    rank: int = 8
-    curvature_rank: int = 512
-    damping: float = 0.5
+    projection_dim: int | str = "auto"
 
     @property
     def steps(self) -> int:

@@ -45,7 +45,18 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     tiny_model_folder(folder / "model")
     write_jsonl(folder / "texts.jsonl", [{"text": s, "url": f"page {i}"} for i, s in enumerate(SENTENCES)])
-    options = ("--rank", "2", "--projection-dim", "8", "--curvature-rank", "full", "--dtype", "float32")
+    options = (
+        "--rank",
+        "2",
+        "--projection-dim",
+        "8",
+        "--curvature-rank",
+        "full",
+        "--dtype",
+        "float32",
+        "--store",
+        "both",
+    )
     made = document(
         *("build", folder / "index", "--model", folder / "model", "--data", folder / "texts.jsonl"),
         *("--source-field", "url", *options),

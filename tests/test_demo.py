@@ -30,8 +30,6 @@ SMALL = DemoSettings(
     depth=1,
     heads=2,
     projection_dim=8,
-    rank=2,
-    curvature_rank=32,
     k=5,
 )
 
