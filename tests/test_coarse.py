@@ -376,7 +376,7 @@ def test_a_damaged_file_is_found_before_faiss_reads_it(index: Index, query: Any,
 
 @pytest.mark.parametrize("store", ["both", "eigen"])
 def test_nothing_random_is_left_to_chance(train: Any, query: Any, tmp_path: Path, store: str) -> None:
-    # Sums in blocks of another size differ in the last digit, which may move a coordinate of few bits to the next level.
+    # Sums in blocks of another size differ in the last digit, which may move a coded coordinate to the next level.
     sizes = (333, 334) if store == "both" else (333, 333)
     one, two = (
         Index.build(tmp_path / str(i), gradients=blocks(train, n), config=config(store=store))
