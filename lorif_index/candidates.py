@@ -6,12 +6,15 @@ import numpy as np
 
 from .calibration import SIGNS, Calibration, Orders
 from .coarse import tilted
+from .codes import table_bytes
 from .pursuit import Counts, Found, Proposer, Pursuit, coordinates, score_codes
 from .resident import Resident
 from .rows import RowLayout
 from .scoring import Question
 
 _FIRST_GUESS, _GUESSED_TILT = 1000, 0.05
+# Queries searched for together, at most, and what their scorers may take.
+_TOGETHER, _SCORERS_BYTES = 128, 256 << 20
 _LEAST_WIDE, _LEAST_DEEP, _LEAST_LIMIT = 256, 64, 20_000
 
 
@@ -38,6 +41,13 @@ class CandidateSearch:
     def layout(self) -> RowLayout:
         """Of the rows."""
         return self._rows.layout
+
+    @property
+    def together(self) -> int:
+        """How many queries to search for at the same time: bounds memory."""
+        eigen = self.layout.eigen
+        each = 0 if eigen is None else table_bytes(eigen)
+        return min(max(_SCORERS_BYTES // max(each, 1), 1), _TOGETHER)
 
     @property
     def tilts(self) -> bool:

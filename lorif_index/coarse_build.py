@@ -34,8 +34,6 @@ from .sketch import Sketch, fit_sketch, half_whitened, sketch_method
 from .store import Store
 
 _TILT_QUERIES = 32
-# Calibration queries searched for together: bounds memory.
-_TOGETHER = 128
 TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 """Tilts that calibration chooses from."""
 
@@ -268,8 +266,8 @@ def _corrected(
                 # Beyond what was followed: there a search takes all that it may.
                 continue
             counts = search.counts_by(orders, k, recall)
-            for start in range(0, question.count, _TOGETHER):
-                part = slice(start, start + _TOGETHER)
+            for start in range(0, question.count, search.together):
+                part = slice(start, start + search.together)
                 found = search.trial(
                     question.some(part), k, largest=largest, counts=counts, tilt=orders.tilt, without=own[part]
                 )

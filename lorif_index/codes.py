@@ -160,6 +160,11 @@ def _multiple(value: int, of: int) -> int:
     return -(-value // of) * of
 
 
+def table_bytes(layout: CodeLayout) -> int:
+    """Memory that a scorer takes for each query that it has a table of."""
+    return 4 * 256 * layout.packed
+
+
 class CodeScorer:
     """Inner products of fixed query coordinates with the coordinates in blocks of codes.
 

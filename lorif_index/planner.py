@@ -24,8 +24,6 @@ SCAN_UP_TO = 10_000
 # What a candidate costs beside its bytes, counted in bytes that a scan gets through meanwhile: to be read by itself and
 # scored exactly, and to be scored by coordinates.
 _GATHER_BYTES, _NARROW_BYTES = 6000, 700
-# Queries whose scorers are held at the same time.
-_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -183,8 +181,8 @@ def _by_candidates(
     counts = search.first_counts(k, plan.recall, largest=largest)
     parts = []
     with report as opened, opened.stage("search", question.count) as stage:
-        for start in range(0, question.count, _BATCH):
-            some = question.some(slice(start, start + _BATCH))
+        for start in range(0, question.count, search.together):
+            some = question.some(slice(start, start + search.together))
             parts.append(search.run(some, k, plan.recall, largest=largest, counts=counts))
             stage.advance(some.count, parts[-1].bytes_read)
     seconds = {name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds}
