@@ -435,14 +435,15 @@ class _Build:
             spool.close()
         self._keep(fitted)
 
-    def _curvature_rank(self) -> int | None:
-        """Directions of each layer: as many as the config says, or rows of eigencodes have use for."""
+    def _curvature_rank(self) -> int | None | dict[str, int]:
+        """Directions of the layers: as many as the config says, or rows of eigencodes have use for."""
         rank = self.config.curvature_rank
         if rank != "auto":
             return rank  # type: ignore[return-value]
         if self.manifest.stored != "eigen":
             return CURVATURE_RANK
-        return max(CURVATURE_RANK, directions_for(self.config.eigen_bytes, len(self.specs)))
+        size, layers = self.config.eigen_bytes, len(self.specs)
+        return {n: max(CURVATURE_RANK, directions_for(size, layers, s.dim)) for n, s in self.specs.items()}
 
     def _fit_eigencode(self) -> None:
         """Which directions rows of eigencodes hold, by the sample's gradients."""

@@ -200,7 +200,8 @@ class CodeScorer:
         grid = ((values[None, :] >> shifts[:, None]) & (2**layout.bits - 1)).float() - self._middle
         out = torch.zeros(self._count, layout.packed, 256)
         for piece, part in zip(layout.pieces, self._parts, strict=True):
-            out[:, piece.bytes] = part.unflatten(0, (layout.per_byte, -1)).permute(2, 1, 0) @ grid
+            if piece.count:
+                out[:, piece.bytes] = part.unflatten(0, (layout.per_byte, -1)).permute(2, 1, 0) @ grid
         return out.flatten(1)
 
     def score(self, codes: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ def fit_curvature(
     count: int,
     specs: Mapping[str, LayerSpec],
     *,
-    rank: int | None,
+    rank: int | None | Mapping[str, int],
     power_iterations: int,
     seed: int,
     examples: float,
@@ -133,7 +133,7 @@ def fit_curvature(
             near D that the dense matrix is no larger than the sketch).
         count: number of rows.
         specs: the layers.
-        rank: r, or None for all directions; never above D or the number of rows.
+        rank: r, of all layers or layer by layer, or None for all directions; never above D or the number of rows.
         power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
         seed: of the starting blocks.
         examples: n, how many examples the rows stand for.
@@ -145,7 +145,8 @@ def fit_curvature(
     """
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
-    fits = {name: SubspaceFit(("curvature", name), s.dim, rank, count, seed, device) for name, s in specs.items()}
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(specs, rank)
+    fits = {n: SubspaceFit(("curvature", n), s.dim, ranks[n], count, seed, device) for n, s in specs.items()}
 
     def planned(passes: int) -> None:
         stage.total = (stage.total or 0) + passes * count

@@ -26,7 +26,9 @@ from .sketch import Sketch
 # Directions that add less than this, of at most 1, add nothing that could be seen.
 _LEAST_SHARE = 1e-3
 # Of the curvature's directions, so many times those that a row has room for are found: layers share it unequally.
-SPARE = 1.5
+_SPARE = 1.5
+# Elements of a layer's basis, up to which directions are found for rows: few wide layers would take hours.
+_MOST_ELEMENTS = 5 << 20
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,9 @@ class Whitened:
         return out
 
 
-def directions_for(row_bytes: int, layers: int) -> int:
-    """Directions of each layer's curvature that rows of so many bytes can choose from."""
-    return -(-int(SPARE * 8 * row_bytes) // layers)
+def directions_for(row_bytes: int, layers: int, dim: int) -> int:
+    """Directions of a layer's curvature, of D = dim, that rows of so many bytes can choose from."""
+    return min(-(-int(_SPARE * 8 * row_bytes) // layers), max(_MOST_ELEMENTS // dim, 1))
 
 
 def fit_eigencode(

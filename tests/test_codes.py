@@ -48,6 +48,30 @@ def test_scores_are_inner_products_with_what_is_stored(bits: int) -> None:
     assert float((CodeScorer(layout, x).score(codes) - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_pieces_have_their_own_scales(bits: int, queries: int) -> None:
+    torch.manual_seed(0)
+    widths = (33, 0, 5, 64)
+    layout = CodeLayout(sum(widths), bits, widths)
+    sizes = torch.cat([torch.full((w,), 10.0**e) for w, e in zip(widths, (-6, 0, 3, 1), strict=True)])
+    z = torch.randn(700, layout.dim) * sizes
+    z[5, :33] = 0.0
+    codes, x = layout.encode(z), torch.randn(queries, layout.dim) / sizes
+    assert codes.shape == (700, layout.row_bytes) and layout.row_bytes - layout.packed == 8
+    back = layout.decode(codes)
+    for piece in layout.pieces:
+        # Each piece is rounded by itself; the scale's bfloat16 adds 0.4% at most.
+        mine, found = z[:, piece.coordinates], back[:, piece.coordinates]
+        alone = CodeLayout(piece.count, bits) if piece.count else None
+        if alone is not None:
+            assert torch.allclose(found, alone.decode(alone.encode(mine)), rtol=4e-3, atol=0)
+    assert not back[5, :33].any()
+    expected = x.double() @ back.double().T
+    got = CodeScorer(layout, x).score(codes)
+    assert float((got - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     dim=st.integers(1, 40),

@@ -16,6 +16,7 @@ from test_oracle import CASES, Case, projected, within
 from test_representations import inside_scores, lambdas
 
 from lorif_index import BuildConfig, Index
+from lorif_index.eigencodes import directions_for
 from lorif_index.errors import ConfigError, CorruptionError, CurvatureError, QueryError
 
 # Bytes of a row -> bits: 1 for some directions, 1 for all, 2, 4 and 8 for all. There are 10 layers of at most 36.
@@ -149,13 +150,11 @@ def test_it_is_the_default_for_sequences(case: Any, tmp_path: Path) -> None:
         index.factors()
 
 
-def test_few_layers_have_more_directions(tmp_path: Path) -> None:
-    made = CASES["gpt2"]()
-    settings: dict[str, Any] = dict(projection_dim=None, curvature_sample=10_000)
-    index = build(made, tmp_path / "few", **settings)
-    assert index.config.curvature_rank == "auto"
-    for name, layer in index.curvature.items():
-        assert layer.rank == min(512, index.specs[name].dim, layer.rows)
+def test_few_layers_have_more_directions() -> None:
+    # 16 layers share 12,800 bits, and choose from half as many again; 48 layers have enough with the least.
+    assert directions_for(1600, 16, 1024) == 1200 and directions_for(1600, 48, 1024) == 400
+    # Wide layers are bounded: 1,280 directions of 4,096 elements.
+    assert directions_for(1600, 2, 4096) == 1280 and directions_for(1600, 2, 1 << 24) == 1
 
 
 def test_no_room_is_told(case: Any, tmp_path: Path) -> None:
