@@ -435,7 +435,7 @@ class _Build:
             spool.close()
         self._keep(fitted)
 
-    def _curvature_rank(self) -> int | None | dict[str, int]:
+    def _curvature_rank(self) -> int | dict[str, int] | None:
         """Directions of the layers: as many as the config says, or rows of eigencodes have use for."""
         rank = self.config.curvature_rank
         if rank != "auto":

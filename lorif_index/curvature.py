@@ -119,7 +119,7 @@ def fit_curvature(
     count: int,
     specs: Mapping[str, LayerSpec],
     *,
-    rank: int | None | Mapping[str, int],
+    rank: int | Mapping[str, int] | None,
     power_iterations: int,
     seed: int,
     examples: float,
