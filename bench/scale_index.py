@@ -20,27 +20,30 @@ from lorif_index.store import StoreWriter
 FULL_RANK = 4
 
 
+Settings = dict[str, Any]
+
+
 def full_index(
-    count: int, steps: int, folder: Path = FOLDER, most: int | None = None, settings: dict[str, Any] | None = None
+    count: int, steps: int, folder: Path = FOLDER, most: int | None = None, settings: Settings | None = None
 ) -> Index:
     """The c = 4 index of `count` training windows, with coordinates and coarse index."""
-    path = folder / f"index-c{FULL_RANK}-n{count}"
-    if not (path / "manifest.json").exists():
-        data = gradients("train", count, steps, folder, most)
-        Index.build(
-            path, gradients=data, config=BuildConfig(rank=FULL_RANK, store="both", **(settings or {})), progress=False
-        )
-    return Index.open(path)
+    made = {"rank": FULL_RANK, "store": "both"} | (settings or {})
+    return _index(f"index-c{FULL_RANK}-n{count}", made, count, steps, folder, most)
 
 
 def eigen_index(
-    count: int, steps: int, folder: Path = FOLDER, most: int | None = None, settings: dict[str, Any] | None = None
+    count: int, steps: int, folder: Path = FOLDER, most: int | None = None, settings: Settings | None = None
 ) -> Index:
     """The index of eigencodes of the first `count` training windows, as the default builds it."""
-    path = folder / f"index-eigen-n{count}"
+    return _index(f"index-eigen-n{count}", {"store": "eigen"} | (settings or {}), count, steps, folder, most)
+
+
+def _index(name: str, settings: Settings, count: int, steps: int, folder: Path, most: int | None) -> Index:
+    """An index that is built once, and kept."""
+    path = folder / name
     if not (path / "manifest.json").exists():
         data = gradients("train", count, steps, folder, most)
-        Index.build(path, gradients=data, config=BuildConfig(store="eigen", **(settings or {})), progress=False)
+        Index.build(path, gradients=data, config=BuildConfig(**settings), progress=False)
     return Index.open(path)
 
 

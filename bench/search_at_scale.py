@@ -344,13 +344,13 @@ def show_times(result: dict[str, Any]) -> None:
     for e in result["indexes"]:
         for b in e.get("batches", []):
             print(f"n={e['n']:,} c={e['rank']} batch {b['batch']}: {b['ms_per_query']:.2f} ms a query")
-    for r in result.get("dampings", ()):
-        found = f"{r['recall']:.4f} (estimated {r['estimated']:.4f})"
-        print(f"damping {r['damping']}: {found}, {r['candidates']:.0f} rescored")
 
 
 def show(result: dict[str, Any]) -> None:
     show_times(result)
+    for r in result["dampings"]:
+        found = f"{r['recall']:.4f} (estimated {r['estimated']:.4f})"
+        print(f"damping {r['damping']}: {found}, {r['candidates']:.0f} rescored")
     for name in ("flat", "published", "ours_there", "synthetic", "growth_c1", "growth_c4"):
         print(name, result[name])
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from . import eigenbases
 from .coarse import default_factory, faiss_is_installed, load_faiss
-from .coarse_build import calibrate, lambdas, make_coarse, sketch_of_gradients, sketch_of_rows
+from .coarse_build import calibrate, lambdas, make_coarse, new_sketch, sketch_of_rows
 from .config import BuildConfig, CurvatureRows
 from .curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
 from .data import ExampleSource, as_source
@@ -52,7 +52,7 @@ from .query import Preconditioner
 from .reader import Reader, row_layout
 from .rows import RowLayout
 from .shards import Shard, write_ids
-from .sketch import SketchEncoder
+from .sketch import SketchEncoder, half_whitened
 from .sources import (
     GivenGradients,
     ModelCapture,
@@ -80,7 +80,7 @@ COARSE_FROM = 1024
 # `docs/quality.md`).
 _EMPIRICAL_SHARE = 0.25
 # Directions of a layer's curvature, where rows of eigencodes do not ask for more.
-CURVATURE_RANK = 512
+_CURVATURE_RANK = 512
 # Examples of the sample that tell what factors lose.
 _MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
@@ -343,12 +343,10 @@ class _Build:
     def _decide_representation(self) -> str:
         """What rows will hold. Where factors lose next to nothing, rounding would only make scores worse: then "auto"
         and "both" are factors alone."""
-        wanted = "eigen" if self.config.store == "auto" else self.config.store
-        if self.config.curvature_rows == "factors" and self.config.store == "auto":
-            return "factors"
-        if self.config.store not in ("auto", "both"):
-            return wanted
-        if all(spec.dense for spec in self.specs.values()):
+        store = self.config.store
+        if store not in ("auto", "both"):
+            return store
+        if self.config.curvature_rows == "factors" or all(spec.dense for spec in self.specs.values()):
             return "factors"
         lost = total = 0.0
         seen = 0
@@ -361,7 +359,9 @@ class _Build:
                 total += float(whole.double().square().sum())
             if seen >= _MEASURED:
                 break
-        return wanted if lost > _LOSSLESS * total else "factors"
+        if lost <= _LOSSLESS * total:
+            return "factors"
+        return "both" if store == "both" else "eigen"
 
     def _sample(self) -> tuple[RowPass, int]:
         """Unfactored gradients of the random sample, the same at each walk, and how many."""
@@ -441,9 +441,9 @@ class _Build:
         if rank != "auto":
             return rank  # type: ignore[return-value]
         if self.manifest.stored != "eigen":
-            return CURVATURE_RANK
+            return _CURVATURE_RANK
         size, layers = self.config.eigen_bytes, len(self.specs)
-        return {n: max(CURVATURE_RANK, directions_for(size, layers, s.dim)) for n, s in self.specs.items()}
+        return {n: max(_CURVATURE_RANK, directions_for(size, layers, s.dim)) for n, s in self.specs.items()}
 
     def _fit_eigencode(self) -> None:
         """Which directions rows of eigencodes hold, by the sample's gradients."""
@@ -464,9 +464,10 @@ class _Build:
 
     def _fit_sketch(self) -> None:
         """The sketch of unfactored gradients, which coordinates are taken with."""
-        rows, count = self._sample()
+        (rows, count), curvature, device = self._sample(), self._curvature(), self._device()
         with self.reporter.stage("sketch") as stage:
-            sketch = sketch_of_gradients(rows, count, self._curvature(), self.config, stage, self._device())
+            whitened = half_whitened(rows, count, curvature, lambdas(curvature, self.config), device)
+            sketch = new_sketch(whitened, curvature, self.config, stage, device)
         self.manifest.sketch = save_sketch(self.path, sketch)
         self.manifest.write(self.path, BUILDING)
 

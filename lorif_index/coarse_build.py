@@ -7,7 +7,7 @@ the index rescores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,9 @@ from .calibration import KS, SIGNS, Calibration, Orders, learn, loss_curve
 from .candidates import CandidateSearch
 from .coarse import TRAIN_ROWS, Coarse, default_factory, load_faiss
 from .config import BuildConfig
-from .curvature import LayerCurvature, RowPass
+from .curvature import LayerCurvature
 from .damping import as_damping
-from .eigencodes import Whitened
+from .eigencodes import half_whitened_rows
 from .errors import ConfigError, StoreError
 from .fitted import save_queries, save_sketch
 from .gradients import GradientBlock, LayerGradient
@@ -30,10 +30,12 @@ from .projection import keyed_generator
 from .query import Preconditioner
 from .reader import Reader, coarse_name, positions_of
 from .scoring import Question, TopK, stream_scores
-from .sketch import Sketch, fit_sketch, half_whitened, sketch_method
+from .sketch import Sketch, Whitened, fit_sketch, half_whitened, sketch_method
 from .store import Store
 
 _TILT_QUERIES = 32
+# Rows read together.
+_BLOCK_ROWS = 512
 TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 """Tilts that calibration chooses from."""
 
@@ -70,10 +72,15 @@ def make_coarse(reader: Reader, factory: str, stage: Stage) -> dict[str, Any]:
     return {"file": info.to_json(), "factory": factory, "fingerprint": fingerprint, "axis": axis}
 
 
+def _parts(positions: np.ndarray) -> Iterator[np.ndarray]:
+    """Some hundred positions at a time: bounds memory."""
+    for start in range(0, len(positions), _BLOCK_ROWS):
+        yield positions[start : start + _BLOCK_ROWS]
+
+
 def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock]:
     """Stored gradients of some rows, a block at a time."""
-    for start in range(0, len(positions), 512):
-        part = positions[start : start + 512]
+    for part in _parts(positions):
         factors = store.layout.unpack(store.gather(part))
         yield GradientBlock(part, {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()})
 
@@ -81,20 +88,19 @@ def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock
 def sketch_of_rows(reader: Reader, stage: Stage, device: torch.device) -> dict[str, Any]:
     """A sketch fitted on the stored factors or eigencodes of a random sample, where rows hold nothing else; the
     manifest's entry."""
-    chosen, config = random_positions(reader, "curvature-sample", reader.config.curvature_sample), reader.config
+    curvature, store, config = reader.curvature, reader.store, reader.config
+    chosen, lams = random_positions(reader, "curvature-sample", config.curvature_sample), lambdas(curvature, config)
     if reader.eigen is None:
-        walk = partial(stored_blocks, reader.store, chosen)
-        sketch = sketch_of_gradients(walk, len(chosen), reader.curvature, config, stage, device)
+        whitened = half_whitened(partial(stored_blocks, store, chosen), len(chosen), curvature, lams, device)
     else:
-        lams = lambdas(reader.curvature, config)
-        whitened = Whitened(reader.eigen, reader.curvature, lams)
-
-        def rows() -> Iterator[torch.Tensor]:
-            for start in range(0, len(chosen), 512):
-                yield whitened.of(reader.store.gather_factors(chosen[start : start + 512]))
-
-        sketch = _new_sketch(rows, len(chosen), whitened.widths, reader.curvature, lams, config, stage, device)
-    return save_sketch(reader.folder, sketch)
+        whitened = half_whitened_rows(
+            reader.eigen,
+            lambda: (store.gather_factors(part) for part in _parts(chosen)),
+            len(chosen),
+            curvature,
+            lams,
+        )
+    return save_sketch(reader.folder, new_sketch(whitened, curvature, config, stage, device))
 
 
 def lambdas(curvature: Mapping[str, LayerCurvature], config: BuildConfig) -> dict[str, float]:
@@ -103,59 +109,29 @@ def lambdas(curvature: Mapping[str, LayerCurvature], config: BuildConfig) -> dic
     return {n: Preconditioner.of(n, layer, policy, config.complement).lam for n, layer in curvature.items()}
 
 
-def sketch_of_gradients(
-    rows: RowPass,
-    count: int,
+def new_sketch(
+    whitened: Whitened,
     curvature: Mapping[str, LayerCurvature],
     config: BuildConfig,
     stage: Stage,
     device: torch.device,
 ) -> Sketch:
-    """A sketch of gradients as the config has it (see `fit_sketch`)."""
-    lams = lambdas(curvature, config)
-    widths = {name: layer.rank for name, layer in curvature.items()}
-    whitened = half_whitened(rows, curvature, lams, device)
-    return _new_sketch(whitened, count, widths, curvature, lams, config, stage, device)
-
-
-def _new_sketch(
-    rows: Callable[[], Iterable[torch.Tensor]],
-    count: int,
-    widths: Mapping[str, int],
-    curvature: Mapping[str, LayerCurvature],
-    lams: Mapping[str, float],
-    config: BuildConfig,
-    stage: Stage,
-    device: torch.device,
-) -> Sketch:
+    """A sketch as the config has it (see `fit_sketch`)."""
+    method = sketch_method(config.sketch, sum(whitened.widths.values()))
     return fit_sketch(
-        rows,
-        count,
-        widths,
-        curvature,
-        lams,
-        dim=config.sketch_dim,
-        method=sketch_method(config.sketch, sum(widths.values())),
-        seed=config.seed,
-        stage=stage,
-        device=device,
+        whitened, curvature, dim=config.sketch_dim, method=method, seed=config.seed, stage=stage, device=device
     )
 
 
 def stored_queries(reader: Reader, most: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
     """Ids and gradients, as the rows have them, of random rows."""
     positions = random_positions(reader, "calibration-queries", most)
+    ids, specs = reader.store.ids[positions], reader.specs
     if reader.eigen is not None:
-        inside = reader.eigen.decode(reader.store.gather_factors(positions))
-        shapes = {name: (spec.d_in, spec.d_out) for name, spec in reader.specs.items()}
-        return reader.store.ids[positions], {
-            name: (c @ reader.curvature[name].basis[:, reader.eigen.layers[name].directions].T).unflatten(
-                1, shapes[name]
-            )
-            for name, c in inside.items()
-        }
+        flat = reader.eigen.dense(reader.store.gather_factors(positions), reader.curvature)
+        return ids, {n: g.reshape(-1, specs[n].d_in, specs[n].d_out) for n, g in flat.items()}
     parts = reader.layout.unpack(reader.store.gather(positions))
-    return reader.store.ids[positions], {name: parts[name].dense() for name in reader.specs}
+    return ids, {name: parts[name].dense() for name in specs}
 
 
 def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: Stage) -> Calibration | None:

@@ -9,7 +9,7 @@ of a missing one all of it. In random directions the same bits say much less. No
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from .errors import CurvatureError
 from .gradients import LayerGradient
 from .progress import Stage
 from .query import Preconditioner, products
-from .sketch import Sketch
+from .sketch import Sketch, Whitened, roots
 
 # Directions that add less than this, of at most 1, add nothing that could be seen.
 _LEAST_SHARE = 1e-3
@@ -87,6 +87,13 @@ class EigenCode:
             for (name, part), piece in zip(self.layers.items(), self.layout.pieces, strict=True)
         }
 
+    def dense(self, codes: torch.Tensor, curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
+        """Layer -> the gradients that rows stand for, (n, D) float32."""
+        return {
+            name: inside @ curvature[name].basis[:, self.layers[name].directions].T
+            for name, inside in self.decode(codes).items()
+        }
+
     def quadratic(self, codes: torch.Tensor, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
         """g^T H^-1 g of rows in some layers, (n,) float32.
 
@@ -137,29 +144,29 @@ class EigenSketcher:
         return self._layout.decode(rows) @ self._matrix
 
 
-class Whitened:
-    """Half-whitened coordinates of rows, as a sketch is fitted on them; 0 in directions that are not kept.
+def half_whitened_rows(
+    code: EigenCode,
+    rows: Callable[[], Iterable[torch.Tensor]],
+    count: int,
+    curvature: Mapping[str, LayerCurvature],
+    lams: Mapping[str, float],
+) -> Whitened:
+    """Half-whitened coordinates of blocks of rows (n, row bytes); 0 in directions that are not kept."""
+    widths = {n: int(p.directions[-1]) + 1 if len(p.directions) else 0 for n, p in code.layers.items()}
+    places, scales, at = [], [], 0
+    for name, part in code.layers.items():
+        places.append(at + part.directions)
+        scales.append(part.amplitudes / roots(curvature[name], lams[name])[part.directions])
+        at += widths[name]
+    place, scale = torch.cat(places), torch.cat(scales)
 
-    Attributes:
-        widths: layer -> how many of its first directions there are.
-    """
+    def walk() -> Iterator[torch.Tensor]:
+        for block in rows():
+            out = torch.zeros(len(block), at)
+            out[:, place] = code.layout.decode(block) * scale
+            yield out
 
-    def __init__(self, code: EigenCode, curvature: Mapping[str, LayerCurvature], lams: Mapping[str, float]) -> None:
-        self._layout = code.layout
-        self.widths = {n: int(p.directions[-1]) + 1 if len(p.directions) else 0 for n, p in code.layers.items()}
-        places, scales, at = [], [], 0
-        for name, part in code.layers.items():
-            places.append(at + part.directions)
-            roots = torch.sqrt(curvature[name].eigenvalues[part.directions].double() + lams[name])
-            scales.append(part.amplitudes / roots.float())
-            at += self.widths[name]
-        self._places, self._scales, self._total = torch.cat(places), torch.cat(scales), at
-
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """(n, total) float32 of rows (n, row bytes)."""
-        out = torch.zeros(len(rows), self._total)
-        out[:, self._places] = self._layout.decode(rows) * self._scales
-        return out
+    return Whitened(walk, count, widths, lams)
 
 
 def directions_for(row_bytes: int, layers: int, dim: int) -> int:
@@ -200,8 +207,9 @@ def fit_eigencode(
             squares[name] += inside.square().sum(dim=0).cpu().double()
         stage.advance(block.count)
     energy = {name: total / count for name, total in squares.items()}
-    shares = torch.cat([energy[n] / (layer.eigenvalues.double() + lams[n]) for n, layer in curvature.items()])
-    if not shares.sum() > 0:
+    shares = {n: energy[n] / (layer.eigenvalues.double() + lams[n]) for n, layer in curvature.items()}
+    every = torch.cat(list(shares.values()))
+    if not every.sum() > 0:
         raise CurvatureError("all gradients of the eigencodes' sample are zero: fit from other data")
     room = row_bytes - CodeLayout(0, 1, (0,) * len(curvature)).row_bytes
     if room < 1:
@@ -209,22 +217,18 @@ def fit_eigencode(
             f"eigen_bytes={row_bytes} leaves no room beside the scales of {len(curvature)} layers: pass at least "
             f"{row_bytes - room + 1}"
         )
-    useful = int((shares > _LEAST_SHARE * shares.max().clamp_max(1.0)).sum())
+    useful = int((every > _LEAST_SHARE * every.max().clamp_max(1.0)).sum())
     bits = max((b for b in BITS if useful * b <= 8 * room), default=1)
-    kept = torch.zeros(len(shares), dtype=torch.bool)
-    kept[torch.argsort(shares, descending=True, stable=True)[: min(useful, 8 * room // bits)]] = True
+    fits = useful * bits <= 8 * room
+    kept = torch.zeros(len(every), dtype=torch.bool)
+    kept[torch.argsort(every, descending=True, stable=True)[: useful if fits else 8 * room // bits]] = True
     layers = {}
-    per_byte = 8 // bits
-    for (name, values), share, chosen in zip(
-        energy.items(),
-        shares.split([len(e) for e in energy.values()]),
-        kept.split([len(e) for e in energy.values()]),
-        strict=True,
-    ):
+    for (name, share), chosen in zip(shares.items(), kept.split([len(e) for e in shares.values()]), strict=True):
         directions = chosen.nonzero().flatten()
-        # Whole bytes: of a begun one the least directions are left out, unless they are all.
-        whole = len(directions) // per_byte * per_byte if useful * bits > 8 * room else len(directions)
-        best = directions[torch.argsort(share[directions], descending=True, stable=True)[:whole]]
-        directions = best.sort().values
-        layers[name] = LayerCode(directions, values[directions].sqrt().float())
+        if not fits:
+            # Whole bytes: of a begun one the least directions are left out.
+            whole = len(directions) // (8 // bits) * (8 // bits)
+            order = torch.argsort(share[directions], descending=True, stable=True)
+            directions = directions[order[:whole]].sort().values
+        layers[name] = LayerCode(directions, energy[name][directions].sqrt().float())
     return EigenCode(layers, bits)

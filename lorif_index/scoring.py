@@ -280,12 +280,11 @@ def self_scores(
     """
     out = torch.zeros(len(rows))
     step = _block_rows(max(layout.width, 1))
-    if eigen is not None:
-        for start in range(0, len(rows), step):
-            out[start : start + step] = eigen.quadratic(rows.factors[start : start + step], preconditioners)
-        return out
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
+        if eigen is not None:
+            out[start : start + step] = eigen.quadratic(part.factors, preconditioners)
+            continue
         dense = {name: f.dense().flatten(1) for name, f in layout.unpack(part).items()} if layout.groups else {}
         total = out[start : start + step]
         if layout.codes is None or sketch is None:

@@ -31,6 +31,11 @@ _POWER_ITERATIONS = 2
 _BATCH_ROWS = 256
 
 
+def roots(layer: LayerCurvature, lam: float) -> torch.Tensor:
+    """(r,) float32: sqrt(S + lambda)."""
+    return torch.sqrt(layer.eigenvalues.double() + lam).float()
+
+
 @dataclass(frozen=True)
 class LayerSketch:
     """One layer's part of a sketch.
@@ -47,7 +52,7 @@ class LayerSketch:
     def whitening(self, layer: LayerCurvature) -> torch.Tensor:
         """(m,) float32: sqrt(S + lambda), S of the layer that the sketch was made for."""
         if not self._root:
-            self._root.append(torch.sqrt(layer.eigenvalues[: len(self.weights)].double() + self.lam).float())
+            self._root.append(roots(layer, self.lam)[: len(self.weights)])
         return self._root[0]
 
 
@@ -127,17 +132,6 @@ class SketchEncoder:
         return total.cpu()
 
 
-def coordinates_of(
-    layers: Mapping[str, LayerGradient], sketch: Sketch, curvature: Mapping[str, LayerCurvature]
-) -> torch.Tensor:
-    """Half-whitened coordinates e of a block, before the reduction, (n, sum of m) float32."""
-    parts = []
-    for name, part in sketch.layers.items():
-        basis = curvature[name].basis[:, : len(part.weights)]
-        parts.append((layers[name].flat().float().cpu() @ basis) / part.whitening(curvature[name]))
-    return torch.cat(parts, dim=1)
-
-
 def sketch_method(asked: str, total: int) -> str:
     """ "pca" or "per-layer": what "auto" stands for, by the number of half-whitened coordinates."""
     if asked != "auto":
@@ -145,28 +139,43 @@ def sketch_method(asked: str, total: int) -> str:
     return "pca" if total <= PCA_UP_TO else "per-layer"
 
 
+@dataclass(frozen=True)
+class Whitened:
+    """Half-whitened coordinates of a sample, as a sketch is fitted on them.
+
+    Attributes:
+        walk: gives them, (b, sum of widths) float32 a piece, the same each time.
+        count: number of rows.
+        widths: layer -> how many of its first directions they have.
+        lams: layer -> lambda.
+    """
+
+    walk: Callable[[], Iterator[torch.Tensor]]
+    count: int
+    widths: Mapping[str, int]
+    lams: Mapping[str, float]
+
+
 def half_whitened(
-    rows: RowPass, curvature: Mapping[str, LayerCurvature], lams: Mapping[str, float], device: torch.device
-) -> Callable[[], Iterator[torch.Tensor]]:
-    """A walk over the half-whitened coordinates, (b, sum of r) float32 a piece, of blocks of gradients."""
-    whitened = {
-        name: (layer.basis / torch.sqrt(layer.eigenvalues.double() + lams[name]).float()).to(device)
-        for name, layer in curvature.items()
-    }
+    rows: RowPass,
+    count: int,
+    curvature: Mapping[str, LayerCurvature],
+    lams: Mapping[str, float],
+    device: torch.device,
+) -> Whitened:
+    """Those of blocks of gradients, in all directions."""
+    whitened = {name: (layer.basis / roots(layer, lams[name])).to(device) for name, layer in curvature.items()}
 
     def walk() -> Iterator[torch.Tensor]:
         for block in rows():
             yield from _whiten(block, whitened)
 
-    return walk
+    return Whitened(walk, count, {name: layer.rank for name, layer in curvature.items()}, lams)
 
 
 def fit_sketch(
-    rows: Callable[[], Iterable[torch.Tensor]],
-    count: int,
-    widths: Mapping[str, int],
+    whitened: Whitened,
     curvature: Mapping[str, LayerCurvature],
-    lams: Mapping[str, float],
     *,
     dim: int,
     method: str,
@@ -177,11 +186,8 @@ def fit_sketch(
     """Fits a sketch on a sample of the data, walked several times and never held.
 
     Args:
-        rows: gives the half-whitened coordinates of the sample, (b, sum of widths) a piece, the same each time.
-        count: number of rows.
-        widths: layer -> how many of its first directions they have.
+        whitened: half-whitened coordinates of the sample.
         curvature: layer -> fitted curvature.
-        lams: layer -> lambda.
         dim: the most coordinates to keep; never more than there are half-whitened ones or rows, and a multiple of 8
             where there are that many.
         method: "pca": one PCA over all layers, by subspace iteration; "per-layer": the directions with the largest
@@ -190,6 +196,7 @@ def fit_sketch(
         stage: told of the rows walked.
         device: where the products are computed.
     """
+    count, widths, lams = whitened.count, whitened.widths, whitened.lams
     total = sum(widths.values())
     kept = min(dim, total, count)
     kept = kept // 8 * 8 if kept >= 8 else kept
@@ -197,7 +204,7 @@ def fit_sketch(
     rotation = torch.linalg.qr(torch.from_numpy(generator.standard_normal((kept, kept)))).Q
 
     def walk() -> Iterator[torch.Tensor]:
-        for part in rows():
+        for part in whitened.walk():
             yield part.to(device)
             stage.advance(len(part))
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,25 +19,25 @@ BENCHES = (
 ).split()
 
 
+def smoke(kept: Path, *command: str) -> tuple[dict[str, Any], str]:
+    """What a benchmark keeps and prints in its tiny size."""
+    pytest.importorskip("transformers")
+    line = [sys.executable, "-m", *command, "--smoke", "--json", str(kept)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(kept.read_text()), done.stdout
+
+
 @pytest.mark.parametrize("name", BENCHES)
 def test_smoke(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    kept = tmp_path / "result.json"
-    command = [sys.executable, "-m", f"bench.{name}", "--smoke", "--json", str(kept)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(kept.read_text())
+    result, printed = smoke(tmp_path / "result.json", f"bench.{name}")
     assert result["bench"] == name and result["environment"]["torch"]
-    assert len(done.stdout.splitlines()) > 4
+    assert len(printed.splitlines()) > 4
 
 
 def test_eigencodes_at_scale(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    kept = tmp_path / "result.json"
-    command = [sys.executable, "-m", "bench.search_at_scale", "--eigen", "--smoke", "--json", str(kept)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [e["rank"] for e in json.loads(kept.read_text())["indexes"]] == ["eigen", "eigen"]
+    result, _ = smoke(tmp_path / "result.json", "bench.search_at_scale", "--eigen")
+    assert [e["rank"] for e in result["indexes"]] == ["eigen", "eigen"]
 
 
 def test_results_that_are_kept_say_where_they_come_from() -> None:

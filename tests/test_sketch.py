@@ -43,8 +43,8 @@ def fitted(dim: int, method: str = "pca", rank: int | None = 7):  # type: ignore
         lambda: [block], N, SPECS, rank=rank, power_iterations=3, seed=0, examples=N, stage=stage, device=device
     )
     lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
-    rows, widths = half_whitened(lambda: [block], curvature, lams, device), {k: v.rank for k, v in curvature.items()}
-    sketch = fit_sketch(rows, N, widths, curvature, lams, dim=dim, method=method, seed=0, stage=stage, device=device)
+    rows = half_whitened(lambda: [block], N, curvature, lams, device)
+    sketch = fit_sketch(rows, curvature, dim=dim, method=method, seed=0, stage=stage, device=device)
     return g, block, curvature, lams, sketch
 
 
@@ -144,6 +144,6 @@ def test_few_rows_give_few_coordinates(tmp_path: Path) -> None:
         lambda: [block], 5, SPECS, rank=7, power_iterations=1, seed=0, examples=5, stage=stage, device=device
     )
     lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
-    rows, widths = half_whitened(lambda: [block], curvature, lams, device), {k: v.rank for k, v in curvature.items()}
-    sketch = fit_sketch(rows, 5, widths, curvature, lams, dim=512, method="pca", seed=0, stage=stage, device=device)
+    rows = half_whitened(lambda: [block], 5, curvature, lams, device)
+    sketch = fit_sketch(rows, curvature, dim=512, method="pca", seed=0, stage=stage, device=device)
     assert sketch.dim == 5 and sketch.energy == pytest.approx(1.0, abs=1e-5)
