@@ -22,8 +22,10 @@ The stages, one module each, in the order in which data flows through them:
     calibration, missed   how many candidates a recall takes; how many answers a search has missed
     pursuit, candidates   proposed, narrowed, rescored, checked, and gone on with; where that begins
     planner               scan or candidates, and why
-    manifest, reader      what makes a folder an index, and its parts put together
-    coarse_build, build, index   how it is made, and the user's handle
+    locks, manifest, reader      what makes a folder an index, one version after another, and its parts put together
+    coarse_build, build   how it is made; payloads and encode write the rows
+    growth, removal, refit, merging   how it is changed; living answers without removed rows, damage finds bad bytes
+    index                 the user's handle
 
 The command line stands on them: texts, textindex, demo_model, demo, show, cli.
 """

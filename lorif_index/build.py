@@ -13,7 +13,7 @@ import json
 import resource
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from .config import BuildConfig, CurvatureRows
 from .curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
 from .data import ExampleSource, as_source
 from .eigencodes import EigenEncoder, directions_for, fit_eigencode
-from .errors import ConfigError, CorruptionError, DataError, IndexExistsError, NonFiniteError
+from .encode import RowEncoder, encode_blocks
+from .errors import ConfigError, CorruptionError, DataError, IndexExistsError
 from .factors import factorise
 from .fitted import (
     FittedCurvature,
@@ -43,15 +44,18 @@ from .fitted import (
     save_sketch,
 )
 from .gradients import GradientBlock, GradientSource, LayerGradient
+from .locks import WRITER, WriterLock
 from .losses import LogitsOf, PerExample, default_loss, logits_of
-from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, read_manifest, spec_to_json
+from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, collect, read_manifest, spec_to_json
+from .payloads import Payloads
 from .probes import Probes
 from .progress import Reporter
 from .projection import ALGORITHM, Projections, keyed_generator
 from .query import Preconditioner
 from .reader import Reader, row_layout
 from .rows import RowLayout
-from .shards import Shard, write_ids
+from .sealed import SealedInfo, copy_sealed
+from .shards import Shard, ShardInfo, write_shard
 from .sketch import SketchEncoder, half_whitened
 from .sources import (
     GivenGradients,
@@ -60,9 +64,8 @@ from .sources import (
     ProbedGradients,
     Rewound,
     curvature_source,
+    data_digest,
     finite_blocks,
-    first_batch_digest,
-    first_block_digest,
     given_specs,
     is_one_shot,
     model_digest,
@@ -80,7 +83,7 @@ COARSE_FROM = 1024
 # `docs/quality.md`).
 _EMPIRICAL_SHARE = 0.25
 # Directions of a layer's curvature, where rows of eigencodes do not ask for more.
-_CURVATURE_RANK = 512
+CURVATURE_RANK = 512
 # Examples of the sample that tell what factors lose.
 _MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
@@ -106,18 +109,25 @@ def build_index(
     curvature: Any,
     config: BuildConfig,
     metadata: dict[str, Any],
+    payloads: Sequence[Any] | None,
+    fit: Path | None,
     reporter: Reporter,
 ) -> None:
     """Builds, or goes on building, the index at `path`. See `Index.build`."""
-    _check_arguments(model, data, gradients, loss)
+    check_arguments(model, data, gradients, loss)
     _check_json(metadata)
-    _check_folder(path)
+    check_free(path)
     with ExitStack() as stack:
-        work = _Build(path, model, data, gradients, loss, curvature, config, metadata, reporter, stack)
+        work = _Build(path, model, data, gradients, loss, curvature, config, metadata, payloads, fit, reporter, stack)
         work.run()
 
 
-def _check_arguments(model: Any, data: Any, gradients: Any, loss: Any) -> None:
+def check_arguments(model: Any, data: Any, gradients: Any, loss: Any) -> None:
+    """Either data with its model, or gradients.
+
+    Raises:
+        DataError, ConfigError: anything else.
+    """
     if (data is None) == (gradients is None):
         given = "both" if data is not None else "neither"
         raise DataError(f"pass either model= and data=, or gradients=; {given} of data and gradients was given")
@@ -135,12 +145,17 @@ def _check_json(metadata: Any) -> None:
         raise ConfigError(f"metadata must be a dict of plain JSON values: {error}") from None
 
 
-def _check_folder(path: Path) -> None:
+def check_free(path: Path) -> None:
+    """The folder may hold an index that is being built, and nothing else.
+
+    Raises:
+        IndexExistsError: it does.
+    """
     if (path / MANIFEST).exists():
         raise IndexExistsError(f"{path} already holds an index: open it with Index.open, or choose another folder")
     if path.exists() and not path.is_dir():
         raise IndexExistsError(f"{path} exists and is not a folder: choose another path")
-    if path.is_dir() and any(path.iterdir()) and not (path / BUILDING).is_file():
+    if path.is_dir() and not (path / BUILDING).is_file() and any(item.name != WRITER for item in path.iterdir()):
         raise IndexExistsError(f"{path} is not empty and is no unfinished index: choose a new or empty folder")
 
 
@@ -157,10 +172,17 @@ class _Build:
         curvature: Any,
         config: BuildConfig,
         metadata: dict[str, Any],
+        payloads: Sequence[Any] | None,
+        fit: Path | None,
         reporter: Reporter,
         stack: ExitStack,
     ) -> None:
         self.path, self.config, self.loss, self.reporter, self.stack = path, config, loss, reporter, stack
+        self.lock = WriterLock(path)
+        stack.callback(self.lock.release)
+        if (path / BUILDING).is_file():
+            # Another process may be at work in it.
+            self.lock.acquire()
         self.capture: ModelCapture | None = None
         self.examples: ExampleSource | None = None
         for leftover in path.glob(f"{SPOOL_PREFIX}*"):
@@ -190,7 +212,7 @@ class _Build:
                 "model": model_digest(model),
                 "loss": loss_name(loss),
                 "autocast": config.autocast,
-                "data": first_batch_digest(examples),
+                "data": data_digest(examples),
             }
         else:
             if is_one_shot(gradients):
@@ -201,17 +223,20 @@ class _Build:
             self.projections = Projections(self.specs, config.seed)
             given = self.source = GivenGradients(gradients, self.projections)
             self._walk_sides = lambda ids, sides: eigenbases.walk_gradients(lambda: given.given(ids), sides)
-            fingerprint = {"model": None, "loss": None, "data": first_block_digest(gradients)}
+            fingerprint = {"model": None, "loss": None, "data": given.digest}
+        self.payloads = None if payloads is None else Payloads(payloads, self.source.count)
         fingerprint |= {
             "format_version": FORMAT_VERSION,
             "examples": self.source.count,
             "projection": ALGORITHM,
             "layers": [spec_to_json(spec) for spec in self.specs.values()],
             "config": {k: v for k, v in config.to_json().items() if k not in _FREE_SETTINGS},
-            "curvature": self.curvature_kind,
+            "curvature": self.curvature_kind if fit is None else read_manifest(fit).fingerprint.get("curvature"),
+            "payloads": None if self.payloads is None else self.payloads.digest,
+            "fit": None if fit is None else _fit_digest(fit),
         }
         self.manifest = self._begin(
-            Manifest(fingerprint, config.to_json(), list(self.specs.values()), metadata=metadata)
+            Manifest(fingerprint, config.to_json(), list(self.specs.values()), metadata=metadata), fit
         )
         self._load_projections()
         self._sampled: tuple[RowPass, int] | None = None
@@ -258,9 +283,10 @@ class _Build:
             return self.config.curvature_rows
         return "mixed" if self.config.curvature == "auto" else self.config.curvature
 
-    def _begin(self, fresh: Manifest) -> Manifest:
+    def _begin(self, fresh: Manifest, fit: Path | None) -> Manifest:
         """The unfinished manifest in the folder if it is of this very build, else a new one."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
+        fresh.next_id = fresh.fitted_ids = self.source.count
         if (self.path / BUILDING).is_file():
             found = read_manifest(self.path, BUILDING)
             if found.fingerprint:
@@ -270,7 +296,7 @@ class _Build:
                     f"the interrupted build in {self.path}",
                     "finish it with what it was begun with, or delete the folder to begin anew",
                 )
-                fresh.shards, fresh.skipped = found.shards, found.skipped
+                fresh.shards, fresh.skipped, fresh.next_file = found.shards, found.skipped, found.next_file
                 fresh.projections = found.projections
                 fresh.curvature, fresh.curvature_layers = found.curvature, found.curvature_layers
                 fresh.stored, fresh.eigen, fresh.sketch = found.stored, found.eigen, found.sketch
@@ -280,22 +306,18 @@ class _Build:
                     fresh.coarse = found.coarse
                     fresh.calibration = found.calibration if fresh.queries is not None else None
                 fresh.report = found.report
-        self._clear_leftovers(fresh)
+        if fit is not None and fresh.curvature is None:
+            take_fit(fit, fresh, self.path)
+            # None of these examples was there when it was fitted.
+            fresh.fitted_ids = 0
         fresh.write(self.path, BUILDING)
+        # What an interrupted run left unsealed.
+        collect(self.path)
         return fresh
-
-    def _clear_leftovers(self, manifest: Manifest) -> None:
-        """Removes what an interrupted run left unsealed; only names that a build gives."""
-        known = {shard.sealed.file for shard in manifest.shards}
-        known |= {manifest.curvature.file} if manifest.curvature else set()
-        known |= {e["file"]["file"] for e in manifest.side_files()}
-        for item in self.path.iterdir():
-            if item.suffix == ".part" or (item.suffix in (".h5", ".faiss") and item.name not in known):
-                item.unlink()
 
     def _claim(self) -> None:
         """Makes the folder an unfinished build's, for a stream that must be kept there before anything is known."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
         if not (self.path / BUILDING).exists():
             Manifest({}, {}, []).write(self.path, BUILDING)
 
@@ -441,9 +463,9 @@ class _Build:
         if rank != "auto":
             return rank  # type: ignore[return-value]
         if self.manifest.stored != "eigen":
-            return _CURVATURE_RANK
+            return CURVATURE_RANK
         size, layers = self.config.eigen_bytes, len(self.specs)
-        return {n: max(_CURVATURE_RANK, directions_for(size, layers, s.dim)) for n, s in self.specs.items()}
+        return {n: max(CURVATURE_RANK, directions_for(size, layers, s.dim)) for n, s in self.specs.items()}
 
     def _fit_eigencode(self) -> None:
         """Which directions rows of eigencodes hold, by the sample's gradients."""
@@ -485,7 +507,7 @@ class _Build:
         self.stack.callback(store.close)
         with self.reporter.stage("curvature") as stage:
             fitted = fit_curvature(
-                lambda: _stored_gradients(store),
+                lambda: stored_gradients(store),
                 len(store),
                 self.specs,
                 rank=self._curvature_rank(),
@@ -511,35 +533,30 @@ class _Build:
             # The rows have served their purpose.
             return
         layout = row_layout(manifest, self.config, self.specs)
-        encoder = eigen = None
+        eigen = sketch = None
         if layout.eigen is not None:
             curvature = self._curvature()
             eigen = EigenEncoder(load_eigencode(self.path, manifest.eigen, curvature), curvature, self._device())
         if layout.codes is not None:
-            curvature = self._curvature()
-            sketch = load_sketch(self.path, manifest.sketch, self.specs)
-            encoder = SketchEncoder(sketch, curvature, self._device())
+            sketch = SketchEncoder(
+                load_sketch(self.path, manifest.sketch, self.specs), self._curvature(), self._device()
+            )
+        encoder = RowEncoder(layout, self.specs, eigen, sketch)
         start = manifest.shards[-1].last_id + 1 if manifest.shards else 0
         source: GradientSource = self.source if self._spool is None else self._spool
         skipped = [i for i in manifest.skipped if self._spool is not None or i < start]
-        writer = StoreWriter(self.path, layout, self.config.shard_bytes, manifest.shards)
+        writer = StoreWriter(
+            self.path, layout, self.config.shard_bytes, manifest.shards, lambda: manifest.new_name("shard")
+        )
+
+        def on_sealed() -> None:
+            manifest.skipped = sorted(skipped)
+            manifest.write(self.path, BUILDING)
+
         with self.reporter.stage("encode", self.source.count - start) as stage:
-            for block in finite_blocks(source.blocks(start), self.config.on_nonfinite, skipped):
-                stored = codes = None
-                if layout.groups:
-                    packed = layout.pack(factorise(block, self.specs)).cpu()
-                    stored, vanished = _stored(packed, block.ids, layout)
-                    self._vanished += vanished
-                if eigen is not None:
-                    stored = eigen.encode(block.layers)
-                if encoder is not None and layout.codes is not None:
-                    codes = layout.codes.encode(encoder.encode(block.layers))
-                sealed = writer.append(layout.rows(stored, codes), block.ids)
-                stage.advance(block.count, block.count * layout.row_bytes)
-                if sealed:
-                    manifest.skipped = sorted(skipped)
-                    manifest.write(self.path, BUILDING)
-            writer.flush()
+            blocks = finite_blocks(source.blocks(start), self.config.on_nonfinite, skipped)
+            encode_blocks(blocks, encoder, writer, stage, on_sealed, payloads=self.payloads)
+        self._vanished += encoder.vanished
         manifest.skipped = sorted(skipped)
         if not manifest.shards:
             raise DataError(f"no example is left to index: all {self.source.count} were skipped for inf or NaN")
@@ -595,9 +612,9 @@ class _Build:
             learnt = calibrate(reader, None, stage)
         old = manifest.shards
         kept = []
-        for number, info in enumerate(old):
+        for info in old:
             shard = Shard(self.path, info, reader.layout)
-            kept.append(write_ids(self.path, f"ids-{number:06d}.h5", shard.ids()))
+            kept.append(_without_rows(self.path, manifest.new_name("ids"), shard))
             shard.file.close()
         manifest.shards, manifest.coarse = kept, entry
         manifest.calibration = learnt.to_json() if learnt is not None else None
@@ -640,7 +657,7 @@ class _Build:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "torch": torch.__version__,
         }
-        manifest.write(self.path, MANIFEST)
+        manifest.commit(self.path)
         (self.path / BUILDING).unlink()
 
     def _sample_ids(self) -> np.ndarray:
@@ -659,37 +676,59 @@ class _Build:
         return torch.device(self.config.device or "cpu")
 
 
+def _fit_digest(folder: Path) -> str:
+    """What tells one fit from another."""
+    sealed = read_manifest(folder).curvature
+    return "" if sealed is None else sealed.digest
+
+
+def take_fit(folder: Path, manifest: Manifest, into: Path) -> None:
+    """Copies what another index was fitted with: projections, curvature, eigencodes, and the sketch where rows need it.
+
+    Args:
+        folder: the other index.
+        manifest: of the index that takes it; its layers, config and model must be the same.
+        into: its folder.
+
+    Raises:
+        FingerprintError: another model, loss, or config, but for settings that change no stored number.
+    """
+    other = read_manifest(folder)
+    keys = ("model", "loss", "autocast", "projection", "layers", "config")
+    check_same(
+        {k: other.fingerprint[k] for k in keys if k in other.fingerprint},
+        {k: manifest.fingerprint[k] for k in keys if k in manifest.fingerprint},
+        f"the index {folder}, whose fit was to be taken,",
+        "build with the same model, loss and config (leave config out to take that index's)",
+    )
+    if other.curvature is None:
+        raise CorruptionError(f"{folder} has no curvature in its manifest: restore it from a copy")
+    # Names of both indexes are never given again.
+    manifest.next_file = max(manifest.next_file, other.next_file)
+    manifest.curvature = copy_sealed(folder, other.curvature, into, other.curvature.file)
+    manifest.curvature_layers, manifest.stored = other.curvature_layers, other.stored
+    for field in ("projections", "eigen", *(("sketch",) if other.stored in ("both", "coordinates", "coarse") else ())):
+        entry = getattr(other, field)
+        if entry is not None:
+            info = SealedInfo.from_json(entry["file"])
+            setattr(manifest, field, entry | {"file": copy_sealed(folder, info, into, info.file).to_json()})
+
+
 def _told(blocks: Iterator[GradientBlock], advance: Any) -> Iterator[GradientBlock]:
     for block in blocks:
         yield block
         advance(block.count)
 
 
-def _stored_gradients(store: Store) -> Iterator[GradientBlock]:
+def _without_rows(folder: Path, name: str, shard: Shard) -> ShardInfo:
+    """A shard sealed anew without its rows, which are in the coarse index only."""
+    payloads = shard.payloads(np.arange(shard.count)) if shard.has_payloads else None
+    nothing = RowLayout({}, "float32", factors=False).empty(shard.count)
+    return write_shard(folder, name, nothing, shard.ids(), "none", energies=shard.energies(), payloads=payloads)
+
+
+def stored_gradients(store: Store) -> Iterator[GradientBlock]:
+    """The stored gradients of all rows, a block at a time."""
     for start, rows in store.stream():
         layers = {name: LayerGradient.from_dense(f.dense()) for name, f in store.layout.unpack(rows).items()}
         yield GradientBlock(np.arange(start, start + len(rows), dtype=np.int64), layers)
-
-
-def _stored(rows: torch.Tensor, ids: np.ndarray, layout: RowLayout) -> tuple[torch.Tensor, int]:
-    """Rows in the stored dtype, and how many (example, layer) gradients became zero by it.
-
-    Raises:
-        NonFiniteError: values beyond the dtype's range, or an example that vanishes in all layers.
-    """
-    stored = rows.to(dtype=layout.torch_dtype)
-    fine = torch.isfinite(stored).all(dim=1)
-    if not bool(fine.all()):
-        bad = int(ids[int((~fine).nonzero()[0, 0])])
-        raise NonFiniteError(
-            f"the factors of example {bad} overflow {layout.dtype}: build with dtype='bfloat16' or 'float32'"
-        )
-    vanished = layout.vanished(rows, stored)
-    gone = vanished.any(dim=1) & ~(stored != 0).any(dim=1)
-    if bool(gone.any()):
-        bad = int(ids[int(gone.nonzero()[0, 0])])
-        raise NonFiniteError(
-            f"the factors of example {bad} underflow to zero in {layout.dtype}: build with dtype='bfloat16' or "
-            "'float32'"
-        )
-    return stored, int(vanished.sum())

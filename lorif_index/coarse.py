@@ -12,7 +12,8 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,9 +201,38 @@ class Coarse:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forgets all rows, and keeps what it was trained to."""
+        self._index.reset()
+
+    def rebuilt(self, positions: np.ndarray) -> np.ndarray:
+        """What the codes of some rows stand for, (m, k) float32, as `add_rebuilt` takes them back.
+
+        Raises:
+            ConfigError: this kind of faiss index cannot say.
+        """
+        try:
+            return np.stack([self._index.reconstruct(int(position)) for position in positions])
+        except RuntimeError as error:
+            raise ConfigError(
+                f"faiss cannot give back the rows of coarse={self.factory!r} ({_reason(error)}), which are all that "
+                "the index keeps of them: build it anew without the removed rows"
+            ) from None
+
+    def add_rebuilt(self, rows: np.ndarray) -> None:
+        """Takes rows that `rebuilt` gave."""
+        self._index.add(np.ascontiguousarray(rows, dtype=np.float32))
+
     @classmethod
-    def load(cls, file: SealedFile, factory: str, axis: NormAxis | None, dim: int, count: int) -> Coarse:
-        """Reads a sealed index, mapped into memory where faiss can; the digest is checked before faiss sees a byte.
+    def load(
+        cls, file: SealedFile, factory: str, axis: NormAxis | None, dim: int, count: int, *, growing: bool = False
+    ) -> Coarse:
+        """Reads a sealed index; the digest, the kind and the sizes are checked before faiss takes memory for it.
+
+        Args:
+            file: as `save` sealed it.
+            factory, axis, dim, count: what the manifest says of it.
+            growing: rows are to be added: it is read into memory, not mapped where faiss can.
 
         Raises:
             CorruptionError: the file is damaged or not the index that the manifest speaks of.
@@ -210,8 +240,9 @@ class Coarse:
         faiss = load_faiss()
         file.verify()
         try:
-            index = faiss.read_index(str(file.path), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
+            with _bounded(faiss, file.info.size):
+                index = faiss.read_index(str(file.path), 0 if growing else faiss.IO_FLAG_MMAP_IFC)
+        except (RuntimeError, MemoryError) as error:
             raise CorruptionError(f"faiss cannot read {file.path} ({_reason(error)}): rebuild_coarse() anew") from None
         if (index.d, index.ntotal) != (dim, count) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise CorruptionError(
@@ -219,6 +250,24 @@ class Coarse:
                 "rebuild_coarse() anew"
             )
         return cls(index, factory, axis)
+
+
+@contextmanager
+def _bounded(faiss: Any, size: int) -> Iterator[None]:
+    """While faiss reads, no vector may be said to be longer than the whole file, nor a loop."""
+    limits = {}
+    for name in ("vector_byte_limit", "loop_limit"):
+        # Not in faiss before 1.15.
+        get = getattr(faiss, f"get_deserialization_{name}", None)
+        if get is not None:
+            limits[name] = get()
+    try:
+        for name in limits:
+            getattr(faiss, f"set_deserialization_{name}")(size)
+        yield
+    finally:
+        for name, old in limits.items():
+            getattr(faiss, f"set_deserialization_{name}")(old)
 
 
 def _quietly(faiss: Any, index: Any) -> None:

@@ -22,13 +22,13 @@ from .curvature import LayerCurvature
 from .damping import as_damping
 from .eigencodes import half_whitened_rows
 from .errors import ConfigError, StoreError
-from .fitted import save_queries, save_sketch
+from .fitted import SKETCH_FILE, save_queries, save_sketch
 from .gradients import GradientBlock, LayerGradient
-from .manifest import MANIFEST, Manifest
+from .manifest import Manifest
 from .progress import Reporter, Stage
 from .projection import keyed_generator
 from .query import Preconditioner
-from .reader import Reader, coarse_name, positions_of
+from .reader import Reader, positions_of
 from .scoring import Question, TopK, stream_scores
 from .sketch import Sketch, Whitened, fit_sketch, half_whitened, sketch_method
 from .store import Store
@@ -41,12 +41,12 @@ TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 
 
 def random_positions(reader: Reader, what: str, most: int) -> np.ndarray:
-    """Sorted positions of random rows."""
-    count = len(reader.store)
-    if count <= most:
-        return np.arange(count, dtype=np.int64)
-    generator = np.random.Generator(keyed_generator(reader.config.seed, what, count))
-    return np.sort(generator.permutation(count)[:most]).astype(np.int64)
+    """Sorted positions of random live rows."""
+    live = reader.store.live
+    if len(live) <= most:
+        return live
+    generator = np.random.Generator(keyed_generator(reader.config.seed, what, len(live)))
+    return live[np.sort(generator.permutation(len(live))[:most])]
 
 
 def make_coarse(reader: Reader, factory: str, stage: Stage) -> dict[str, Any]:
@@ -66,10 +66,7 @@ def make_coarse(reader: Reader, factory: str, stage: Stage) -> dict[str, Any]:
         stage.advance(len(z))
     if len(coarse) != len(reader.store):
         raise ConfigError(f"coarse={factory!r} kept {len(coarse)} of {len(reader.store)} rows: choose another")
-    fingerprint = reader.coarse_fingerprint(factory)
-    info = coarse.save(reader.folder, coarse_name(fingerprint))
-    axis = None if coarse.axis is None else coarse.axis.to_json()
-    return {"file": info.to_json(), "factory": factory, "fingerprint": fingerprint, "axis": axis}
+    return reader.keep_coarse(coarse)
 
 
 def _parts(positions: np.ndarray) -> Iterator[np.ndarray]:
@@ -85,7 +82,7 @@ def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock
         yield GradientBlock(part, {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()})
 
 
-def sketch_of_rows(reader: Reader, stage: Stage, device: torch.device) -> dict[str, Any]:
+def sketch_of_rows(reader: Reader, stage: Stage, device: torch.device, name: str = SKETCH_FILE) -> dict[str, Any]:
     """A sketch fitted on the stored factors or eigencodes of a random sample, where rows hold nothing else; the
     manifest's entry."""
     curvature, store, config = reader.curvature, reader.store, reader.config
@@ -100,7 +97,7 @@ def sketch_of_rows(reader: Reader, stage: Stage, device: torch.device) -> dict[s
             curvature,
             lams,
         )
-    return save_sketch(reader.folder, new_sketch(whitened, curvature, config, stage, device))
+    return save_sketch(reader.folder, new_sketch(whitened, curvature, config, stage, device), name)
 
 
 def lambdas(curvature: Mapping[str, LayerCurvature], config: BuildConfig) -> dict[str, float]:
@@ -130,8 +127,22 @@ def stored_queries(reader: Reader, most: int) -> tuple[np.ndarray, dict[str, tor
     if reader.eigen is not None:
         flat = reader.eigen.dense(reader.store.gather_factors(positions), reader.curvature)
         return ids, {n: g.reshape(-1, specs[n].d_in, specs[n].d_out) for n, g in flat.items()}
-    parts = reader.layout.unpack(reader.store.gather(positions))
-    return ids, {name: parts[name].dense() for name in specs}
+    if reader.layout.groups:
+        parts = reader.layout.unpack(reader.store.gather(positions))
+        return ids, {name: parts[name].dense() for name in specs}
+    flat = _from_coordinates(reader, torch.from_numpy(np.asarray(reader.coordinates(reader.store.gather(positions)))))
+    return ids, {n: g.reshape(-1, specs[n].d_in, specs[n].d_out) for n, g in flat.items()}
+
+
+def _from_coordinates(reader: Reader, z: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Layer -> (n, D) float32: the gradients V (S + lambda)^1/2 W z that coordinates stand for."""
+    if reader.sketch is None:
+        raise StoreError("the index has no sketch: build it anew")
+    flat = {}
+    for name, part in reader.sketch.layers.items():
+        layer, count = reader.curvature[name], len(part.weights)
+        flat[name] = ((z @ part.weights.T) * part.whitening(layer)) @ layer.basis[:, :count].T
+    return flat
 
 
 def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: Stage) -> Calibration | None:
@@ -143,7 +154,7 @@ def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: S
     if search is None or queries is None:
         raise StoreError("the index has no coarse stage to calibrate: make one with rebuild_coarse()")
     gradients = queries.gradients()
-    own = positions_of(reader.store.ids, queries.ids())
+    own = positions_of(reader.store, queries.ids())
     if extra is not None:
         gradients = {name: torch.cat([g, extra[name].float()]) for name, g in gradients.items()}
         own = np.concatenate([own, np.full(next(iter(extra.values())).shape[0], -1)])
@@ -151,16 +162,16 @@ def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: S
         return None
     policy = as_damping(reader.config.damping)
     question = reader.ask(gradients, reader.preconditioners(reader.specs, policy))
-    count = len(reader.store)
+    count = reader.store.live_count
     # Answers beyond a tenth of the rows are no search.
     most = max(min(KS[-1], count // 10), 1)
     tops = {sign: TopK(question.count, min(most + 1, count), largest=sign == SIGNS[0]) for sign in SIGNS}
     stage.total = (stage.total or 0) + count
-    for start, scores, size in stream_scores(reader.rows, question):
+    for positions, scores, size in stream_scores(reader.rows, question):
         for top in tops.values():
-            top.update(start, scores)
+            top.update(positions, scores)
         stage.advance(scores.shape[1], size)
-    bare = CandidateSearch(reader.rows, reader.coarse, None)  # type: ignore[arg-type]
+    bare = CandidateSearch(reader.rows, reader.living(reader.coarse), None)  # type: ignore[arg-type]
     orders = {}
     for sign, top in tops.items():
         answers, largest = _without(top.result()[0].numpy(), own, most), sign == SIGNS[0]
@@ -260,7 +271,7 @@ def _corrected(
 
 
 def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
-    """A coarse index made anew, calibrated, and put into the manifest; the old one is removed after that.
+    """A coarse index made anew, calibrated, and committed with the manifest.
 
     Raises:
         ConfigError: as in `make_coarse`, or faiss is not installed.
@@ -269,29 +280,24 @@ def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
     manifest = reader.manifest
     if manifest.sketch is None:
         with report.stage("sketch") as stage:
-            manifest = dataclasses.replace(manifest, sketch=sketch_of_rows(reader, stage, torch.device("cpu")))
+            manifest = dataclasses.replace(manifest)
+            manifest.sketch = sketch_of_rows(reader, stage, torch.device("cpu"), manifest.new_name("sketch"))
         reader = Reader(reader.folder, manifest)
     if factory == "auto":
         factory = default_factory(reader.sketch.dim)  # type: ignore[union-attr]
-    queries = manifest.queries
-    if queries is None:
+    fresh = dataclasses.replace(manifest, calibration=None, config=manifest.config | {"coarse": factory})
+    if fresh.queries is None:
         ids, gradients = stored_queries(reader, reader.config.calibration_queries)
-        queries = save_queries(reader.folder, ids, gradients)
+        fresh.queries = save_queries(reader.folder, ids, gradients, fresh.new_name("calibration"))
     with report.stage("coarse", len(reader.store)) as stage:
-        entry = make_coarse(reader, factory, stage)
-    fresh = dataclasses.replace(manifest, coarse=entry, queries=queries, calibration=None)
-    fresh.config = manifest.config | {"coarse": factory}
-    finished = recalibrate(Reader(reader.folder, fresh), None, report)
-    old = manifest.coarse
-    if old is not None and old["file"]["file"] != entry["file"]["file"]:
-        (reader.folder / old["file"]["file"]).unlink(missing_ok=True)
-    return finished
+        fresh.coarse = make_coarse(reader, factory, stage)
+    return recalibrate(Reader(reader.folder, fresh), None, report)
 
 
 def recalibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, report: Reporter) -> Manifest:
-    """The manifest with a calibration learnt anew, written to the folder."""
+    """The manifest with a calibration learnt anew, committed."""
     with report.stage("calibrate") as stage:
         learnt = calibrate(reader, extra, stage)
     fresh = dataclasses.replace(reader.manifest, calibration=learnt.to_json() if learnt is not None else None)
-    fresh.write(reader.folder, MANIFEST)
+    fresh.commit(reader.folder)
     return fresh

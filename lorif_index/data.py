@@ -25,6 +25,11 @@ class ExampleSource(Protocol):
     @property
     def count(self) -> int: ...
 
+    @property
+    def random_access(self) -> bool:
+        """Whether batches in the middle are had without walking to them."""
+        ...
+
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         """(ids, batch) of all batches from the one that holds example `start` on, in order, cut as they always are."""
         ...
@@ -76,6 +81,7 @@ class TensorSource:
         self._data = data
         self._batch_size = batch_size
         self.count = batch_count(data)
+        self.random_access = True
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         for i in range(_aligned(start, self._batch_size), self.count, self._batch_size):
@@ -96,6 +102,7 @@ class MapSource:
         self._collate = collate_fn
         self._batch_size = batch_size
         self.count = len(dataset)
+        self.random_access = True
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         return self.select(np.arange(_aligned(start, self._batch_size), self.count, dtype=np.int64))
@@ -114,6 +121,7 @@ class StreamSource:
         self._stream = stream
         self._batch_size = batch_size
         self.count = sum(1 for _ in stream)
+        self.random_access = False
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         at = _aligned(start, self._batch_size)
@@ -149,6 +157,8 @@ class LoaderSource:
             self.count = full - full % (loader.batch_size or 1) if loader.drop_last else full
         else:
             self.count = sum(batch_count(batch) for batch in loader)
+        # A loader walks to the batch, with its workers.
+        self.random_access = False
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         at = 0

@@ -12,6 +12,7 @@ LorifError
     |-- NotAnIndexError
     |-- FormatVersionError
     |-- FingerprintError
+    |-- LockedError
     `-- CorruptionError
 """
 
@@ -64,6 +65,10 @@ class FormatVersionError(StoreError):
 
 class FingerprintError(StoreError):
     """What was given differs from what the index was built from; the message names the fields."""
+
+
+class LockedError(StoreError):
+    """Another writer is changing the index."""
 
 
 class CorruptionError(StoreError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,9 @@ class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
         return len(self._numbers)
 
 
-def save_curvature(folder: Path, fitted: Mapping[str, LayerCurvature]) -> tuple[SealedInfo, list[dict[str, Any]]]:
+def save_curvature(
+    folder: Path, fitted: Mapping[str, LayerCurvature], name: str = FILE
+) -> tuple[SealedInfo, list[dict[str, Any]]]:
     """Writes `basis_<i>` (D, r) float32 and `spectrum_<i>` (m,) float64 for layer number i.
 
     Returns:
@@ -93,7 +97,33 @@ def save_curvature(folder: Path, fitted: Mapping[str, LayerCurvature]) -> tuple[
                 "examples": layer.examples,
             }
         )
-    return write_sealed(folder, FILE, arrays, {}), facts
+    return write_sealed(folder, name, arrays, {}), facts
+
+
+@dataclass(frozen=True)
+class _CurvatureFacts:
+    """What the manifest says of a layer's curvature."""
+
+    rank: int
+    spectrum: int
+    trace: float
+    rows: int
+    examples: float
+
+    @classmethod
+    def of(cls, name: str, entry: Any) -> _CurvatureFacts:
+        try:
+            rank, length, rows = (int(entry[key]) for key in ("rank", "spectrum", "rows"))
+            facts = cls(rank, length, float(entry["trace"]), rows, float(entry["examples"]))
+            if (
+                not 0 <= rank <= length
+                or rows < 0
+                or not (math.isfinite(facts.trace) and math.isfinite(facts.examples))
+            ):
+                raise ValueError(f"{rank} directions, {length} eigenvalues, {rows} rows")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptionError(f"the manifest's curvature entry of layer {name!r} is damaged ({error!r})") from None
+        return facts
 
 
 class FittedCurvature(Mapping[str, LayerCurvature]):
@@ -108,7 +138,13 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
             )
         self.file = SealedFile(folder, sealed)
         self._specs = specs
-        self._facts = dict(zip(specs, facts, strict=True))
+        self._facts = {name: _CurvatureFacts.of(name, entry) for name, entry in zip(specs, facts, strict=True)}
+        # Before memory is taken for what the file cannot hold.
+        need = sum(4 * specs[name].dim * entry.rank + 8 * entry.spectrum for name, entry in self._facts.items())
+        if need > sealed.size:
+            raise CorruptionError(
+                f"{self.file.path} has {sealed.size} bytes, but its layers are said to take {need}: restore the index"
+            )
         self._numbers = {name: i for i, name in enumerate(specs)}
         self._loaded: dict[str, LayerCurvature] = {}
         self._rooms: dict[tuple[int, int], tuple[list[str], torch.Tensor]] = {}
@@ -129,33 +165,28 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
     def _load(self, name: str) -> LayerCurvature:
         facts, number = self._facts[name], self._numbers[name]
         self.file.verify_once()
-        try:
-            rank, length = int(facts["rank"]), int(facts["spectrum"])
-            trace, rows, examples = float(facts["trace"]), int(facts["rows"]), float(facts["examples"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptionError(f"the manifest's curvature entry of layer {name!r} is damaged ({error!r})") from None
-        basis = self._room(name, rank)
-        self.file.read_array(f"basis_{number}", (self._specs[name].dim, rank), "<f4", out=basis.numpy())
-        spectrum = self.file.read_array(f"spectrum_{number}", (length,), "<f8")
-        return LayerCurvature(basis, torch.from_numpy(spectrum), trace, rows, examples)
+        basis = self._room(name, facts.rank)
+        self.file.read_array(f"basis_{number}", (self._specs[name].dim, facts.rank), "<f4", out=basis.numpy())
+        spectrum = self.file.read_array(f"spectrum_{number}", (facts.spectrum,), "<f8")
+        return LayerCurvature(basis, torch.from_numpy(spectrum), facts.trace, facts.rows, facts.examples)
 
     def _room(self, name: str, rank: int) -> torch.Tensor:
         """Memory for a layer's basis: layers of one shape lie one behind the other (see `query.products`)."""
         shape = (self._specs[name].dim, rank)
         if shape not in self._rooms:
-            alike = [n for n, spec in self._specs.items() if (spec.dim, int(self._facts[n]["rank"])) == shape]
+            alike = [n for n, spec in self._specs.items() if (spec.dim, self._facts[n].rank) == shape]
             self._rooms[shape] = (alike, torch.empty(len(alike), *shape))
         alike, room = self._rooms[shape]
         return room[alike.index(name)]
 
 
-def save_sketch(folder: Path, sketch: Sketch) -> dict[str, Any]:
+def save_sketch(folder: Path, sketch: Sketch, name: str = SKETCH_FILE) -> dict[str, Any]:
     """Writes `weights_<i>` (m, k) float32 for layer number i; what the manifest keeps."""
     arrays = {
         f"weights_{i}": part.weights.numpy() for i, part in enumerate(sketch.layers.values()) if len(part.weights)
     }
     return {
-        "file": write_sealed(folder, SKETCH_FILE, arrays, {}).to_json(),
+        "file": write_sealed(folder, name, arrays, {}).to_json(),
         "dim": sketch.dim,
         "method": sketch.method,
         "energy": sketch.energy,
@@ -177,6 +208,8 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
         lams, counts = [float(v) for v in facts["lams"]], [int(v) for v in facts["counts"]]
         if len(lams) != len(names) or len(counts) != len(names) or dim < 1 or min(counts) < 0:
             raise ValueError(f"{len(lams)} layers where the index has {len(names)}")
+        if 4 * sum(counts) * dim > file.info.size:
+            raise ValueError(f"{sum(counts)} x {dim} weights in {file.info.size} bytes")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"the manifest's sketch entry is damaged ({error!r}): restore it from a copy") from None
     with closing(file):
@@ -251,12 +284,34 @@ def load_eigencode(folder: Path, facts: Any, curvature: Mapping[str, LayerCurvat
     return EigenCode(layers, layout.bits)
 
 
-def save_queries(folder: Path, ids: np.ndarray, gradients: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def save_removed(folder: Path, name: str, ids: np.ndarray) -> dict[str, Any]:
+    """Writes the rising ids of removed rows; what the manifest keeps."""
+    return {"file": write_sealed(folder, name, {"ids": ids.astype("<i8")}, {}).to_json(), "count": len(ids)}
+
+
+def load_removed(folder: Path, facts: Any) -> np.ndarray:
+    """(m,) int64: what `save_removed` wrote, after checking the file's digest.
+
+    Raises:
+        CorruptionError: the file or the manifest's entry is damaged.
+    """
+    try:
+        file, count = SealedFile(folder, SealedInfo.from_json(facts["file"])), int(facts["count"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(f"the manifest's entry of removed ids is damaged ({error!r}): restore it") from None
+    with closing(file):
+        file.verify()
+        return file.read_array("ids", (count,), "<i8").astype(np.int64)
+
+
+def save_queries(
+    folder: Path, ids: np.ndarray, gradients: Mapping[str, torch.Tensor], name: str = QUERIES_FILE
+) -> dict[str, Any]:
     """Writes what calibration asks: `ids` (m,) int64 and `query_<i>` (m, d_in, d_out) float32 of training examples, in
     the layers' order; what the manifest keeps."""
     arrays: dict[str, np.ndarray] = {"ids": ids.astype("<i8")}
     arrays |= {f"query_{i}": g.float().numpy() for i, g in enumerate(gradients.values())}
-    sealed = write_sealed(folder, QUERIES_FILE, {k: v for k, v in arrays.items() if v.size}, {})
+    sealed = write_sealed(folder, name, {k: v for k, v in arrays.items() if v.size}, {})
     return {"file": sealed.to_json(), "count": len(ids)}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,20 +23,37 @@ from .capture import keep_finite
 from .coarse_build import rebuild, recalibrate
 from .config import BuildConfig
 from .curvature import LayerCurvature
+from .damage import damage_message, damaged_shards, find_damage, folder_bytes
 from .damping import Damping, as_damping
 from .data import as_source, batch_count
 from .devices import search_device
-from .errors import ConfigError, FingerprintError, NonFiniteError, QueryError
-from .gradients import GradientBlock, LayerSpec, parse_block
+from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError
+from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
+from .growth import add_examples, check_addition
+from .locks import Lease, WriterLock
 from .losses import PerExample
-from .manifest import Manifest, check_same, read_manifest, spec_to_json
+from .manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
+from .merging import merge_indexes
+from .payloads import Payloads, decode
 from .planner import ANSWERS, choose_plan, scan
-from .progress import ProgressCallback, reporter
+from .progress import ProgressCallback, Reporter, reporter
 from .projection import Projections
 from .reader import Reader, positions_of
+from .refit import refit_index
+from .removal import as_ids, compact_rows, remove_examples
 from .results import Hits, SearchStats
 from .scoring import Question, self_scores
-from .sources import ModelCapture, check_block, model_digest
+from .sources import (
+    GivenGradients,
+    ModelCapture,
+    ModelGradients,
+    Rewound,
+    check_block,
+    data_digest,
+    is_one_shot,
+    model_digest,
+)
+from .store import VERIFY
 
 NORMALIZATIONS = ("relatif", "cosine")
 
@@ -45,23 +64,41 @@ class Index:
     def __init__(
         self,
         path: Path,
-        manifest: Manifest,
         model: nn.Module | None,
         loss: PerExample | None,
         device: str | torch.device | None = None,
+        verify: str = "first",
+        damaged: str = "refuse",
     ) -> None:
         self._path = path
         self._device = search_device(device)
-        self._use(Reader(path, manifest, device=self._device))
+        self._verify, self._damaged = verify, damaged
+        self._use(*open_version(path))
         self._projections = Projections(self._specs, self._config.seed, self._reader.projections)
         self._model = model
         self._loss = loss
-        self._scale: tuple[tuple[str, tuple[str, ...]], torch.Tensor] | None = None
 
-    def _use(self, reader: Reader) -> None:
+    def _use(self, manifest: Manifest, lease: Lease) -> None:
+        """Reads from one version of the index, and keeps hold of it."""
+        damaged = damaged_shards(self._path, manifest) if self._damaged == "skip" else ()
+        reader = Reader(self._path, manifest, device=self._device, verify=self._verify, damaged=damaged, lease=lease)
         self._reader = reader
         self._manifest, self._config, self._specs = reader.manifest, reader.config, reader.specs
         self._layout, self._store, self._curvature = reader.layout, reader.store, reader.curvature
+        self._scales: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
+
+    def refresh(self) -> bool:
+        """Moves on to the newest version of the index; whether there was a newer one.
+
+        An open index answers from the version that it opened, whatever writers do meanwhile.
+        """
+        manifest, lease = open_version(self._path)
+        if manifest.generation == self._manifest.generation:
+            lease.release()
+            return False
+        # Nothing of the old version is closed: other threads may be searching it, and it goes when the last has done.
+        self._use(manifest, lease)
+        return True
 
     # -- making one ----------------------------------------------------------------------------------------------
 
@@ -77,6 +114,8 @@ class Index:
         curvature: Any = None,
         config: BuildConfig | None = None,
         metadata: dict[str, Any] | None = None,
+        payloads: Sequence[Any] | None = None,
+        fit: Index | str | os.PathLike[str] | None = None,
         progress: bool | ProgressCallback | None = None,
     ) -> Index:
         """Builds an index in a folder, and opens it. The same call on an interrupted build goes on with it.
@@ -94,6 +133,10 @@ class Index:
                 forms as data or gradients, or a `CurvatureRows`; default: what the config says, on a random sample.
             config: the choices; `BuildConfig()` by default.
             metadata: a dict of plain JSON values, kept in the manifest.
+            payloads: what is to come back with hits: a plain JSON value for each example (its text, source, label, your
+                own id for it), as a list or anything with a length and integer keys.
+            fit: another index, whose projections, curvature and directions are taken instead of fitted: such indexes
+                can be merged. Its config is the default then.
             progress: True or False for bars on stderr, None for bars on a terminal, or a callable that gets every
                 `ProgressEvent`.
 
@@ -102,10 +145,18 @@ class Index:
             honoured; nothing is written then. NonFiniteError: inf or NaN in an example's gradient.
             FingerprintError: the folder holds an interrupted build of something else. OSError: disk or permissions.
         """
+        folder, fitted = Path(path), None
+        if fit is not None:
+            fitted = fit.path if isinstance(fit, Index) else Path(fit)
+            if curvature is not None:
+                raise ConfigError(
+                    "fit= takes another index's curvature, so that curvature= has no use: pass one of them"
+                )
+            if config is None:
+                config = BuildConfig.from_json(read_manifest(fitted).config)
         config = BuildConfig() if config is None else config
         if not isinstance(config, BuildConfig):
             raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
-        folder = Path(path)
         with reporter(progress) as report:
             build_index(
                 folder,
@@ -116,9 +167,11 @@ class Index:
                 curvature=curvature,
                 config=config,
                 metadata={} if metadata is None else metadata,
+                payloads=payloads,
+                fit=fitted,
                 reporter=report,
             )
-        return cls(folder, read_manifest(folder), model, loss)
+        return cls(folder, model, loss)
 
     @classmethod
     def open(
@@ -128,8 +181,10 @@ class Index:
         model: nn.Module | None = None,
         loss: PerExample | None = None,
         device: str | torch.device | None = None,
+        verify: str = "first",
+        damaged: str = "refuse",
     ) -> Index:
-        """Opens a finished index.
+        """Opens a finished index, as it is now: what writers do later is seen after `refresh`.
 
         Args:
             path: its folder.
@@ -137,13 +192,20 @@ class Index:
             loss: the loss it was built with, if that was not the default.
             device: where rows are scored: "cuda", where what fits into half of the free memory stays; "cpu"; None: a
                 GPU where torch and faiss both see one.
+            verify: when a shard that is scanned is compared with its digest: "first", before its first use; "always",
+                before every scan; "never". Rows read singly, and all other files, are always checked.
+            damaged: "refuse" raises `CorruptionError` where a search meets damage; "skip" looks at every shard now, and
+                answers without the examples of damaged ones (`SearchStats.skipped` counts them).
 
         Raises:
             NotAnIndexError, FormatVersionError, CorruptionError: the folder. FingerprintError: another model or loss
             than it was built from; the message names what differs.
         """
-        folder = Path(path)
-        index = cls(folder, read_manifest(folder), None, None, device)
+        if verify not in VERIFY:
+            raise ConfigError(f"verify must be one of {VERIFY}, got {verify!r}")
+        if damaged not in ("refuse", "skip"):
+            raise ConfigError(f"damaged must be 'refuse' or 'skip', got {damaged!r}")
+        index = cls(Path(path), None, None, device, verify, damaged)
         if model is not None:
             index._attach(model, loss)
         return index
@@ -211,6 +273,7 @@ class Index:
             QueryError: a query, k, recall or layers that do not fit, or a way of searching that the index does not
             have. NonFiniteError: inf or NaN in the query's gradient.
         """
+        self = copy(self)
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise QueryError(f"k must be an integer of at least 1, got {k!r}")
         if isinstance(recall, bool) or not isinstance(recall, (int, float)) or not 0 < recall <= 1:
@@ -240,6 +303,7 @@ class Index:
             dtype=self._stored_dtype(),
             examined=int(answer.candidates.max(initial=0)),
             total=len(self),
+            skipped=self._skipped_rows(),
             bytes_read=answer.bytes_read,
             seconds=prepared.seconds | answer.seconds,
             damping=policy.to_json(),
@@ -252,7 +316,8 @@ class Index:
             recall_by_query=answer.recall.tolist(),
             candidates_by_query=answer.candidates.tolist(),
         )
-        return Hits(self._store.ids[answer.positions], answer.scores, stats)
+        ids = self._store.ids[answer.positions]
+        return Hits(ids, answer.scores, stats, self._payloads_of(answer.positions))
 
     def scores(
         self,
@@ -276,6 +341,7 @@ class Index:
         Raises:
             QueryError: as in `search`, or an `out` of another shape or dtype.
         """
+        self = copy(self)
         self._need_rows("scores")
         self._check_normalize(normalize)
         prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers), normalize)
@@ -285,8 +351,10 @@ class Index:
         elif out.shape != shape or out.dtype != np.float32:
             raise QueryError(f"out must be {shape} float32, got {out.shape} {out.dtype}")
         with reporter(progress) as report:
-            for start, scores, _ in scan(self._reader, prepared.question, report):
-                out[:, start : start + scores.shape[1]] = scores.numpy()
+            at = 0
+            for _, scores, _ in scan(self._reader, prepared.question, report):
+                out[:, at : at + scores.shape[1]] = scores.numpy()
+                at += scores.shape[1]
         return out
 
     def self_influence(
@@ -297,16 +365,31 @@ class Index:
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
         """Each stored example's score with itself, g_i^T H^-1 g_i, (n,) float32, in the order of `index.ids`."""
+        self = copy(self)
         self._need_rows("self_influence")
         preconditioners = self._reader.preconditioners(self._chosen(layers), self._policy(damping))
         sketch = self._reader.sketch if self._layout.codes is not None else None
         out = np.empty(len(self), dtype=np.float32)
+        dead, at = self._store.dead, 0
         with reporter(progress) as report, report.stage("scan", len(self)) as stage:
             for start, rows in self._store.stream():
                 own = self_scores(self._layout, rows, preconditioners, sketch, self._curvature, self._reader.eigen)
-                out[start : start + len(rows)] = own.numpy()
-                stage.advance(len(rows), len(rows) * self._layout.row_bytes)
+                alive = own.numpy() if dead is None else own.numpy()[~dead[start : start + len(rows)]]
+                out[at : at + len(alive)] = alive
+                at += len(alive)
+                stage.advance(len(alive), len(rows) * self._layout.row_bytes)
         return out
+
+    def payloads(self, ids: Iterable[int] | np.ndarray | None = None) -> list[Any]:
+        """What was given to `build` or `add` as payloads of some rows, in the order wanted; None where a row has none.
+
+        Args:
+            ids: row ids; all by default (mind the memory).
+
+        Raises:
+            QueryError: an id that the index does not hold. CorruptionError: a payload that is damaged.
+        """
+        return [decode(payload) for payload in self._store.payloads(self._positions(ids))]
 
     def factors(self, ids: Iterable[int] | np.ndarray | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Stored factors, as float32: layer -> (U (n, d_in, c), V (n, d_out, c)), the stored gradient being U V^T.
@@ -363,8 +446,8 @@ class Index:
             refuses the string.
         """
         self._need_rows("rebuild_coarse")
-        with reporter(progress) as report:
-            self._use(Reader(self._path, rebuild(self._reader, coarse, report), device=self._device))
+        with self._changing(progress) as report:
+            rebuild(self._reader, coarse, report)
 
     def calibrate(
         self,
@@ -389,25 +472,169 @@ class Index:
         if self._reader.candidates is None:
             raise QueryError("the index has no coarse stage: make one with rebuild_coarse()")
         extra = None if query is None else self._query_gradients(query, measure, self.layers)
+        with self._changing(progress) as report:
+            recalibrate(self._reader, extra, report)
+        return dict(self._manifest.calibration or {})
+
+    # -- changing it ---------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        data: Any = None,
+        *,
+        gradients: Iterable[Any] | None = None,
+        payloads: Sequence[Any] | None = None,
+        progress: bool | ProgressCallback | None = None,
+    ) -> np.ndarray:
+        """Indexes further examples, which can be found at once. The same call on an interrupted one goes on with it.
+
+        Projections, curvature and sketch stay as they were fitted: the scores are those of an index that was built of
+        everything with this curvature (see `curvature_age`).
+
+        Args:
+            data: as in `build`; the index must have been opened with its model, and its loss.
+            gradients: instead of data, as in `build`.
+            payloads: as in `build`, of the new examples.
+            progress: as in `build`.
+
+        Returns:
+            (m,) int64: the ids of the new rows. They go on from the last that was ever given.
+
+        Raises:
+            DataError, NonFiniteError: as in `build`; the index is then as it was. FingerprintError: the model is no
+            longer the one that the index was built from. LockedError: another writer is at work.
+        """
+        check_addition(data, gradients, self._model, self._manifest.fingerprint["model"] is not None)
+        if data is not None and self._model is not None:
+            check_same(
+                {"model": self._manifest.fingerprint["model"], "loss": self._manifest.fingerprint["loss"]},
+                {"model": model_digest(self._model), "loss": loss_name(self._loss)},
+                f"the model that is to give gradients for {self._path}",
+                "open the index with the model and loss that it was built from",
+            )
+        with self._changing(progress) as report, ExitStack() as stack:
+            first = self._manifest.next_id
+            source: GradientSource
+            if data is not None and self._model is not None:
+                config = self._query_config()
+                capture = ModelCapture(self._model, config, self._projections).capture(self._loss)
+                examples = as_source(data, config.batch_size)
+                source, digest, device = ModelGradients(capture, examples), data_digest(examples), capture.device
+            else:
+                if is_one_shot(gradients):
+                    gradients = Rewound(gradients, self._path)  # type: ignore[arg-type]
+                    stack.callback(gradients.close)
+                given = GivenGradients(gradients, self._projections)  # type: ignore[arg-type]
+                if not given.count:
+                    raise DataError("gradients is empty: pass an iterable of {layer: (n, d_in, d_out)} blocks")
+                source, digest, device = given, given.digest, torch.device("cpu")
+            kept = None if payloads is None else Payloads(payloads, source.count)
+            add_examples(self._reader, source, digest, kept, report, device)
+        return self._store.ids[self._store.ids >= first]
+
+    def remove(self, ids: Iterable[int] | np.ndarray) -> int:
+        """Removes examples: no later answer has them. They leave the curvature at `refit`, and the disk at `compact`.
+
+        Args:
+            ids: row ids; one named twice is removed once.
+
+        Returns:
+            how many rows were removed.
+
+        Raises:
+            QueryError: an id that the index does not hold, or all of them. LockedError: another writer is at work.
+        """
+        with self._changing(False):
+            return remove_examples(self._reader, ids)
+
+    def compact(self, *, progress: bool | ProgressCallback | None = None) -> dict[str, Any]:
+        """Takes removed examples off the disk, and joins small shards. Ids and scores stay as they are.
+
+        What was fitted on them (curvature, projections, sketch: sums over the sample) stays until `refit` or a new
+        build. Files that another reader still has open are removed by the next change after that one has closed.
+
+        Returns:
+            {"bytes": freed, "held": names of files that readers of older versions still hold}.
+
+        Raises:
+            LockedError: another writer is at work. ConfigError: rows are in the coarse index only, of a kind that
+            cannot leave any out.
+        """
+        before = folder_bytes(self._path)
+        with self._changing(progress) as report:
+            compact_rows(self._reader, report)
+        return {"bytes": before - folder_bytes(self._path), "held": self._held}
+
+    def refit(self, *, progress: bool | ProgressCallback | None = None) -> dict[str, Any]:
+        """Renews curvature, sketch and coarse index from the stored rows, without the model.
+
+        Factors (`store="factors"`) give all of them; the curvature is the empirical one of the factors then, whatever
+        it was. Other rows are written in the directions of their curvature, which they keep.
+
+        Returns:
+            {"renewed": names, "kept": {name: why}}.
+
+        Raises:
+            CurvatureError: the stored gradients have no curvature. LockedError: another writer is at work.
+        """
+        with self._changing(progress) as report:
+            return refit_index(self._reader, report)[1]
+
+    @classmethod
+    def merge(
+        cls,
+        path: str | os.PathLike[str],
+        indexes: Sequence[Index | str | os.PathLike[str]],
+        *,
+        progress: bool | ProgressCallback | None = None,
+    ) -> Index:
+        """Makes one index of several that share a fit (see `build(fit=)`), copying their rows, and opens it.
+
+        Ids of the first index stay; to those of each further one is added what the ones before it ever gave out:
+        `index.metadata` of none is lost but the later ones', and payloads come along.
+
+        Args:
+            path: a folder that does not exist or is empty.
+            indexes: at least two, in the order in which their rows are to follow each other.
+            progress: as in `build`.
+
+        Raises:
+            FingerprintError: they do not share a fit; the message names what differs. ConfigError: fewer than two, or
+            ones that keep the coarse code alone. IndexExistsError: the folder is not free.
+        """
+        parts = [part.path if isinstance(part, Index) else Path(part) for part in indexes]
         with reporter(progress) as report:
-            manifest = recalibrate(self._reader, extra, report)
-        self._use(Reader(self._path, manifest, device=self._device))
-        return dict(manifest.calibration or {})
+            merge_indexes(Path(path), parts, report)
+        return cls(Path(path), None, None)
+
+    @contextmanager
+    def _changing(self, progress: bool | ProgressCallback | None) -> Iterator[Reporter]:
+        """The only writer, on the newest version; afterwards this index is of the version that was made."""
+        with WriterLock(self._path):
+            collect(self._path)
+            self.refresh()
+            try:
+                with reporter(progress) as report:
+                    yield report
+            finally:
+                self.refresh()
+                self._held = collect(self._path)
 
     def verify(self) -> None:
         """Compares every file with the digest under which it was sealed.
 
         Raises:
-            CorruptionError: naming the first file that differs.
+            CorruptionError: naming every file that differs, and the ids of the examples in it.
         """
-        for file in self._reader.files():
-            file.verify()
+        found = find_damage(self._path, self._manifest)
+        if found:
+            raise CorruptionError(damage_message(self._path, found))
 
     # -- looking at it -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """n, the number of rows."""
-        return len(self._store)
+        """n, the number of rows; removed ones do not count."""
+        return self._store.live_count
 
     @property
     def path(self) -> Path:
@@ -416,7 +643,29 @@ class Index:
     @property
     def ids(self) -> np.ndarray:
         """(n,) int64: row ids, positions in the training data; they label the columns of `scores`."""
-        return self._store.ids
+        return self._store.live_ids
+
+    @property
+    def curvature_age(self) -> dict[str, Any]:
+        """What happened since the curvature was fitted.
+
+        Returns:
+            {"new_rows": rows that were added since, "rows": all, "new_trace": the share of all rows' squared gradient
+            norm that is new ones' (None where an older version did not keep it), "removed": rows that were removed and
+            are not yet compacted}.
+        """
+        ids, live = self._store.ids, self._store.live
+        new = ids[live] >= self._manifest.fitted_ids
+        energies, share = self._store.energies(), None
+        if energies is not None:
+            total = float(energies[live].sum(dtype=np.float64))
+            share = float(energies[live][new].sum(dtype=np.float64)) / total if total else 0.0
+        return {"new_rows": int(new.sum()), "rows": len(new), "new_trace": share, "removed": len(ids) - len(live)}
+
+    @property
+    def generation(self) -> int:
+        """Rises with every change of the index."""
+        return self._manifest.generation
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -498,7 +747,7 @@ class Index:
         return "\n".join(lines)
 
     def close(self) -> None:
-        """Gives the file handles back; a closed index opens them again when asked."""
+        """Gives the file handles back; a closed index opens them again when asked, if its version is still there."""
         self._reader.close()
 
     def __enter__(self) -> Index:
@@ -542,10 +791,11 @@ class Index:
     def _row_scale(self, policy: Damping, chosen: tuple[str, ...]) -> torch.Tensor:
         """(n,) float32: 1 / the root of each row's self-influence; the last is kept."""
         key = (json.dumps(policy.to_json(), sort_keys=True), chosen)
-        if self._scale is None or self._scale[0] != key:
+        if key not in self._scales:
             own = torch.from_numpy(self.self_influence(damping=policy, layers=chosen))
-            self._scale = key, _inverse_roots(own)
-        return self._scale[1]
+            self._scales.clear()
+            self._scales[key] = _inverse_roots(own)
+        return self._scales[key]
 
     def _need_rows(self, what: str) -> None:
         if not self._layout.row_bytes:
@@ -556,12 +806,24 @@ class Index:
 
     def _positions(self, ids: Iterable[int] | np.ndarray | None) -> np.ndarray:
         if ids is None:
-            return np.arange(len(self), dtype=np.int64)
-        wanted = np.asarray(list(ids), dtype=np.int64)
-        positions = positions_of(self._store.ids, wanted)
+            return self._store.live
+        wanted = as_ids(ids)
+        positions = positions_of(self._store, wanted)
         if len(wanted) and positions.min() < 0:
             raise QueryError(f"the index has no row with id {int(wanted[positions < 0][0])}: ids are in index.ids")
         return positions
+
+    def _payloads_of(self, positions: np.ndarray) -> list[list[Any]] | None:
+        """Of hits (q, k); None where the index has none."""
+        if not any(shard.has_payloads for shard in self._store.shards):
+            return None
+        found = iter(self._store.payloads(positions.ravel()))
+        return [[decode(next(found)) for _ in row] for row in positions]
+
+    def _skipped_rows(self) -> int:
+        """Rows of damaged shards, which no answer has."""
+        names = self._store.damaged
+        return sum(shard.count for shard in self._store.shards if shard.info.sealed.file in names)
 
     def _stored_dtype(self) -> str:
         parts = [self._config.dtype] if self._layout.groups else []

@@ -104,7 +104,7 @@ def choose_plan(
         if not has_coarse:
             raise QueryError("exact=False, but this index has no coarse stage: make one with rebuild_coarse()")
         return Plan("candidates", f"candidates, as asked by exact=False{_caveat(reader, damping)}", recall)
-    count = len(reader.store)
+    count = reader.store.live_count
     if exact:
         return Plan("scan", "scan of every row, as asked by exact=True", 1.0)
     if not has_coarse:
@@ -147,13 +147,15 @@ def _caveat(reader: Reader, damping: Damping) -> str:
     )
 
 
-def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple[int, torch.Tensor, int]]:
-    """(position of the first row, scores (q, n), bytes read) of every block of the index."""
-    with report.stage("scan", len(reader.store)) as stage:
-        for start, scores, size in stream_scores(reader.rows, question):
+def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(positions (m,), scores (q, m), bytes read) of the live rows of every block of the index."""
+    with report.stage("scan", reader.store.live_count) as stage:
+        at = 0
+        for positions, scores, size in stream_scores(reader.rows, question):
             if question.scale is not None:
-                scores.mul_(question.scale[start : start + scores.shape[1]])
-            yield start, scores, size
+                scores.mul_(question.scale[at : at + scores.shape[1]])
+            at += scores.shape[1]
+            yield positions, scores, size
             stage.advance(scores.shape[1], size)
 
 
@@ -163,11 +165,11 @@ def _by_scan(
     top, read = TopK(question.count, k, largest=largest), 0
     began = time.perf_counter()
     with report as opened:
-        for start, scores, size in scan(reader, question, opened):
-            top.update(start, scores)
+        for at, scores, size in scan(reader, question, opened):
+            top.update(at, scores)
             read += size
     positions, best = top.result()
-    examined, certain = np.full(question.count, len(reader.store)), np.ones(question.count)
+    examined, certain = np.full(question.count, reader.store.live_count), np.ones(question.count)
     seconds = {"scan": time.perf_counter() - began}
     return Answer(positions.numpy(), best.numpy(), examined, certain, read, seconds)
 

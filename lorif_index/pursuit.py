@@ -252,7 +252,7 @@ class Pursuit:
             state, row, scores = states[i], positions[i, : states[i].wide], coarse[i, : states[i].wide]
             # An index of inverted lists may find fewer than asked for: -1 marks the end.
             good = row >= 0
-            state.complete, state.wider = int(good.sum()) == len(self._rows), False
+            state.complete, state.wider = int(good.sum()) == self._rows.store.live_count, False
             if self._without is not None:
                 good &= row != self._without[chosen[i]]
             if len(state.positions):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,13 @@ from .fitted import (
     FittedProjections,
     eigen_layout,
     load_eigencode,
+    load_removed,
     load_sketch,
 )
 from .flat import FlatSketch
 from .gradients import LayerGradient, LayerSpec
+from .living import LivingRows
+from .locks import Lease
 from .manifest import Manifest
 from .pursuit import Proposer
 from .query import Preconditioner
@@ -36,6 +40,7 @@ from .rows import RowLayout, Rows
 from .scoring import Question, ask
 from .scratch import CPU
 from .sealed import SealedFile, SealedInfo
+from .shards import ShardInfo
 from .sketch import Sketch, SketchEncoder
 from .store import Store
 
@@ -74,19 +79,31 @@ class Reader:
         manifest: with its curvature; sketch and coarse index may be absent.
         layout: of the rows; by default what the manifest says.
         device: where rows are scored.
+        verify: when streamed shards are compared with their digests (`store.VERIFY`).
+        damaged: names of shards that are left out.
+        lease: keeps the files of this version from being removed, as long as this object lives.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, layout: RowLayout | None = None, device: torch.device = CPU
+        self,
+        folder: Path,
+        manifest: Manifest,
+        layout: RowLayout | None = None,
+        device: torch.device = CPU,
+        *,
+        verify: str = "first",
+        damaged: Collection[str] = (),
+        lease: Lease | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder, self._lease = folder, lease
         self.device = device
         self.manifest = manifest
         self.config = BuildConfig.from_json(manifest.config)
         self.specs = {spec.name: spec for spec in manifest.layers}
         self.representation = str(manifest.stored)
         self.layout = row_layout(manifest, self.config, self.specs) if layout is None else layout
-        self.store = Store(folder, self.layout, manifest.shards)
+        removed = None if manifest.removed is None else load_removed(folder, manifest.removed)
+        self.store = Store(folder, self.layout, manifest.shards, removed=removed, verify=verify, damaged=damaged)
         if manifest.curvature is None:
             raise CorruptionError(f"{folder} has no curvature in its manifest: restore it from a copy")
         self.curvature = FittedCurvature(folder, manifest.curvature, self.specs, manifest.curvature_layers)
@@ -145,6 +162,24 @@ class Reader:
         self._coarse_file = SealedFile(self.folder, info)
         return Coarse.load(self._coarse_file, factory, axis, self.sketch.dim, len(self.store))
 
+    def growing_coarse(self) -> Coarse:
+        """A copy of the coarse index that takes further rows.
+
+        Raises:
+            StoreError: there is none. Else as `coarse`.
+        """
+        if self.coarse is None or self._coarse_file is None or self.sketch is None:
+            raise StoreError("the index has no coarse stage: make one with rebuild_coarse()")
+        old = self.coarse
+        return Coarse.load(self._coarse_file, old.factory, old.axis, self.sketch.dim, len(self.store), growing=True)
+
+    def keep_coarse(self, coarse: Coarse) -> dict[str, Any]:
+        """Seals a coarse index of all rows; the manifest's entry."""
+        fingerprint = self.coarse_fingerprint(coarse.factory)
+        info = coarse.save(self.folder, coarse_name(fingerprint))
+        axis = None if coarse.axis is None else coarse.axis.to_json()
+        return {"file": info.to_json(), "factory": coarse.factory, "fingerprint": fingerprint, "axis": axis}
+
     @cached_property
     def candidates(self) -> CandidateSearch | None:
         """The candidate search, or None where there is no coarse index."""
@@ -153,7 +188,7 @@ class Reader:
         learnt = self.manifest.calibration
         calibration = Calibration.from_json(learnt) if learnt is not None else None
         # The sketch takes its room on the device before the rows do.
-        proposer = self._proposer(self.coarse)
+        proposer = self.living(self._proposer(self.coarse))
         return CandidateSearch(self.rows, proposer, calibration)
 
     @cached_property
@@ -167,14 +202,22 @@ class Reader:
             return coarse
         return FlatSketch(self.all_coordinates(), len(self.store), coarse.dim, self.device)
 
+    def living(self, proposer: Proposer) -> Proposer:
+        """A proposer that leaves out removed rows."""
+        dead = self.store.dead
+        return proposer if dead is None else LivingRows(proposer, dead)
+
     def coarse_fingerprint(self, factory: str) -> str:
         """What a coarse index of these rows must be made from."""
         sketch = self.manifest.sketch or {}
         curvature = self.manifest.curvature
         return coarse_fingerprint(
             [
-                # Where rows are not kept, their number stands for them.
-                [s.rows if self.representation == "coarse" else s.sealed.digest for s in self.manifest.shards],
+                # Where rows are not kept, their number and ids stand for them.
+                [
+                    _without_rows(s) if self.representation == "coarse" else s.sealed.digest
+                    for s in self.manifest.shards
+                ],
                 curvature.digest if curvature else None,
                 sketch.get("lams"),
                 sketch.get("file", {}).get("digest"),
@@ -242,7 +285,9 @@ class Reader:
         return files
 
     def close(self) -> None:
-        """Gives the file handles back; they are opened again when asked."""
+        """Gives the file handles back, and the version up; the files are opened again when asked, if still there."""
+        if self._lease is not None:
+            self._lease.release()
         self.store.close()
         self.curvature.file.close()
         if self._coarse_file is not None:
@@ -253,15 +298,22 @@ class Reader:
             self.queries.file.close()
 
 
+def _without_rows(shard: ShardInfo) -> Any:
+    return shard.rows if shard.ids_digest is None else [shard.rows, shard.ids_digest, shard.shift]
+
+
 def coarse_name(fingerprint: str) -> str:
     """The coarse index's file, by what it was made from."""
     return f"coarse-{fingerprint[:16]}.faiss"
 
 
-def positions_of(own: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Positions of ids among sorted ids; -1 where there is no such id."""
+def positions_of(store: Store, wanted: np.ndarray) -> np.ndarray:
+    """Positions of rows by their ids; -1 where there is no such row, or no longer."""
+    own, dead = store.ids, store.dead
     at = np.searchsorted(own, wanted)
     inside = at < len(own)
     good = np.zeros(len(wanted), dtype=bool)
     good[inside] = own[at[inside]] == wanted[inside]
+    if dead is not None:
+        good[inside] &= ~dead[at[inside]]
     return np.where(good, at, -1)

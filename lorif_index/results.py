@@ -31,6 +31,7 @@ class SearchStats:
         estimated_recall: mean over the queries; NaN where nothing is known.
         recall_by_query: the estimate for each query.
         candidates_by_query: rows rescored for each query.
+        skipped: rows that no answer can have, because their shard is damaged (`Index.open(damaged="skip")`).
     """
 
     exact: bool
@@ -49,6 +50,7 @@ class SearchStats:
     estimated_recall: float = 1.0
     recall_by_query: list[float] = field(default_factory=list)
     candidates_by_query: list[int] = field(default_factory=list)
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class Hits:
         scores: (q, k) float32; score / N estimates the change of the query's loss, in nats, if that example were left
             out. Positive: a proponent.
         stats: how they were found.
+        payloads: for each query those of its hits, as they were given to `build` or `add`; None where there are none.
     """
 
     ids: np.ndarray
     scores: np.ndarray
     stats: SearchStats
+    payloads: list[list[Any]] | None = None
 
     def __len__(self) -> int:
         """Number of queries."""

@@ -106,7 +106,7 @@ class Question:
         x: (q, k) float32, for coordinates and coarse index; None where the index has no sketch.
         count: q.
         eigen: (q, dim) float32, for eigencodes, or None.
-        scale: (n,) float32 that a scan multiplies the rows' scores by, or None.
+        scale: (m,) float32 that a scan multiplies the live rows' scores by, or None.
     """
 
     queries: Mapping[str, torch.Tensor]
@@ -215,11 +215,15 @@ def rebuild(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch
     return torch.bmm(left.transpose(1, 2), right, out=out)
 
 
-def stream_scores(rows: Resident, question: Question) -> Iterator[tuple[int, torch.Tensor, int]]:
-    """(position of the first row, scores (q, n) on the CPU, bytes read) of every block of rows, in order."""
-    scorer = question.scorer(rows.layout, rows.device)
+def stream_scores(rows: Resident, question: Question) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(positions (m,) int64, scores (q, m) on the CPU, bytes read) of the live rows of every block, in order."""
+    scorer, dead = question.scorer(rows.layout, rows.device), rows.store.dead
     for start, block, read in rows.stream():
-        yield start, scorer.score(block).cpu(), read
+        scores, positions = scorer.score(block).cpu(), torch.arange(start, start + len(block))
+        if dead is not None:
+            alive = torch.from_numpy(~dead[start : start + len(block)])
+            scores, positions = scores[:, alive], positions[alive]
+        yield positions, scores, read
 
 
 class TopK:
@@ -237,10 +241,10 @@ class TopK:
         self._scores = torch.empty(queries, 0)
         self._positions = torch.empty(queries, 0, dtype=torch.int64)
 
-    def update(self, start: int, scores: torch.Tensor) -> None:
-        """Takes scores (q, n) of the rows start .. start + n - 1."""
+    def update(self, positions: torch.Tensor, scores: torch.Tensor) -> None:
+        """Takes scores (q, n) of rows at positions (n,), which rise from call to call."""
         signed = scores * self._sign
-        positions = torch.arange(start, start + signed.shape[1]).expand_as(signed)
+        positions = positions.expand_as(signed)
         if signed.shape[1] > self._k:
             # Everything at or above the block's k-th best, so that ties are decided by position below.
             kth = torch.topk(signed, self._k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)

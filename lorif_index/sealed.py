@@ -7,11 +7,14 @@ disk is an ordinary error, and reading never parses HDF5: the manifest says wher
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import threading
+import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,19 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def replace_durably(folder: Path, name: str, data: bytes) -> None:
+    """Gives a small file new bytes: whoever reads it finds the old ones or the new ones, also after a power failure."""
+    temporary = folder / f".{name}.part"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        _write_all(fd, memoryview(data), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    temporary.rename(folder / name)
+    sync_folder(folder)
+
+
 def write_sealed(
     folder: Path, name: str, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str]
 ) -> SealedInfo:
@@ -141,6 +157,30 @@ def seal_file(temporary: Path, final: Path) -> SealedInfo:
     return SealedInfo(final.name, size, digest, {})
 
 
+def copy_sealed(source: Path, info: SealedInfo, folder: Path, name: str) -> SealedInfo:
+    """Copies a sealed file into another folder, and compares the copy with its digest.
+
+    Raises:
+        CorruptionError: the file is not as it was sealed.
+    """
+    temporary = folder / f".{name}.part"
+    with closing(SealedFile(source, info)) as file:
+        size, at = info.size, 0
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            while at < size:
+                chunk = bytearray(min(_CHUNK, size - at))
+                file.read(at, memoryview(chunk))
+                _write_all(fd, memoryview(chunk), at)
+                at += len(chunk)
+        finally:
+            os.close(fd)
+    if file_digest(temporary) != info.digest:
+        temporary.unlink()
+        raise CorruptionError(f"{source / info.file} is not as it was sealed: restore it from a copy")
+    return replace(seal_file(temporary, folder / name), offsets=info.offsets)
+
+
 def _allocate(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str]) -> dict[str, int]:
     """Creates the file with its datasets allocated but not filled; their offsets."""
     offsets = {}
@@ -165,21 +205,29 @@ def _write_all(fd: int, view: memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+class _Descriptor:
+    """An open file, closed when nobody holds this object any longer: never under a thread that is reading."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._close = weakref.finalize(self, os.close, fd)
+
+
 class SealedFile:
     """A sealed file, opened when first read; safe to use from several threads."""
 
     def __init__(self, folder: Path, info: SealedInfo) -> None:
         self.path = folder / info.file
         self.info = info
-        self._fd = -1
-        self._scattered_fd = -1
+        self._file: _Descriptor | None = None
+        self._scattered: _Descriptor | None = None
         self._verified = False
         self._lock = threading.Lock()
 
     def require(self, dataset: str, size: int) -> int:
         """Offset of a dataset of that many bytes, checked to lie inside the file."""
         offset = self.info.offsets.get(dataset)
-        if offset is None or offset + size > self.info.size:
+        if offset is None or size < 0 or offset + size > self.info.size:
             raise CorruptionError(
                 f"{self.path} has {self.info.size} bytes, but its dataset {dataset!r} of {size} bytes is said to begin "
                 f"at {offset}: the manifest is damaged, restore it"
@@ -188,9 +236,9 @@ class SealedFile:
 
     def read(self, offset: int, view: memoryview) -> None:
         """Fills a buffer of bytes from an offset."""
-        fd = self.fileno()
+        file = self._opened()
         while view:
-            got = os.preadv(fd, [view], offset)
+            got = os.preadv(file.fd, [view], offset)
             if got == 0:
                 raise CorruptionError(f"{self.path} ended at byte {offset}: was it truncated while in use?")
             view, offset = view[got:], offset + got
@@ -202,10 +250,11 @@ class SealedFile:
         request before the first is waited for, without reading ahead of any.
         """
         with self._lock:
-            if self._scattered_fd < 0:
-                self._scattered_fd = self._open()
-                os.posix_fadvise(self._scattered_fd, 0, 0, os.POSIX_FADV_RANDOM)
-            fd, preadv = self._scattered_fd, os.preadv
+            if self._scattered is None:
+                self._scattered = self._open()
+                os.posix_fadvise(self._scattered.fd, 0, 0, os.POSIX_FADV_RANDOM)
+            file = self._scattered
+        fd, preadv = file.fd, os.preadv
         missing = []
         for i, offset in enumerate(offsets):
             try:
@@ -221,7 +270,7 @@ class SealedFile:
 
     def read_array(self, dataset: str, shape: tuple[int, ...], dtype: str, out: np.ndarray | None = None) -> np.ndarray:
         """A whole dataset as an array, into `out` (contiguous, of that shape and type) if given."""
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         offset = self.require(dataset, size)
         out = np.empty(shape, dtype=dtype) if out is None else out
         self.read(offset, out.data.cast("B"))
@@ -229,23 +278,29 @@ class SealedFile:
 
     def fileno(self) -> int:
         """The file's descriptor, after checking that it is the regular file of the size that was sealed."""
-        with self._lock:
-            if self._fd < 0:
-                self._fd = self._open()
-            return self._fd
+        return self._opened().fd
 
-    def _open(self) -> int:
+    def _opened(self) -> _Descriptor:
+        with self._lock:
+            if self._file is None:
+                self._file = self._open()
+            return self._file
+
+    def _open(self) -> _Descriptor:
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise CorruptionError(f"{self.path} cannot be opened ({error.strerror}): restore it") from None
+            raise CorruptionError(
+                f"{self.path} cannot be opened ({error.strerror}): restore it, or open the index again if it was "
+                "changed since"
+            ) from None
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size != self.info.size:
             os.close(fd)
             raise CorruptionError(
                 f"{self.path} has {found.st_size} bytes where {self.info.size} were sealed: restore it"
             )
-        return fd
+        return _Descriptor(fd)
 
     def verify(self) -> None:
         """Compares the whole file with its digest.
@@ -253,12 +308,21 @@ class SealedFile:
         Raises:
             CorruptionError: it differs.
         """
-        self.fileno()
-        found = file_digest(self.path)
+        found = self._digest()
         if found != self.info.digest:
             raise CorruptionError(
                 f"{self.path} has digest {found} where {self.info.digest} was sealed: restore it from a copy"
             )
+
+    def _digest(self) -> str:
+        digest, at, buffer = xxhash.xxh3_128(), 0, bytearray(min(_CHUNK, self.info.size))
+        self._opened()
+        while at < self.info.size:
+            view = memoryview(buffer)[: min(_CHUNK, self.info.size - at)]
+            self.read(at, view)
+            digest.update(view)
+            at += len(view)
+        return str(digest.hexdigest())
 
     def verify_once(self) -> None:
         """`verify`, the first time that it is called."""
@@ -268,7 +332,4 @@ class SealedFile:
 
     def close(self) -> None:
         with self._lock:
-            for fd in (self._fd, self._scattered_fd):
-                if fd >= 0:
-                    os.close(fd)
-            self._fd = self._scattered_fd = -1
+            self._file = self._scattered = None

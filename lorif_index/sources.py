@@ -23,6 +23,9 @@ from .probes import Probes
 from .projection import Projections
 from .spool import Spool
 
+# Batches beside the first that tell one data set from another.
+_SAMPLED_BATCHES = 5
+
 
 class ModelGradients:
     """Gradients of a model over a source of examples."""
@@ -74,12 +77,20 @@ class ProbedGradients:
 
 
 class GivenGradients:
-    """Gradients handed over by the user, as an iterable of blocks that can be walked again."""
+    """Gradients handed over by the user, as an iterable of blocks that can be walked again.
+
+    Attributes:
+        digest: XXH3-128, in hex, of each block's first and last example: a cheap sign of content and order.
+    """
 
     def __init__(self, blocks: Iterable[Any], projections: Projections) -> None:
         self._blocks = blocks
         self._projections = projections
-        self.count = sum(block.count for block in _parsed(blocks, projections.specs))
+        self.count, digest = 0, xxhash.xxh3_128()
+        for block in _parsed(blocks, projections.specs):
+            self.count += block.count
+            _feed_block(digest, block)
+        self.digest = str(digest.hexdigest())
 
     def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
         for block in _parsed(self._blocks, self._projections.specs):
@@ -270,23 +281,27 @@ def model_digest(model: nn.Module) -> str:
     return str(digest.hexdigest())
 
 
-def first_batch_digest(examples: ExampleSource) -> str:
-    """XXH3-128, in hex, of the first batch: a cheap sign of the data's content and order."""
+def data_digest(examples: ExampleSource) -> str:
+    """XXH3-128, in hex, of some batches: a cheap sign of the data's content and order.
+
+    The first batch, and of data with random access five further ones, the last among them.
+    """
     digest = xxhash.xxh3_128()
-    _, batch = next(iter(examples.batches()))
+    ids, batch = next(iter(examples.batches()))
     _feed(digest, batch)
+    if examples.random_access and examples.count > len(ids):
+        for start in np.linspace(len(ids), examples.count - 1, _SAMPLED_BATCHES).astype(np.int64).tolist():
+            _, batch = next(iter(examples.batches(start)))
+            _feed(digest, batch)
     return str(digest.hexdigest())
 
 
-def first_block_digest(blocks: Iterable[Any]) -> str:
-    """The same for a stream of gradient blocks."""
-    digest = xxhash.xxh3_128()
-    first = parse_block(next(iter(blocks)), 0)
-    for name, gradient in first.layers.items():
-        digest.update(name.encode())
+def _feed_block(digest: Any, block: GradientBlock) -> None:
+    ends = block.select(np.unique([0, block.count - 1]))
+    for name, gradient in ends.layers.items():
+        digest.update(f"{name}|{block.count}".encode())
         for part in gradient.pair if gradient.pair is not None else (gradient.dense(),):
             _feed(digest, part)
-    return str(digest.hexdigest())
 
 
 def _feed(digest: Any, value: Any) -> None:

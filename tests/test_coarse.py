@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import forged
 import numpy as np
 import pytest
 import torch
@@ -333,14 +334,14 @@ def test_a_stale_coarse_index_is_never_used(index: Index, query: Any, tmp_path: 
     data = json.loads(manifest.read_text())
     # Another damping of the sketch than the coarse index was made with.
     data["sketch"]["lams"][0] *= 2
-    manifest.write_text(json.dumps(data))
+    forged.write(manifest, data)
     stale = Index.open(tmp_path / "copy")
     with pytest.raises(FingerprintError, match="rebuild_coarse"):
         stale.search(query, exact=False)
     assert stale.search(query, exact=True).stats.exact
     # A fingerprint that was forged too does not fit the file's name.
     data["coarse"]["fingerprint"] = stale._reader.coarse_fingerprint(data["coarse"]["factory"])
-    manifest.write_text(json.dumps(data))
+    forged.write(manifest, data)
     with pytest.raises(FingerprintError):
         Index.open(tmp_path / "copy").search(query, exact=False)
 
@@ -351,7 +352,7 @@ def test_a_damaged_axis_is_refused(index: Index, query: Any, tmp_path: Path, axi
     manifest = tmp_path / "copy" / "manifest.json"
     data = json.loads(manifest.read_text())
     data["coarse"]["axis"] = axis
-    manifest.write_text(json.dumps(data))
+    forged.write(manifest, data)
     with pytest.raises(LorifError):
         Index.open(tmp_path / "copy").search(query, exact=False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import forged
 import numpy as np
 import oracle
 import pytest
@@ -181,6 +182,9 @@ def test_damage_is_found(case: Any, tmp_path: Path) -> None:
         Index.open(tmp_path / "i", model=made.model).scores(made.query)
     path.write_bytes(raw)
     manifest.write_text(text.replace('"bits": 1', '"bits": 3'))
+    with pytest.raises(CorruptionError, match="checksum"):
+        Index.open(tmp_path / "i")
+    forged.forge(tmp_path / "i")
     with pytest.raises(CorruptionError, match="eigencodes is damaged"):
         Index.open(tmp_path / "i")
     manifest.write_text(text)

@@ -32,8 +32,9 @@ SURFACE = [
 ]
 
 INDEX = {
-    "build": "path model data gradients loss curvature config metadata progress",
-    "open": "path model loss device",
+    "build": "path model data gradients loss curvature config metadata payloads fit progress",
+    "open": "path model loss device verify damaged",
+    "merge": "path indexes progress",
     "search": "self query k recall rescore measure opponents normalize exact damping layers progress",
     "scores": "self query measure damping layers normalize out progress",
     "self_influence": "self damping layers progress",
@@ -41,13 +42,19 @@ INDEX = {
     "coordinates": "self ids",
     "rebuild_coarse": "self coarse progress",
     "calibrate": "self query measure progress",
+    "add": "self data gradients payloads progress",
+    "remove": "self ids",
+    "compact": "self progress",
+    "refit": "self progress",
+    "refresh": "self",
+    "payloads": "self ids",
     "verify": "self",
     "close": "self",
 }
 
 PROPERTIES = (
-    "build_report bytes_per_example coarse config curvature fingerprint ids layers metadata nbytes path representation "
-    "skipped specs"
+    "build_report bytes_per_example coarse config curvature curvature_age fingerprint generation ids layers metadata "
+    "nbytes path representation skipped specs"
 ).split()
 
 CONFIG = (
@@ -59,9 +66,9 @@ CONFIG = (
 # Stages in the order of the package docstring: a module may import those before it, never those behind.
 ORDER = (
     "version errors damping scratch codes config progress gradients projection losses probes data layers factors rows "
-    "sealed shards store resident spool capture subspace eigenbases sources curvature query sketch eigencodes fitted "
-    "scoring results manifest coarse devices flat calibration missed pursuit candidates reader planner coarse_build "
-    "build index"
+    "sealed shards store resident spool payloads capture subspace eigenbases sources curvature query sketch eigencodes "
+    "encode fitted scoring results locks manifest damage coarse devices flat calibration missed pursuit living "
+    "candidates reader planner coarse_build growth removal build refit merging index"
 ).split()
 
 
@@ -74,7 +81,7 @@ def test_surface_is_frozen() -> None:
     for name, arguments in INDEX.items():
         signature = inspect.signature(
             inspect.unwrap(inspect.getattr_static(Index, name).__func__)
-            if name in ("build", "open")
+            if name in ("build", "open", "merge")
             else getattr(Index, name)
         )
         assert [p for p in signature.parameters if p != "cls"] == arguments.split(), name

@@ -53,7 +53,8 @@ def test_top_k_is_a_stable_sort(q: int, k: int, sizes: list[int], levels: int, l
     k = min(k, scores.shape[1])
     top, at = TopK(q, k, largest=largest), 0
     for size in sizes:
-        top.update(at, torch.from_numpy(scores[:, at : at + size]))
+        part = torch.from_numpy(scores[:, at : at + size])
+        top.update(torch.arange(at, at + part.shape[1]), part)
         at += size
     positions, values = (t.numpy() for t in top.result())
     order = np.argsort(-scores if largest else scores, axis=1, kind="stable")[:, :k]

@@ -1,0 +1,500 @@
+"""An index that lives: examples are added and removed, shards compacted, fits renewed, indexes merged; readers stay
+with what they opened, and there is one writer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lorif_index import BuildConfig, Index
+from lorif_index.coarse import faiss_is_installed
+from lorif_index.errors import (
+    ConfigError,
+    CorruptionError,
+    DataError,
+    FingerprintError,
+    IndexExistsError,
+    LockedError,
+    NonFiniteError,
+    QueryError,
+)
+from lorif_index.locks import WriterLock
+
+STORES = ["factors", "both", "coordinates", "eigen"]
+N, MORE = 1300, 200
+
+
+def blocks(rows: torch.Tensor, size: int = 64) -> list[dict[str, torch.Tensor]]:
+    """Gradients of two layers, 12 x 10 and 8 x 8, cut from rows of 184."""
+    return [{"a": part[:, :120].reshape(-1, 12, 10), "b": part[:, 120:].reshape(-1, 8, 8)} for part in rows.split(size)]
+
+
+def query_of(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return blocks(rows, len(rows))[0]
+
+
+def config(store: str, **changes: Any) -> BuildConfig:
+    settings: dict[str, Any] = {
+        "store": store, "rank": 2, "curvature_rank": 20, "sketch_dim": 32, "eigen_bytes": 40, "shard_bytes": 8_000,
+        "calibration_queries": 8,
+    }  # fmt: skip
+    return BuildConfig(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def rows() -> torch.Tensor:
+    torch.manual_seed(0)
+    low = torch.randn(24, 184) * torch.linspace(2, 0.1, 24)[:, None]
+    return torch.randn(N + MORE, 24) @ low + 0.1 * torch.randn(N + MORE, 184)
+
+
+@pytest.fixture(scope="module")
+def query(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return query_of(rows[:5] + 0.3 * torch.randn(5, 184))
+
+
+@pytest.fixture(scope="module", params=STORES)
+def made(request: pytest.FixtureRequest, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param) / "i"
+    payloads = [{"number": i} for i in range(N)]
+    Index.build(folder, gradients=blocks(rows[:N]), config=config(request.param), payloads=payloads).close()
+    return folder
+
+
+@pytest.fixture
+def index(made: Path, tmp_path: Path) -> Index:
+    shutil.copytree(made, tmp_path / "i")
+    return Index.open(tmp_path / "i")
+
+
+def alike(a: np.ndarray, b: np.ndarray) -> None:
+    """Equal but for the rounding of float32 sums, which are grouped as files and batches are cut."""
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+
+
+def assert_found(index: Index, whole: Index, rows: torch.Tensor, exact: bool) -> None:
+    """Rows that were added are found, also through the coarse index, with their payloads."""
+    asked = query_of(rows[N : N + 20])
+    expected = np.argsort(-whole.scores(asked), axis=1, kind="stable")[:, :5]
+    assert (expected >= N).sum() >= 20
+    hits = index.search(asked, k=5, exact=exact, recall=0.999)
+    assert np.mean(hits.ids == expected) > 0.97
+    if hits.payloads is not None:
+        assert [[p["number"] for p in row] for row in hits.payloads] == hits.ids.tolist()
+
+
+def everything(index: Index, rows: torch.Tensor, folder: Path) -> Index:
+    """Built at once of all rows, with the same fit."""
+    return Index.build(folder, gradients=blocks(rows), fit=index)
+
+
+# -- adding ----------------------------------------------------------------------------------------------------------
+
+
+def test_add_then_search_is_build_at_once(index: Index, rows: torch.Tensor, query: Any, tmp_path: Path) -> None:
+    whole = everything(index, rows, tmp_path / "whole")
+    before = index.generation
+    ids = index.add(gradients=blocks(rows[N:]), payloads=[{"number": N + i} for i in range(MORE)])
+    assert ids.tolist() == list(range(N, N + MORE)) and index.generation > before
+    assert len(index) == N + MORE and index.ids.tolist() == list(range(N + MORE))
+    alike(index.scores(query), whole.scores(query))
+    alike(index.self_influence(), whole.self_influence())
+    for exact in (True, False):
+        assert_found(index, whole, rows, exact)
+    again = Index.open(index.path)
+    alike(again.scores(query), whole.scores(query))
+    again.verify()
+
+
+def test_the_curvatures_age_is_told(index: Index, rows: torch.Tensor) -> None:
+    assert index.curvature_age == {"new_rows": 0, "rows": N, "new_trace": 0.0, "removed": 0}
+    index.add(gradients=blocks(rows[N:]))
+    age = index.curvature_age
+    share = float(rows[N:].double().square().sum() / rows.double().square().sum())
+    assert age["new_rows"] == MORE and age["new_trace"] == pytest.approx(share, rel=1e-5)
+
+
+def test_an_interrupted_addition_goes_on(index: Index, rows: torch.Tensor, query: Any, tmp_path: Path) -> None:
+    whole = everything(index, rows, tmp_path / "whole")
+    seen = 0
+
+    def stop(event: Any) -> None:
+        nonlocal seen
+        seen = max(seen, event.done)
+        if event.stage == "encode" and event.done >= 128:
+            raise KeyboardInterrupt
+
+    generation = index.generation
+    small = {"shard_bytes": 2_000}
+    shutil.rmtree(index.path)
+    made = Index.build(index.path, gradients=blocks(rows[:N]), config=config(whole.config.store, **small))
+    generation = made.generation
+    with pytest.raises(KeyboardInterrupt):
+        made.add(gradients=blocks(rows[N:]), progress=stop)
+    assert made.generation == generation and len(made) == N == len(Index.open(index.path))
+    assert (index.path / "adding.json").exists()
+    begun: list[int] = []
+    made.add(gradients=blocks(rows[N:]), progress=lambda e: begun.append(e.total or 0) if e.stage == "encode" else None)
+    assert min(begun) < MORE, "sealed shards were not encoded again"
+    assert not (index.path / "adding.json").exists()
+    np.testing.assert_allclose(made.scores(query), whole.scores(query), rtol=1e-4, atol=1e-5)
+    made.verify()
+
+
+def test_another_addition_drops_what_was_interrupted(index: Index, rows: torch.Tensor) -> None:
+    def stop(event: Any) -> None:
+        if event.stage == "encode" and event.done >= 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index.add(gradients=blocks(rows[N:]), progress=stop)
+    assert index.add(gradients=blocks(rows[N : N + 10])).tolist() == list(range(N, N + 10))
+    assert len(index) == N + 10
+    index.verify()
+
+
+def test_bad_additions_leave_the_index_as_it_was(index: Index, rows: torch.Tensor) -> None:
+    digest, files = index.fingerprint, sorted(p.name for p in index.path.iterdir())
+    bad = rows[N:].clone()
+    bad[3, 7] = float("nan")
+    for arguments, error in (
+        ({}, DataError),
+        ({"data": torch.zeros(3, 2)}, DataError),
+        ({"gradients": []}, DataError),
+        ({"gradients": [{"a": torch.zeros(2, 12, 10)}]}, DataError),
+        ({"gradients": [{"a": torch.zeros(2, 3, 10), "b": torch.zeros(2, 8, 8)}]}, DataError),
+        ({"gradients": blocks(bad)}, NonFiniteError),
+        ({"gradients": blocks(rows[N:]), "payloads": [1]}, DataError),
+        ({"gradients": blocks(rows[N:]), "payloads": [object()] * MORE}, DataError),
+    ):
+        with pytest.raises(error):
+            index.add(**arguments)
+    assert len(Index.open(index.path)) == N and index.fingerprint == digest
+    index.remove([0])
+    assert {p.name for p in index.path.iterdir()} - {"writer.lock"} <= {*files, "removed-000000.h5"} | {
+        p.name for p in index.path.glob("removed-*")
+    }
+
+
+def test_an_addition_from_the_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(90, 6), torch.randint(0, 3, (90,))
+    first = Index.build(tmp_path / "i", model=model, data=(x[:60], y[:60]))
+    first.add((x[60:], y[60:]))
+    whole = Index.build(tmp_path / "whole", model=model, data=(x, y), fit=first)
+    np.testing.assert_allclose(first.scores((x[:4], y[:4])), whole.scores((x[:4], y[:4])), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        model[0].weight += 1
+    with pytest.raises(FingerprintError, match="model"):
+        first.add((x, y))
+    with pytest.raises(DataError, match="needs the index's model"):
+        Index.open(tmp_path / "i").add((x, y))
+
+
+# -- removing --------------------------------------------------------------------------------------------------------
+
+
+def test_removed_examples_are_never_answered_with(index: Index, rows: torch.Tensor, query: Any) -> None:
+    before = index.scores(query)
+    own = index.self_influence()
+    best = index.search(query, k=30, exact=True).ids
+    gone = np.unique(best[:, :10])
+    assert index.remove(gone) == len(gone) and len(index) == N - len(gone)
+    kept = np.setdiff1d(np.arange(N), gone)
+    assert np.array_equal(index.ids, kept)
+    alike(index.scores(query), before[:, kept])
+    alike(index.self_influence(), own[kept])
+    for k in (1, 20, N):
+        order = kept[np.argsort(-before[:, kept], axis=1, kind="stable")][:, :k]
+        for exact in (True, False):
+            hits = index.search(query, k=k, exact=exact, recall=0.999)
+            assert not np.isin(hits.ids, gone).any() and hits.ids.shape == (5, min(k, len(kept)))
+            share = np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(hits.ids, order, strict=True)])
+            assert share > (0.999 if exact else 0.9)
+    assert not np.isin(index.search(query, k=20, opponents=True).ids, gone).any()
+    assert not np.isin(index.search(query, k=20, normalize="relatif").ids, gone).any()
+    assert not np.isin(index.search(query, k=20, rescore=False).ids, gone).any()
+    with pytest.raises(QueryError, match=f"no row with id {gone[0]}"):
+        index.remove([gone[0]])
+    with pytest.raises(QueryError):
+        index.payloads([int(gone[0])])
+
+
+@pytest.mark.parametrize(
+    "ids", [[5, 5, 7], np.array([5, 7], dtype=np.int32), range(5, 8, 2), lambda: (i for i in (7, 5))]
+)
+def test_ids_to_remove_in_any_form(index: Index, ids: Any) -> None:
+    assert index.remove(ids() if callable(ids) else ids) == 2
+    assert index.remove([]) == 0
+
+
+@pytest.mark.parametrize("ids", [[-1], [N], [0.5], ["0"], [[1, 2]], range(N)])
+def test_ids_that_cannot_be_removed(index: Index, ids: Any) -> None:
+    with pytest.raises(QueryError):
+        index.remove(ids)
+    assert len(Index.open(index.path)) == N
+
+
+def folder_holds(folder: Path, needle: bytes) -> bool:
+    return any(needle in path.read_bytes() for path in folder.iterdir() if path.is_file())
+
+
+def test_compaction_takes_the_bytes_away(index: Index, rows: torch.Tensor, query: Any) -> None:
+    calibration = index._reader.queries
+    assert calibration is not None
+    victim = int(calibration.ids()[0])
+    needles = [next(iter(calibration.gradients().values()))[0].numpy().tobytes()]
+    row = index._store.gather(np.array([victim]))
+    needles += [part.numpy().tobytes() for part in (row.factors, row.codes) if part.shape[1]]
+    needles.append(b'{"number":%d}' % victim)
+    assert all(folder_holds(index.path, needle) for needle in needles)
+    index.remove([victim, *range(0, N, 3)] if victim % 3 else range(0, N, 3))
+    scores, ids, hits = index.scores(query), index.ids, index.search(query, k=7, exact=False)
+    freed = index.compact()
+    assert freed["bytes"] > 0 and freed["held"] == []
+    assert not any(folder_holds(index.path, needle) for needle in needles)
+    assert np.array_equal(index.ids, ids) and index.curvature_age["removed"] == 0
+    alike(index.scores(query), scores)
+    again = index.search(query, k=7, exact=False)
+    assert np.mean(again.ids == hits.ids) > 0.9
+    assert not list(index.path.glob("removed-*")) and not list(index.path.glob("retired-*"))
+    index.verify()
+    new = index.add(gradients=blocks(rows[N : N + 2]))
+    assert new.tolist() == [N, N + 1], "ids are never given twice"
+    assert index.payloads([1, N]) == [{"number": 1}, None]
+
+
+def test_compaction_joins_small_shards(index: Index, rows: torch.Tensor, query: Any) -> None:
+    for start in range(N, N + 40, 10):
+        index.add(gradients=blocks(rows[start : start + 10]))
+    scores, shards = index.scores(query), len(index._store.shards)
+    index.compact()
+    assert len(index._store.shards) < shards
+    alike(index.scores(query), scores)
+    asked = query_of(rows[N : N + 20])
+    hits, exact = (index.search(asked, k=5, exact=way, recall=0.999) for way in (False, True))
+    assert np.mean(hits.ids == exact.ids) > 0.95
+    generation = index.generation
+    index.compact()
+    assert index.generation == generation, "nothing to do"
+
+
+@pytest.mark.skipif(not faiss_is_installed(), reason="needs faiss")
+def test_an_index_of_codes_alone_lives_too(rows: torch.Tensor, query: Any, tmp_path: Path) -> None:
+    index = Index.build(
+        tmp_path / "i", gradients=blocks(rows[:N]), config=config("coarse"), payloads=[str(i) for i in range(N)]
+    )
+    assert index.add(gradients=blocks(rows[N:]), payloads=[str(i) for i in range(N, N + MORE)]).tolist() == list(
+        range(N, N + MORE)
+    )
+    hits = index.search(query, k=10)
+    gone = np.unique(hits.ids[:, :3])
+    index.remove(gone)
+    after = index.search(query, k=10)
+    assert not np.isin(after.ids, gone).any()
+    index.compact()
+    compacted = index.search(query, k=10)
+    assert np.mean(compacted.ids == after.ids) > 0.9
+    assert compacted.payloads is not None and compacted.payloads[0][0] == str(compacted.ids[0, 0])
+    assert index.refit() == {
+        "renewed": [],
+        "kept": {
+            "curvature": "rows are written in the directions of the curvature they were encoded with: build anew to "
+            "renew it",
+            "sketch": "coordinates of unfactored gradients cannot be taken again from what is stored",
+            "coarse": "it is all that is stored of the rows",
+        },
+    }
+
+
+# -- renewing --------------------------------------------------------------------------------------------------------
+
+
+def test_refit_of_factors_is_a_build_with_their_curvature(rows: torch.Tensor, query: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"curvature_rows": "factors", "store": "factors", "rank": None, "dtype": "float32"}
+    index = Index.build(tmp_path / "i", gradients=blocks(rows[:600]), config=config(**settings))
+    index.add(gradients=blocks(rows[600:N]))
+    gone = np.arange(0, N, 7)
+    index.remove(gone)
+    report = index.refit()
+    assert report == {"renewed": ["curvature"], "kept": {}}
+    assert index.curvature_age["new_rows"] == 0
+    kept = np.setdiff1d(np.arange(N), gone)
+    anew = Index.build(tmp_path / "anew", gradients=blocks(rows[:N][torch.from_numpy(kept)]), config=config(**settings))
+    np.testing.assert_allclose(index.scores(query), anew.scores(query), rtol=1e-3, atol=1e-3)
+
+
+def test_refit_renews_what_it_can_and_says_what_not(index: Index, rows: torch.Tensor, query: Any) -> None:
+    before = index.scores(query)
+    index.add(gradients=blocks(rows[N:]))
+    index.remove(range(100))
+    report = index.refit()
+    store = index.representation
+    assert ("curvature" in report["renewed"]) == (store == "factors")
+    assert ("curvature" in report["kept"]) == (store != "factors")
+    assert ("sketch" in report["kept"]) == (store in ("both", "coordinates"))
+    assert "coarse" in report["renewed"]
+    assert index.curvature_age["new_rows"] == (0 if store == "factors" else MORE)
+    if store != "factors":
+        alike(index.scores(query)[:, : N - 100], before[:, 100:])
+    asked = query_of(rows[N : N + 20])
+    hits, exact = (index.search(asked, k=5, exact=way, recall=0.999) for way in (False, True))
+    assert np.mean(hits.ids == exact.ids) > 0.95
+    assert not np.isin(np.arange(100), index._reader.queries.ids()).any()  # type: ignore[union-attr]
+    index.verify()
+    assert not list(index.path.glob("retired-*"))
+
+
+# -- merging ---------------------------------------------------------------------------------------------------------
+
+
+def test_merged_indexes_of_one_fit_are_a_build_at_once(
+    index: Index, rows: torch.Tensor, query: Any, tmp_path: Path
+) -> None:
+    whole = everything(index, rows, tmp_path / "whole")
+    other = Index.build(tmp_path / "other", gradients=blocks(rows[N:]), fit=index.path, payloads=["x"] * MORE)
+    other.remove([1])
+    merged = Index.merge(tmp_path / "merged", [index, other.path])
+    keep = np.setdiff1d(np.arange(N + MORE), [N + 1])
+    assert np.array_equal(merged.ids, keep)
+    alike(merged.scores(query), whole.scores(query)[:, keep])
+    assert merged.payloads([3, N + 2]) == [{"number": 3}, "x"]
+    asked = query_of(rows[N : N + 20])
+    hits, exact = (merged.search(asked, k=5, exact=way, recall=0.999) for way in (False, True))
+    assert np.mean(hits.ids == exact.ids) > 0.95
+    merged.compact()
+    alike(merged.scores(query), whole.scores(query)[:, keep])
+    assert merged.add(gradients=blocks(rows[:1])).tolist() == [N + MORE]
+    Index.open(merged.path).verify()
+
+
+def test_what_cannot_be_merged(index: Index, rows: torch.Tensor, tmp_path: Path) -> None:
+    other = Index.build(tmp_path / "other", gradients=blocks(rows[N:]), config=index.config)
+    with pytest.raises(FingerprintError, match="curvature"):
+        Index.merge(tmp_path / "merged", [index, other])
+    with pytest.raises(ConfigError, match="at least two"):
+        Index.merge(tmp_path / "merged", [index])
+    with pytest.raises(IndexExistsError):
+        Index.merge(other.path, [index, index])
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(FingerprintError, match="config"):
+        Index.build(tmp_path / "third", gradients=blocks(rows[:9]), fit=index, config=config("factors", rank=1, seed=3))
+
+
+# -- one writer, many readers ----------------------------------------------------------------------------------------
+
+
+def test_readers_keep_what_they_opened(index: Index, rows: torch.Tensor, query: Any) -> None:
+    reader = Index.open(index.path)
+    before = reader.scores(query)
+    late = Index.open(index.path)
+    index.remove(range(0, N, 2))
+    index.add(gradients=blocks(rows[N:]))
+    held = index.compact()["held"]
+    assert held, "files of the version that is being read stay"
+    np.testing.assert_array_equal(reader.scores(query), before)
+    np.testing.assert_array_equal(late.scores(query), before)
+    assert late.search(query, k=9, exact=False).ids.max() < N
+    assert reader.refresh() and not reader.refresh()
+    np.testing.assert_array_equal(reader.scores(query), index.scores(query))
+    late.close()
+    reader.close()
+    index.remove([1])
+    assert not list(index.path.glob("retired-*"))
+
+
+def test_there_is_one_writer(index: Index, rows: torch.Tensor) -> None:
+    with WriterLock(index.path), pytest.raises(LockedError, match=f'"pid": {os.getpid()}'):
+        index.remove([1])
+    index.remove([1])
+
+
+def test_a_lock_dies_with_its_process(index: Index) -> None:
+    pid = os.fork()
+    if not pid:
+        WriterLock(index.path).acquire()
+        os.kill(os.getpid(), 9)
+    os.waitpid(pid, 0)
+    assert index.remove([1]) == 1
+
+
+def test_searches_go_on_while_the_index_is_changed(index: Index, rows: torch.Tensor, query: Any) -> None:
+    """One Index object, searched by threads while another thread changes it: every answer is of one version."""
+    truth = {index.generation: index.search(query, k=10).ids}
+    errors: list[BaseException] = []
+    answers: list[np.ndarray] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                answers.append(index.search(query, k=10).ids)
+            except BaseException as error:
+                errors.append(error)
+                return
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        index.remove(index.search(query, k=2).ids.ravel())
+        truth[index.generation] = index.search(query, k=10).ids
+        index.add(gradients=blocks(rows[:20]))
+        truth[index.generation] = index.search(query, k=10).ids
+        index.compact()
+        truth[index.generation] = index.search(query, k=10).ids
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors and answers
+    known = {ids.tobytes() for ids in truth.values()}
+    assert all(answer.tobytes() in known for answer in answers)
+
+
+def test_file_handles_do_not_leak(index: Index, rows: torch.Tensor, query: Any) -> None:
+    def handles() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    index.search(query, exact=False)
+    before = handles()
+    for i in range(5):
+        other = Index.open(index.path)
+        other.search(query, exact=False)
+        other.close()
+        index.add(gradients=blocks(rows[i : i + 2]))
+        index.remove([N + 2 * i])
+        index.search(query, exact=False)
+    index.compact()
+    index.search(query, exact=False)
+    assert handles() <= before + 12  # the added shards' own, at most
+
+
+def test_skipping_damaged_shards(index: Index, query: Any) -> None:
+    before = index.scores(query)
+    shard = index._store.shards[1].info
+    path = index.path / shard.sealed.file
+    raw = bytearray(path.read_bytes())
+    raw[shard.sealed.offsets["ids"]] ^= 1
+    index.close()
+    path.write_bytes(raw)
+    with pytest.raises(CorruptionError, match=f"examples {shard.first_id} to {shard.last_id}, {shard.rows} of them"):
+        Index.open(index.path).verify()
+    with pytest.raises(CorruptionError):
+        Index.open(index.path).scores(query)
+    with Index.open(index.path, damaged="skip") as lame:
+        gone = np.arange(shard.first_id, shard.last_id + 1)
+        assert len(lame) == N - shard.rows and not np.isin(gone, lame.ids).any()
+        kept = np.setdiff1d(np.arange(N), gone)
+        alike(lame.scores(query), before[:, kept])
+        hits = lame.search(query, k=10, exact=False)
+        assert hits.stats.skipped == shard.rows and not np.isin(hits.ids, gone).any()
