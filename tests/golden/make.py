@@ -1,0 +1,53 @@
+"""Makes a golden index: `python tests/golden/make.py FOLDER STORE`, run once with the library of the version it is of.
+
+What is in this folder is never made again: it is what users' disks hold.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lorif_index import BuildConfig, Index
+
+N, QUERIES = 48, 2
+SHAPES = {"first": (6, 5), "second": (4, 4)}
+
+
+def gradients(count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Gradients that numpy's generator, which does not change, gives: (count, d_in, d_out) a layer."""
+    generator = np.random.default_rng(seed)
+    return {
+        name: torch.from_numpy(generator.standard_normal((count, *shape)).astype(np.float32))
+        for name, shape in SHAPES.items()
+    }
+
+
+def main() -> None:
+    folder, store = Path(sys.argv[1]), sys.argv[2]
+    wanted = {
+        "store": store, "rank": 1, "curvature_rank": 8, "sketch_dim": 8, "eigen_bytes": 12, "shard_bytes": 1000,
+        "calibration_queries": 4, "coarse": "PQ4x4fs", "curvature": "empirical",
+    }  # fmt: skip
+    known = inspect.signature(BuildConfig).parameters
+    index = Index.build(
+        folder,
+        gradients=[gradients(N, 0)],
+        config=BuildConfig(**{name: value for name, value in wanted.items() if name in known}),
+        metadata={"made": "golden"},
+    )
+    query = gradients(QUERIES, 1)
+    found = {"ids": index.ids.tolist(), "self": None, "scores": None}
+    if store != "coarse":
+        found |= {"scores": index.scores(query).tolist(), "self": index.self_influence().tolist()}
+    found["hits"] = index.search(query, k=5).ids.tolist()
+    (folder / "expected.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
