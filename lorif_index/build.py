@@ -13,7 +13,7 @@ import json
 import resource
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from .gradients import GradientBlock, GradientSource, LayerGradient
 from .locks import WRITER, WriterLock
 from .losses import LogitsOf, PerExample, default_loss, logits_of
 from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, collect, read_manifest, spec_to_json
-from .payloads import Payloads
+from .payloads import Payloads, Values
 from .probes import Probes
 from .progress import Reporter
 from .projection import ALGORITHM, Projections, keyed_generator
@@ -109,7 +109,7 @@ def build_index(
     curvature: Any,
     config: BuildConfig,
     metadata: dict[str, Any],
-    payloads: Sequence[Any] | None,
+    payloads: Values | None,
     fit: Path | None,
     reporter: Reporter,
 ) -> None:
@@ -172,7 +172,7 @@ class _Build:
         curvature: Any,
         config: BuildConfig,
         metadata: dict[str, Any],
-        payloads: Sequence[Any] | None,
+        payloads: Values | None,
         fit: Path | None,
         reporter: Reporter,
         stack: ExitStack,

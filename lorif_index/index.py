@@ -34,13 +34,14 @@ from .locks import Lease, WriterLock
 from .losses import PerExample
 from .manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
 from .merging import merge_indexes
-from .payloads import Payloads, decode
+from .payloads import Payloads, Values, decode
 from .planner import ANSWERS, choose_plan, scan
 from .progress import ProgressCallback, Reporter, reporter
 from .projection import Projections
 from .reader import Reader, positions_of
 from .refit import refit_index
 from .removal import as_ids, compact_rows, remove_examples
+from .repair import repair_index
 from .results import Hits, SearchStats
 from .scoring import Question, self_scores
 from .sources import (
@@ -114,7 +115,7 @@ class Index:
         curvature: Any = None,
         config: BuildConfig | None = None,
         metadata: dict[str, Any] | None = None,
-        payloads: Sequence[Any] | None = None,
+        payloads: Values | None = None,
         fit: Index | str | os.PathLike[str] | None = None,
         progress: bool | ProgressCallback | None = None,
     ) -> Index:
@@ -483,7 +484,7 @@ class Index:
         data: Any = None,
         *,
         gradients: Iterable[Any] | None = None,
-        payloads: Sequence[Any] | None = None,
+        payloads: Values | None = None,
         progress: bool | ProgressCallback | None = None,
     ) -> np.ndarray:
         """Indexes further examples, which can be found at once. The same call on an interrupted one goes on with it.
@@ -606,6 +607,26 @@ class Index:
         with reporter(progress) as report:
             merge_indexes(Path(path), parts, report)
         return cls(Path(path), None, None)
+
+    @staticmethod
+    def repair(path: str | os.PathLike[str], *, progress: bool | ProgressCallback | None = None) -> dict[str, Any]:
+        """Mends a damaged index: damaged shards leave it, what was fitted on rows is made again from those left.
+
+        Damaged files stay in the folder, as `damaged-<name>.kept`.
+
+        Args:
+            path: its folder.
+            progress: as in `build`.
+
+        Returns:
+            {"dropped": [{"file", "rows", "first_id", "last_id"}], "rebuilt": names of what was made again}.
+
+        Raises:
+            CorruptionError: damage that nothing stored can make good; the index is left as it is. LockedError: another
+            writer is at work.
+        """
+        with reporter(progress) as report:
+            return repair_index(Path(path), report)
 
     @contextmanager
     def _changing(self, progress: bool | ProgressCallback | None) -> Iterator[Reporter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
@@ -12,6 +12,14 @@ from .errors import CorruptionError, DataError
 
 MOST_BYTES = 1 << 20
 """Of one payload: they are to be small."""
+
+
+class Values(Protocol):
+    """Anything with a length and integer keys: a list, a column of a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
 
 
 class Payloads:
@@ -28,7 +36,7 @@ class Payloads:
         DataError: another number of values, or a first one that is no JSON.
     """
 
-    def __init__(self, values: Sequence[Any], count: int) -> None:
+    def __init__(self, values: Values, count: int) -> None:
         if isinstance(values, (str, bytes)) or not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
             raise DataError(f"payloads must be a list of JSON values, one per example, got {type(values).__name__}")
         if len(values) != count:

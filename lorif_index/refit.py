@@ -40,7 +40,7 @@ def refit_index(reader: Reader, report: Reporter) -> tuple[Manifest | None, dict
     kept: dict[str, str] = {}
     manifest = dataclasses.replace(reader.manifest)
     if reader.representation == "factors":
-        _renew_curvature(reader, manifest, report)
+        renew_curvature(reader, manifest, report)
         renewed.append("curvature")
     else:
         kept["curvature"] = f"{_BOUND}: build anew to renew it"
@@ -74,7 +74,8 @@ def refit_index(reader: Reader, report: Reporter) -> tuple[Manifest | None, dict
     return recalibrate(Reader(reader.folder, manifest), None, report), {"renewed": renewed, "kept": kept}
 
 
-def _renew_curvature(reader: Reader, manifest: Manifest, report: Reporter) -> None:
+def renew_curvature(reader: Reader, manifest: Manifest, report: Reporter) -> None:
+    """Fits the curvature on the stored factors of the living rows, into the manifest."""
     store, config = reader.store, reader.config
     rank = CURVATURE_RANK if config.curvature_rank == "auto" else config.curvature_rank
     most = store.live_count if config.curvature_rows == "factors" else config.curvature_sample

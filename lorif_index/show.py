@@ -67,6 +67,8 @@ def index_json(index: Index) -> dict[str, Any]:
         "fingerprint": index.fingerprint,
         "examples": len(index),
         "skipped": list(index.skipped),
+        "generation": index.generation,
+        "curvature_age": index.curvature_age,
         "bytes_per_example": index.bytes_per_example,
         "nbytes": index.nbytes,
         "stored": index.representation,

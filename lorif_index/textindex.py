@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .config import BuildConfig
@@ -21,8 +22,8 @@ from .index import Index
 from .losses import IGNORE, default_loss
 from .manifest import MANIFEST
 from .progress import ProgressCallback, reporter
-from .results import SearchStats
-from .texts import LEAST_TOKENS, PASSAGES, Document, Passage, PassageFile, TokenWindows, cut, read_passages
+from .results import Hits, SearchStats
+from .texts import LEAST_TOKENS, Document, Passage, PassageSpool, TokenWindows, cut, read_passages
 
 METADATA = "text"
 """The key under which an index's metadata holds what is remembered here."""
@@ -171,18 +172,9 @@ def build_text_index(
     if (out / MANIFEST).exists():
         raise IndexExistsError(f"{out} already holds an index: ask it with `lorif search`, or choose another folder")
     max_length = _window_length(text_model, max_length)
-    windows, count, empty = TokenWindows(), 0, 0
-    with PassageFile(out.parent / f".{out.name}.{PASSAGES}.part") as passages:
-        with reporter(progress) as report, report.stage("tokenise") as stage:
-            for pieces in cut(documents, text_model.tokenizer, max_length=max_length, stride=stride):
-                count += 1
-                empty += not pieces
-                for passage, ids in pieces:
-                    passages.append(passage)
-                    windows.append(ids)
-                stage.advance(len(pieces))
-        if not len(windows):
-            raise DataError(f"none of the {count} documents has a passage of at least {LEAST_TOKENS} tokens")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with PassageSpool(out.parent) as passages:
+        windows, count, empty = _tokenise(documents, text_model, max_length, stride, passages, progress)
         facts = {
             "model": str(text_model.folder.resolve()),
             "max_length": max_length,
@@ -190,14 +182,45 @@ def build_text_index(
             "documents": count,
             "empty_documents": empty,
             "tokens": windows.tokens,
-            "passages": passages.seal(),
+            "passages": {"count": len(passages)},
             "origin": origin or {},
         }
-        index = Index.build(
-            out, model=text_model.model, data=windows, config=config, metadata={METADATA: facts}, progress=progress
+        return Index.build(
+            out,
+            model=text_model.model,
+            data=windows,
+            config=config,
+            metadata={METADATA: facts},
+            payloads=passages,
+            progress=progress,
         )
-        passages.move_to(out)
-    return index
+
+
+def _tokenise(
+    documents: Iterable[Document],
+    text_model: TextModel,
+    max_length: int,
+    stride: int | None,
+    passages: PassageSpool,
+    progress: bool | ProgressCallback | None,
+) -> tuple[TokenWindows, int, int]:
+    """Passages into the spool, and their tokens; how many documents there were, and how many of them empty.
+
+    Raises:
+        DataError: no passage.
+    """
+    windows, count, empty = TokenWindows(), 0, 0
+    with reporter(progress) as report, report.stage("tokenise") as stage:
+        for pieces in cut(documents, text_model.tokenizer, max_length=max_length, stride=stride):
+            count += 1
+            empty += not pieces
+            for passage, ids in pieces:
+                passages.append(passage)
+                windows.append(ids)
+            stage.advance(len(pieces))
+    if not len(windows):
+        raise DataError(f"none of the {count} documents has a passage of at least {LEAST_TOKENS} tokens")
+    return windows, count, empty
 
 
 def _window_length(text_model: TextModel, wanted: int | None) -> int:
@@ -307,15 +330,51 @@ class TextIndex:
             layers=layers,
             progress=progress,
         )
-        passages = {}
-        if "passages" in self._facts:
-            passages = read_passages(self.index.path, self._facts["passages"], found.ids.ravel().tolist())
+        passages = self._passages(found)
         answers = []
         for text, item, ids, scores in zip(texts, items, found.ids.tolist(), found.scores.tolist(), strict=True):
             hits = [Hit(i, score, passages.get(i)) for i, score in zip(ids, scores, strict=True)]
             tokens = int((item["labels"][1:] != IGNORE).sum())
             answers.append(Answer(text, tokens, self._loss(item), hits, found.stats))
         return answers
+
+    def add(self, documents: Iterable[Document], *, progress: bool | ProgressCallback | None = None) -> np.ndarray:
+        """Indexes further documents, cut as those of the build were.
+
+        Args:
+            documents: walked once.
+            progress: as for `Index.build`.
+
+        Returns:
+            (m,) int64: ids of the new passages.
+
+        Raises:
+            DataError: no passage. QueryError: the index was not made by `build_text_index`. Else as `Index.add`.
+        """
+        try:
+            max_length, stride = int(self._facts["max_length"]), int(self._facts["stride"])
+        except (KeyError, TypeError, ValueError):
+            raise QueryError(
+                f"{self.index.path} was not made by `lorif build`, so it does not say how texts are cut: use Index.add"
+            ) from None
+        with PassageSpool(self.index.path.parent) as passages:
+            windows, _, _ = _tokenise(documents, self.text_model, max_length, stride, passages, progress)
+            return self.index.add(windows, payloads=passages, progress=progress)
+
+    def _passages(self, found: Hits) -> dict[int, Passage]:
+        """The passages of hits, by id."""
+        known = self._facts.get("passages")
+        if found.payloads is None:
+            # Until format version 4 they were in a file of their own.
+            if not isinstance(known, dict) or "digest" not in known:
+                return {}
+            return read_passages(self.index.path, known, found.ids.ravel().tolist())
+        pairs = zip(found.ids.ravel().tolist(), (p for row in found.payloads for p in row), strict=True)
+        return {
+            i: Passage(str(payload["text"]), str(payload["source"]))
+            for i, payload in pairs
+            if isinstance(payload, dict) and {"text", "source"} <= set(payload)
+        }
 
     def _loss(self, item: dict[str, torch.Tensor]) -> float:
         model = self.text_model.model

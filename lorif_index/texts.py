@@ -3,13 +3,14 @@
 read_documents   a .txt or .jsonl file, a folder of them, or a saved `datasets` folder -> documents with a source
 cut              documents -> passages, each the text of one window of tokens
 TokenWindows     the windows, as a map-style dataset
-PassageFile      the passages, one JSON line each, so that hits can be shown
+PassageSpool     the passages on their way to be payloads, so that hits can be shown
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -259,68 +260,66 @@ class TokenWindows:
 # -- keeping -----------------------------------------------------------------------------------------------------
 
 
-class PassageFile:
-    """Writes passages, one JSON line each in the order of their ids, under a temporary name until `move_to`.
+class PassageSpool:
+    """Passages kept in a temporary file until the index has them: a sequence of payloads {"source", "text"}.
 
-    A context manager: what was not moved to its place is removed.
+    A context manager: the file is removed at the end.
 
-    Attributes:
-        count: passages written.
+    Args:
+        folder: an existing folder on the disk that is to hold it.
     """
 
-    def __init__(self, temporary: Path) -> None:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        self._path = temporary
-        self._file = temporary.open("wb")
-        self._digest = xxhash.xxh3_128()
-        self.count = 0
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(prefix=".passages-", dir=folder)  # noqa: SIM115 - closed by __exit__
+        self._ends = array("q", [0])
+        self._flushed = True
 
     def append(self, passage: Passage) -> None:
-        line = json.dumps({"source": passage.source, "text": passage.text}, ensure_ascii=False)
-        # A lone surrogate, which JSON can spell and UTF-8 cannot hold.
-        data = (line + "\n").encode("utf-8", errors="replace")
-        self._digest.update(data)
+        data = json.dumps({"source": passage.source, "text": passage.text}).encode()
         self._file.write(data)
-        self.count += 1
+        self._ends.append(self._ends[-1] + len(data))
+        self._flushed = False
 
-    def seal(self) -> dict[str, Any]:
-        """Makes what was written durable.
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
-        Returns:
-            what `read_passages` needs to know of it: file, count, digest (XXH3-128, in hex).
-        """
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {"file": PASSAGES, "count": self.count, "digest": self._digest.hexdigest()}
+    def __getitem__(self, i: int) -> dict[str, str]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"passage {i} of {len(self)}")
+        if not self._flushed:
+            self._file.flush()
+            self._flushed = True
+        start, end = self._ends[i], self._ends[i + 1]
+        data, at = bytearray(end - start), 0
+        while at < len(data):
+            got = os.preadv(self._file.fileno(), [memoryview(data)[at:]], start + at)
+            if not got:
+                raise StoreError("temporary passages ended early: did something change the disk?")
+            at += got
+        return dict(json.loads(data))
 
-    def move_to(self, folder: Path) -> None:
-        """Gives the sealed file its name in the folder."""
-        self._path.replace(folder / PASSAGES)
-
-    def __enter__(self) -> PassageFile:
+    def __enter__(self) -> PassageSpool:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._path.unlink(missing_ok=True)
 
 
 def read_passages(folder: Path, known: dict[str, Any], ids: Iterable[int]) -> dict[int, Passage]:
-    """The passages of some ids, from the file in the folder of an index.
+    """The passages of some ids, from the file beside an index of format version 4 or older; later ones are payloads.
 
     Args:
         folder: the index.
-        known: what `PassageFile.seal` gave.
+        known: the file's `count` and `digest` (XXH3-128, in hex).
         ids: of examples.
 
     Raises:
         StoreError: the file is gone. CorruptionError: it is not as it was written.
     """
     path, wanted = folder / PASSAGES, set(ids)
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         raise StoreError(f"{path} is missing, so hits cannot be shown: restore it from a copy, or build again")
     digest, found, count = xxhash.xxh3_128(), {}, 0
     with path.open("rb") as file:

@@ -236,13 +236,53 @@ def test_an_index_from_the_library_is_asked_with_a_model(home, tmp_path):
     assert lorif("search", tmp_path / "index", "--text", ASKED, "--model", home / "model")[0] == 0
 
 
+# -- an index that lives
+
+
+@pytest.fixture
+def living(home, tmp_path):
+    shutil.copytree(home / "index", tmp_path / "index")
+    return tmp_path / "index"
+
+
+def test_texts_are_added_and_removed(home, living, tmp_path):
+    more = "A keeper counted ships."
+    write_jsonl(tmp_path / "more.jsonl", [{"text": more}])
+    added = document("add", living, "--data", tmp_path / "more.jsonl")
+    assert added["ids"] == [len(SENTENCES)] and added["examples"] == len(SENTENCES) + 1
+    assert 0 < added["curvature_age"]["new_trace"] < 1
+    found = document("search", living, "--text", more, "-k", 1)["answers"][0]["hits"][0]
+    assert (found["id"], found["text"]) == (len(SENTENCES), more) and found["source"].startswith("more.jsonl")
+    assert lorif("remove", living, 0, found["id"])[1].startswith(f"2 removed, {len(SENTENCES) - 1} left")
+    assert more.encode() in b"".join(path.read_bytes() for path in living.iterdir())
+    assert " freed" in lorif("compact", living)[1]
+    assert more.encode() not in b"".join(path.read_bytes() for path in living.iterdir())
+    assert "kept: curvature" in lorif("refit", living)[1] or "renewed: curvature" in lorif("refit", living)[1]
+    assert lorif("verify", living)[0] == 0 and "nothing is damaged" in lorif("repair", living)[1]
+    code, out, err = lorif("remove", living, 0)
+    assert (code, out) == (1, "") and "no row with id 0" in err
+
+
+def test_damage_is_told_and_mended(living):
+    shard = living / "shard-000000.h5"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    code, out, err = lorif("verify", living, "--json")
+    assert code == 1 and json.loads(out)["damaged"][0]["file"] == "shard-000000.h5"
+    assert "examples 0 to" in err
+    code, _, err = lorif("repair", living)
+    assert code == 1 and "no shard is whole" in err
+    shard.write_bytes(raw)
+    assert lorif("verify", living)[0] == 0
+
+
 # -- what goes wrong
 
 
 def changed_passages(home, tmp_path):
     shutil.copytree(home / "index", tmp_path / "index")
-    path = tmp_path / "index" / "passages.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"cat", b"cot"))
+    path = tmp_path / "index" / "shard-000000.h5"
+    path.write_bytes(path.read_bytes().replace(b" cat ", b" cot "))
     return ["search", tmp_path / "index", "--text", ASKED]
 
 
@@ -315,7 +355,7 @@ WRONG = {
         ],
         "differs in model",
     ),
-    "changed passages": (changed_passages, "passages.jsonl has 10 passages"),
+    "changed passages": (changed_passages, "shard-000000.h5 has digest"),
     "lost model": (lost_model, "no longer at"),
 }
 

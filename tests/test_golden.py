@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden.make import N, QUERIES, gradients
+from golden.make import QUERIES, N, gradients
 
 from lorif_index import Index
 from lorif_index.coarse import faiss_is_installed

@@ -48,6 +48,7 @@ INDEX = {
     "refit": "self progress",
     "refresh": "self",
     "payloads": "self ids",
+    "repair": "path progress",
     "verify": "self",
     "close": "self",
 }
@@ -68,7 +69,7 @@ ORDER = (
     "version errors damping scratch codes config progress gradients projection losses probes data layers factors rows "
     "sealed shards store resident spool payloads capture subspace eigenbases sources curvature query sketch eigencodes "
     "encode fitted scoring results locks manifest damage coarse devices flat calibration missed pursuit living "
-    "candidates reader planner coarse_build growth removal build refit merging index"
+    "candidates reader planner coarse_build growth removal build refit merging repair index"
 ).split()
 
 
@@ -81,7 +82,7 @@ def test_surface_is_frozen() -> None:
     for name, arguments in INDEX.items():
         signature = inspect.signature(
             inspect.unwrap(inspect.getattr_static(Index, name).__func__)
-            if name in ("build", "open", "merge")
+            if name in ("build", "open", "merge", "repair")
             else getattr(Index, name)
         )
         assert [p for p in signature.parameters if p != "cls"] == arguments.split(), name

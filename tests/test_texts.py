@@ -6,13 +6,14 @@ import types
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_text import SENTENCES, tiny_tokenizer, write_jsonl
 
 from lorif_index.data import as_source
 from lorif_index.errors import ConfigError, CorruptionError, DataError, StoreError
-from lorif_index.texts import Document, Passage, PassageFile, TokenWindows, cut, read_documents, read_passages
+from lorif_index.texts import Document, Passage, PassageSpool, TokenWindows, cut, read_documents, read_passages
 
 
 @pytest.fixture(scope="module")
@@ -207,33 +208,29 @@ def test_windows_are_a_dataset_that_is_padded_in_batches():
 # -- keeping
 
 
-def keep(tmp_path, passages):
-    with PassageFile(tmp_path / "new" / ".part") as file:
-        for passage in passages:
-            file.append(passage)
-        known = file.seal()
-        file.move_to(tmp_path)
-    return known
-
-
 def test_passages_come_back(tmp_path):
     passages = [Passage("one\ntwo\u2028\x85three", "a"), Passage("", "ü"), Passage("🙂", "c:1")]
-    known = keep(tmp_path, passages)
-    assert json.loads(json.dumps(known)) == known and known["count"] == 3
-    assert read_passages(tmp_path, known, [2, 0, 2]) == {0: passages[0], 2: passages[2]}
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_a_lone_surrogate_is_replaced(tmp_path):
-    known = keep(tmp_path, [Passage("a\ud800b", "s")])
-    assert read_passages(tmp_path, known, [0])[0].text == "a?b"
-
-
-def test_passages_that_were_not_moved_are_removed(tmp_path):
-    with pytest.raises(RuntimeError), PassageFile(tmp_path / ".part") as file:
-        file.append(Passage("x", "s"))
-        raise RuntimeError
+    with PassageSpool(tmp_path) as spool:
+        for passage in passages:
+            spool.append(passage)
+            assert spool[len(spool) - 1] == {"text": passage.text, "source": passage.source}
+        assert [Passage(**spool[i]) for i in (2, 0, 2)] == [passages[2], passages[0], passages[2]]
+        with pytest.raises(IndexError):
+            spool[3]
     assert list(tmp_path.iterdir()) == []
+
+
+def keep(tmp_path, passages):
+    """As version 4 wrote them."""
+    lines = [json.dumps({"source": p.source, "text": p.text}, ensure_ascii=False) + "\n" for p in passages]
+    data = "".join(lines).encode()
+    (tmp_path / "passages.jsonl").write_bytes(data)
+    return {"file": "passages.jsonl", "count": len(passages), "digest": xxhash.xxh3_128_hexdigest(data)}
+
+
+def test_passages_of_older_indexes_are_read(tmp_path):
+    passages = [Passage("one\ntwo", "a"), Passage("", "ü")]
+    assert read_passages(tmp_path, keep(tmp_path, passages), [1, 0]) == {0: passages[0], 1: passages[1]}
 
 
 @pytest.mark.parametrize(
