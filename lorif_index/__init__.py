@@ -24,7 +24,9 @@ The stages, one module each, in the order in which data flows through them:
     planner               scan or candidates, and why
     locks, manifest, reader      what makes a folder an index, one version after another, and its parts put together
     coarse_build, build   how it is made; payloads and encode write the rows
-    growth, removal, refit, merging   how it is changed; living answers without removed rows, damage finds bad bytes
+    growth, removal, refit, merging   how it is changed; living answers without removed rows
+    damage, repair        bad bytes are found, and mended where that can be
+    sizes, estimate       what a build will take
     index                 the user's handle
 
 The command line stands on them: texts, textindex, demo_model, demo, show, cli.
@@ -35,6 +37,7 @@ from __future__ import annotations
 from .config import BuildConfig, CurvatureRows, LayerSelection
 from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping, ReleaseDamping
 from .errors import LorifError
+from .estimate import Estimate
 from .index import Index
 from .losses import CrossEntropy, default_loss
 from .progress import ProgressEvent
@@ -49,6 +52,7 @@ __all__ = [
     "CrossEntropy",
     "CurvatureRows",
     "Damping",
+    "Estimate",
     "Hits",
     "Index",
     "LayerSelection",

@@ -13,7 +13,7 @@ import json
 import resource
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from .coarse import default_factory, faiss_is_installed, load_faiss
 from .coarse_build import calibrate, lambdas, make_coarse, new_sketch, sketch_of_rows
 from .config import BuildConfig, CurvatureRows
 from .curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
+from .damage import folder_bytes
 from .data import ExampleSource, as_source
-from .eigencodes import EigenEncoder, directions_for, fit_eigencode
+from .eigencodes import EigenEncoder, fit_eigencode
 from .encode import RowEncoder, encode_blocks
-from .errors import ConfigError, CorruptionError, DataError, IndexExistsError
+from .errors import ConfigError, CorruptionError, DataError, IndexExistsError, StoreError
 from .factors import factorise
 from .fitted import (
     FittedCurvature,
@@ -43,7 +44,7 @@ from .fitted import (
     save_queries,
     save_sketch,
 )
-from .gradients import GradientBlock, GradientSource, LayerGradient
+from .gradients import GradientBlock, GradientSource, LayerGradient, LayerSpec
 from .locks import WRITER, WriterLock
 from .losses import LogitsOf, PerExample, default_loss, logits_of
 from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, collect, read_manifest, spec_to_json
@@ -56,6 +57,7 @@ from .reader import Reader, row_layout
 from .rows import RowLayout
 from .sealed import SealedInfo, copy_sealed
 from .shards import Shard, ShardInfo, write_shard
+from .sizes import QUERY_BYTES, curvature_ranks, disk_sizes
 from .sketch import SketchEncoder, half_whitened
 from .sources import (
     GivenGradients,
@@ -82,14 +84,10 @@ COARSE_FROM = 1024
 # Of the mixed curvature's trace (of 1/4, 1/2 and 3/4; chosen on digits and Fashion-MNIST, held on sequences:
 # `docs/quality.md`).
 _EMPIRICAL_SHARE = 0.25
-# Directions of a layer's curvature, where rows of eigencodes do not ask for more.
-CURVATURE_RANK = 512
 # Examples of the sample that tell what factors lose.
 _MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
 _LOSSLESS = 0.01
-# Calibration queries of large models are fewer, so that their gradients take no more than this.
-_QUERY_BYTES = 256 << 20
 
 
 def loss_name(loss: PerExample | None) -> str:
@@ -330,6 +328,7 @@ class _Build:
         if self.manifest.stored is None:
             self.manifest.stored = self._decide_representation()
             self.manifest.write(self.path, BUILDING)
+        self._check_disk()
         if self.manifest.curvature is None and not late:
             self._fit_from_rows()
         if self.manifest.eigen is None and self.manifest.stored == "eigen":
@@ -362,28 +361,31 @@ class _Build:
             self.stack.callback(learnt.file.close)
             self.projections.use(learnt)
 
+    def _check_disk(self) -> None:
+        """Refuses early what the disk cannot hold.
+
+        Raises:
+            StoreError: both sizes, and what to turn.
+        """
+        count = self.source.count
+        sizes = disk_sizes(
+            self.config, self.specs, str(self.manifest.stored), count, coarse=self._wants_coarse(count, load=False)
+        )
+        there = folder_bytes(self.path)
+        free = shutil.disk_usage(self.path).free
+        if sizes.total - there > free:
+            raise StoreError(
+                f"the index will take {sizes.total:,} bytes ({sizes.row:,} an example), {self.path} has {there:,} of "
+                f"them, and its disk has {free:,} free: choose another disk, or smaller rows (lorif estimate shows "
+                "choices)"
+            )
+
     def _decide_representation(self) -> str:
         """What rows will hold. Where factors lose next to nothing, rounding would only make scores worse: then "auto"
         and "both" are factors alone."""
-        store = self.config.store
-        if store not in ("auto", "both"):
-            return store
-        if self.config.curvature_rows == "factors" or all(spec.dense for spec in self.specs.values()):
-            return "factors"
-        lost = total = 0.0
-        seen = 0
-        for block in self._sample()[0]():
-            part = block.select(np.arange(min(block.count, _MEASURED - seen)))
-            seen += part.count
-            for name, factors in factorise(part, self.specs).items():
-                whole = part.layers[name].dense()
-                lost += float((whole - factors.dense()).double().square().sum())
-                total += float(whole.double().square().sum())
-            if seen >= _MEASURED:
-                break
-        if lost <= _LOSSLESS * total:
-            return "factors"
-        return "both" if store == "both" else "eigen"
+        if representation_is_open(self.config, self.specs):
+            return representation_of(self.config, self.specs, self._sample()[0]())
+        return representation_of(self.config, self.specs, ())
 
     def _sample(self) -> tuple[RowPass, int]:
         """Unfactored gradients of the random sample, the same at each walk, and how many."""
@@ -411,7 +413,8 @@ class _Build:
 
         need = len(wanted) * each * sum(spec.dim for spec in self.specs.values()) * 4
         # Given gradients are there to be walked again; a part of them is found faster in a copy.
-        if need > self.config.spool_bytes or (everything and isinstance(source, GivenGradients)):
+        most = min(self.config.spool_bytes, shutil.disk_usage(self.path).free // 2)
+        if need > most or (everything and isinstance(source, GivenGradients)):
             return walk, sum(block.count for block in walk()), None, skipped
         with self.reporter.stage(
             "sample" if source is self.source else "probes" if self.curvature is None else "rows", len(wanted) * each
@@ -457,15 +460,9 @@ class _Build:
             spool.close()
         self._keep(fitted)
 
-    def _curvature_rank(self) -> int | dict[str, int] | None:
-        """Directions of the layers: as many as the config says, or rows of eigencodes have use for."""
-        rank = self.config.curvature_rank
-        if rank != "auto":
-            return rank  # type: ignore[return-value]
-        if self.manifest.stored != "eigen":
-            return CURVATURE_RANK
-        size, layers = self.config.eigen_bytes, len(self.specs)
-        return {n: max(CURVATURE_RANK, directions_for(size, layers, s.dim)) for n, s in self.specs.items()}
+    def _curvature_rank(self) -> dict[str, int | None]:
+        """Directions of the layers."""
+        return curvature_ranks(self.config, self.specs, str(self.manifest.stored))
 
     def _fit_eigencode(self) -> None:
         """Which directions rows of eigencodes hold, by the sample's gradients."""
@@ -594,12 +591,13 @@ class _Build:
             self.manifest.calibration = learnt.to_json() if learnt is not None else None
             self.manifest.write(self.path, BUILDING)
 
-    def _wants_coarse(self, count: int) -> bool:
+    def _wants_coarse(self, count: int, *, load: bool = True) -> bool:
         if self.config.coarse is None:
             return False
         if self.config.coarse == "auto" and self.config.store != "coarse":
             return count >= COARSE_FROM and faiss_is_installed()
-        load_faiss()
+        if load:
+            load_faiss()
         return True
 
     def _drop_rows(self, reader: Reader, entry: dict[str, Any]) -> None:
@@ -626,7 +624,7 @@ class _Build:
         """Unfactored gradients of training examples as queries: outside of the fitting sample, which would be easier to
         answer, where there are others."""
         each = 4 * sum(spec.dim for spec in self.specs.values())
-        most = min(self.config.calibration_queries, max(_QUERY_BYTES // each, 1))
+        most = min(self.config.calibration_queries, max(QUERY_BYTES // each, 1))
         others = self._shuffled()[self.config.curvature_sample :][:most]
         chosen = np.sort(others if len(others) == most else self._shuffled()[:most])
         ids, parts = [], []
@@ -712,6 +710,33 @@ def take_fit(folder: Path, manifest: Manifest, into: Path) -> None:
         if entry is not None:
             info = SealedInfo.from_json(entry["file"])
             setattr(manifest, field, entry | {"file": copy_sealed(folder, info, into, info.file).to_json()})
+
+
+def representation_is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:
+    """Whether what rows hold depends on the gradients."""
+    if config.store not in ("auto", "both"):
+        return False
+    return config.curvature_rows != "factors" and not all(spec.dense for spec in specs.values())
+
+
+def representation_of(config: BuildConfig, specs: dict[str, LayerSpec], blocks: Iterable[GradientBlock]) -> str:
+    """What rows hold: as the config says, or factors alone where they lose next to nothing of some gradients."""
+    if not representation_is_open(config, specs):
+        return "factors" if config.store in ("auto", "both") else config.store
+    lost = total = 0.0
+    seen = 0
+    for block in blocks:
+        part = block.select(np.arange(min(block.count, _MEASURED - seen)))
+        seen += part.count
+        for name, factors in factorise(part, specs).items():
+            whole = part.layers[name].dense()
+            lost += float((whole - factors.dense()).double().square().sum())
+            total += float(whole.double().square().sum())
+        if seen >= _MEASURED:
+            break
+    if lost <= _LOSSLESS * total:
+        return "factors"
+    return "both" if config.store == "both" else "eigen"
 
 
 def _told(blocks: Iterator[GradientBlock], advance: Any) -> Iterator[GradientBlock]:

@@ -1,5 +1,5 @@
-"""Command line: `lorif demo`, `build`, `search`, `info`; `add`, `remove`, `refit`, `compact`, `merge` change an index;
-`verify` and `repair` look after it. Answers on stdout, progress and errors on stderr.
+"""Command line: `lorif demo`, `estimate`, `build`, `search`, `info`; `add`, `remove`, `refit`, `compact` and `merge`
+change an index; `verify` and `repair` look after it. Answers on stdout, progress and errors on stderr.
 
 Exit codes: 0 done, 1 an error of the user's or of the files, in one line, 2 usage, 130 interrupted.
 """
@@ -30,10 +30,11 @@ from .show import (
     in_units,
     index_json,
     show_answer,
+    show_estimate,
     show_index,
     write_json,
 )
-from .textindex import TextIndex, build_text_index, load_text_model
+from .textindex import TextIndex, build_text_index, estimate_text_index, load_text_model
 from .texts import read_documents
 from .version import VERSION
 
@@ -45,6 +46,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ModelFolder = Annotated[Path, typer.Option(help="A causal language model's folder, as save_pretrained writes it.")]
+Texts = Annotated[
+    Path, typer.Option(help="The training texts: a .txt or .jsonl file, a folder of them, or a saved dataset.")
+]
+TextField = Annotated[str, typer.Option(help="The field that holds the text (.jsonl, dataset).")]
+SourceField = Annotated[
+    str | None, typer.Option(help="The field that says where a text is from; default: file and line.")
+]
+MaxLength = Annotated[
+    int | None, typer.Option(min=2, help="Tokens in a passage; default: the model's context, at most 1024.")
+]
+Stride = Annotated[int | None, typer.Option(min=1, help="Tokens from one passage to the next; default: --max-length.")]
+ProjectionDim = Annotated[
+    str, typer.Option(help="Width each side of a gradient is projected to: an integer, a fraction, auto or none.")
+]
+Rank = Annotated[str, typer.Option(help="Factor pairs kept per passage and layer, c: an integer or full.")]
+CurvatureRank = Annotated[str, typer.Option(help="Curvature directions kept per layer, r: an integer, full or auto.")]
+CurvatureSample = Annotated[int, typer.Option(min=1, help="Passages that the curvature is fitted on.")]
+Tracked = Annotated[
+    list[str] | None, typer.Option(help="Track these layers only: a name or glob pattern; may be repeated.")
+]
+Stored = Annotated[
+    str, typer.Option(help="What is kept of a passage: auto, eigen, both, factors, coordinates or coarse.")
+]
+EigenBytes = Annotated[int, typer.Option(min=1, help="Most bytes of a passage, with store eigen.")]
+Dtype = Annotated[str, typer.Option(help="Of stored factors: float16, bfloat16 or float32.")]
+SketchDim = Annotated[int, typer.Option(min=1, help="Coordinates of a passage, for all layers together.")]
+CoordinateBits = Annotated[int, typer.Option(help="Bits of a stored coordinate: 1, 2, 4 or 8.")]
+CoarseFactory = Annotated[str, typer.Option(help="The coarse index: a faiss.index_factory string, auto or none.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Passages per pass through the model.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of projections and samples.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one.")]
 
@@ -106,73 +138,48 @@ def demo(
 @app.command()
 def build(
     out: Annotated[Path, typer.Argument(help="The index: a new folder.")],
-    model: Annotated[Path, typer.Option(help="A causal language model's folder, as save_pretrained writes it.")],
-    data: Annotated[
-        Path, typer.Option(help="The training texts: a .txt or .jsonl file, a folder of them, or a saved dataset.")
-    ],
-    text_field: Annotated[str, typer.Option(help="The field that holds the text (.jsonl, dataset).")] = "text",
-    source_field: Annotated[
-        str | None, typer.Option(help="The field that says where a text is from; default: file and line.")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens in a passage; default: the model's context, at most 1024.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens from one passage to the next; default: --max-length.")
-    ] = None,
-    projection_dim: Annotated[
-        str, typer.Option(help="Width each side of a gradient is projected to: an integer, a fraction, auto or none.")
-    ] = "auto",
-    rank: Annotated[str, typer.Option(help="Factor pairs kept per passage and layer, c: an integer or full.")] = "1",
-    curvature_rank: Annotated[
-        str, typer.Option(help="Curvature directions kept per layer, r: an integer, full or auto.")
-    ] = "auto",
-    curvature_sample: Annotated[
-        int, typer.Option(min=1, help="Passages that the curvature is fitted on.")
-    ] = BuildConfig.curvature_sample,
+    model: ModelFolder,
+    data: Texts,
+    text_field: TextField = "text",
+    source_field: SourceField = None,
+    max_length: MaxLength = None,
+    stride: Stride = None,
+    projection_dim: ProjectionDim = "auto",
+    rank: Rank = "1",
+    curvature_rank: CurvatureRank = "auto",
+    curvature_sample: CurvatureSample = BuildConfig.curvature_sample,
     damping: Annotated[
         str | None, typer.Option(help="The index's damping: a multiple of trace/D, or RULE:X (see search).")
     ] = None,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="Track these layers only: a name or glob pattern; may be repeated.")
-    ] = None,
-    store: Annotated[
-        str, typer.Option(help="What is kept of a passage: auto, eigen, both, factors, coordinates or coarse.")
-    ] = BuildConfig.store,
-    eigen_bytes: Annotated[
-        int, typer.Option(min=1, help="Most bytes of a passage, with store eigen.")
-    ] = BuildConfig.eigen_bytes,
-    dtype: Annotated[str, typer.Option(help="Of stored factors: float16, bfloat16 or float32.")] = "float16",
-    sketch_dim: Annotated[
-        int, typer.Option(min=1, help="Coordinates of a passage, for all layers together.")
-    ] = BuildConfig.sketch_dim,
-    coordinate_bits: Annotated[
-        int, typer.Option(help="Bits of a stored coordinate: 1, 2, 4 or 8.")
-    ] = BuildConfig.coordinate_bits,
-    coarse: Annotated[str, typer.Option(help="The coarse index: a faiss.index_factory string, auto or none.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Passages per pass through the model.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of projections and samples.")] = 0,
+    layers: Tracked = None,
+    store: Stored = BuildConfig.store,
+    eigen_bytes: EigenBytes = BuildConfig.eigen_bytes,
+    dtype: Dtype = "float16",
+    sketch_dim: SketchDim = BuildConfig.sketch_dim,
+    coordinate_bits: CoordinateBits = BuildConfig.coordinate_bits,
+    coarse: CoarseFactory = "auto",
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Index the texts that a model was trained on."""
-    settings: dict[str, Any] = {
-        "projection_dim": _projection_dim(projection_dim),
-        "rank": _rank("--rank", rank),
-        "curvature_rank": "auto" if curvature_rank == "auto" else _rank("--curvature-rank", curvature_rank),
-        "curvature_sample": curvature_sample,
-        "store": store,
-        "eigen_bytes": eigen_bytes,
-        "dtype": dtype,
-        "sketch_dim": sketch_dim,
-        "coordinate_bits": coordinate_bits,
-        "coarse": None if coarse == "none" else coarse,
-        "batch_size": batch_size,
-        "seed": seed,
-        "layers": layers or None,
-    }
-    if damping is not None:
-        settings["damping"] = _damping(damping)
+    settings = _settings(
+        projection_dim=projection_dim,
+        rank=rank,
+        curvature_rank=curvature_rank,
+        curvature_sample=curvature_sample,
+        damping=damping,
+        layers=layers,
+        store=store,
+        eigen_bytes=eigen_bytes,
+        dtype=dtype,
+        sketch_dim=sketch_dim,
+        coordinate_bits=coordinate_bits,
+        coarse=coarse,
+        batch_size=batch_size,
+        seed=seed,
+    )
     with reported_errors():
         config = BuildConfig(**settings)
         documents = read_documents(data, text_field=text_field, source_field=source_field)
@@ -196,6 +203,74 @@ def build(
                 f"{in_units(facts['nbytes'])} in all."
             )
             screen.print(excerpt(f'Next: lorif search {out} --text "..."'))
+
+
+@app.command()
+def estimate(
+    model: ModelFolder,
+    data: Texts,
+    disk: Annotated[
+        str | None, typer.Option(help="Room for the index, such as 20GB: says which choices fit into it.")
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Passages in all, where --data is only a part of them.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches whose gradients are taken and timed.")] = 4,
+    text_field: TextField = "text",
+    source_field: SourceField = None,
+    max_length: MaxLength = None,
+    stride: Stride = None,
+    projection_dim: ProjectionDim = "auto",
+    rank: Rank = "1",
+    curvature_rank: CurvatureRank = "auto",
+    curvature_sample: CurvatureSample = BuildConfig.curvature_sample,
+    layers: Tracked = None,
+    store: Stored = BuildConfig.store,
+    eigen_bytes: EigenBytes = BuildConfig.eigen_bytes,
+    dtype: Dtype = "float16",
+    sketch_dim: SketchDim = BuildConfig.sketch_dim,
+    coordinate_bits: CoordinateBits = BuildConfig.coordinate_bits,
+    coarse: CoarseFactory = "auto",
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Say what a build would take: disk, memory and time, from a handful of batches; nothing is kept."""
+    room = None if disk is None else _bytes(disk)
+    settings = _settings(
+        projection_dim=projection_dim,
+        rank=rank,
+        curvature_rank=curvature_rank,
+        curvature_sample=curvature_sample,
+        damping=None,
+        layers=layers,
+        store=store,
+        eigen_bytes=eigen_bytes,
+        dtype=dtype,
+        sketch_dim=sketch_dim,
+        coordinate_bits=coordinate_bits,
+        coarse=coarse,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    with reported_errors():
+        config = BuildConfig(**settings)
+        documents = read_documents(data, text_field=text_field, source_field=source_field)
+        found = estimate_text_index(
+            load_text_model(model, device),
+            documents,
+            max_length=max_length,
+            stride=stride,
+            config=config,
+            examples=examples,
+            batches=batches,
+            disk=room,
+        )
+        if json:
+            write_json(found.to_json())
+        else:
+            show_estimate(console(), found, room)
 
 
 @app.command()
@@ -397,6 +472,43 @@ def main() -> None:
 
 
 # -- values of options -------------------------------------------------------------------------------------------
+
+
+def _settings(
+    *,
+    projection_dim: str,
+    rank: str,
+    curvature_rank: str,
+    damping: str | None,
+    coarse: str,
+    layers: list[str] | None,
+    **plain: Any,
+) -> dict[str, Any]:
+    """What `BuildConfig` takes, of options as they are written."""
+    settings: dict[str, Any] = plain | {
+        "projection_dim": _projection_dim(projection_dim),
+        "rank": _rank("--rank", rank),
+        "curvature_rank": "auto" if curvature_rank == "auto" else _rank("--curvature-rank", curvature_rank),
+        "coarse": None if coarse == "none" else coarse,
+        "layers": layers or None,
+    }
+    if damping is not None:
+        settings["damping"] = _damping(damping)
+    return settings
+
+
+def _bytes(given: str) -> int:
+    """Bytes of "20GB", "512 MB" or a plain number; decimal units, as disks are sold."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    digits = given.strip().rstrip("bBkKmMgGtT")
+    unit = given.strip()[len(digits) :].upper()
+    try:
+        size = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise typer.BadParameter(f"--disk takes bytes, as 20GB or 500MB, got {given!r}")
+    return size
 
 
 def _projection_dim(given: str) -> int | Fraction | str | None:

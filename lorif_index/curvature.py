@@ -119,7 +119,7 @@ def fit_curvature(
     count: int,
     specs: Mapping[str, LayerSpec],
     *,
-    rank: int | Mapping[str, int] | None,
+    rank: int | Mapping[str, int | None] | None,
     power_iterations: int,
     seed: int,
     examples: float,

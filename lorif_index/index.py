@@ -28,6 +28,7 @@ from .damping import Damping, as_damping
 from .data import as_source, batch_count
 from .devices import search_device
 from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError
+from .estimate import Estimate, estimate_build
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
 from .growth import add_examples, check_addition
 from .locks import Lease, WriterLock
@@ -173,6 +174,57 @@ class Index:
                 reporter=report,
             )
         return cls(folder, model, loss)
+
+    @classmethod
+    def estimate(
+        cls,
+        *,
+        model: nn.Module | None = None,
+        data: Any = None,
+        gradients: Iterable[Any] | None = None,
+        loss: PerExample | None = None,
+        config: BuildConfig | None = None,
+        examples: int | None = None,
+        batches: int = 4,
+        disk: int | None = None,
+        payload_bytes: float = 0.0,
+        progress: bool | ProgressCallback | None = None,
+    ) -> Estimate:
+        """Disk, memory and time of a build before it starts. Nothing is kept.
+
+        Args:
+            model, data, gradients, loss, config, progress: as in `build`.
+            examples: N, where `data` is only a part; by default what there is.
+            batches: whose gradients are taken and timed.
+            disk: bytes that there are for the index: says which choices fit.
+            payload_bytes: of an example's payload, on average.
+
+        Returns:
+            `Estimate`.
+
+        Raises:
+            ConfigError, DataError, CaptureError: as in `build`.
+        """
+        config = BuildConfig() if config is None else config
+        if not isinstance(config, BuildConfig):
+            raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
+        for name, value in (("batches", batches), ("examples", examples), ("disk", disk)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+        with reporter(progress) as report:
+            return estimate_build(
+                model=model,
+                data=data,
+                gradients=gradients,
+                loss=loss,
+                config=config,
+                examples=examples,
+                batches=batches,
+                disk=disk,
+                payload_bytes=payload_bytes,
+                folder=None,
+                report=report,
+            )
 
     @classmethod
     def open(

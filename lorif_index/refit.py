@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .build import CURVATURE_RANK, stored_gradients
+from .build import stored_gradients
 from .coarse import default_factory, faiss_is_installed
 from .coarse_build import make_coarse, random_positions, recalibrate, sketch_of_rows, stored_blocks, stored_queries
 from .curvature import fit_curvature
@@ -22,6 +22,7 @@ from .manifest import Manifest
 from .progress import Reporter
 from .query import Preconditioner
 from .reader import Reader
+from .sizes import curvature_ranks
 
 _BOUND = "rows are written in the directions of the curvature they were encoded with"
 
@@ -77,7 +78,6 @@ def refit_index(reader: Reader, report: Reporter) -> tuple[Manifest | None, dict
 def renew_curvature(reader: Reader, manifest: Manifest, report: Reporter) -> None:
     """Fits the curvature on the stored factors of the living rows, into the manifest."""
     store, config = reader.store, reader.config
-    rank = CURVATURE_RANK if config.curvature_rank == "auto" else config.curvature_rank
     most = store.live_count if config.curvature_rows == "factors" else config.curvature_sample
     chosen = random_positions(reader, "curvature-sample", most)
     everything = len(chosen) == len(store)
@@ -86,7 +86,7 @@ def renew_curvature(reader: Reader, manifest: Manifest, report: Reporter) -> Non
             partial(stored_gradients, store) if everything else partial(stored_blocks, store, chosen),
             len(chosen),
             reader.specs,
-            rank=rank,  # type: ignore[arg-type]
+            rank=curvature_ranks(config, reader.specs, "factors"),
             power_iterations=config.power_iterations,
             seed=config.seed,
             examples=len(chosen),

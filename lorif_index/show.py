@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .damping import Damping
+from .estimate import Estimate
 from .index import Index
 from .textindex import Answer
 
@@ -34,6 +35,32 @@ def excerpt(text: str, length: int = _EXCERPT) -> Text:
     """The beginning of a text on one line, without what could move the terminal's cursor or be read as markup."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return Text(line if len(line) <= length else line[: length - 1].rstrip() + "…")
+
+
+# -- an estimate -------------------------------------------------------------------------------------------------
+
+
+def show_estimate(out: Console, found: Estimate, disk: int | None) -> None:
+    """Disk, memory and time by part, and the other ways to store rows."""
+    out.print(
+        f"{found.examples:,} passages as {found.stored}, {found.bytes_per_example:,} bytes each: "
+        f"{in_units(found.disk_total)} on disk ({in_units(found.temporary)} more meanwhile), up to "
+        f"{in_units(found.memory)} in memory, about {found.seconds_total:,.0f} s."
+    )
+    parts = Table("part", "on disk", "stage", "seconds", box=None, header_style="bold")
+    disks, stages = list(found.disk.items()), list(found.seconds.items())
+    for i in range(max(len(disks), len(stages))):
+        left = (disks[i][0], in_units(disks[i][1])) if i < len(disks) else ("", "")
+        right = (stages[i][0], f"{stages[i][1]:,.1f}") if i < len(stages) else ("", "")
+        parts.add_row(*left, *right)
+    out.print(parts)
+    room = "" if disk is None else f" (x: beyond the {in_units(disk)} that there are)"
+    out.print(f"\nOther ways to store a passage{room}:", style="bold")
+    ways = Table("settings", "bytes each", "on disk", "", box=None, header_style="bold")
+    for choice in found.choices:
+        settings = " ".join(f"{key}={value}" for key, value in choice.settings.items())
+        ways.add_row(settings, f"{choice.bytes_per_example:,}", in_units(choice.disk), "" if choice.fits else "x")
+    out.print(ways)
 
 
 # -- an index ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ downloaded, and only safetensors weights are read.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from .config import BuildConfig
 from .damping import Damping
 from .errors import ConfigError, DataError, IndexExistsError, QueryError
+from .estimate import Estimate
 from .index import Index
 from .losses import IGNORE, default_loss
 from .manifest import MANIFEST
@@ -192,6 +194,34 @@ def build_text_index(
             config=config,
             metadata={METADATA: facts},
             payloads=passages,
+            progress=progress,
+        )
+
+
+def estimate_text_index(
+    text_model: TextModel,
+    documents: Iterable[Document],
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    config: BuildConfig | None = None,
+    examples: int | None = None,
+    batches: int = 4,
+    disk: int | None = None,
+    progress: bool | ProgressCallback | None = None,
+) -> Estimate:
+    """What `build_text_index` would take; arguments as there and for `Index.estimate`."""
+    max_length = _window_length(text_model, max_length)
+    with tempfile.TemporaryDirectory() as place, PassageSpool(Path(place)) as passages:
+        windows, _, _ = _tokenise(documents, text_model, max_length, stride, passages, progress)
+        return Index.estimate(
+            model=text_model.model,
+            data=windows,
+            config=config,
+            examples=examples,
+            batches=batches,
+            disk=disk,
+            payload_bytes=passages.nbytes / len(passages),
             progress=progress,
         )
 

@@ -280,6 +280,11 @@ class PassageSpool:
         self._ends.append(self._ends[-1] + len(data))
         self._flushed = False
 
+    @property
+    def nbytes(self) -> int:
+        """Of all payloads."""
+        return int(self._ends[-1])
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 

@@ -19,6 +19,7 @@ SURFACE = [
     "CrossEntropy",
     "CurvatureRows",
     "Damping",
+    "Estimate",
     "Hits",
     "Index",
     "LayerSelection",
@@ -35,6 +36,7 @@ INDEX = {
     "build": "path model data gradients loss curvature config metadata payloads fit progress",
     "open": "path model loss device verify damaged",
     "merge": "path indexes progress",
+    "estimate": "model data gradients loss config examples batches disk payload_bytes progress",
     "search": "self query k recall rescore measure opponents normalize exact damping layers progress",
     "scores": "self query measure damping layers normalize out progress",
     "self_influence": "self damping layers progress",
@@ -69,7 +71,7 @@ ORDER = (
     "version errors damping scratch codes config progress gradients projection losses probes data layers factors rows "
     "sealed shards store resident spool payloads capture subspace eigenbases sources curvature query sketch eigencodes "
     "encode fitted scoring results locks manifest damage coarse devices flat calibration missed pursuit living "
-    "candidates reader planner coarse_build growth removal build refit merging repair index"
+    "candidates reader planner coarse_build growth removal sizes build refit merging repair estimate index"
 ).split()
 
 
@@ -82,7 +84,7 @@ def test_surface_is_frozen() -> None:
     for name, arguments in INDEX.items():
         signature = inspect.signature(
             inspect.unwrap(inspect.getattr_static(Index, name).__func__)
-            if name in ("build", "open", "merge", "repair")
+            if name in ("build", "open", "merge", "repair", "estimate")
             else getattr(Index, name)
         )
         assert [p for p in signature.parameters if p != "cls"] == arguments.split(), name

@@ -1,0 +1,98 @@
+"""What a build will take, said before, against what it then takes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorif_index import BuildConfig, Estimate, Index
+from lorif_index.errors import ConfigError, DataError, StoreError
+from lorif_index.sizes import disk_sizes
+
+N = 2600
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 10))
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(N, 40), torch.randint(0, 10, (N,))
+
+
+@pytest.mark.parametrize("store", ["factors", "both", "coordinates", "eigen", "coarse"])
+def test_bytes_are_those_of_the_index(model: nn.Module, data: Any, tmp_path: Path, store: str) -> None:
+    settings: dict[str, Any] = {"store": store, "curvature": "empirical", "rank": 2, "calibration_queries": 16}
+    config = BuildConfig(**settings, eigen_bytes=100, projection_dim=16, projection_floor=1, curvature_sample=600)
+    found = Index.estimate(model=model, data=data, config=config, payload_bytes=20.0)
+    payloads = [{"number": i, "t": "abc"} for i in range(N)]
+    index = Index.build(tmp_path / "i", model=model, data=data, config=config, payloads=payloads)
+    assert found.stored == index.representation and found.examples == N
+    assert found.bytes_per_example == pytest.approx(index.bytes_per_example, rel=0.05, abs=2)
+    assert found.disk_total == pytest.approx(index.nbytes, rel=0.2)
+    assert set(found.seconds) == {s for s in index.build_report["seconds"] if s not in ("compact",)}
+    assert found.seconds_total > 0 and found.memory > 0
+
+
+def test_choices_follow_the_budget(model: nn.Module, data: Any) -> None:
+    free = Index.estimate(model=model, data=data, batches=1, examples=5000)
+    assert all(choice.fits for choice in free.choices)
+    room = free.choices[len(free.choices) // 2].disk
+    found = Index.estimate(model=model, data=data, batches=1, disk=room, examples=5000)
+    assert isinstance(found, Estimate) and found.examples == 5000
+    assert [c.disk for c in found.choices] == sorted(c.disk for c in found.choices)
+    assert all(choice.fits == (choice.disk <= room) for choice in found.choices)
+    assert {True, False} == {choice.fits for choice in found.choices}
+    assert found.to_json()["disk_total"] == found.disk_total
+
+
+def test_gradients_are_estimated_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = [{"a": torch.randn(64, 12, 10)} for _ in range(20)]
+    config = BuildConfig(store="factors", curvature_rank=20)
+    found = Index.estimate(gradients=blocks, config=config)
+    index = Index.build(tmp_path / "i", gradients=blocks, config=config)
+    assert found.disk_total == pytest.approx(index.nbytes, rel=0.2)
+    assert found.bytes_per_example == index.bytes_per_example
+    assert Index.estimate(gradients=iter(blocks), config=config).examples == 1280
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({}, DataError),
+        ({"gradients": []}, DataError),
+        ({"gradients": [{"a": torch.zeros(2, 3, 3)}], "disk": 0}, ConfigError),
+    ],
+)
+def test_bad_questions(arguments: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Index.estimate(**arguments)
+
+
+def test_a_build_that_the_disk_cannot_hold_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2000))
+    blocks = [{"a": torch.randn(64, 12, 10)} for _ in range(4)]
+    stages: list[str] = []
+    with pytest.raises(StoreError, match=r"will take [\d,]+ bytes .* has 2,000 free"):
+        Index.build(tmp_path / "i", gradients=blocks, progress=lambda event: stages.append(event.stage))
+    assert "encode" not in stages and "curvature" not in stages
+
+
+def test_more_rows_take_more() -> None:
+    from lorif_index.gradients import LayerSpec
+
+    specs = {"a": LayerSpec("a", 64, 64, 32, 32, 1)}
+    for stored in ("factors", "both", "coordinates", "eigen", "coarse"):
+        one, two = (disk_sizes(BuildConfig(), specs, stored, n) for n in (10**6, 2 * 10**6))
+        assert one.total < two.total < 2 * one.total and one.row == two.row
