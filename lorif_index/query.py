@@ -106,7 +106,8 @@ class Preconditioner:
         """From a fitted layer.
 
         Raises:
-            CurvatureError: the damping gives no lambda above 0, so that H is singular.
+            CurvatureError: the damping gives no lambda above 0, so that H is singular, or one whose inverse float32
+            cannot hold.
         """
         lam = damping.value(layer)
         if not lam > 0 or lam == float("inf"):
@@ -122,6 +123,11 @@ class Preconditioner:
             mu = log_mean(lam, float(layer.eigenvalues[-1]), tail)
         else:
             mu = lam + tail
+        if not 1.0 / lam <= torch.finfo(torch.float32).max:
+            raise CurvatureError(
+                f"lambda={lam:.3g} of layer {name!r} (trace {layer.trace:.3g}) has an inverse beyond float32's range: its "
+                "gradients are too small; scale the loss, pass AbsoluteDamping(...), or exclude the layer"
+            )
         inside = (1.0 / (layer.eigenvalues.double() + lam)).float()
         return cls(layer.basis, inside, 0.0 if layer.rank == layer.dim else 1.0 / mu, lam)
 

@@ -1,0 +1,198 @@
+"""Gradients, queries and paths as they should not be, and processes that share an index."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lorif_index import BuildConfig, Index
+from lorif_index.errors import CurvatureError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
+
+N = 80
+STORES = ["factors", "both", "coordinates", "eigen"]
+
+
+def blocks(rows: torch.Tensor, size: int = 32) -> list[dict[str, torch.Tensor]]:
+    return [{"a": part[:, :30].reshape(-1, 6, 5), "b": part[:, 30:].reshape(-1, 4, 4)} for part in rows.split(size)]
+
+
+def config(store: str = "factors", **changes: Any) -> BuildConfig:
+    settings: dict[str, Any] = {"store": store, "rank": 1, "curvature_rank": 8, "sketch_dim": 8, "coarse": None}
+    return BuildConfig(**(settings | changes))
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(N, 46)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_examples_without_a_gradient_score_nothing(rows: torch.Tensor, tmp_path: Path, store: str) -> None:
+    rows[[3, 40]] = 0.0
+    index = Index.build(tmp_path / "i", gradients=blocks(rows), config=config(store))
+    scores, own = index.scores(blocks(rows[:9], 9)[0]), index.self_influence()
+    assert np.isfinite(scores).all() and np.abs(scores[:, [3, 40]]).max() < 1e-5 * np.abs(scores).max()
+    assert np.abs(scores[3]).max() < 1e-5 * np.abs(scores).max(), "nor does a question without one"
+    assert (np.abs(own[[3, 40]]) < 1e-5 * own.max()).all()
+    assert np.isfinite(index.search(blocks(rows[:9], 9)[0], k=N, normalize="cosine").scores).all()
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_very_small_and_large_gradients_rank_alike(
+    rows: torch.Tensor, tmp_path: Path, store: str, scale: float
+) -> None:
+    choices = config(store, dtype="float32")
+    plain = Index.build(tmp_path / "plain", gradients=blocks(rows), config=choices)
+    scaled = Index.build(tmp_path / "scaled", gradients=blocks(rows * scale), config=choices)
+    query = blocks(rows[:5], 5)[0]
+    expected, found = plain.scores(query), scaled.scores({name: g * scale for name, g in query.items()})
+    # H^-1 takes both scales away.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_denormal_gradients_are_an_error_or_finite(rows: torch.Tensor, tmp_path: Path, store: str) -> None:
+    try:
+        index = Index.build(tmp_path / "i", gradients=blocks(rows * 1e-40), config=config(store, dtype="float32"))
+    except (CurvatureError, NonFiniteError):
+        return
+    assert np.isfinite(index.scores(blocks(rows[:5] * 1e-40, 5)[0])).all()
+
+
+def test_no_gradients_at_all(rows: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(CurvatureError, match="zero"):
+        Index.build(tmp_path / "zero", gradients=blocks(rows * 0), config=config())
+    with pytest.raises(DataError, match="empty"):
+        Index.build(tmp_path / "none", gradients=[], config=config())
+    index = Index.build(tmp_path / "i", gradients=[*blocks(rows[:0], 1), *blocks(rows)], config=config())
+    assert len(index) == N
+    for empty in ({"a": torch.zeros(0, 6, 5), "b": torch.zeros(0, 4, 4)}, {}):
+        with pytest.raises((QueryError, DataError)):
+            index.search(empty)
+
+
+class Branched(nn.Module):
+    """Its second branch is never taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_a_layer_that_gets_no_gradient_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="unused") as caught:
+        Index.build(tmp_path / "i", model=Branched(), data=(torch.randn(20, 6), torch.randint(0, 3, (20,))))
+    assert type(caught.value).__module__ == "lorif_index.errors" and not (tmp_path / "i").exists()
+
+
+def test_another_model_of_the_same_architecture(tmp_path: Path) -> None:
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    data = (torch.randn(40, 6), torch.randint(0, 3, (40,)))
+    Index.build(tmp_path / "i", model=model(0), data=data)
+    with pytest.raises(FingerprintError, match="model"):
+        Index.open(tmp_path / "i", model=model(1))
+
+
+def test_more_hits_than_rows(rows: torch.Tensor, tmp_path: Path) -> None:
+    index = Index.build(tmp_path / "i", gradients=blocks(rows), config=config())
+    index.remove([7])
+    hits = index.search(blocks(rows[:2], 2)[0], k=10 * N)
+    assert hits.ids.shape == (2, N - 1) and 7 not in hits.ids
+    assert len(index.payloads([3, 3, 5])) == 3, "ids may be asked for twice"
+
+
+def test_paths_that_cannot_hold_an_index(rows: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises((OSError, StoreError)):
+        Index.build(tmp_path / "file", gradients=blocks(rows), config=config())
+    with pytest.raises((OSError, StoreError)):
+        Index.build(tmp_path / "file" / "below", gradients=blocks(rows), config=config())
+    for path in (tmp_path / "nothing", tmp_path / "file", tmp_path):
+        with pytest.raises((OSError, StoreError)):
+            Index.open(path)
+    assert (tmp_path / "file").read_text() == "x" and sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_other_data_do_not_finish_an_interrupted_build(rows: torch.Tensor, tmp_path: Path) -> None:
+    """Also where the first block is the same."""
+
+    def stop(event: Any) -> None:
+        if event.stage == "encode":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Index.build(tmp_path / "i", gradients=blocks(rows), config=config(), progress=stop)
+    other = rows.clone()
+    other[-1, 0] += 1
+    swapped = torch.cat([rows[:32], rows[64:], rows[32:64]])
+    for wrong in (other, swapped):
+        with pytest.raises(FingerprintError, match="data"):
+            Index.build(tmp_path / "i", gradients=blocks(wrong), config=config())
+    x, y, model = torch.randn(200, 6), torch.randint(0, 3, (200,)), nn.Linear(6, 3)
+    with pytest.raises(KeyboardInterrupt):
+        Index.build(tmp_path / "m", model=model, data=(x, y), progress=stop)
+    moved = x.clone()
+    moved[-1] += 1
+    with pytest.raises(FingerprintError, match="data"):
+        Index.build(tmp_path / "m", model=model, data=(moved, y))
+    assert len(Index.build(tmp_path / "m", model=model, data=(x, y))) == 200
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+def answer(index: Index | str, query: dict[str, np.ndarray], out: Any) -> None:
+    """What a worker does, with an index that it was handed or opens."""
+    torch.set_num_threads(1)
+    opened = Index.open(index) if isinstance(index, str) else index
+    out.put(opened.search({n: torch.from_numpy(g) for n, g in query.items()}, k=5).ids.tolist())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_share_an_index(rows: torch.Tensor, tmp_path: Path, method: str) -> None:
+    """Forked workers use the very object, spawned ones open the folder; the parent's is as it was, and leases end."""
+    index = Index.build(tmp_path / "i", gradients=blocks(rows), config=config())
+    query = blocks(rows[:3], 3)[0]
+    expected = index.search(query, k=5).ids.tolist()
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    given = index if method == "fork" else str(index.path)
+    plain = {name: g.numpy() for name, g in query.items()}
+    # A forked child must not start torch's threads again while the parent holds them: one thread each.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    workers = [context.Process(target=answer, args=(given, plain, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join()
+    torch.set_num_threads(threads)
+    assert found == [expected, expected] == [index.search(query, k=5).ids.tolist()] * 2
+    index.remove([0])
+    index.compact()
+    assert not list(index.path.glob("retired-*"))
+
+
+def test_an_index_moves_with_its_folder(rows: torch.Tensor, tmp_path: Path) -> None:
+    index = Index.build(tmp_path / "i", gradients=blocks(rows), config=config())
+    query = blocks(rows[:3], 3)[0]
+    before = index.scores(query)
+    index.close()
+    shutil.move(tmp_path / "i", tmp_path / "j")
+    np.testing.assert_array_equal(Index.open(tmp_path / "j").scores(query), before)
