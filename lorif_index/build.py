@@ -29,6 +29,7 @@ from .config import BuildConfig, CurvatureRows
 from .curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
 from .data import ExampleSource, as_source
 from .eigencodes import EigenEncoder, directions_for, fit_eigencode
+from .ensemble import count_of, probes_of
 from .errors import ConfigError, CorruptionError, DataError, IndexExistsError, NonFiniteError
 from .factors import factorise
 from .fitted import (
@@ -45,7 +46,6 @@ from .fitted import (
 from .gradients import GradientBlock, GradientSource, LayerGradient
 from .losses import LogitsOf, PerExample, default_loss, logits_of
 from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, read_manifest, spec_to_json
-from .probes import Probes
 from .progress import Reporter
 from .projection import ALGORITHM, Projections, keyed_generator
 from .query import Preconditioner
@@ -192,6 +192,8 @@ class _Build:
                 "autocast": config.autocast,
                 "data": first_batch_digest(examples),
             }
+            if count_of(model) is not None:
+                fingerprint["members"] = count_of(model)
         else:
             if is_one_shot(gradients):
                 self._claim()
@@ -409,7 +411,7 @@ class _Build:
             part = Part(rows, count, count / self.curvature.rows_per_example, 1.0)
         elif self.logits is not None and self.capture is not None and self.examples is not None:
             wanted = self._sample_ids()
-            probes = Probes(self.logits, self.config.probes, self.config.seed, len(wanted))
+            probes = probes_of(self.capture.model, self.logits, self.config.probes, self.config.seed, len(wanted))
             probed = ProbedGradients(self.capture.capture(self.loss), self.examples, probes)
             rows, count, spool, _ = self._walkable(probed, wanted, False, each=probes.each)
             part = Part(rows, count, count / probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,6 +24,7 @@ from .curvature import LayerCurvature
 from .damping import Damping, as_damping
 from .data import as_source, batch_count
 from .devices import search_device
+from .ensemble import as_model, count_of
 from .errors import ConfigError, FingerprintError, NonFiniteError, QueryError
 from .gradients import GradientBlock, LayerSpec, parse_block
 from .losses import PerExample
@@ -62,6 +63,8 @@ class Index:
         self._reader = reader
         self._manifest, self._config, self._specs = reader.manifest, reader.config, reader.specs
         self._layout, self._store, self._curvature = reader.layout, reader.store, reader.curvature
+        # Scores are means over the models of an ensemble.
+        self._members = int(self._manifest.fingerprint.get("members") or 1)
 
     # -- making one ----------------------------------------------------------------------------------------------
 
@@ -70,7 +73,7 @@ class Index:
         cls,
         path: str | os.PathLike[str],
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | Sequence[nn.Module] | None = None,
         data: Any = None,
         gradients: Iterable[Any] | None = None,
         loss: PerExample | None = None,
@@ -83,7 +86,9 @@ class Index:
 
         Args:
             path: a folder that does not exist, is empty, or holds an interrupted build.
-            model: the trained model. It is left exactly as it was found.
+            model: the trained model. It is left exactly as it was found. A list of models, such as checkpoints of
+                several seeds, makes one index whose scores are the mean over them: layer "w" of the first is called
+                "0.w" in the index (and in `layers=` of a search); the config's `layers` are of a model's own names.
             data: a torch Dataset, a DataLoader that does not shuffle, a Hugging Face Dataset, or a tuple or dict of
                 tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded.
             gradients: instead of model and data: an iterable of blocks {layer: (n, d_in, d_out) array}, or of factor
@@ -105,11 +110,11 @@ class Index:
         config = BuildConfig() if config is None else config
         if not isinstance(config, BuildConfig):
             raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
-        folder = Path(path)
+        folder, asked = Path(path), as_model(model)
         with reporter(progress) as report:
             build_index(
                 folder,
-                model=model,
+                model=asked,
                 data=data,
                 gradients=gradients,
                 loss=loss,
@@ -118,14 +123,14 @@ class Index:
                 metadata={} if metadata is None else metadata,
                 reporter=report,
             )
-        return cls(folder, read_manifest(folder), model, loss)
+        return cls(folder, read_manifest(folder), asked, loss)
 
     @classmethod
     def open(
         cls,
         path: str | os.PathLike[str],
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | Sequence[nn.Module] | None = None,
         loss: PerExample | None = None,
         device: str | torch.device | None = None,
     ) -> Index:
@@ -133,7 +138,7 @@ class Index:
 
         Args:
             path: its folder.
-            model: the model it was built from; needed for raw queries only.
+            model: the model it was built from, or the list of them in the same order; needed for raw queries only.
             loss: the loss it was built with, if that was not the default.
             device: where rows are scored: "cuda", where what fits into half of the free memory stays; "cpu"; None: a
                 GPU where torch and faiss both see one.
@@ -145,7 +150,7 @@ class Index:
         folder = Path(path)
         index = cls(folder, read_manifest(folder), None, None, device)
         if model is not None:
-            index._attach(model, loss)
+            index._attach(as_model(model), loss)
         return index
 
     def _attach(self, model: nn.Module, loss: PerExample | None) -> None:
@@ -156,11 +161,12 @@ class Index:
         given = {
             "layers": [spec_to_json(spec) for spec in capture.specs.values()],
             "model": model_digest(model),
+            "members": count_of(model),
         }
         if loss is not None:
             given["loss"] = loss_name(loss)
         remedy = "open it with the model and loss that it was built from (another question is put by measure=)"
-        check_same({k: built[k] for k in given}, given, f"what was given for {self._path}", remedy)
+        check_same({k: built.get(k) for k in given}, given, f"what was given for {self._path}", remedy)
         self._model, self._loss = model, loss
 
     def _query_config(self) -> BuildConfig:
@@ -296,7 +302,10 @@ class Index:
         layers: str | Iterable[str] | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
-        """Each stored example's score with itself, g_i^T H^-1 g_i, (n,) float32, in the order of `index.ids`."""
+        """Each stored example's score with itself, g_i^T H^-1 g_i, (n,) float32, in the order of `index.ids`.
+
+        Of several models, the mean over them, as for scores.
+        """
         self._need_rows("self_influence")
         preconditioners = self._reader.preconditioners(self._chosen(layers), self._policy(damping))
         sketch = self._reader.sketch if self._layout.codes is not None else None
@@ -304,7 +313,7 @@ class Index:
         with reporter(progress) as report, report.stage("scan", len(self)) as stage:
             for start, rows in self._store.stream():
                 own = self_scores(self._layout, rows, preconditioners, sketch, self._curvature, self._reader.eigen)
-                out[start : start + len(rows)] = own.numpy()
+                out[start : start + len(rows)] = own.numpy() / self._members
                 stage.advance(len(rows), len(rows) * self._layout.row_bytes)
         return out
 
@@ -525,11 +534,14 @@ class Index:
         mid = time.perf_counter()
         preconditioners = self._reader.preconditioners(chosen, policy)
         question = self._reader.ask(gradients, preconditioners)
+        share = torch.full((question.count,), 1.0 / self._members)
+        if normalize == "cosine":
+            own = sum(preconditioners[n].quadratic(g.flatten(1)) for n, g in gradients.items())
+            share *= _inverse_roots(own / self._members)
         if normalize is not None:
-            asked = None
-            if normalize == "cosine":
-                asked = _inverse_roots(sum(preconditioners[n].quadratic(g.flatten(1)) for n, g in gradients.items()))
-            question = question.scaled(asked, self._row_scale(policy, chosen))
+            question = question.scaled(share, self._row_scale(policy, chosen))
+        elif self._members > 1:
+            question = question.scaled(share, None)
         return _Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
 
     def _check_normalize(self, normalize: str | None) -> None:

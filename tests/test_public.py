@@ -58,10 +58,10 @@ CONFIG = (
 
 # Stages in the order of the package docstring: a module may import those before it, never those behind.
 ORDER = (
-    "version errors damping scratch codes config progress gradients projection losses probes data layers factors rows "
-    "sealed shards store resident spool capture subspace eigenbases sources curvature query sketch eigencodes fitted "
-    "scoring results manifest coarse devices flat calibration missed pursuit candidates reader planner coarse_build "
-    "build index"
+    "version errors damping scratch codes config progress gradients projection losses probes data layers ensemble "
+    "factors rows sealed shards store resident spool capture subspace eigenbases sources curvature query sketch "
+    "eigencodes fitted scoring results manifest coarse devices flat calibration missed pursuit candidates reader "
+    "planner coarse_build build index"
 ).split()
 
 
