@@ -35,6 +35,17 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     assert len(printed.splitlines()) > 4
 
 
+def test_plots_are_the_same_from_the_same_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pictures = []
+    for name in ("a.svg", "b.svg"):
+        line = [sys.executable, "-m", "bench.plots", "--out", str(tmp_path / name)]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        pictures.append((tmp_path / name).read_bytes())
+    assert pictures[0] == pictures[1] and b"<svg" in pictures[0]
+
+
 def test_eigencodes_at_scale(tmp_path: Path) -> None:
     result, _ = smoke(tmp_path / "result.json", "bench.search_at_scale", "--eigen")
     assert [e["rank"] for e in result["indexes"]] == ["eigen", "eigen"]
