@@ -173,8 +173,11 @@ def trak(
     proj_dim: int = 1024,
     batch: int = 64,
     multiples: tuple[float, ...] = TRAK_MULTIPLES,
+    with_itself: bool = False,
 ) -> Peer:
     """TRAK of one model, with all its parameters; settings are lambda_reg, in mean eigenvalues of its X'X.
+
+    With `with_itself` the scores are two rows: the sum over all queries, and each example's with itself.
 
     `proj_dim` is 2048 by traker's default. Its X'X is singular where there are fewer examples than that, and its own
     setting, no damping, is then of no use.
@@ -269,11 +272,14 @@ def trak(
         )
         computer = traker.score_computer
         gram = computer.get_xtx(x)
-        scores = {multiple(0.0): own}
-        for times in multiples[1:]:
+        scores = {}
+        for times in multiples:
             computer.lambda_reg = times * float(gram.diagonal().mean())
-            found = computer.get_x_xtx_inv(x, gram) @ asked_of.T * weights
-            scores[multiple(times)] = found.T.numpy()
+            features = computer.get_x_xtx_inv(x, gram)
+            found = (features @ asked_of.T * weights).T.numpy() if times else own
+            if with_itself:
+                found = np.stack([found.sum(axis=0), ((features * x).sum(dim=1) * weights.flatten()).numpy()])
+            scores[multiple(times)] = found
     note = (
         f"traker, one model, all {parameters} parameters, proj_dim {proj_dim} (its default is 2048), float32, normal "
         "projection held in memory; settings are lambda_reg in mean eigenvalues of X'X. Bytes: float32 features and "
@@ -429,8 +435,11 @@ def dattri_logra(
     proj_dim: int = 4096,
     batch: int = 64,
     multiples: tuple[float, ...] = LOGRA_MULTIPLES,
+    with_itself: bool = False,
 ) -> Peer:
     """LoGRA, as dattri's LoGraAttributor has it; settings are its damping, in mean eigenvalues of each layer.
+
+    With `with_itself` the scores are two rows: the sum over all queries, and each example's with itself.
 
     `proj_dim` is of each layer, 4096 by its default. A Conv2d, which it does not take, is given to it as an nn.Linear.
     """
@@ -464,6 +473,9 @@ def dattri_logra(
         began = time.perf_counter()
         scores = {multiple(LOGRA_DEFAULT): attributor.attribute(loader(task.data), loader(task.queries)).T.numpy()}
         asked = time.perf_counter() - began
+        if with_itself:
+            ((default, found),) = scores.items()
+            scores = {default: np.stack([found.sum(axis=0), attributor.compute_self_attribution().numpy()])}
 
         stored = attributor.offload_manager.cached_gradients
         attributor.offload_manager.cached_ifvp.clear()
@@ -471,7 +483,7 @@ def dattri_logra(
         of_queries, _ = attributor._compute_test_gradients(loader(task.queries))
         widths = list(attributor.layer_dims)
         for times in multiples:
-            scores[multiple(times)] = np.zeros((queries, task.count), dtype=np.float32)
+            scores[multiple(times)] = np.zeros((2 if with_itself else queries, task.count), dtype=np.float32)
         start = 0
         for width in widths:
             columns = slice(start, start + width)
@@ -481,7 +493,12 @@ def dattri_logra(
             mean = fisher.diagonal().mean()
             for times in multiples:
                 damped = fisher + times * mean * torch.eye(width)
-                scores[multiple(times)] += (solve(damped, of_queries[:, columns].T).T @ x.T).numpy()
+                if with_itself:
+                    inverse = solve(damped, torch.cat([of_queries[:, columns].sum(dim=0, keepdim=True), x]).T).T
+                    rows = torch.stack([x @ inverse[0], (inverse[1:] * x).sum(dim=1)])
+                else:
+                    rows = solve(damped, of_queries[:, columns].T).T @ x.T
+                scores[multiple(times)] += rows.numpy()
     note = (
         f"dattri's LoGraAttributor, eFIM, proj_dim {proj_dim} for each of {len(names)} layers (no embeddings, no head "
         "of a language model); settings are its damping, which is in mean eigenvalues of each layer's Fisher matrix. "

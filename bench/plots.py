@@ -170,7 +170,7 @@ def mislabelled() -> list[tuple[str, float, float, str]]:
     if found:
         for name in found["mislabelled"]["summary"]:
             values[readable(name)] = [run["results"][name]["found"] for run in found["mislabelled"]["runs"]]
-    for run in others["mislabelled"] if others else []:
+    for run in others["runs"] if others else []:
         for name, value in of_others(run["results"], "found").items():
             values.setdefault(name, []).append(value)
     rows = []
@@ -181,13 +181,9 @@ def mislabelled() -> list[tuple[str, float, float, str]]:
 
 def of_suite(suite: str, key: str) -> list[tuple[str, float, float, str]]:
     """Poisoned examples or duplicates."""
-    if suite == "poisoned":
-        found, others = (
-            (kept(n) or {"poisoned": {"results": {}}})["poisoned"]["results"]
-            for n in ("mislabelled", "other_libraries_mislabelled")
-        )
-    else:
-        found, others = ((kept(n) or {"results": {}})["results"] for n in (suite, f"other_libraries_{suite}"))
+    own = (kept("mislabelled") or {}).get("poisoned") if suite == "poisoned" else kept(suite)
+    others = (kept(f"other_libraries_{suite}") or {"results": {}})["results"]
+    found = (own or {"results": {}})["results"]
     values = {readable(name): figures[key] for name, figures in found.items()} | of_others(others, key)
     return [(name, value, 0.0, colour_of(name)) for name, value in values.items()]
 
