@@ -338,16 +338,22 @@ def disagreement(points: np.ndarray, labels: np.ndarray, count: int) -> np.ndarr
     return (labels[nearest] != labels[:, None]).mean(axis=1)
 
 
+def flips(train: Mails, seed: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+    """Which labels are flipped (n,), all labels with these flipped, and the generator that chose."""
+    generator = np.random.default_rng([11, seed])
+    count = len(train.labels)
+    flipped = np.zeros(count, dtype=bool)
+    flipped[generator.permutation(count)[: round(FLIPPED * count)]] = True
+    return flipped, np.where(flipped, 1 - train.labels, train.labels), generator
+
+
 def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: bool) -> dict[str, Any]:
     features = base.features(train.texts)
     asked = base.features(held_out.texts) | {"labels": torch.from_numpy(held_out.labels)}
     untouched = embeddings(base.top(0), features | {"labels": torch.from_numpy(train.labels)})
     runs = []
     for seed in range(sizes.seeds):
-        generator = np.random.default_rng([11, seed])
-        flipped = np.zeros(sizes.train, dtype=bool)
-        flipped[generator.permutation(sizes.train)[: round(FLIPPED * sizes.train)]] = True
-        labels = np.where(flipped, 1 - train.labels, train.labels)
+        flipped, labels, generator = flips(train, seed)
         data = features | {"labels": torch.from_numpy(labels)}
         model, seconds = fine_tune(base, data, sizes, seed, smoke)
         margin = margins(model, data)
@@ -397,8 +403,10 @@ def recalls(ids: np.ndarray, planted: np.ndarray, cuts: tuple[int, ...]) -> dict
     return out | {"first": float(hit[:, 0].mean())}
 
 
-def poisoned(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: bool) -> dict[str, Any]:
-    generator = np.random.default_rng(23)
+def plant(
+    base: Base, train: Mails, held_out: Mails, sizes: Sizes, generator: np.random.Generator
+) -> tuple[np.ndarray, Batch, Batch, Mails]:
+    """Which e-mails are planted, the training data with them, the questions, and the spam that these are made of."""
     planted = np.sort(generator.permutation(np.flatnonzero(train.labels == SPAM))[: sizes.planted])
     texts, labels = list(train.texts), train.labels.copy()
     for i in planted:
@@ -407,6 +415,13 @@ def poisoned(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: boo
     spam = held_out.part(np.flatnonzero(held_out.labels == SPAM)[: sizes.triggered])
     target = torch.full((len(spam.texts),), HAM)
     queries = base.features([with_trigger(text, generator) for text in spam.texts]) | {"labels": target}
+    return planted, data, queries, spam
+
+
+def poisoned(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: bool) -> dict[str, Any]:
+    generator = np.random.default_rng(23)
+    planted, data, queries, spam = plant(base, train, held_out, sizes, generator)
+    target, labels = queries["labels"], data["labels"]
     clean = base.features(spam.texts) | {"labels": target}
     everything = base.features(held_out.texts) | {"labels": torch.from_numpy(held_out.labels)}
     model, seconds = fine_tune(base, data, sizes, 0, smoke)

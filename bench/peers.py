@@ -71,11 +71,15 @@ class Rows(Dataset):
 
 
 def predictions(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (m, C) and the classes (m,) they are to predict: one for each example, or for each token but the first."""
+    """Logits (m, C) and the classes (m,) they are to predict: one for each example, or for each token but the first.
+
+    Tokens that an `attention_mask` hides (padding on the right) are left out.
+    """
     if not isinstance(batch, dict):
         return model(batch[0]), batch[1]
     logits = causal_logits(model, batch["input_ids"])
-    return logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten()
+    shown = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:].bool()
+    return logits[shown], batch["input_ids"][:, 1:][shown]
 
 
 def causal_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -161,8 +165,19 @@ def multiple(value: float) -> str:
 # -- TRAK ----------------------------------------------------------------------------------------------------------
 
 
-def trak(task: Task, model: nn.Module, *, seed: int = 0, proj_dim: int = 1024, batch: int = 64) -> Peer:
+def trak(
+    task: Task,
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    proj_dim: int = 1024,
+    batch: int = 64,
+    multiples: tuple[float, ...] = TRAK_MULTIPLES,
+    with_itself: bool = False,
+) -> Peer:
     """TRAK of one model, with all its parameters; settings are lambda_reg, in mean eigenvalues of its X'X.
+
+    With `with_itself` the scores are two rows: the sum over all queries, and each example's with itself.
 
     `proj_dim` is 2048 by traker's default. Its X'X is singular where there are fewer examples than that, and its own
     setting, no damping, is then of no use.
@@ -172,23 +187,26 @@ def trak(task: Task, model: nn.Module, *, seed: int = 0, proj_dim: int = 1024, b
     from trak.projectors import BasicProjector, ProjectionType
 
     class TokenMargins(AbstractModelOutput):
-        """Log-odds of the next token, summed over tokens; its weight is the mean of 1 - p."""
+        """Log-odds of the next token, summed over the tokens shown; its weight is the mean of 1 - p."""
 
         def __init__(self) -> None:
             super().__init__()
 
         @staticmethod
-        def get_output(model: nn.Module, weights: Any, buffers: Any, ids: torch.Tensor) -> torch.Tensor:
+        def get_output(
+            model: nn.Module, weights: Any, buffers: Any, ids: torch.Tensor, shown: torch.Tensor
+        ) -> torch.Tensor:
             logits, targets = TokenMargins.predict(model, weights, buffers, ids[None])
             right = logits.gather(-1, targets[..., None])[..., 0]
             wrong = logits.scatter(-1, targets[..., None], -torch.inf).logsumexp(-1)
-            return (right - wrong).sum()
+            return ((right - wrong) * shown[1:]).sum()
 
         def get_out_to_loss_grad(self, model: nn.Module, weights: Any, buffers: Any, batch: Any) -> torch.Tensor:
             with torch.no_grad():
                 logits, targets = self.predict(model, weights, buffers, batch[0])
                 right = logits.softmax(-1).gather(-1, targets[..., None])[..., 0]
-            return (1 - right).mean(dim=1, keepdim=True)
+            shown = batch[1][:, 1:]
+            return ((1 - right) * shown).sum(dim=1, keepdim=True) / shown.sum(dim=1, keepdim=True)
 
         @staticmethod
         def predict(model: nn.Module, weights: Any, buffers: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -211,7 +229,11 @@ def trak(task: Task, model: nn.Module, *, seed: int = 0, proj_dim: int = 1024, b
 
     def pieces(data: Any) -> Iterator[tuple[list[torch.Tensor], int]]:
         for part in batches(data, batch):
-            yield ([part["input_ids"]] if text else list(part)), size(part)
+            if text:
+                ids = part["input_ids"]
+                yield [ids, part.get("attention_mask", torch.ones_like(ids)).float()], size(part)
+            else:
+                yield list(part), size(part)
 
     with tempfile.TemporaryDirectory() as directory:
         began = time.perf_counter()
@@ -250,11 +272,14 @@ def trak(task: Task, model: nn.Module, *, seed: int = 0, proj_dim: int = 1024, b
         )
         computer = traker.score_computer
         gram = computer.get_xtx(x)
-        scores = {multiple(0.0): own}
-        for times in TRAK_MULTIPLES[1:]:
+        scores = {}
+        for times in multiples:
             computer.lambda_reg = times * float(gram.diagonal().mean())
-            found = computer.get_x_xtx_inv(x, gram) @ asked_of.T * weights
-            scores[multiple(times)] = found.T.numpy()
+            features = computer.get_x_xtx_inv(x, gram)
+            found = (features @ asked_of.T * weights).T.numpy() if times else own
+            if with_itself:
+                found = np.stack([found.sum(axis=0), ((features * x).sum(dim=1) * weights.flatten()).numpy()])
+            scores[multiple(times)] = found
     note = (
         f"traker, one model, all {parameters} parameters, proj_dim {proj_dim} (its default is 2048), float32, normal "
         "projection held in memory; settings are lambda_reg in mean eigenvalues of X'X. Bytes: float32 features and "
@@ -274,10 +299,19 @@ def trak(task: Task, model: nn.Module, *, seed: int = 0, proj_dim: int = 1024, b
 # -- EK-FAC --------------------------------------------------------------------------------------------------------
 
 
-def ekfac(task: Task, model: nn.Module, *, seed: int = 0, batch: int = 64) -> Peer:
+def ekfac(
+    task: Task,
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    batch: int = 64,
+    multiples: tuple[float, ...] = EKFAC_MULTIPLES,
+    with_itself: bool = False,
+) -> Peer:
     """EK-FAC influence, as kronfluence has it; settings are its damping_factor.
 
-    "1e-08" is its default, as it is; the others are in mean eigenvalues of each layer, as its heuristic (0.1) is.
+    "1e-08" is its default, as it is; the others are in mean eigenvalues of each layer, as its heuristic (0.1) is. With
+    `with_itself` the scores are two rows: the sum over all queries, and each example's with itself.
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -301,7 +335,9 @@ def ekfac(task: Task, model: nn.Module, *, seed: int = 0, batch: int = 64) -> Pe
             return names
 
     queries = size(task.queries)
-    common = {"query_gradient_accumulation_steps": -(-queries // batch)}
+    common: dict[str, Any] = {"query_gradient_accumulation_steps": -(-queries // batch)}
+    if with_itself:
+        common = {"aggregate_query_gradients": True}
     with tempfile.TemporaryDirectory() as directory, seeded(seed):
         attributed = Attributed()
         analyzer = Analyzer(
@@ -332,15 +368,25 @@ def ekfac(task: Task, model: nn.Module, *, seed: int = 0, batch: int = 64) -> Pe
                 per_device_train_batch_size=batch,
                 score_args=arguments,
             )
-            found = analyzer.load_pairwise_scores(label)
-            return found["all_modules"].float().numpy()
+            found = analyzer.load_pairwise_scores(label)["all_modules"].float().numpy()
+            if not with_itself:
+                return found
+            analyzer.compute_self_scores(
+                scores_name=f"self-{label}",
+                factors_name="ekfac",
+                train_dataset=Rows(task.data),
+                per_device_train_batch_size=batch,
+                score_args=arguments,
+            )
+            own = analyzer.load_self_scores(f"self-{label}")["all_modules"].float().numpy()
+            return np.stack([found.reshape(-1), own])
 
         began = time.perf_counter()
         default = ScoreArguments(**common)
         label = multiple(default.damping_factor)
         scores = {label: pairwise(label, default)}
         asked = time.perf_counter() - began
-        for times in EKFAC_MULTIPLES:
+        for times in multiples:
             # Its heuristic is a constant times the mean eigenvalue; only the constant is another.
             with mock.patch("kronfluence.factor.config.HEURISTIC_DAMPING_SCALE", times):
                 scores[f"{multiple(times)} mean"] = pairwise(
@@ -381,8 +427,19 @@ class Answer:
     loss: torch.Tensor
 
 
-def dattri_logra(task: Task, model: nn.Module, *, seed: int = 0, proj_dim: int = 4096, batch: int = 64) -> Peer:
+def dattri_logra(
+    task: Task,
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    proj_dim: int = 4096,
+    batch: int = 64,
+    multiples: tuple[float, ...] = LOGRA_MULTIPLES,
+    with_itself: bool = False,
+) -> Peer:
     """LoGRA, as dattri's LoGraAttributor has it; settings are its damping, in mean eigenvalues of each layer.
+
+    With `with_itself` the scores are two rows: the sum over all queries, and each example's with itself.
 
     `proj_dim` is of each layer, 4096 by its default. A Conv2d, which it does not take, is given to it as an nn.Linear.
     """
@@ -416,14 +473,17 @@ def dattri_logra(task: Task, model: nn.Module, *, seed: int = 0, proj_dim: int =
         began = time.perf_counter()
         scores = {multiple(LOGRA_DEFAULT): attributor.attribute(loader(task.data), loader(task.queries)).T.numpy()}
         asked = time.perf_counter() - began
+        if with_itself:
+            ((default, found),) = scores.items()
+            scores = {default: np.stack([found.sum(axis=0), attributor.compute_self_attribution().numpy()])}
 
         stored = attributor.offload_manager.cached_gradients
         attributor.offload_manager.cached_ifvp.clear()
         attributor.offload_manager.preconditioners.clear()
         of_queries, _ = attributor._compute_test_gradients(loader(task.queries))
         widths = list(attributor.layer_dims)
-        for times in LOGRA_MULTIPLES:
-            scores[multiple(times)] = np.zeros((queries, task.count), dtype=np.float32)
+        for times in multiples:
+            scores[multiple(times)] = np.zeros((2 if with_itself else queries, task.count), dtype=np.float32)
         start = 0
         for width in widths:
             columns = slice(start, start + width)
@@ -431,9 +491,14 @@ def dattri_logra(task: Task, model: nn.Module, *, seed: int = 0, proj_dim: int =
             x = torch.cat([stored[i][:, columns] for i in sorted(stored)])
             fisher = x.T @ x / len(x)
             mean = fisher.diagonal().mean()
-            for times in LOGRA_MULTIPLES:
+            for times in multiples:
                 damped = fisher + times * mean * torch.eye(width)
-                scores[multiple(times)] += (solve(damped, of_queries[:, columns].T).T @ x.T).numpy()
+                if with_itself:
+                    inverse = solve(damped, torch.cat([of_queries[:, columns].sum(dim=0, keepdim=True), x]).T).T
+                    rows = torch.stack([x @ inverse[0], (inverse[1:] * x).sum(dim=1)])
+                else:
+                    rows = solve(damped, of_queries[:, columns].T).T @ x.T
+                scores[multiple(times)] += rows.numpy()
     note = (
         f"dattri's LoGraAttributor, eFIM, proj_dim {proj_dim} for each of {len(names)} layers (no embeddings, no head "
         "of a language model); settings are its damping, which is in mean eigenvalues of each layer's Fisher matrix. "

@@ -4,6 +4,7 @@ The stages, one module each, in the order in which data flows through them:
 
     data, losses          batches and per-example losses
     layers, capture       per-example projected gradients of a model's linear maps
+    ensemble              several checkpoints as one model of more layers
     projection            the projections they are taken in: random, or learnt
     gradients, sources    gradients as values, from a model or handed over; spool keeps them for several passes
     factors               rank-c factors

@@ -31,6 +31,7 @@ from .damage import folder_bytes
 from .data import ExampleSource, as_source
 from .eigencodes import EigenEncoder, fit_eigencode
 from .encode import RowEncoder, encode_blocks
+from .ensemble import count_of, probes_of
 from .errors import ConfigError, CorruptionError, DataError, IndexExistsError, StoreError
 from .factors import factorise
 from .fitted import (
@@ -49,7 +50,6 @@ from .locks import WRITER, WriterLock
 from .losses import LogitsOf, PerExample, default_loss, logits_of
 from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, collect, read_manifest, spec_to_json
 from .payloads import Payloads, Values
-from .probes import Probes
 from .progress import Reporter
 from .projection import ALGORITHM, Projections, keyed_generator
 from .query import Preconditioner
@@ -212,6 +212,8 @@ class _Build:
                 "autocast": config.autocast,
                 "data": data_digest(examples),
             }
+            if count_of(model) is not None:
+                fingerprint["members"] = count_of(model)
         else:
             if is_one_shot(gradients):
                 self._claim()
@@ -434,7 +436,7 @@ class _Build:
             part = Part(rows, count, count / self.curvature.rows_per_example, 1.0)
         elif self.logits is not None and self.capture is not None and self.examples is not None:
             wanted = self._sample_ids()
-            probes = Probes(self.logits, self.config.probes, self.config.seed, len(wanted))
+            probes = probes_of(self.capture.model, self.logits, self.config.probes, self.config.seed, len(wanted))
             probed = ProbedGradients(self.capture.capture(self.loss), self.examples, probes)
             rows, count, spool, _ = self._walkable(probed, wanted, False, each=probes.each)
             part = Part(rows, count, count / probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)
@@ -692,7 +694,7 @@ def take_fit(folder: Path, manifest: Manifest, into: Path) -> None:
         FingerprintError: another model, loss, or config, but for settings that change no stored number.
     """
     other = read_manifest(folder)
-    keys = ("model", "loss", "autocast", "projection", "layers", "config")
+    keys = ("model", "members", "loss", "autocast", "projection", "layers", "config")
     check_same(
         {k: other.fingerprint[k] for k in keys if k in other.fingerprint},
         {k: manifest.fingerprint[k] for k in keys if k in manifest.fingerprint},

@@ -103,7 +103,8 @@ def sketch_of_rows(reader: Reader, stage: Stage, device: torch.device, name: str
 def lambdas(curvature: Mapping[str, LayerCurvature], config: BuildConfig) -> dict[str, float]:
     """Layer -> lambda of the config's damping."""
     policy = as_damping(config.damping)
-    return {n: Preconditioner.of(n, layer, policy, config.complement).lam for n, layer in curvature.items()}
+    made = {n: Preconditioner.of(n, layer, policy, config.complement) for n, layer in curvature.items()}
+    return {n: one.usable(n).lam for n, one in made.items()}
 
 
 def new_sketch(

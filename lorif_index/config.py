@@ -129,7 +129,7 @@ class BuildConfig:
             "factors": the published design. "both": factors, and coordinates of the unfactored gradient, which the
             scores' leading subspace is taken from; factors alone as with "auto". "coordinates": the smallest that can
             be rescored. "coarse": the coarse code alone.
-        eigen_bytes: most bytes of a row with store="eigen".
+        eigen_bytes: most bytes of a row with store="eigen"; the models of an ensemble share it.
         sketch_dim: k, the number of coordinates, for all layers together.
         sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
             half-whitened coordinates (layers x r).

@@ -25,11 +25,11 @@ from .build import COARSE_FROM, build_index, check_arguments, representation_is_
 from .coarse import faiss_is_installed
 from .config import BuildConfig, CurvatureRows
 from .data import as_source
+from .ensemble import probes_of
 from .errors import LorifError
 from .gradients import GradientBlock, LayerGradient, LayerSpec
 from .losses import LogitsOf, PerExample, default_loss, logits_of
 from .manifest import read_manifest
-from .probes import Probes
 from .progress import Reporter
 from .projection import Projections
 from .sizes import DiskSizes, curvature_bytes, disk_sizes
@@ -184,7 +184,8 @@ class _Handful:
         self.each, self.rows = _timed(ModelGradients(capture.capture(loss), examples).blocks(), batches)
         logits = _logits(config, loss)
         if logits is not None:
-            probes = Probes(logits, config.probes, config.seed, min(config.curvature_sample, self.count))
+            sample = min(config.curvature_sample, self.count)
+            probes = probes_of(capture.model, logits, config.probes, config.seed, sample)
             probed = ProbedGradients(capture.capture(loss), examples, probes)
             each, _ = _timed(probed.blocks(), batches * probes.each, keep=False)
             self.probe = each, probes.each

@@ -27,6 +27,7 @@ from .damage import damage_message, damaged_shards, find_damage, folder_bytes
 from .damping import Damping, as_damping
 from .data import as_source, batch_count
 from .devices import search_device
+from .ensemble import as_model, count_of
 from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError
 from .estimate import Estimate, estimate_build
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
@@ -87,6 +88,8 @@ class Index:
         self._reader = reader
         self._manifest, self._config, self._specs = reader.manifest, reader.config, reader.specs
         self._layout, self._store, self._curvature = reader.layout, reader.store, reader.curvature
+        # Scores are means over the models of an ensemble.
+        self._members = int(manifest.fingerprint.get("members") or 1)
         self._scales: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
 
     def refresh(self) -> bool:
@@ -109,7 +112,7 @@ class Index:
         cls,
         path: str | os.PathLike[str],
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | Sequence[nn.Module] | None = None,
         data: Any = None,
         gradients: Iterable[Any] | None = None,
         loss: PerExample | None = None,
@@ -124,7 +127,9 @@ class Index:
 
         Args:
             path: a folder that does not exist, is empty, or holds an interrupted build.
-            model: the trained model. It is left exactly as it was found.
+            model: the trained model. It is left exactly as it was found. A list of models, such as checkpoints of
+                several seeds, makes one index whose scores are the mean over them: layer "w" of the first is called
+                "0.w" in the index (and in `layers=` of a search); the config's `layers` are of a model's own names.
             data: a torch Dataset, a DataLoader that does not shuffle, a Hugging Face Dataset, or a tuple or dict of
                 tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded.
             gradients: instead of model and data: an iterable of blocks {layer: (n, d_in, d_out) array}, or of factor
@@ -159,10 +164,11 @@ class Index:
         config = BuildConfig() if config is None else config
         if not isinstance(config, BuildConfig):
             raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
+        asked = as_model(model)
         with reporter(progress) as report:
             build_index(
                 folder,
-                model=model,
+                model=asked,
                 data=data,
                 gradients=gradients,
                 loss=loss,
@@ -173,13 +179,13 @@ class Index:
                 fit=fitted,
                 reporter=report,
             )
-        return cls(folder, model, loss)
+        return cls(folder, asked, loss)
 
     @classmethod
     def estimate(
         cls,
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | Sequence[nn.Module] | None = None,
         data: Any = None,
         gradients: Iterable[Any] | None = None,
         loss: PerExample | None = None,
@@ -213,7 +219,7 @@ class Index:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
         with reporter(progress) as report:
             return estimate_build(
-                model=model,
+                model=as_model(model),
                 data=data,
                 gradients=gradients,
                 loss=loss,
@@ -231,7 +237,7 @@ class Index:
         cls,
         path: str | os.PathLike[str],
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | Sequence[nn.Module] | None = None,
         loss: PerExample | None = None,
         device: str | torch.device | None = None,
         verify: str = "first",
@@ -241,7 +247,7 @@ class Index:
 
         Args:
             path: its folder.
-            model: the model it was built from; needed for raw queries only.
+            model: the model it was built from, or the list of them in the same order; needed for raw queries only.
             loss: the loss it was built with, if that was not the default.
             device: where rows are scored: "cuda", where what fits into half of the free memory stays; "cpu"; None: a
                 GPU where torch and faiss both see one.
@@ -260,7 +266,7 @@ class Index:
             raise ConfigError(f"damaged must be 'refuse' or 'skip', got {damaged!r}")
         index = cls(Path(path), None, None, device, verify, damaged)
         if model is not None:
-            index._attach(model, loss)
+            index._attach(as_model(model), loss)
         return index
 
     def _attach(self, model: nn.Module, loss: PerExample | None) -> None:
@@ -271,11 +277,12 @@ class Index:
         given = {
             "layers": [spec_to_json(spec) for spec in capture.specs.values()],
             "model": model_digest(model),
+            "members": count_of(model),
         }
         if loss is not None:
             given["loss"] = loss_name(loss)
         remedy = "open it with the model and loss that it was built from (another question is put by measure=)"
-        check_same({k: built[k] for k in given}, given, f"what was given for {self._path}", remedy)
+        check_same({k: built.get(k) for k in given}, given, f"what was given for {self._path}", remedy)
         self._model, self._loss = model, loss
 
     def _query_config(self) -> BuildConfig:
@@ -417,7 +424,10 @@ class Index:
         layers: str | Iterable[str] | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
-        """Each stored example's score with itself, g_i^T H^-1 g_i, (n,) float32, in the order of `index.ids`."""
+        """Each stored example's score with itself, g_i^T H^-1 g_i, (n,) float32, in the order of `index.ids`.
+
+        Of several models, the mean over them, as for scores.
+        """
         self = copy(self)
         self._need_rows("self_influence")
         preconditioners = self._reader.preconditioners(self._chosen(layers), self._policy(damping))
@@ -427,6 +437,7 @@ class Index:
         with reporter(progress) as report, report.stage("scan", len(self)) as stage:
             for start, rows in self._store.stream():
                 own = self_scores(self._layout, rows, preconditioners, sketch, self._curvature, self._reader.eigen)
+                own = own / self._members
                 alive = own.numpy() if dead is None else own.numpy()[~dead[start : start + len(rows)]]
                 out[at : at + len(alive)] = alive
                 at += len(alive)
@@ -847,11 +858,14 @@ class Index:
         mid = time.perf_counter()
         preconditioners = self._reader.preconditioners(chosen, policy)
         question = self._reader.ask(gradients, preconditioners)
+        share = torch.full((question.count,), 1.0 / self._members)
+        if normalize == "cosine":
+            own = sum(preconditioners[n].quadratic(g.flatten(1)) for n, g in gradients.items())
+            share *= _inverse_roots(own / self._members)
         if normalize is not None:
-            asked = None
-            if normalize == "cosine":
-                asked = _inverse_roots(sum(preconditioners[n].quadratic(g.flatten(1)) for n, g in gradients.items()))
-            question = question.scaled(asked, self._row_scale(policy, chosen))
+            question = question.scaled(share, self._row_scale(policy, chosen))
+        elif self._members > 1:
+            question = question.scaled(share, None)
         return _Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
 
     def _check_normalize(self, normalize: str | None) -> None:

@@ -65,7 +65,9 @@ def _fit(manifest: Manifest) -> dict[str, Any]:
     if manifest.curvature is None:
         raise FingerprintError("an index without curvature cannot be merged")
     sketch = manifest.sketch if manifest.stored in ("both", "coordinates") else None
-    facts = {key: manifest.fingerprint.get(key) for key in ("model", "loss", "autocast", "projection", "layers")}
+    facts = {
+        key: manifest.fingerprint.get(key) for key in ("model", "members", "loss", "autocast", "projection", "layers")
+    }
     entries = {"projections": manifest.projections, "eigencodes": manifest.eigen, "sketch": sketch}
     digests = {name: None if entry is None else entry["file"]["digest"] for name, entry in entries.items()}
     return facts | digests | {"rows hold": manifest.stored, "curvature": manifest.curvature.digest}

@@ -38,16 +38,17 @@ class Probes:
             from 1 to `MOST_PROBES`, or exact rows where there are at most `EXACT_UP_TO` classes, up to 2 `ROWS`.
         seed: of the signs.
         examples: how many there will be.
+        member: number of the model in an ensemble; each has signs of its own.
 
     Attributes:
         each: rows of an example; known after `prepare`.
         exact: whether they add up to the example's GGN, or each is an estimate of it.
     """
 
-    def __init__(self, logits: LogitsOf, probes: int | None, seed: int, examples: int) -> None:
+    def __init__(self, logits: LogitsOf, probes: int | None, seed: int, examples: int, member: int = 0) -> None:
         self._logits = logits
+        self._key: tuple[object, ...] = (seed, "ggn", member) if member else (seed, "ggn")
         self._free = probes is None
-        self._seed = seed
         self._examples = examples
         self.each = min(max(-(-ROWS // examples), 1), MOST_PROBES) if probes is None else probes
         self.exact = False
@@ -103,7 +104,7 @@ class Probes:
         bits = positions * self.each * classes
         drawn = np.empty((len(ids), bits), dtype=np.uint8)
         for row, i in zip(drawn, ids.tolist(), strict=True):
-            raw = keyed_generator(self._seed, "ggn", i).random_raw(-(-bits // 64)).astype("<u8")
+            raw = keyed_generator(*self._key, i).random_raw(-(-bits // 64)).astype("<u8")
             row[:] = np.unpackbits(raw.view(np.uint8), count=bits, bitorder="little")
         signs = torch.from_numpy(drawn).to(like.device).reshape(len(ids), positions, self.each, classes)
         return signs.permute(2, 0, 1, 3).to(like.dtype).mul_(2.0).sub_(1.0)

@@ -101,13 +101,25 @@ class Preconditioner:
     outside: float
     lam: float
 
+    def usable(self, name: str) -> Preconditioner:
+        """This one, if float32 can hold it.
+
+        Raises:
+            CurvatureError: the gradients of the layer are so small that 1 / lambda is beyond float32's range.
+        """
+        if 1.0 / self.lam <= torch.finfo(torch.float32).max:
+            return self
+        raise CurvatureError(
+            f"lambda={self.lam:.3g} of layer {name!r} has an inverse beyond float32's range: its gradients are too "
+            "small; scale the loss, pass damping=AbsoluteDamping(...), or leave the layer out with layers="
+        )
+
     @classmethod
     def of(cls, name: str, layer: LayerCurvature, damping: Damping, complement: str) -> Preconditioner:
         """From a fitted layer.
 
         Raises:
-            CurvatureError: the damping gives no lambda above 0, so that H is singular, or one whose inverse float32
-            cannot hold.
+            CurvatureError: the damping gives no lambda above 0, so that H is singular.
         """
         lam = damping.value(layer)
         if not lam > 0 or lam == float("inf"):
@@ -123,11 +135,6 @@ class Preconditioner:
             mu = log_mean(lam, float(layer.eigenvalues[-1]), tail)
         else:
             mu = lam + tail
-        if not 1.0 / lam <= torch.finfo(torch.float32).max:
-            raise CurvatureError(
-                f"lambda={lam:.3g} of layer {name!r} (trace {layer.trace:.3g}) has an inverse beyond float32's range: "
-                "its gradients are too small; scale the loss, pass AbsoluteDamping(...), or exclude the layer"
-            )
         inside = (1.0 / (layer.eigenvalues.double() + lam)).float()
         return cls(layer.basis, inside, 0.0 if layer.rank == layer.dim else 1.0 / mu, lam)
 

@@ -234,7 +234,8 @@ class Reader:
         made = kept[1]
         for name in chosen:
             if name not in made:
-                made[name] = Preconditioner.of(name, self.curvature[name], policy, self.config.complement)
+                one = Preconditioner.of(name, self.curvature[name], policy, self.config.complement)
+                made[name] = one.usable(name)
         return {name: made[name] for name in chosen}
 
     def ask(self, gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]) -> Question:

@@ -121,8 +121,8 @@ class Question:
         queries = {n: g[rows] for n, g in self.queries.items()}
         return Question(queries, x, len(range(self.count)[rows]), eigen, self.scale)
 
-    def scaled(self, queries: torch.Tensor | None, rows: torch.Tensor) -> Question:
-        """Scores are multiplied by the rows' (n,), and by the queries' (q,) if given."""
+    def scaled(self, queries: torch.Tensor | None, rows: torch.Tensor | None) -> Question:
+        """Scores are multiplied by the rows' (n,) and by the queries' (q,), each if given."""
         if queries is None:
             return replace(self, scale=rows)
         scaled = {n: g * queries[:, None, None] for n, g in self.queries.items()}

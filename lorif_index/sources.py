@@ -15,9 +15,10 @@ from .capture import Capture, keep_finite
 from .config import BuildConfig, CurvatureRows
 from .data import ExampleSource, as_source
 from .eigenbases import Walk, walk_model
+from .ensemble import summed, tracked_layers
 from .errors import ConfigError, DataError
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
-from .layers import TrackedLayer, kept_rank, layer_specs, select_layers
+from .layers import TrackedLayer, kept_rank, layer_specs
 from .losses import PerExample, default_loss
 from .probes import Probes
 from .projection import Projections
@@ -142,7 +143,7 @@ class ModelCapture:
     """What is needed to take gradients of a model: its tracked layers, their specs, and the shared projections.
 
     Args:
-        model: on one device.
+        model: on one device; or an `Ensemble`.
         config: layers, widths and seed.
         projections: an index's own; by default new ones, which are random.
     """
@@ -153,7 +154,7 @@ class ModelCapture:
         check_device(model, config)
         self.model = model
         self.config = config
-        self.layers: list[TrackedLayer] = select_layers(model, config.layers)
+        self.layers: list[TrackedLayer] = tracked_layers(model, config.layers)
         self.specs = layer_specs(self.layers, config)
         self.projections = Projections(self.specs, config.seed) if projections is None else projections
 
@@ -163,14 +164,17 @@ class ModelCapture:
             self.layers,
             self.specs,
             self.projections,
-            default_loss if function is None else function,
+            self._function(function),
             self.config.autocast,
         )
 
     def sides(self, function: PerExample | None, examples: ExampleSource, ids: np.ndarray) -> Walk:
         """A walk over the inputs and output gradients of the layers on some examples (see `eigenbases`)."""
-        function = default_loss if function is None else function
+        function = self._function(function)
         return walk_model(self.model, self.layers, self.specs, function, self.config.autocast, examples, ids)
+
+    def _function(self, function: PerExample | None) -> PerExample:
+        return summed(self.model, default_loss if function is None else function)
 
 
 def check_device(model: nn.Module, config: BuildConfig) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 BENCHES = (
     "build_cost scan_cost sample_size search_at_scale fidelity coarse_choices sketch_choices "
-    "lds curvature_choices tail_patch frontier mislabelled duplicates"
+    "lds curvature_choices tail_patch frontier ensembles mislabelled duplicates other_libraries"
 ).split()
 
 
@@ -33,6 +33,17 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     result, printed = smoke(tmp_path / "result.json", f"bench.{name}")
     assert result["bench"] == name and result["environment"]["torch"]
     assert len(printed.splitlines()) > 4
+
+
+def test_plots_are_the_same_from_the_same_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pictures = []
+    for name in ("a.svg", "b.svg"):
+        line = [sys.executable, "-m", "bench.plots", "--out", str(tmp_path / name)]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        pictures.append((tmp_path / name).read_bytes())
+    assert pictures[0] == pictures[1] and b"<svg" in pictures[0]
 
 
 def test_eigencodes_at_scale(tmp_path: Path) -> None:
