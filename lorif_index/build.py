@@ -72,8 +72,7 @@ from .sources import (
     is_one_shot,
     model_digest,
 )
-from .spool import PREFIX as SPOOL_PREFIX
-from .spool import Spool
+from .spool import Spool, remove_leftovers
 from .store import Store, StoreWriter
 
 # Settings that leave every stored number as it is; all others must agree when an interrupted build goes on.
@@ -181,10 +180,9 @@ class _Build:
         if (path / BUILDING).is_file():
             # Another process may be at work in it.
             self.lock.acquire()
+            remove_leftovers(path)
         self.capture: ModelCapture | None = None
         self.examples: ExampleSource | None = None
-        for leftover in path.glob(f"{SPOOL_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         if isinstance(curvature, str):
             config = self.config = dataclasses.replace(config, curvature=curvature)
             curvature = None

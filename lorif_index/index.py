@@ -28,7 +28,7 @@ from .damping import Damping, as_damping
 from .data import as_source, batch_count
 from .devices import search_device
 from .ensemble import as_model, count_of
-from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError
+from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
 from .estimate import Estimate, estimate_build
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
 from .growth import add_examples, check_addition
@@ -56,6 +56,7 @@ from .sources import (
     is_one_shot,
     model_digest,
 )
+from .spool import remove_leftovers
 from .store import VERIFY
 
 NORMALIZATIONS = ("relatif", "cosine")
@@ -693,10 +694,21 @@ class Index:
 
     @contextmanager
     def _changing(self, progress: bool | ProgressCallback | None) -> Iterator[Reporter]:
-        """The only writer, on the newest version; afterwards this index is of the version that was made."""
+        """The only writer, on the newest version; afterwards this index is of the version that was made.
+
+        Raises:
+            LockedError: another writer is at work. StoreError: damaged shards are being skipped.
+        """
         with WriterLock(self._path):
+            remove_leftovers(self._path)
             collect(self._path)
             self.refresh()
+            if self._store.damaged:
+                # A change must not take for removed what is only unreadable.
+                raise StoreError(
+                    f"{self._path} has damaged shards {sorted(self._store.damaged)}, which this index skips: restore "
+                    "them from a copy, or Index.repair(path), before it is changed"
+                )
             try:
                 with reporter(progress) as report:
                     yield report

@@ -21,6 +21,12 @@ PREFIX = ".spool-"
 _Shapes = dict[str, tuple[tuple[int, ...], ...]]
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left in a folder; only whoever holds the writer's lock there may call this."""
+    for leftover in folder.glob(f"{PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class _Entry:
     """One block on disk: where it begins, its ids, and the shapes of each layer's one or two arrays, in order."""

@@ -25,6 +25,7 @@ from lorif_index.errors import (
     LockedError,
     NonFiniteError,
     QueryError,
+    StoreError,
 )
 from lorif_index.locks import WriterLock
 
@@ -498,3 +499,44 @@ def test_skipping_damaged_shards(index: Index, query: Any) -> None:
         alike(lame.scores(query), before[:, kept])
         hits = lame.search(query, k=10, exact=False)
         assert hits.stats.skipped == shard.rows and not np.isin(hits.ids, gone).any()
+        with pytest.raises(StoreError, match="repair"):
+            lame.compact()
+
+
+def test_repair_drops_what_is_damaged_and_keeps_it_aside(index: Index, rows: torch.Tensor, query: Any) -> None:
+    before = index.scores(query)
+    shard, coarse = index._store.shards[1].info, index._manifest.coarse
+    assert coarse is not None
+    index.close()
+    for name in (shard.sealed.file, coarse["file"]["file"]):
+        path = index.path / name
+        path.write_bytes(path.read_bytes()[:-1])
+    done = Index.repair(index.path)
+    assert done["dropped"] == [
+        {"file": shard.sealed.file, "rows": shard.rows, "first_id": shard.first_id, "last_id": shard.last_id}
+    ]
+    assert "coarse" in done["rebuilt"] and (index.path / f"damaged-{shard.sealed.file}.kept").exists()
+    mended = Index.open(index.path)
+    mended.verify()
+    kept = np.setdiff1d(np.arange(N), np.arange(shard.first_id, shard.last_id + 1))
+    alike(mended.scores(query), before[:, kept])
+    assert mended.search(query, k=5, exact=False).ids.shape == (5, 5)
+    assert mended.add(gradients=blocks(rows[N:])).tolist() == list(range(N, N + MORE))
+    assert Index.repair(index.path) == {"dropped": [], "rebuilt": []}
+    assert (index.path / f"damaged-{shard.sealed.file}.kept").exists(), "nothing that was set aside is cleared away"
+
+
+def test_repair_says_what_it_cannot_mend(index: Index) -> None:
+    """Rows in the directions of a damaged curvature are lost; factors get another curvature."""
+    index.close()
+    path = index.path / "curvature.h5"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    if index.representation == "factors":
+        assert "curvature" in Index.repair(index.path)["rebuilt"]
+        Index.open(index.path).verify()
+        return
+    with pytest.raises(CorruptionError, match="repair cannot help: rows are written in the directions"):
+        Index.repair(index.path)
+    path.write_bytes(raw)
+    Index.open(index.path).verify()
