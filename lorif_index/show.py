@@ -113,7 +113,12 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
     summary = Table.grid(padding=(0, 2))
     summary.add_row("index", excerpt(facts["path"]))
     skipped = len(facts["skipped"])
-    summary.add_row("examples", f"{facts['examples']:,}" + (f", {skipped} skipped" if skipped else ""))
+    age = facts["curvature_age"]
+    gone = f", {age['removed']:,} removed and not yet compacted" if age["removed"] else ""
+    summary.add_row("examples", f"{facts['examples']:,}" + (f", {skipped} skipped" if skipped else "") + gone)
+    if age["new_rows"]:
+        share = "" if age["new_trace"] is None else f", {age['new_trace']:.1%} of the squared gradient norm"
+        summary.add_row("since the fit", f"{age['new_rows']:,} examples added{share}")
     summary.add_row(
         "size", f"{facts['bytes_per_example']:,} bytes per example, {in_units(facts['nbytes'])} in all with curvature"
     )

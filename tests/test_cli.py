@@ -253,6 +253,7 @@ def test_texts_are_added_and_removed(home, living, tmp_path):
     assert 0 < added["curvature_age"]["new_trace"] < 1
     found = document("search", living, "--text", more, "-k", 1)["answers"][0]["hits"][0]
     assert (found["id"], found["text"]) == (len(SENTENCES), more) and found["source"].startswith("more.jsonl")
+    assert "1 examples added, " in lorif("info", living)[1]
     assert lorif("remove", living, 0, found["id"])[1].startswith(f"2 removed, {len(SENTENCES) - 1} left")
     assert more.encode() in b"".join(path.read_bytes() for path in living.iterdir())
     assert " freed" in lorif("compact", living)[1]
