@@ -57,7 +57,7 @@ from .reader import Reader, row_layout
 from .rows import RowLayout
 from .sealed import SealedInfo, copy_sealed
 from .shards import Shard, ShardInfo, write_shard
-from .sizes import QUERY_BYTES, curvature_ranks, disk_sizes
+from .sizes import QUERY_BYTES, curvature_products, curvature_ranks, disk_sizes
 from .sketch import SketchEncoder, half_whitened
 from .sources import (
     GivenGradients,
@@ -455,6 +455,7 @@ class _Build:
                 examples=part.examples,
                 stage=stage,
                 device=self._device(),
+                within=curvature_products(self.config, self.specs, str(self.manifest.stored)),
             )
         if spool is not None:
             spool.close()
