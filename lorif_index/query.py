@@ -138,8 +138,8 @@ class Preconditioner:
             mu = lam + tail
         if not 1.0 / lam <= torch.finfo(torch.float32).max:
             raise CurvatureError(
-                f"lambda={lam:.3g} of layer {name!r} (trace {layer.trace:.3g}) has an inverse beyond float32's range: its "
-                "gradients are too small; scale the loss, pass AbsoluteDamping(...), or exclude the layer"
+                f"lambda={lam:.3g} of layer {name!r} (trace {layer.trace:.3g}) has an inverse beyond float32's range: "
+                "its gradients are too small; scale the loss, pass AbsoluteDamping(...), or exclude the layer"
             )
         inside = (1.0 / (layer.eigenvalues.double() + lam)).float()
         return cls(layer, inside, 0.0 if layer.rank == layer.dim else 1.0 / mu, lam)

@@ -63,8 +63,8 @@ def curvature_ranks(config: BuildConfig, specs: Mapping[str, LayerSpec], stored:
 
 
 def curvature_products(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str) -> dict[str, int]:
-    """Layer -> products of its sides' eigenvectors that its directions are found among (see `grid`); of the layers whose
-    rows are eigencodes, and that are wide enough."""
+    """Layer -> products of its sides' eigenvectors that its directions are found among (see `grid`); of wide layers
+    whose rows are eigencodes."""
     if config.curvature_rank != "auto" or stored != "eigen":
         return {}
     ranks = curvature_ranks(config, specs, stored)
@@ -146,10 +146,10 @@ def _rank(rank: int | None, spec: LayerSpec, count: int) -> int:
 
 def curvature_bytes(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, group_bytes: int) -> int:
     """Memory that fitting the curvature takes at once: blocks or dense matrices, in groups of layers."""
-    ranks, products = (found(config, specs, stored) for found in (curvature_ranks, curvature_products))
+    ranks, products = curvature_ranks(config, specs, stored), curvature_products(config, specs, stored)
     each = []
     for name, spec in specs.items():
-        size = products.get(name, 0)
+        size: int = products.get(name, 0)
         fit = SubspaceFit((), size or spec.dim, ranks[name], spec.dim, 0, torch.device("cpu"), whole_up_to=size)
         each.append(fit.nbytes)
     return max(min(sum(each), group_bytes), max(each, default=0))
