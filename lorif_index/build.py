@@ -9,6 +9,7 @@ fitted after them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import resource
 import shutil
@@ -25,7 +26,7 @@ from torch import nn
 from . import eigenbases
 from .coarse import default_factory, faiss_is_installed, load_faiss
 from .coarse_build import calibrate, lambdas, make_coarse, new_sketch, sketch_of_rows
-from .config import BuildConfig, CurvatureRows
+from .config import LEAST_FLOOR, BuildConfig, CurvatureRows
 from .curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
 from .damage import folder_bytes
 from .data import ExampleSource, as_source
@@ -46,6 +47,7 @@ from .fitted import (
     save_sketch,
 )
 from .gradients import GradientBlock, GradientSource, LayerGradient, LayerSpec
+from .layers import layer_specs
 from .locks import WRITER, WriterLock
 from .losses import LogitsOf, PerExample, default_loss, logits_of
 from .manifest import BUILDING, FORMAT_VERSION, MANIFEST, Manifest, check_same, collect, read_manifest, spec_to_json
@@ -57,7 +59,7 @@ from .reader import Reader, row_layout
 from .rows import RowLayout
 from .sealed import SealedInfo, copy_sealed
 from .shards import Shard, ShardInfo, write_shard
-from .sizes import QUERY_BYTES, curvature_ranks, disk_sizes
+from .sizes import QUERY_BYTES, curvature_products, curvature_ranks, disk_sizes
 from .sketch import SketchEncoder, half_whitened
 from .sources import (
     GivenGradients,
@@ -83,6 +85,10 @@ COARSE_FROM = 1024
 # Of the mixed curvature's trace (of 1/4, 1/2 and 3/4; chosen on digits and Fashion-MNIST, held on sequences:
 # `docs/quality.md`).
 _EMPIRICAL_SHARE = 0.25
+# Widths of eigencodes' projections in small models, the widest first, and what the sample's gradients may take on disk
+# meanwhile, once more for probes (`bench.lds`: on the fine-tuned GPT 32, 64 and 128 have .405, .431 and .435).
+_FLOORS = (128, 96, 64, 48)
+_FLOOR_BYTES = 4 << 30
 # Examples of the sample that tell what factors lose.
 _MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
@@ -198,6 +204,7 @@ class _Build:
                 raise DataError("data= needs a model= to take gradients of")
             # Everything is checked, and the first batch taken, before a folder is made.
             examples = self.examples = as_source(data, config.batch_size)
+            config = self.config = with_floor(config, model, loss, examples)
             self.capture = ModelCapture(model, config)
             self.specs, self.projections = self.capture.specs, self.capture.projections
             self.source = ModelGradients(self.capture.capture(loss), examples)
@@ -455,6 +462,7 @@ class _Build:
                 examples=part.examples,
                 stage=stage,
                 device=self._device(),
+                within=curvature_products(self.config, self.specs, str(self.manifest.stored)),
             )
         if spool is not None:
             spool.close()
@@ -710,6 +718,32 @@ def take_fit(folder: Path, manifest: Manifest, into: Path) -> None:
         if entry is not None:
             info = SealedInfo.from_json(entry["file"])
             setattr(manifest, field, entry | {"file": copy_sealed(folder, info, into, info.file).to_json()})
+
+
+def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, examples: ExampleSource) -> BuildConfig:
+    """The config with a number for projection_floor: wider for eigencodes, which keep the best directions of all, and
+    so gain by there being more to choose from. What rows will be is told by the first batch.
+
+    Where a row has room for all directions of the least width, it stays: nothing is chosen, and a wider D would only
+    make the same multiple of trace / D a smaller lambda (`bench.lds`: Fashion-MNIST falls from .270 to .248)."""
+    if config.projection_floor != "auto":
+        return config
+    least = dataclasses.replace(config, projection_floor=LEAST_FLOOR)
+    if config.projection != "eigen" or config.curvature_rank != "auto" or config.store not in ("auto", "eigen"):
+        return least
+    taken = ModelCapture(model, least)
+    if representation_is_open(least, taken.specs):
+        first = itertools.islice(ModelGradients(taken.capture(loss), examples).blocks(), 1)
+        if representation_of(least, taken.specs, first) != "eigen":
+            return least
+    if sum(spec.dim for spec in taken.specs.values()) <= 8 * config.eigen_bytes:
+        return least
+    for floor in _FLOORS:
+        wider = dataclasses.replace(config, projection_floor=floor)
+        each = sum(spec.dim for spec in layer_specs(taken.layers, wider).values())
+        if 4 * each * min(examples.count, config.curvature_sample) <= _FLOOR_BYTES:
+            return wider
+    return least
 
 
 def representation_is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:

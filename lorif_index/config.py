@@ -17,6 +17,8 @@ PROJECTIONS = ("eigen", "random")
 CURVATURES = ("auto", "mixed", "ggn", "empirical")
 REPRESENTATIONS = ("eigen", "both", "factors", "coordinates", "coarse")
 STORES = ("auto", *REPRESENTATIONS)
+# What projection_floor="auto" is where nothing asks for more.
+LEAST_FLOOR = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,10 @@ class BuildConfig:
         projection_dim: width d that each side of a layer's gradient is projected to, never above the layer's own
             width: an int; a fraction of the width (0 < f < 1), such as 1/16; None for no projection; "auto" is 1/16
             for a model's gradients and no projection for gradients handed over by the user.
-        projection_floor: the least width that a fraction may give (small models lose too much below it).
+        projection_floor: the least width that a fraction may give (small models lose too much below it). "auto": 32;
+            where rows are eigencodes of a model's gradients in learnt projections, and have no room for all directions
+            of that, the widest of 128, 96, 64 and 48 with which the sample's gradients take no more than 4 GiB. An
+            index's own config has the number.
         projection: "eigen": each side's leading eigenvectors, learnt from a sample; "random": random signs, which need
             no pass over data.
         rank: c, the number of factor pairs kept per example and layer; None keeps the full rank.
@@ -149,7 +154,7 @@ class BuildConfig:
     """
 
     projection_dim: int | float | Fraction | str | None = "auto"
-    projection_floor: int = 32
+    projection_floor: int | str = "auto"
     projection: str = "eigen"
     rank: int | None = 1
     curvature: str = "auto"
@@ -191,6 +196,8 @@ class BuildConfig:
             ("calibration_queries", 0),
         ):
             value = getattr(self, name)
+            if name == "projection_floor" and value == "auto":
+                continue
             if not _is_int(value) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name in ("rank", "curvature_rank"):
@@ -273,7 +280,8 @@ class BuildConfig:
             return width
         if isinstance(dim, int):
             return min(dim, width)
-        return min(max(round(width * float(dim)), self.projection_floor, 1), width)
+        floor = LEAST_FLOOR if self.projection_floor == "auto" else int(self.projection_floor)
+        return min(max(round(width * float(dim)), floor, 1), width)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict from which `from_json` makes an equal config."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .errors import CurvatureError
 from .gradients import GradientBlock, LayerSpec
+from .grid import Grid, fit_grids
 from .progress import Stage
 from .subspace import SubspaceFit, fit_in_groups
 
@@ -28,28 +29,49 @@ class LayerCurvature:
     """One layer's fitted curvature, in units of squared gradients.
 
     Attributes:
-        basis: V, (D, r) float32, orthonormal columns; gradients are vectorised row by row from (d_in, d_out).
+        core: (M, r) float32, orthonormal columns: V itself, M being D, or its coordinates in the grid's products.
         spectrum: (at least r,) float64, falling: the eigenvalues of the basis and up to 10 more.
         trace: of C, exact over the rows.
         rows: how many rows were used.
         examples: n, how many examples those rows stand for.
+        grid: the products that the basis is made of, or None.
     """
 
-    basis: torch.Tensor
+    core: torch.Tensor
     spectrum: torch.Tensor
     trace: float
     rows: int
     examples: float
+    grid: Grid | None = None
+
+    @property
+    def basis(self) -> torch.Tensor:
+        """V, (D, r) float32, orthonormal columns; gradients are vectorised row by row from (d_in, d_out). Made anew at
+        each call where there is a grid."""
+        return self.core if self.grid is None else self.grid.gradients(self.core.T).T
+
+    def reduced(self, flat: torch.Tensor) -> torch.Tensor:
+        """(n, M), whose products with the core are V^T g, of gradients g (n, D) float32."""
+        return flat if self.grid is None else self.grid.coordinates(flat)
+
+    def expanded(self, reduced: torch.Tensor) -> torch.Tensor:
+        """(n, D) of (n, M): the transpose of `reduced`."""
+        return reduced if self.grid is None else self.grid.gradients(reduced)
+
+    def to(self, device: torch.device) -> LayerCurvature:
+        """The same with core and grid on a device."""
+        grid = None if self.grid is None else self.grid.to(device)
+        return replace(self, core=self.core.to(device), grid=grid)
 
     @property
     def dim(self) -> int:
         """D."""
-        return int(self.basis.shape[0])
+        return int(self.core.shape[0]) if self.grid is None else self.grid.dim
 
     @property
     def rank(self) -> int:
         """r, at most D."""
-        return int(self.basis.shape[1])
+        return int(self.core.shape[1])
 
     @property
     def eigenvalues(self) -> torch.Tensor:
@@ -125,12 +147,13 @@ def fit_curvature(
     examples: float,
     stage: Stage,
     device: torch.device,
+    within: Mapping[str, int] | None = None,
 ) -> dict[str, LayerCurvature]:
     """Fits every layer; layers are taken together as far as their blocks fit a bounded memory.
 
     Args:
-        rows: gives the blocks of rows, the same each time; called 2 + power_iterations times (once where r is so
-            near D that the dense matrix is no larger than the sketch).
+        rows: gives the blocks of rows, the same each time; called 2 + power_iterations times, once where the dense
+            matrices are held (D up to 4 (r + 10)), and twice more where some layers are fitted within a grid.
         count: number of rows.
         specs: the layers.
         rank: r, of all layers or layer by layer, or None for all directions; never above D or the number of rows.
@@ -139,6 +162,8 @@ def fit_curvature(
         examples: n, how many examples the rows stand for.
         stage: told of the rows walked.
         device: where the products are computed.
+        within: layer -> M: its eigenpairs are found among the M products of its sides' eigenvectors that hold most of
+            the rows (see `grid`); r is at most M. The trace is still that of all directions.
 
     Raises:
         CurvatureError: no rows, or a layer whose rows are all zero.
@@ -146,7 +171,16 @@ def fit_curvature(
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(specs, rank)
-    fits = {n: SubspaceFit(("curvature", n), s.dim, ranks[n], count, seed, device) for n, s in specs.items()}
+    sizes = {name: size for name, size in (within or {}).items() if size < specs[name].dim}
+    if sizes:
+        stage.total = (stage.total or 0) + 2 * count
+    grids = fit_grids(rows, count, specs, sizes, stage.advance, device)
+    squares = dict.fromkeys(grids, 0.0)
+    fits = {}
+    for name, spec in specs.items():
+        size = grids[name].size if name in grids else 0
+        key, dim = ("curvature", name), size or spec.dim
+        fits[name] = SubspaceFit(key, dim, ranks[name], count, seed, device, whole_up_to=size)
 
     def planned(passes: int) -> None:
         stage.total = (stage.total or 0) + passes * count
@@ -156,8 +190,10 @@ def fit_curvature(
         for block in rows():
             for name, fit in active.items():
                 gradients = block.layers[name].flat().to(device, torch.float32)
+                if name in grids:
+                    squares[name] += block.layers[name].squares()
                 for part in gradients.split(_BATCH_ROWS):
-                    fit.add(part)
+                    fit.add(grids[name].coordinates(part) if name in grids else part)
             seen += block.count
             stage.advance(block.count)
         if seen != count:
@@ -171,5 +207,7 @@ def fit_curvature(
                 f"layer {name!r} has zero gradients in all {count} curvature rows, so its curvature is singular: "
                 "exclude it with LayerSelection(exclude=[...]), or fit from other rows"
             )
-        fitted[name] = LayerCurvature(pairs.vectors, pairs.values, pairs.trace, count, examples)
+        grid = grids[name].to(torch.device("cpu")) if name in grids else None
+        trace = pairs.trace if grid is None else squares[name] / examples
+        fitted[name] = LayerCurvature(pairs.vectors, pairs.values, trace, count, examples, grid)
     return fitted

@@ -10,7 +10,7 @@ of a missing one all of it. In random directions the same bits say much less. No
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,15 +20,17 @@ from .curvature import LayerCurvature, RowPass
 from .errors import CurvatureError
 from .gradients import LayerGradient
 from .progress import Stage
-from .query import Preconditioner, products
+from .query import Preconditioner, inside_of
 from .sketch import Sketch, Whitened, roots
 
 # Directions that add less than this, of at most 1, add nothing that could be seen.
 _LEAST_SHARE = 1e-3
 # Of the curvature's directions, so many times those that a row has room for are found: layers share it unequally.
 _SPARE = 1.5
-# Elements of a layer's basis, up to which directions are found for rows: few wide layers would take hours.
-_MOST_ELEMENTS = 5 << 20
+# But no more: one or two layers would take minutes, and 20 MB each.
+_MOST_DIRECTIONS = 1600
+# They are found among a quarter more products of the sides' eigenvectors, and at least so many (see `grid`).
+_PRODUCTS, _LEAST_PRODUCTS = 1.25, 1024
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class EigenCode:
     def dense(self, codes: torch.Tensor, curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
         """Layer -> the gradients that rows stand for, (n, D) float32."""
         return {
-            name: inside @ curvature[name].basis[:, self.layers[name].directions].T
+            name: curvature[name].expanded(inside @ curvature[name].core[:, self.layers[name].directions].T)
             for name, inside in self.decode(codes).items()
         }
 
@@ -108,19 +110,21 @@ class EigenCode:
 
 
 class EigenEncoder:
-    """Codes of gradients, with bases and amplitudes folded into one (D, m) matrix a layer."""
+    """Codes of gradients, with bases and amplitudes folded into one (M, m) matrix a layer."""
 
     def __init__(self, code: EigenCode, curvature: Mapping[str, LayerCurvature], device: torch.device) -> None:
         self._layout = code.layout
-        self._matrices = {
-            name: (curvature[name].basis[:, part.directions] / part.amplitudes).to(device)
+        self._device = device
+        self._layers = {
+            name: replace(curvature[name], core=curvature[name].core[:, part.directions] / part.amplitudes).to(device)
             for name, part in code.layers.items()
         }
 
     def encode(self, layers: Mapping[str, LayerGradient]) -> torch.Tensor:
         """Rows (n, row bytes) uint8, on the CPU."""
-        flat = {n: layers[n].flat().to(m.device, torch.float32) for n, m in self._matrices.items()}
-        return self._layout.encode(torch.cat([flat[n] @ m for n, m in self._matrices.items()], dim=1))
+        flat = {n: layers[n].flat().to(self._device, torch.float32) for n in self._layers}
+        parts = [layer.reduced(flat[n]) @ layer.core for n, layer in self._layers.items()]
+        return self._layout.encode(torch.cat(parts, dim=1))
 
 
 class EigenSketcher:
@@ -171,7 +175,12 @@ def half_whitened_rows(
 
 def directions_for(row_bytes: int, layers: int, dim: int) -> int:
     """Directions of a layer's curvature, of D = dim, that rows of so many bytes can choose from."""
-    return min(-(-int(_SPARE * 8 * row_bytes) // layers), max(_MOST_ELEMENTS // dim, 1))
+    return min(-(-int(_SPARE * 8 * row_bytes) // layers), _MOST_DIRECTIONS, dim)
+
+
+def products_for(rank: int) -> int:
+    """Products of the sides' eigenvectors, among which that many directions of a layer are found."""
+    return max(int(_PRODUCTS * rank), _LEAST_PRODUCTS)
 
 
 def fit_eigencode(
@@ -198,12 +207,12 @@ def fit_eigencode(
     Raises:
         CurvatureError: all gradients of the sample are zero, or not one byte of coordinates fits beside the scales.
     """
-    bases = {name: layer.basis.to(device) for name, layer in curvature.items()}
+    bases = {name: layer.to(device) for name, layer in curvature.items()}
     squares = {name: torch.zeros(layer.rank, dtype=torch.float64) for name, layer in curvature.items()}
     stage.total = (stage.total or 0) + count
     for block in rows():
         flat = {name: block.layers[name].flat().to(device, torch.float32) for name in bases}
-        for name, inside in products(flat, bases).items():
+        for name, inside in inside_of(flat, bases).items():
             squares[name] += inside.square().sum(dim=0).cpu().double()
         stage.advance(block.count)
     energy = {name: total / count for name, total in squares.items()}

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import eigenbases
-from .build import COARSE_FROM, build_index, check_arguments, representation_is_open, representation_of
+from .build import COARSE_FROM, build_index, check_arguments, representation_is_open, representation_of, with_floor
 from .coarse import faiss_is_installed
 from .config import BuildConfig, CurvatureRows
 from .data import as_source
@@ -178,8 +178,9 @@ class _Handful:
             self.count = source.count
             self.each, self.rows = _timed(source.blocks(), batches)
             return
-        capture = ModelCapture(model, config)  # type: ignore[arg-type]
         examples = as_source(data, config.batch_size)
+        config = self.config = with_floor(config, model, loss, examples)  # type: ignore[arg-type]
+        capture = ModelCapture(model, config)  # type: ignore[arg-type]
         self.specs, self.count = capture.specs, examples.count
         self.each, self.rows = _timed(ModelGradients(capture.capture(loss), examples).blocks(), batches)
         logits = _logits(config, loss)

@@ -18,6 +18,7 @@ from .curvature import LayerCurvature
 from .eigencodes import EigenCode, LayerCode
 from .errors import CorruptionError
 from .gradients import LayerSpec
+from .grid import Grid
 from .sealed import SealedFile, SealedInfo, write_sealed
 from .sketch import LayerSketch, Sketch
 
@@ -78,7 +79,8 @@ class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
 def save_curvature(
     folder: Path, fitted: Mapping[str, LayerCurvature], name: str = FILE
 ) -> tuple[SealedInfo, list[dict[str, Any]]]:
-    """Writes `basis_<i>` (D, r) float32 and `spectrum_<i>` (m,) float64 for layer number i.
+    """Writes `basis_<i>` (D, r) float32 and `spectrum_<i>` (m,) float64 for layer number i; where it has a
+    grid, (M, r), and `left_<i>`, `right_<i>` and `products_<i>`.
 
     Returns:
         the sealed file, and per layer what the manifest keeps: rank, spectrum length, trace, rows, examples.
@@ -86,7 +88,7 @@ def save_curvature(
     arrays: dict[str, np.ndarray] = {}
     facts = []
     for i, layer in enumerate(fitted.values()):
-        arrays[f"basis_{i}"] = layer.basis.numpy()
+        arrays[f"basis_{i}"] = layer.core.numpy()
         arrays[f"spectrum_{i}"] = layer.spectrum.double().numpy()
         facts.append(
             {
@@ -97,6 +99,10 @@ def save_curvature(
                 "examples": layer.examples,
             }
         )
+        if layer.grid is not None:
+            arrays[f"left_{i}"], arrays[f"right_{i}"] = layer.grid.left.numpy(), layer.grid.right.numpy()
+            arrays[f"products_{i}"] = layer.grid.chosen.numpy().astype("<i8")
+            facts[-1]["products"] = layer.grid.size
     return write_sealed(folder, name, arrays, {}), facts
 
 
@@ -109,19 +115,22 @@ class _CurvatureFacts:
     trace: float
     rows: int
     examples: float
+    products: int
 
     @classmethod
     def of(cls, name: str, entry: Any) -> _CurvatureFacts:
         try:
             rank, length, rows = (int(entry[key]) for key in ("rank", "spectrum", "rows"))
-            facts = cls(rank, length, float(entry["trace"]), rows, float(entry["examples"]))
+            made_of = int(entry.get("products", 0))
+            facts = cls(rank, length, float(entry["trace"]), rows, float(entry["examples"]), made_of)
             if (
                 not 0 <= rank <= length
                 or rows < 0
+                or made_of < 0
                 or not (math.isfinite(facts.trace) and math.isfinite(facts.examples))
             ):
                 raise ValueError(f"{rank} directions, {length} eigenvalues, {rows} rows")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptionError(f"the manifest's curvature entry of layer {name!r} is damaged ({error!r})") from None
         return facts
 
@@ -140,7 +149,7 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         self._specs = specs
         self._facts = {name: _CurvatureFacts.of(name, entry) for name, entry in zip(specs, facts, strict=True)}
         # Before memory is taken for what the file cannot hold.
-        need = sum(4 * specs[name].dim * entry.rank + 8 * entry.spectrum for name, entry in self._facts.items())
+        need = sum(4 * self._height(name) * entry.rank + 8 * entry.spectrum for name, entry in self._facts.items())
         if need > sealed.size:
             raise CorruptionError(
                 f"{self.file.path} has {sealed.size} bytes, but its layers are said to take {need}: restore the index"
@@ -165,16 +174,32 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
     def _load(self, name: str) -> LayerCurvature:
         facts, number = self._facts[name], self._numbers[name]
         self.file.verify_once()
-        basis = self._room(name, facts.rank)
-        self.file.read_array(f"basis_{number}", (self._specs[name].dim, facts.rank), "<f4", out=basis.numpy())
+        core = self._room(name, facts.rank)
+        self.file.read_array(f"basis_{number}", (self._height(name), facts.rank), "<f4", out=core.numpy())
         spectrum = self.file.read_array(f"spectrum_{number}", (facts.spectrum,), "<f8")
-        return LayerCurvature(basis, torch.from_numpy(spectrum), facts.trace, facts.rows, facts.examples)
+        grid = self._grid(name) if facts.products else None
+        return LayerCurvature(core, torch.from_numpy(spectrum), facts.trace, facts.rows, facts.examples, grid)
+
+    def _grid(self, name: str) -> Grid:
+        number, spec, count = self._numbers[name], self._specs[name], self._facts[name].products
+        left, right = (
+            torch.from_numpy(self.file.read_array(f"{side}_{number}", (width, width), "<f4"))
+            for side, width in (("left", spec.d_in), ("right", spec.d_out))
+        )
+        chosen = torch.from_numpy(self.file.read_array(f"products_{number}", (count,), "<i8"))
+        if bool((chosen < 0).any()) or bool((chosen >= spec.dim).any()):
+            raise CorruptionError(f"the curvature of layer {name!r} is made of products that do not exist: restore it")
+        return Grid(left, right, chosen)
+
+    def _height(self, name: str) -> int:
+        """Rows of a layer's core."""
+        return self._facts[name].products or self._specs[name].dim
 
     def _room(self, name: str, rank: int) -> torch.Tensor:
-        """Memory for a layer's basis: layers of one shape lie one behind the other (see `query.products`)."""
-        shape = (self._specs[name].dim, rank)
+        """Memory for a layer's core: layers of one shape lie one behind the other (see `query.products`)."""
+        shape = (self._height(name), rank)
         if shape not in self._rooms:
-            alike = [n for n, spec in self._specs.items() if (spec.dim, self._facts[n].rank) == shape]
+            alike = [n for n in self._specs if (self._height(n), self._facts[n].rank) == shape]
             self._rooms[shape] = (alike, torch.empty(len(alike), *shape))
         alike, room = self._rooms[shape]
         return room[alike.index(name)]

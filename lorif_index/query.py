@@ -45,6 +45,19 @@ def products(
     return out
 
 
+def inside_of(flat: Mapping[str, torch.Tensor], curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
+    """Layer -> V^T vec(G), (q, r) float32, of gradients (q, D)."""
+    layers = {name: curvature[name] for name in flat}
+    return products({n: layers[n].reduced(g) for n, g in flat.items()}, {n: layer.core for n, layer in layers.items()})
+
+
+def combined(within: Mapping[str, torch.Tensor], curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
+    """Layer -> V a, (q, D) float32, of coordinates a (q, r)."""
+    layers = {name: curvature[name] for name in within}
+    reduced = products(within, {name: layer.core for name, layer in layers.items()}, transposed=True)
+    return {name: layers[name].expanded(r) for name, r in reduced.items()}
+
+
 def _neighbours(matrices: list[tuple[str, torch.Tensor]]) -> list[list[str]]:
     """Runs of names whose matrices have one shape and lie one behind the other in one storage."""
     runs: list[list[str]] = []
@@ -90,13 +103,13 @@ class Preconditioner:
     """H^-1 of one layer under one damping.
 
     Attributes:
-        basis: V, (D, r) float32.
+        layer: the curvature.
         inside: (r,) float32, 1 / (S + lambda).
         outside: 1 / mu; 0 where V is complete.
         lam: lambda.
     """
 
-    basis: torch.Tensor
+    layer: LayerCurvature
     inside: torch.Tensor
     outside: float
     lam: float
@@ -136,7 +149,7 @@ class Preconditioner:
         else:
             mu = lam + tail
         inside = (1.0 / (layer.eigenvalues.double() + lam)).float()
-        return cls(layer.basis, inside, 0.0 if layer.rank == layer.dim else 1.0 / mu, lam)
+        return cls(layer, inside, 0.0 if layer.rank == layer.dim else 1.0 / mu, lam)
 
     def within(self, coordinates: torch.Tensor) -> torch.Tensor:
         """a (q, r) such that H^-1 g = V a + outside g, of rows g whose coordinates V^T g (q, r) are given."""
@@ -148,11 +161,12 @@ class Preconditioner:
 
     def apply(self, g: torch.Tensor) -> torch.Tensor:
         """H^-1 g for rows (q, D) float32."""
-        return self.with_outside(self.within(g @ self.basis) @ self.basis.T, g)
+        within = self.within(self.layer.reduced(g) @ self.layer.core)
+        return self.with_outside(self.layer.expanded(within @ self.layer.core.T), g)
 
     def quadratic(self, g: torch.Tensor) -> torch.Tensor:
         """g^T H^-1 g for rows (n, D) float32, (n,)."""
-        squares = (g @ self.basis).square_()
+        squares = (self.layer.reduced(g) @ self.layer.core).square_()
         out = squares @ self.inside
         if self.outside:
             rest = (g.square().sum(dim=1) - squares.sum(dim=1)).clamp_min_(0.0)
@@ -165,7 +179,7 @@ def transform(
 ) -> dict[str, torch.Tensor]:
     """The transformed query, layer by layer: (q, d_in, d_out) -> (q, d_in, d_out), float32."""
     flat = {name: g.flatten(1) for name, g in gradients.items()}
-    bases = {name: preconditioners[name].basis for name in flat}
-    within = {name: preconditioners[name].within(c) for name, c in products(flat, bases).items()}
-    inside = products(within, bases, transposed=True)
+    curvature = {name: preconditioners[name].layer for name in flat}
+    within = {name: preconditioners[name].within(c) for name, c in inside_of(flat, curvature).items()}
+    inside = combined(within, curvature)
     return {n: preconditioners[n].with_outside(inside[n], flat[n]).reshape(g.shape) for n, g in gradients.items()}

@@ -17,7 +17,7 @@ from .codes import CodeScorer
 from .curvature import LayerCurvature
 from .eigencodes import EigenCode
 from .gradients import LayerSpec
-from .query import Preconditioner, products, transform
+from .query import Preconditioner, combined, inside_of, transform
 from .resident import Resident
 from .rows import Group, RowLayout, Rows
 from .scratch import CPU, SCRATCH
@@ -147,12 +147,11 @@ def ask(
     count = int(next(iter(gradients.values())).shape[0])
     flat = {name: g.flatten(1) for name, g in gradients.items()}
     x, inside = None, {}
-    bases = {name: curvature[name].basis for name in (flat if sketch is None else specs)}
     if sketch is not None:
-        inside = products(flat, bases)
+        inside = inside_of(flat, curvature)
         x = sketch.query(inside, curvature, preconditioners)
     if eigen is not None:
-        inside = inside or products(flat, bases)
+        inside = inside or inside_of(flat, curvature)
         return Question({}, x, count, eigen.query(inside, preconditioners))
     if not layout.groups:
         return Question({}, x, count)
@@ -161,7 +160,7 @@ def ask(
     # What <x, z> accounts for is taken off in every layer, also in those left out by the query: coordinates mix them.
     taken = sketch.taken(x, curvature)
     within = {n: preconditioners[n].within(inside[n]) - taken[n] if n in flat else -taken[n] for n in specs}
-    queries = products(within, bases, transposed=True)
+    queries = combined(within, curvature)
     for name, g in flat.items():
         queries[name] = preconditioners[name].with_outside(queries[name], g)
     return Question({n: queries[n].reshape(count, s.d_in, s.d_out) for n, s in specs.items()}, x, count)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from .coarse import default_factory
 from .codes import BITS, CodeLayout
 from .config import BuildConfig
-from .eigencodes import directions_for
+from .eigencodes import directions_for, products_for
 from .gradients import LayerSpec
 from .rows import RowLayout
-from .subspace import OVERSAMPLING
+from .subspace import OVERSAMPLING, SubspaceFit
 
 # Directions of a layer's curvature, where the config says "auto" and rows of eigencodes do not ask for more.
 CURVATURE_RANK = 512
@@ -60,6 +62,16 @@ def curvature_ranks(config: BuildConfig, specs: Mapping[str, LayerSpec], stored:
     return {n: max(CURVATURE_RANK, directions_for(size, layers, spec.dim)) for n, spec in specs.items()}
 
 
+def curvature_products(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str) -> dict[str, int]:
+    """Layer -> products of its sides' eigenvectors that its directions are found among (see `grid`); of wide layers
+    whose rows are eigencodes."""
+    if config.curvature_rank != "auto" or stored != "eigen":
+        return {}
+    ranks = curvature_ranks(config, specs, stored)
+    sizes = {name: products_for(rank) for name, rank in ranks.items() if rank is not None}
+    return {name: size for name, size in sizes.items() if size < specs[name].dim}
+
+
 def disk_sizes(
     config: BuildConfig,
     specs: Mapping[str, LayerSpec],
@@ -98,7 +110,9 @@ def disk_sizes(
         row, parts = 0, 0
     each = row + _ID_BYTES + parts * _CHECKSUM_BYTES
     shards = -(-count * max(row, 8) // max(config.shard_bytes, 1))
-    fit = sum(4 * spec.dim * ranks[n] + 8 * (ranks[n] + OVERSAMPLING) for n, spec in specs.items())
+    products = curvature_products(config, specs, stored)
+    fit = sum(4 * products.get(n, s.dim) * ranks[n] + 8 * (ranks[n] + OVERSAMPLING) for n, s in specs.items())
+    fit += sum(4 * (specs[n].d_in ** 2 + specs[n].d_out ** 2) + 8 * size for n, size in products.items())
     if config.projection == "eigen":
         fit += sum(
             4 * width * dim
@@ -131,11 +145,11 @@ def _rank(rank: int | None, spec: LayerSpec, count: int) -> int:
 
 
 def curvature_bytes(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, group_bytes: int) -> int:
-    """Memory that fitting the curvature takes at once: two blocks of D x (r + 10) a layer, in groups of layers."""
-    ranks = curvature_ranks(config, specs, stored)
+    """Memory that fitting the curvature takes at once: blocks or dense matrices, in groups of layers."""
+    ranks, products = curvature_ranks(config, specs, stored), curvature_products(config, specs, stored)
     each = []
     for name, spec in specs.items():
-        rank = ranks[name]
-        block = spec.dim if rank is None else min(rank + OVERSAMPLING, spec.dim)
-        each.append(4 * spec.dim * block * (3 if block >= spec.dim else 2) + 8 * block**2)
+        size: int = products.get(name, 0)
+        fit = SubspaceFit((), size or spec.dim, ranks[name], spec.dim, 0, torch.device("cpu"), whole_up_to=size)
+        each.append(fit.nbytes)
     return max(min(sum(each), group_bytes), max(each, default=0))

@@ -18,6 +18,11 @@ from .projection import keyed_generator
 
 OVERSAMPLING = 10
 _GROUP_BYTES = 4 << 30
+# A dense matrix up to so many times as wide as the sketch takes fewer operations than the walks that it saves (with two
+# power iterations seven products with the sketch), and is exact.
+_WHOLE_RATIO = 4
+# Rows that are added to a dense matrix together: fewer would wait for its memory.
+_TOGETHER = 512
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -35,6 +40,12 @@ class Eigenpairs:
     vectors: torch.Tensor
     values: torch.Tensor
     trace: float
+
+
+def with_fixed_signs(vectors: torch.Tensor) -> torch.Tensor:
+    """Columns whose largest entries are positive, so that a refit of the same rows gives the same files."""
+    largest = vectors.abs().argmax(dim=0, keepdim=True)
+    return vectors * torch.sign(torch.gather(vectors, 0, largest))
 
 
 class SubspaceFit:
@@ -64,7 +75,8 @@ class SubspaceFit:
         self.dim = dim
         self.device = device
         self.rank = min(dim if rank is None else rank, dim, count)
-        self.block = dim if dim <= whole_up_to else min(self.rank + OVERSAMPLING, dim)
+        block = min(self.rank + OVERSAMPLING, dim)
+        self.block = dim if dim <= max(whole_up_to, _WHOLE_RATIO * block) else block
         self.exact = self.block >= dim
         self._key = key
         self._seed = seed
@@ -72,16 +84,18 @@ class SubspaceFit:
         self._basis: torch.Tensor | None = None
         self._sketch: torch.Tensor | None = None
         self._core: torch.Tensor | None = None
+        self._held: list[torch.Tensor] = []
         self._last = False
         self._tracing = True
 
     @property
     def nbytes(self) -> int:
         """Memory that the fit takes."""
-        return 4 * self.dim * self.block * (3 if self.exact else 2) + 8 * self.block**2
+        held = 4 * self.dim * 2 * _TOGETHER if self.exact else 0
+        return 4 * self.dim * self.block * (3 if self.exact else 2) + 8 * self.block**2 + held
 
     def passes(self, power_iterations: int) -> int:
-        """Walks over the rows that it needs: one where the dense matrix is no larger than the sketch."""
+        """Walks over the rows that it needs: one where the dense matrix is held."""
         return 1 if self.exact else 2 + power_iterations
 
     def begin(self, number: int, passes: int) -> bool:
@@ -107,7 +121,9 @@ class SubspaceFit:
         if self._tracing:
             self._trace += float(torch.linalg.vector_norm(g.double(), dim=1).square().sum())
         if self.exact:
-            self._core += g.T @ g  # type: ignore[operator]
+            self._held.append(g)
+            if sum(map(len, self._held)) >= _TOGETHER:
+                self._add_held()
             return
         projected = g @ self._basis  # type: ignore[operator]
         if self._last:
@@ -115,9 +131,16 @@ class SubspaceFit:
         else:
             self._sketch.addmm_(g.T, projected)  # type: ignore[union-attr]
 
+    def _add_held(self) -> None:
+        if self._held:
+            rows = torch.cat(self._held)
+            self._held.clear()
+            self._core += rows.T @ rows  # type: ignore[operator]
+
     def end(self) -> None:
         """Ends a pass."""
         self._tracing = False
+        self._add_held()
         if not self._last:
             # Scaled first: sums of squares of very small gradients would leave float32's range in the factorisation.
             sketch = self._sketch.double()  # type: ignore[union-attr]
@@ -131,10 +154,10 @@ class SubspaceFit:
         values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)[:, : self.rank]
         basis = vectors if self.exact else self._basis.double() @ vectors  # type: ignore[union-attr]
         self._basis = self._core = None
-        # Signs are fixed, so that a refit of the same rows gives the same files.
-        largest = basis.abs().argmax(dim=0, keepdim=True)
-        basis = basis * torch.sign(torch.gather(basis, 0, largest))
-        return Eigenpairs(basis.float().contiguous().cpu(), values.cpu(), self._trace / divisor)
+        basis = with_fixed_signs(basis)
+        return Eigenpairs(
+            basis.float().contiguous().cpu(), values[: self.rank + OVERSAMPLING].cpu(), self._trace / divisor
+        )
 
 
 def fit_in_groups(

@@ -161,3 +161,27 @@ def test_zero_gradients_are_named(tmp_path: Path) -> None:
     data = (torch.rand(20, 6), torch.randint(0, 3, (20,)))
     with pytest.raises(CurvatureError, match=r"'0'.*exclude"):
         Index.build(tmp_path / "i", model=model, data=data, config=BuildConfig(projection_dim=2))
+
+
+def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, plain = gpt2(), mlp()
+    monkeypatch.setattr("lorif_index.config.LEAST_FLOOR", 6)
+    monkeypatch.setattr("lorif_index.build.LEAST_FLOOR", 6)
+    monkeypatch.setattr("lorif_index.build._FLOORS", (10, 7))
+
+    def floor(name: str, case: Any = made, **settings: Any) -> Any:
+        index = Index.build(tmp_path / name, model=case.model, data=case.data, config=BuildConfig(**settings))
+        assert index.config.projection_floor == BuildConfig.from_json(index.config.to_json()).projection_floor
+        return index.config.projection_floor
+
+    assert floor("chooses", eigen_bytes=32) == 10
+    # All directions fit; another width is asked for; other rows; directions of one's own number; random projections.
+    assert floor("fits") == 6
+    assert floor("asked", eigen_bytes=32, projection_floor=5) == 5
+    assert floor("factors", eigen_bytes=32, store="factors") == 6
+    assert floor("ranks", eigen_bytes=32, curvature_rank=8) == 6
+    assert floor("random", eigen_bytes=32, projection="random") == 6
+    # One position an example: factors lose nothing.
+    assert floor("positions", case=plain, eigen_bytes=1) == 6
+    monkeypatch.setattr("lorif_index.build._FLOOR_BYTES", 1)
+    assert floor("bytes", eigen_bytes=32) == 6

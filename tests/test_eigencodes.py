@@ -153,9 +153,35 @@ def test_it_is_the_default_for_sequences(case: Any, tmp_path: Path) -> None:
 
 def test_few_layers_have_more_directions() -> None:
     # 16 layers share 12,800 bits, and choose from half as many again; 48 layers have enough with the least.
-    assert directions_for(1600, 16, 1024) == 1200 and directions_for(1600, 48, 1024) == 400
-    # Wide layers are bounded: 1,280 directions of 4,096 elements.
-    assert directions_for(1600, 2, 4096) == 1280 and directions_for(1600, 2, 1 << 24) == 1
+    assert directions_for(1600, 16, 4096) == 1200 and directions_for(1600, 48, 4096) == 400
+    # One or two layers are bounded.
+    assert directions_for(1600, 2, 4096) == 1600 and directions_for(1600, 2, 1024) == 1024
+
+
+def test_directions_of_a_grid_are_stored_by_its_products(
+    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, train_gradients, query_gradients = case
+    monkeypatch.setattr("lorif_index.build.products_for", lambda rank: 20)
+    index = build(made, tmp_path, eigen_bytes=SOME)
+    wide = [name for name, spec in index.specs.items() if spec.dim > 20]
+    assert wide and all((index.curvature[name].grid is not None) == (name in wide) for name in index.specs)
+    rows, queries = projected(index, train_gradients), projected(index, query_gradients)
+    expected = inside_scores(index, queries, stands_for(index), lambdas(index, rows, 0.3), index.layers)
+    assert within(index.scores(made.query, damping=0.3), expected, 1e-4)
+    coordinates = index._reader.eigen
+    assert coordinates is not None
+    gathered = index._store.gather(np.arange(len(index))).factors
+    for name, dense in coordinates.dense(gathered, index.curvature).items():
+        assert within(dense.double().numpy(), stands_for(index)[name].reshape(len(index), -1), 1e-4)
+    index.close()
+    again = Index.open(tmp_path / "i", model=made.model)
+    assert within(again.scores(made.query, damping=0.3), expected, 1e-4)
+    path = tmp_path / "i" / "manifest.json"
+    path.write_text(path.read_text().replace('"products": 20', '"products": -1'))
+    forged.forge(tmp_path / "i")
+    with pytest.raises(CorruptionError, match="curvature entry of layer"):
+        Index.open(tmp_path / "i")
 
 
 def test_no_room_is_told(case: Any, tmp_path: Path) -> None:
