@@ -162,7 +162,7 @@ def test_directions_of_a_grid_are_stored_by_its_products(
     case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, train_gradients, query_gradients = case
-    monkeypatch.setattr("lorif_index.build.products_for", lambda rank: 20)
+    monkeypatch.setattr("lorif_index.sizes.products_for", lambda rank: 20)
     index = build(made, tmp_path, eigen_bytes=SOME)
     wide = [name for name, spec in index.specs.items() if spec.dim > 20]
     assert wide and all((index.curvature[name].grid is not None) == (name in wide) for name in index.specs)
