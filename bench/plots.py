@@ -212,7 +212,9 @@ def draw(path: Path, also: Path | None = None) -> None:
         title="LDS: filled at each method's own damping, hollow at the best of a sweep",
     )
     panels = lower.subplots(2, 2, height_ratios=(1.4, 1))
-    bars(panels[0, 0], "Mislabelled: in the first 10%", "share of all flips", mislabelled())
+    few = len((kept("other_libraries_mislabelled") or {"runs": []})["runs"])
+    what = f"share of all flips; other libraries: {few} of 3 seeds" if few else "share of all flips"
+    bars(panels[0, 0], "Mislabelled: in the first 10%", what, mislabelled())
     bars(panels[0, 1], "Poisoned: among the 20 first", "recall@20", of_suite("poisoned", "recall@20"))
     bars(panels[1, 0], "Tail-patch: a step on the 16 first", "nats of log-probability", tail_patch())
     bars(panels[1, 1], "Duplicates: the first is a parallel", "recall@1", of_suite("duplicates", "recall@1"))

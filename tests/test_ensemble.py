@@ -244,3 +244,17 @@ def test_one_member_is_an_ensemble_of_one(tmp_path: Path) -> None:
     assert index.layers == ("0.0", "0.2")
     assert close(index.scores(case.query), build(tmp_path / "s", model, case.data, **WHOLE).scores(case.query))
     assert isinstance(as_model((model,)), Ensemble) and as_model(model) is model
+
+
+def test_an_ensemble_lives_as_other_indexes_do(tmp_path: Path) -> None:
+    """Examples are added to all members' layers, and the estimate takes a list of models, too."""
+    models, case = checkpoints(2)
+    first, more = split(case.data, 80)
+    index = build(tmp_path / "i", models, first, **WHOLE)
+    index.add(more)
+    whole = Index.build(tmp_path / "whole", model=models, data=case.data, fit=index, progress=False)
+    assert close(index.scores(case.query), whole.scores(case.query))
+    index.remove([3, 7])
+    assert close(index.scores(case.query), np.delete(whole.scores(case.query), [3, 7], axis=1))
+    estimate = Index.estimate(model=models, data=case.data, config=BuildConfig(**WHOLE), progress=False)
+    assert estimate.bytes_per_example == whole.bytes_per_example
