@@ -1,6 +1,6 @@
 """Coarse: a FAISS index over the coordinates, which proposes candidates by inner product. The one module that knows
-faiss; most `faiss.index_factory` strings will do (see `faiss_file`), and flat 4-bit product quantisation with fast scan is the default
-(André, Kermarrec and Le Scouarnec, VLDB 2015; Douze et al., arXiv:2401.08281).
+faiss; most `faiss.index_factory` strings will do (see `faiss_file`), and flat 4-bit product quantisation with fast
+scan is the default (André, Kermarrec and Le Scouarnec, VLDB 2015; Douze et al., arXiv:2401.08281).
 
 What a code leaves out grows with its row's norm. A search may therefore *tilt* its order, <x, z> + tilt |x| |z|: large
 rows are given the benefit of the doubt. In the index the norm takes the place of the last two coordinates.
@@ -22,7 +22,7 @@ import numpy as np
 
 from .errors import ConfigError, CorruptionError
 from .faiss_file import INNER_PRODUCT, check_faiss
-from .sealed import SealedFile, SealedInfo, seal_file
+from .sealed import SealedFile, SealedInfo, file_digest, seal_file
 
 TRAIN_ROWS = 50_000
 _CODE_BYTES = 128
@@ -194,7 +194,11 @@ class Coarse:
         return positions, scores
 
     def save(self, folder: Path, name: str) -> SealedInfo:
-        """Writes and seals the index."""
+        """Writes and seals the index, as `name` or, where that is taken, as `name` and its digest.
+
+        One that was trained again is of the same rows under the same name, but has other bytes: the version that is
+        being replaced keeps its own until the next one is committed, and its readers longer.
+        """
         faiss = load_faiss()
         temporary = folder / f".{name}.part"
         try:
@@ -202,7 +206,10 @@ class Coarse:
                 faiss.write_index(self._index, str(temporary))
             except RuntimeError as error:
                 raise OSError(f"faiss cannot write {temporary} ({_reason(error)}): is the disk full?") from None
-            return seal_file(temporary, folder / name)
+            final = folder / name
+            if final.exists():
+                final = final.with_stem(f"{final.stem}-{file_digest(temporary)[:16]}")
+            return seal_file(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
 

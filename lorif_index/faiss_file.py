@@ -80,7 +80,8 @@ class _Walk:
     def _field(self, form: str) -> int | float:
         raw = bytearray(struct.calcsize(form))
         self._read(self._skip(len(raw)), memoryview(raw))
-        return struct.unpack(form, raw)[0]
+        value: int | float = struct.unpack(form, raw)[0]
+        return value
 
     def _int(self) -> int:
         return int(self._field("<i"))

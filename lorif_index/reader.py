@@ -154,7 +154,7 @@ class Reader:
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"the manifest's entry of the coarse index is damaged: {error!r}") from None
         expected = self.coarse_fingerprint(factory)
-        if stored != expected or info.file != coarse_name(expected):
+        if stored != expected or not _is_named(info.file, expected):
             raise FingerprintError(
                 f"{info.file} was made from other rows, curvature, damping or sketch ({str(stored)[:16]} there, "
                 f"{expected[:16]} here): make it anew with rebuild_coarse()"
@@ -305,6 +305,12 @@ def _without_rows(shard: ShardInfo) -> Any:
 def coarse_name(fingerprint: str) -> str:
     """The coarse index's file, by what it was made from."""
     return f"coarse-{fingerprint[:16]}.faiss"
+
+
+def _is_named(file: str, fingerprint: str) -> bool:
+    """Whether a coarse index's file is named by what it was made from, perhaps with its own digest behind."""
+    stem = coarse_name(fingerprint).removesuffix(".faiss")
+    return file == f"{stem}.faiss" or (file.startswith(f"{stem}-") and file.endswith(".faiss"))
 
 
 def positions_of(store: Store, wanted: np.ndarray) -> np.ndarray:

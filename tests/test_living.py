@@ -498,3 +498,29 @@ def test_skipping_damaged_shards(index: Index, query: Any) -> None:
         alike(lame.scores(query), before[:, kept])
         hits = lame.search(query, k=10, exact=False)
         assert hits.stats.skipped == shard.rows and not np.isin(hits.ids, gone).any()
+
+
+@pytest.mark.skipif(not faiss_is_installed(), reason="needs faiss")
+@pytest.mark.parametrize("change", [lambda index: index.refit(), lambda index: index.rebuild_coarse()])
+def test_a_coarse_index_trained_again_leaves_the_old_one_whole(
+    index: Index, rows: torch.Tensor, query: Any, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    """It is of the same rows, and would have the same name; until it is committed the old version needs its own."""
+    index.add(gradients=blocks(rows[N:]))
+    with Index.open(index.path) as reader:
+        ids = index.search(query, k=9, exact=False).ids
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("lorif_index.coarse_build.recalibrate", stop)
+            patch.setattr("lorif_index.refit.recalibrate", stop)
+            with pytest.raises(KeyboardInterrupt):
+                change(index)
+        with Index.open(index.path) as again:
+            again.verify()
+            assert np.array_equal(again.search(query, k=9, exact=False).ids, ids)
+        change(index)
+        index.verify()
+        assert np.array_equal(reader.search(query, k=9, exact=False).ids, ids), "readers keep what they opened"
