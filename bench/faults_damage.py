@@ -48,15 +48,15 @@ def flip_trials(made: list[Template], root: Path, count: int, seed: int = 1) -> 
             names = sorted(file.info.file for file in index._reader.files()) + ["manifest.json"]
         for _ in range(per):
             path = folder / chance.choice(names)
-            data = bytearray(path.read_bytes())
-            at, bit = chance.randrange(len(data)), chance.randrange(8)
-            data[at] ^= 1 << bit
             kept = path.read_bytes()
+            data, at, bit = bytearray(kept), chance.randrange(len(kept)), chance.randrange(8)
+            data[at] ^= 1 << bit
+
             path.write_bytes(data)
             for what in _flipped(folder, whole, outcomes):
                 wrong.append(f"{template.case.name}, {path.name}, byte {at}, bit {bit}: {what}")
             path.write_bytes(kept)
-            files[path.name.rstrip("0123456789abcdef-.h5aifs") if path.suffix != ".json" else path.name] += 1
+            files[path.stem.split("-")[0]] += 1
     return {"flips": per * len(made), "outcomes": dict(outcomes), "by_file": dict(files), "wrong": wrong}
 
 

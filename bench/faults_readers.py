@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.faults_cases import MORE, N, ROWS, Case, blocks, query
+from bench.faults_cases import MORE, ROWS, Case, N, blocks, query
 from lorif_index import Index
 
 READERS = 4

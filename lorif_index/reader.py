@@ -122,7 +122,14 @@ class Reader:
         """The sketch, or None where the index has none."""
         if self.manifest.sketch is None:
             return None
-        return load_sketch(self.folder, self.manifest.sketch, self.specs)
+        sketch = load_sketch(self.folder, self.manifest.sketch, self.specs)
+        for name, part in sketch.layers.items():
+            if len(part.weights) > self.curvature.rank(name):
+                raise CorruptionError(
+                    f"the sketch weighs {len(part.weights)} directions of layer {name!r}, whose curvature has "
+                    f"{self.curvature.rank(name)}: restore the index from a copy"
+                )
+        return sketch
 
     @cached_property
     def eigen(self) -> EigenCode | None:

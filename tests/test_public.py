@@ -67,8 +67,8 @@ CONFIG = (
 ORDER = (
     "version errors damping scratch codes config progress gradients projection losses probes data layers factors rows "
     "sealed shards store resident spool payloads capture subspace eigenbases sources curvature query sketch eigencodes "
-    "encode fitted scoring results locks manifest damage faiss_file coarse devices flat calibration missed pursuit living "
-    "candidates reader planner coarse_build growth removal build refit merging index"
+    "encode fitted scoring results locks manifest damage faiss_file coarse devices flat calibration missed pursuit "
+    "living candidates reader planner coarse_build growth removal build refit merging index"
 ).split()
 
 
