@@ -77,6 +77,11 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def part_name(name: str) -> str:
+    """What a file is called until it is complete."""
+    return f".{name}.part"
+
+
 def file_digest(path: Path) -> str:
     """XXH3-128 of a whole file, in hex."""
     digest = xxhash.xxh3_128()
@@ -97,7 +102,7 @@ def sync_folder(folder: Path) -> None:
 
 def replace_durably(folder: Path, name: str, data: bytes) -> None:
     """Gives a small file new bytes: whoever reads it finds the old ones or the new ones, also after a power failure."""
-    temporary = folder / f".{name}.part"
+    temporary = folder / part_name(name)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         _write_all(fd, memoryview(data), 0)
