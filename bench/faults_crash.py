@@ -50,6 +50,9 @@ class Calls:
                 return real(*args, **kwargs)
             if name == "File" and (args[1:2] or (kwargs.get("mode"),))[0] != "w":
                 return real(*args, **kwargs)
+            if name == "write_index" and not isinstance(args[1], str):
+                # Into memory.
+                return real(*args, **kwargs)
             return self._called(name, real, args, kwargs)
 
         return call
