@@ -18,7 +18,7 @@ from .config import REPRESENTATIONS, BuildConfig
 from .damping import Damping
 from .devices import room_on
 from .eigencodes import EigenCode, EigenSketcher
-from .errors import CorruptionError, FingerprintError, StoreError
+from .errors import CorruptionError, FingerprintError, LorifError, StoreError
 from .fitted import (
     CalibrationQueries,
     FittedCurvature,
@@ -98,7 +98,12 @@ class Reader:
         self.folder, self._lease = folder, lease
         self.device = device
         self.manifest = manifest
-        self.config = BuildConfig.from_json(manifest.config)
+        try:
+            self.config = BuildConfig.from_json(manifest.config)
+        except LorifError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise CorruptionError(f"the manifest's config is damaged ({error!r}): restore it from a copy") from None
         self.specs = {spec.name: spec for spec in manifest.layers}
         self.representation = str(manifest.stored)
         self.layout = row_layout(manifest, self.config, self.specs) if layout is None else layout
