@@ -57,7 +57,7 @@ from .projection import ALGORITHM, Projections, keyed_generator
 from .query import Preconditioner
 from .reader import Reader, row_layout
 from .rows import RowLayout
-from .sealed import SealedInfo, copy_sealed
+from .sealed import SealedInfo, copy_sealed, part_name
 from .shards import Shard, ShardInfo, write_shard
 from .sizes import QUERY_BYTES, curvature_products, curvature_ranks, disk_sizes
 from .sketch import SketchEncoder, half_whitened
@@ -158,7 +158,9 @@ def check_free(path: Path) -> None:
         raise IndexExistsError(f"{path} already holds an index: open it with Index.open, or choose another folder")
     if path.exists() and not path.is_dir():
         raise IndexExistsError(f"{path} exists and is not a folder: choose another path")
-    if path.is_dir() and not (path / BUILDING).is_file() and any(item.name != WRITER for item in path.iterdir()):
+    # A build that ended before its first file had its name leaves these.
+    begun = {WRITER, part_name(BUILDING)}
+    if path.is_dir() and not (path / BUILDING).is_file() and any(item.name not in begun for item in path.iterdir()):
         raise IndexExistsError(f"{path} is not empty and is no unfinished index: choose a new or empty folder")
 
 

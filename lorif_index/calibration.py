@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from .errors import CorruptionError
 
+# Of answers or candidates: beyond any index's rows.
+_MOST = 1 << 48
 KS = (1, 3, 10, 30, 100, 300, 1000)
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.9975, 0.999)
 SIGNS = ("proponents", "opponents")
@@ -94,6 +97,13 @@ class Orders:
         widths = {len(row) for row in (*made.wide, *made.deep)}
         if not made.ks or lengths != {len(made.ks)} or widths != {len(made.targets)}:
             raise ValueError("tables of the wrong form")
+        if not all(0 < k < _MOST for k in made.ks) or any(a >= b for a, b in pairwise(made.ks)):
+            raise ValueError(f"numbers of answers {made.ks}")
+        numbers = (*made.alone, *made.targets, made.tilt)
+        if not all(map(math.isfinite, numbers)) or not all(
+            v is None or 0 <= v < _MOST for row in (*made.wide, *made.deep) for v in row
+        ):
+            raise ValueError("tables of no counts")
         if not all(k > 0 and 0 < lost <= 1 and 0 < real <= 1 for k, lost, real in made.losses):
             raise ValueError("losses outside of 0 to 1")
         return made
@@ -136,7 +146,7 @@ class Calibration:
         try:
             orders = {sign: Orders.from_json(data["orders"][sign]) for sign in SIGNS}
             return cls(orders, int(data["queries"]), int(data["rows"]), int(data["limit"]), dict(data["damping"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptionError(f"the manifest's calibration is not as expected: {error!r}") from None
 
 

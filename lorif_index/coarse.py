@@ -1,6 +1,6 @@
 """Coarse: a FAISS index over the coordinates, which proposes candidates by inner product. The one module that knows
-faiss; any `faiss.index_factory` string will do, and flat 4-bit product quantisation with fast scan is the default
-(André, Kermarrec and Le Scouarnec, VLDB 2015; Douze et al., arXiv:2401.08281).
+faiss; most `faiss.index_factory` strings will do (see `faiss_file`), and flat 4-bit product quantisation with fast
+scan is the default (André, Kermarrec and Le Scouarnec, VLDB 2015; Douze et al., arXiv:2401.08281).
 
 What a code leaves out grows with its row's norm. A search may therefore *tilt* its order, <x, z> + tilt |x| |z|: large
 rows are given the benefit of the doubt. In the index the norm takes the place of the last two coordinates.
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, CorruptionError
-from .sealed import SealedFile, SealedInfo, seal_file
+from .faiss_file import INNER_PRODUCT, check_faiss
+from .sealed import SealedFile, SealedInfo, file_digest, seal_file
 
 TRAIN_ROWS = 50_000
 _CODE_BYTES = 128
@@ -145,6 +146,7 @@ class Coarse:
             index = faiss.index_factory(sample.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
             _quietly(faiss, index)
             index.train(np.ascontiguousarray(sample, dtype=np.float32))
+            _check_kind(faiss.serialize_index(index), factory)
         except RuntimeError as error:
             raise ConfigError(
                 f"faiss refuses coarse={factory!r} for {sample.shape[1]} coordinates and {len(sample)} training rows "
@@ -192,12 +194,22 @@ class Coarse:
         return positions, scores
 
     def save(self, folder: Path, name: str) -> SealedInfo:
-        """Writes and seals the index."""
+        """Writes and seals the index, as `name` or, where that is taken, as `name` and its digest.
+
+        One that was trained again is of the same rows under the same name, but has other bytes: the version that is
+        being replaced keeps its own until the next one is committed, and its readers longer.
+        """
         faiss = load_faiss()
         temporary = folder / f".{name}.part"
         try:
-            faiss.write_index(self._index, str(temporary))
-            return seal_file(temporary, folder / name)
+            try:
+                faiss.write_index(self._index, str(temporary))
+            except RuntimeError as error:
+                raise OSError(f"faiss cannot write {temporary} ({_reason(error)}): is the disk full?") from None
+            final = folder / name
+            if final.exists():
+                final = final.with_stem(f"{final.stem}-{file_digest(temporary)[:16]}")
+            return seal_file(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -240,15 +252,19 @@ class Coarse:
         faiss = load_faiss()
         file.verify()
         try:
+            facts = check_faiss(file.read, file.info.size)
+        except CorruptionError as error:
+            raise CorruptionError(f"{file.path}: {error}: rebuild_coarse() anew") from None
+        if (facts.dim, facts.count, facts.metric) != (dim, count, INNER_PRODUCT):
+            raise CorruptionError(
+                f"{file.path} holds {facts.count} rows of width {facts.dim}, where {count} of {dim} were expected: "
+                "rebuild_coarse() anew"
+            )
+        try:
             with _bounded(faiss, file.info.size):
                 index = faiss.read_index(str(file.path), 0 if growing else faiss.IO_FLAG_MMAP_IFC)
         except (RuntimeError, MemoryError) as error:
             raise CorruptionError(f"faiss cannot read {file.path} ({_reason(error)}): rebuild_coarse() anew") from None
-        if (index.d, index.ntotal) != (dim, count) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise CorruptionError(
-                f"{file.path} holds {index.ntotal} rows of width {index.d}, where {count} of {dim} were expected: "
-                "rebuild_coarse() anew"
-            )
         return cls(index, factory, axis)
 
 
@@ -268,6 +284,23 @@ def _bounded(faiss: Any, size: int) -> Iterator[None]:
     finally:
         for name, old in limits.items():
             getattr(faiss, f"set_deserialization_{name}")(old)
+
+
+def _check_kind(raw: np.ndarray, factory: str) -> None:
+    """Refuses at once what would be refused when it is opened."""
+
+    def read(offset: int, view: memoryview) -> None:
+        view[:] = raw[offset : offset + len(view)].data
+
+    try:
+        facts = check_faiss(read, len(raw))
+    except CorruptionError as error:
+        raise ConfigError(
+            f"coarse={factory!r} makes an index that is not read back ({error}): choose PQ, SQ, Flat, HNSW or RaBitQ, "
+            "with IVF and a transform before it or without, or coarse='auto'"
+        ) from None
+    if facts.metric != INNER_PRODUCT:
+        raise ConfigError(f"coarse={factory!r} knows distances, not inner products: choose another, or coarse='auto'")
 
 
 def _quietly(faiss: Any, index: Any) -> None:

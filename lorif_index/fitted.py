@@ -165,6 +165,10 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
                 self._loaded[name] = self._load(name)
             return self._loaded[name]
 
+    def rank(self, name: str) -> int:
+        """How many directions a layer has, without reading them."""
+        return self._facts[name].rank
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
 

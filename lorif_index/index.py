@@ -37,7 +37,7 @@ from .losses import PerExample
 from .manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
 from .merging import merge_indexes
 from .payloads import Payloads, Values, decode
-from .planner import ANSWERS, choose_plan, scan
+from .planner import ANSWERS, Plan, choose_plan, scan
 from .progress import ProgressCallback, Reporter, reporter
 from .projection import Projections
 from .reader import Reader, positions_of
@@ -358,6 +358,15 @@ class Index:
         )
         prepared = self._prepare(query, measure, policy, chosen, normalize)
         answer = ANSWERS[plan.way](self._reader, prepared.question, plan, k, not opponents, reporter(progress))
+        if plan.way != "scan" and answer.positions.min(initial=0) < 0:
+            # Inverted lists that were not probed, or a graph in pieces: what is lacking must not look like a row.
+            if plan.way == "coarse":
+                raise QueryError(
+                    f"the coarse index ({self._manifest.coarse['factory']}) proposes fewer than k={k} rows: ask for "  # type: ignore[index]
+                    "fewer, or leave rescore=False out"
+                )
+            plan = Plan("scan", f"the coarse index proposes fewer than k={k} rows: every row is scanned", plan.recall)
+            answer = ANSWERS["scan"](self._reader, prepared.question, plan, k, not opponents, reporter(progress))
         stats = SearchStats(
             exact=plan.way == "scan",
             store="coarse" if plan.way == "coarse" else self._reader.representation,
@@ -823,8 +832,11 @@ class Index:
         entry, sketch = self._manifest.coarse, self._manifest.sketch
         if entry is None or sketch is None:
             return None
-        facts = {key: sketch[key] for key in ("dim", "method", "energy")}
-        return facts | {"factory": entry["factory"], "bytes_per_example": entry["file"]["size"] / len(self)}
+        try:
+            facts = {key: sketch[key] for key in ("dim", "method", "energy")}
+            return facts | {"factory": entry["factory"], "bytes_per_example": entry["file"]["size"] / len(self)}
+        except KeyError as error:
+            raise CorruptionError(f"the manifest's sketch or coarse index lacks {error}: restore it") from None
 
     def __repr__(self) -> str:
         tied = [spec for spec in self._specs.values() if len(spec.uses) > 1]
@@ -870,6 +882,11 @@ class Index:
         mid = time.perf_counter()
         preconditioners = self._reader.preconditioners(chosen, policy)
         question = self._reader.ask(gradients, preconditioners)
+        if question.x is not None and not bool(torch.isfinite(question.x).all()):
+            raise NonFiniteError(
+                "the query's coordinates are inf or NaN: its gradients are too large, or what the index was fitted "
+                "with is damaged (index.verify() tells)"
+            )
         share = torch.full((question.count,), 1.0 / self._members)
         if normalize == "cosine":
             own = sum(preconditioners[n].quadratic(g.flatten(1)) for n, g in gradients.items())

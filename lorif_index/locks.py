@@ -56,10 +56,14 @@ class WriterLock:
                 ) from None
             raise
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        # It says who holds the lock, and is not the lock: a full disk must not keep one from removing rows.
-        with suppress(OSError):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(who).encode(), 0)
+        try:
+            # It says who holds the lock, and is not the lock: a full disk must not keep one from removing rows.
+            with suppress(OSError):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps(who).encode(), 0)
+        except BaseException:
+            os.close(fd)
+            raise
         self._fd = fd
         return self
 

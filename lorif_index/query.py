@@ -145,7 +145,7 @@ class Preconditioner:
         if complement == "truncated":
             mu = lam
         elif shaped:
-            mu = log_mean(lam, float(layer.eigenvalues[-1]), tail)
+            mu = log_mean(lam, float(layer.eigenvalues[-1]) if layer.rank else tail, tail)
         else:
             mu = lam + tail
         inside = (1.0 / (layer.eigenvalues.double() + lam)).float()

@@ -18,7 +18,7 @@ from .config import REPRESENTATIONS, BuildConfig
 from .damping import Damping
 from .devices import room_on
 from .eigencodes import EigenCode, EigenSketcher
-from .errors import CorruptionError, FingerprintError, StoreError
+from .errors import CorruptionError, FingerprintError, LorifError, StoreError
 from .fitted import (
     CalibrationQueries,
     FittedCurvature,
@@ -98,7 +98,12 @@ class Reader:
         self.folder, self._lease = folder, lease
         self.device = device
         self.manifest = manifest
-        self.config = BuildConfig.from_json(manifest.config)
+        try:
+            self.config = BuildConfig.from_json(manifest.config)
+        except LorifError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise CorruptionError(f"the manifest's config is damaged ({error!r}): restore it from a copy") from None
         self.specs = {spec.name: spec for spec in manifest.layers}
         self.representation = str(manifest.stored)
         self.layout = row_layout(manifest, self.config, self.specs) if layout is None else layout
@@ -122,7 +127,14 @@ class Reader:
         """The sketch, or None where the index has none."""
         if self.manifest.sketch is None:
             return None
-        return load_sketch(self.folder, self.manifest.sketch, self.specs)
+        sketch = load_sketch(self.folder, self.manifest.sketch, self.specs)
+        for name, part in sketch.layers.items():
+            if len(part.weights) > self.curvature.rank(name):
+                raise CorruptionError(
+                    f"the sketch weighs {len(part.weights)} directions of layer {name!r}, whose curvature has "
+                    f"{self.curvature.rank(name)}: restore the index from a copy"
+                )
+        return sketch
 
     @cached_property
     def eigen(self) -> EigenCode | None:
@@ -154,7 +166,7 @@ class Reader:
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"the manifest's entry of the coarse index is damaged: {error!r}") from None
         expected = self.coarse_fingerprint(factory)
-        if stored != expected or info.file != coarse_name(expected):
+        if stored != expected or not _is_named(info.file, expected):
             raise FingerprintError(
                 f"{info.file} was made from other rows, curvature, damping or sketch ({str(stored)[:16]} there, "
                 f"{expected[:16]} here): make it anew with rebuild_coarse()"
@@ -306,6 +318,12 @@ def _without_rows(shard: ShardInfo) -> Any:
 def coarse_name(fingerprint: str) -> str:
     """The coarse index's file, by what it was made from."""
     return f"coarse-{fingerprint[:16]}.faiss"
+
+
+def _is_named(file: str, fingerprint: str) -> bool:
+    """Whether a coarse index's file is named by what it was made from, perhaps with its own digest behind."""
+    stem = coarse_name(fingerprint).removesuffix(".faiss")
+    return file == f"{stem}.faiss" or (file.startswith(f"{stem}-") and file.endswith(".faiss"))
 
 
 def positions_of(store: Store, wanted: np.ndarray) -> np.ndarray:

@@ -61,6 +61,9 @@ class SealedInfo:
             raise CorruptionError(f"the manifest's entry of a file is not as expected: {error}") from None
         fine = (
             isinstance(info.file, str)
+            # As builds give them: nothing that the system might take for something else.
+            and info.file.isascii()
+            and info.file.isprintable()
             and "/" not in info.file
             and info.file not in ("", ".", "..")
             and isinstance(info.digest, str)
@@ -75,6 +78,11 @@ class SealedInfo:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def part_name(name: str) -> str:
+    """What a file is called until it is complete."""
+    return f".{name}.part"
 
 
 def file_digest(path: Path) -> str:
@@ -97,7 +105,7 @@ def sync_folder(folder: Path) -> None:
 
 def replace_durably(folder: Path, name: str, data: bytes) -> None:
     """Gives a small file new bytes: whoever reads it finds the old ones or the new ones, also after a power failure."""
-    temporary = folder / f".{name}.part"
+    temporary = folder / part_name(name)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         _write_all(fd, memoryview(data), 0)
@@ -273,7 +281,8 @@ class SealedFile:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         offset = self.require(dataset, size)
         out = np.empty(shape, dtype=dtype) if out is None else out
-        self.read(offset, out.data.cast("B"))
+        if size:
+            self.read(offset, out.data.cast("B"))
         return out
 
     def fileno(self) -> int:

@@ -151,5 +151,5 @@ def curvature_bytes(config: BuildConfig, specs: Mapping[str, LayerSpec], stored:
     for name, spec in specs.items():
         size: int = products.get(name, 0)
         fit = SubspaceFit((), size or spec.dim, ranks[name], spec.dim, 0, torch.device("cpu"), whole_up_to=size)
-        each.append(fit.nbytes)
-    return max(min(sum(each), group_bytes), max(each, default=0))
+        each.append((fit.held_bytes, fit.nbytes))
+    return min(sum(held for held, _ in each), group_bytes) + max((whole for _, whole in each), default=0)

@@ -94,6 +94,11 @@ class SubspaceFit:
         held = 4 * self.dim * 2 * _TOGETHER if self.exact else 0
         return 4 * self.dim * self.block * (3 if self.exact else 2) + 8 * self.block**2 + held
 
+    @property
+    def held_bytes(self) -> int:
+        """What it holds between two blocks of rows; the rest of `nbytes` is taken by one fit at a time."""
+        return 8 * self.block**2 + 4 * self.dim * _TOGETHER if self.exact else self.nbytes
+
     def passes(self, power_iterations: int) -> int:
         """Walks over the rows that it needs: one where the dense matrix is held."""
         return 1 if self.exact else 2 + power_iterations

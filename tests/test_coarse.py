@@ -477,3 +477,17 @@ def test_a_device_that_is_not_there_is_refused(index: Index) -> None:
     for bad in ("cuda:99", "nonsense"):
         with pytest.raises(ConfigError, match="pass 'cpu'"):
             Index.open(index.path, device=bad)
+
+
+def test_a_coarse_index_that_proposes_too_few_rows_never_answers_with_others(
+    train: Any, query: Any, tmp_path: Path
+) -> None:
+    """One list of many is probed: k rows are not in it, and faiss gives -1 for what is lacking."""
+    kind = config(coarse="IVF64,Flat", calibration_queries=8)
+    index = Index.build(tmp_path / "i", gradients=blocks(train), config=kind)
+    k = N // 2
+    hits = index.search(query, k=k, exact=False)
+    assert hits.stats.exact and "proposes fewer" in hits.stats.plan
+    assert all(len(set(row)) == k for row in hits.ids.tolist())
+    with pytest.raises(QueryError, match="proposes fewer"):
+        index.search(query, k=k, rescore=False)

@@ -492,3 +492,18 @@ def test_memory_of_a_search_does_not_grow_with_the_index(index: Index) -> None:
     """Blocks are bounded, and of the scores only k a query are kept."""
     blocks = [len(rows) for _, rows in index._store.stream(block_bytes=10 * index.bytes_per_example)]
     assert max(blocks) <= 10 and sum(blocks) == N
+
+
+def test_a_build_that_ended_before_its_first_file_had_its_name_can_be_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"a": torch.randn(20, 4, 3)}]
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            Index.build(tmp_path / "i", gradients=rows)
+    assert len(Index.build(tmp_path / "i", gradients=rows)) == 20

@@ -540,3 +540,29 @@ def test_repair_says_what_it_cannot_mend(index: Index) -> None:
         Index.repair(index.path)
     path.write_bytes(raw)
     Index.open(index.path).verify()
+
+
+@pytest.mark.skipif(not faiss_is_installed(), reason="needs faiss")
+@pytest.mark.parametrize("change", [lambda index: index.refit(), lambda index: index.rebuild_coarse()])
+def test_a_coarse_index_trained_again_leaves_the_old_one_whole(
+    index: Index, rows: torch.Tensor, query: Any, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    """It is of the same rows, and would have the same name; until it is committed the old version needs its own."""
+    index.add(gradients=blocks(rows[N:]))
+    with Index.open(index.path) as reader:
+        ids = index.search(query, k=9, exact=False).ids
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("lorif_index.coarse_build.recalibrate", stop)
+            patch.setattr("lorif_index.refit.recalibrate", stop)
+            with pytest.raises(KeyboardInterrupt):
+                change(index)
+        with Index.open(index.path) as again:
+            again.verify()
+            assert np.array_equal(again.search(query, k=9, exact=False).ids, ids)
+        change(index)
+        index.verify()
+        assert np.array_equal(reader.search(query, k=9, exact=False).ids, ids), "readers keep what they opened"

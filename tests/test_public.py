@@ -70,9 +70,9 @@ CONFIG = (
 ORDER = (
     "version errors damping scratch codes config progress gradients projection losses probes data layers "
     "ensemble factors rows sealed shards store resident spool payloads capture subspace eigenbases sources grid "
-    "curvature query sketch eigencodes encode fitted scoring results locks manifest damage coarse devices flat "
-    "calibration missed pursuit living candidates reader planner coarse_build growth removal sizes build refit "
-    "merging repair estimate index"
+    "curvature query sketch eigencodes encode fitted scoring results locks manifest damage faiss_file coarse "
+    "devices flat calibration missed pursuit living candidates reader planner coarse_build growth removal sizes "
+    "build refit merging repair estimate index"
 ).split()
 
 
