@@ -40,7 +40,11 @@ def main() -> None:
         gradients=[gradients(N, 0)],
         config=BuildConfig(**{name: value for name, value in wanted.items() if name in known}),
         metadata={"made": "golden"},
+        **({"payloads": [{"number": i} for i in range(N)]} if hasattr(Index, "add") else {}),
     )
+    if hasattr(index, "remove"):
+        # From version 5 on, an index that has lived.
+        index.remove([1, 30])
     query = gradients(QUERIES, 1)
     found = {"ids": index.ids.tolist(), "self": None, "scores": None}
     if store != "coarse":
