@@ -197,6 +197,8 @@ class _Build:
         self.curvature = (
             curvature if isinstance(curvature, CurvatureRows) or curvature is None else CurvatureRows(curvature)
         )
+        # What the index remembers as its config; the fingerprint has what became of it.
+        asked = config
         self.logits = self._logits_for_ggn(gradients is None)
         fingerprint: dict[str, Any]
         self.source: GradientSource
@@ -206,6 +208,8 @@ class _Build:
                 raise DataError("data= needs a model= to take gradients of")
             # Everything is checked, and the first batch taken, before a folder is made.
             examples = self.examples = as_source(data, config.batch_size)
+            if fit is not None and config.projection_floor == "auto":
+                config = dataclasses.replace(config, projection_floor=read_manifest(fit).floor())
             config = self.config = with_floor(config, model, loss, examples)
             self.capture = ModelCapture(model, config)
             self.specs, self.projections = self.capture.specs, self.capture.projections
@@ -243,7 +247,7 @@ class _Build:
             "fit": None if fit is None else _fit_digest(fit),
         }
         self.manifest = self._begin(
-            Manifest(fingerprint, config.to_json(), list(self.specs.values()), metadata=metadata), fit
+            Manifest(fingerprint, asked.to_json(), list(self.specs.values()), metadata=metadata), fit
         )
         self._load_projections()
         self._sampled: tuple[RowPass, int] | None = None

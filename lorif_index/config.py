@@ -108,8 +108,8 @@ class BuildConfig:
             for a model's gradients and no projection for gradients handed over by the user.
         projection_floor: the least width that a fraction may give (small models lose too much below it). "auto": 32;
             where rows are eigencodes of a model's gradients in learnt projections, and have no room for all directions
-            of that, the widest of 128, 96, 64 and 48 with which the sample's gradients take no more than 4 GiB. An
-            index's own config has the number.
+            of that, the widest of 128, 96, 64 and 48 with which the sample's gradients take no more than 4 GiB;
+            `index.specs` has the widths that it gave.
         projection: "eigen": each side's leading eigenvectors, learnt from a sample; "random": random signs, which need
             no pass over data.
         rank: c, the number of factor pairs kept per example and layer; None keeps the full rank.

@@ -161,7 +161,8 @@ class Index:
                     "fit= takes another index's curvature, so that curvature= has no use: pass one of them"
                 )
             if config is None:
-                config = BuildConfig.from_json(read_manifest(fitted).config)
+                other = read_manifest(fitted)
+                config = BuildConfig.from_json(other.config | {"projection_floor": other.floor()})
         config = BuildConfig() if config is None else config
         if not isinstance(config, BuildConfig):
             raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
@@ -288,7 +289,7 @@ class Index:
 
     def _query_config(self) -> BuildConfig:
         """The build's config for capturing queries, wherever the model is now."""
-        stored = self._config.to_json() | {"device": None}
+        stored = self._config.to_json() | {"device": None, "projection_floor": self._manifest.floor()}
         return BuildConfig.from_json(stored)
 
     # -- asking --------------------------------------------------------------------------------------------------

@@ -96,6 +96,10 @@ class Manifest:
         entries = (self.projections, self.eigen, self.sketch, self.coarse, self.queries, self.removed)
         return [entry for entry in entries if entry is not None]
 
+    def floor(self) -> Any:
+        """The least width that projections have: a number where the config says "auto"."""
+        return self.fingerprint.get("config", {}).get("projection_floor", self.config.get("projection_floor"))
+
     def names(self) -> set[str]:
         """Names of all files that belong to it."""
         names = {shard.sealed.file for shard in self.shards} | {e["file"]["file"] for e in self.side_files()}
