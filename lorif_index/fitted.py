@@ -181,6 +181,7 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         core = self._room(name, facts.rank)
         self.file.read_array(f"basis_{number}", (self._height(name), facts.rank), "<f4", out=core.numpy())
         spectrum = self.file.read_array(f"spectrum_{number}", (facts.spectrum,), "<f8")
+        _check_finite(self.file, core, torch.from_numpy(spectrum))
         grid = self._grid(name) if facts.products else None
         return LayerCurvature(core, torch.from_numpy(spectrum), facts.trace, facts.rows, facts.examples, grid)
 
@@ -207,6 +208,16 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
             self._rooms[shape] = (alike, torch.empty(len(alike), *shape))
         alike, room = self._rooms[shape]
         return room[alike.index(name)]
+
+
+def _check_finite(file: SealedFile, *parts: torch.Tensor) -> None:
+    """What was fitted has no inf or NaN: a file that has some was not written by a build, whatever its digest says.
+
+    Raises:
+        CorruptionError: it has.
+    """
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise CorruptionError(f"{file.path} holds inf or NaN: restore it from a copy")
 
 
 def save_sketch(folder: Path, sketch: Sketch, name: str = SKETCH_FILE) -> dict[str, Any]:
@@ -252,6 +263,7 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
                 file.read_array(f"weights_{i}", (count, dim), "<f4", out=part.numpy())
             layers[name] = LayerSketch(lam, part)
             at += count
+        _check_finite(file, room)
     return Sketch(layers, dim, method, energy)
 
 
@@ -304,6 +316,7 @@ def load_eigencode(folder: Path, facts: Any, curvature: Mapping[str, LayerCurvat
             if count:
                 directions = file.read_array(f"directions_{i}", (count,), "<i8").astype(np.int64)
                 amplitudes = file.read_array(f"amplitudes_{i}", (count,), "<f4")
+                _check_finite(file, torch.from_numpy(amplitudes))
                 if directions.min() < 0 or directions.max() >= curvature[name].rank:
                     raise CorruptionError(
                         f"{file.path} names direction {int(directions.max())} of layer {name!r}, which has "
