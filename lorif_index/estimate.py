@@ -122,7 +122,10 @@ def estimate_build(
         count = seen.count if examples is None else examples
         stored = seen.stored()
         coarse = _has_coarse(config, stored, count)
-        sizes = disk_sizes(config, seen.specs, stored, count, coarse=coarse, payload_bytes=payload_bytes)
+        rows = _curvature_rows(seen, count)
+        sizes = disk_sizes(
+            config, seen.specs, stored, count, coarse=coarse, payload_bytes=payload_bytes, curvature_rows=rows
+        )
         with report.stage("estimate") as stage:
             seconds = _seconds(seen, stored, count, coarse, Path(place), stage.advance)
         return Estimate(
@@ -256,9 +259,7 @@ def _seconds(
     config = seen.config
     sample, late = min(count, config.curvature_sample), config.curvature_rows == "factors"
     lines, share = _miniatures(seen, stored, coarse, folder, advance)
-    rows = count if late else sample * (1 + (seen.probe[1] if seen.probe is not None else 0))
-    if config.curvature == "ggn" and seen.probe is not None and not late:
-        rows = sample * seen.probe[1]
+    rows = _curvature_rows(seen, count)
     seconds = {}
     if seen.sides is not None:
         seconds["projections"] = seen.sides(min(sample, eigenbases.SAMPLE))
@@ -275,6 +276,16 @@ def _seconds(
         if stage in lines:
             seconds[stage] = lines[stage](count)
     return {stage: round(value, 3) for stage, value in seconds.items()}
+
+
+def _curvature_rows(seen: _Handful, count: int) -> int:
+    """Rows that the curvature will be fitted on."""
+    if seen.config.curvature_rows == "factors":
+        return count
+    sample = min(count, seen.config.curvature_sample)
+    if seen.probe is None:
+        return sample
+    return sample * (seen.probe[1] + (seen.config.curvature != "ggn"))
 
 
 def _miniatures(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .calibration import Orders
-from .errors import QueryError
+from .errors import NonFiniteError, QueryError
 from .missed import Missed, Seen, expected_missed
 from .resident import Resident
 from .scoring import Question, Scorer
@@ -162,7 +162,16 @@ class _State:
         return np.lexsort((self.positions[self.deep], -self.exact))[:k]
 
     def missed(self, worst: int, coordinates: bool) -> Missed:
-        """What the search has missed, `worst` being the last of the k best."""
+        """What the search has missed, `worst` being the last of the k best.
+
+        Raises:
+            NonFiniteError: scores are inf or NaN.
+        """
+        if not all(np.isfinite(part).all() for part in (self.coarse, self.fine, self.size, self.exact)):
+            raise NonFiniteError(
+                "scores of candidates are inf or NaN: the query's gradients are too large, or what the index was "
+                "fitted with is damaged (index.verify() tells)"
+            )
         order = self.order
         if not coordinates:
             # The coarse order stands for exact scores, which are known of every row proposed.

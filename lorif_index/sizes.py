@@ -80,6 +80,7 @@ def disk_sizes(
     *,
     coarse: bool = True,
     payload_bytes: float = 0.0,
+    curvature_rows: int | None = None,
 ) -> DiskSizes:
     """What an index of `count` rows will take.
 
@@ -90,8 +91,9 @@ def disk_sizes(
         count: n.
         coarse: whether there will be a coarse index.
         payload_bytes: of an example's payload, on average; 0: none are kept.
+        curvature_rows: that the curvature is fitted on, which bound its rank; None: enough.
     """
-    ranks = {n: _rank(ranks, specs[n], count) for n, ranks in curvature_ranks(config, specs, stored).items()}
+    ranks = {n: _rank(r, specs[n], curvature_rows) for n, r in curvature_ranks(config, specs, stored).items()}
     total_rank = sum(ranks.values())
     coordinates = config.sketch_dim if stored in ("both", "coordinates") else 0
     layout = RowLayout(
@@ -140,8 +142,9 @@ def _code_bytes(dim: int) -> int:
     return max(int(factory.removeprefix("PQ").removesuffix("x4fs")) // 2, 1)
 
 
-def _rank(rank: int | None, spec: LayerSpec, count: int) -> int:
-    return min(spec.dim if rank is None else rank, spec.dim, count)
+def _rank(rank: int | None, spec: LayerSpec, rows: int | None) -> int:
+    whole = min(spec.dim if rank is None else rank, spec.dim)
+    return whole if rows is None else min(whole, rows)
 
 
 def curvature_bytes(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, group_bytes: int) -> int:
