@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from .errors import CorruptionError, FingerprintError, FormatVersionError, NotAnIndexError
+from .errors import CorruptionError, FingerprintError, FormatVersionError, NotAnIndexError, StoreError
 from .gradients import LayerSpec
 from .locks import Lease, is_read
 from .sealed import SealedInfo, replace_durably
@@ -231,6 +231,11 @@ def collect(folder: Path) -> list[str]:
     Returns:
         names of files that an old version's reader still holds.
     """
+    if (folder / MANIFEST).is_file():
+        # A build or an addition that was killed right after its commit.
+        (folder / BUILDING).unlink(missing_ok=True)
+        if (folder / ADDING).is_file() and not _still_adding(folder):
+            (folder / ADDING).unlink()
     needed: set[str] = set()
     for name in (MANIFEST, BUILDING, ADDING):
         if (folder / name).is_file():
@@ -247,6 +252,15 @@ def collect(folder: Path) -> list[str]:
         if item.is_file() or item.is_symlink():
             item.unlink()
     return sorted(held)
+
+
+def _still_adding(folder: Path) -> bool:
+    """Whether the interrupted addition is to the index as it is now: it cannot go on on any other."""
+    try:
+        pending = read_manifest(folder, ADDING).pending or {}
+    except StoreError:
+        return False
+    return pending.get("generation") == read_manifest(folder).generation
 
 
 def _same_file(a: Path, b: Path) -> bool:

@@ -84,7 +84,8 @@ class SubspaceFit:
         self._basis: torch.Tensor | None = None
         self._sketch: torch.Tensor | None = None
         self._core: torch.Tensor | None = None
-        self._held: list[torch.Tensor] = []
+        self._room: torch.Tensor | None = None
+        self._held = 0
         self._last = False
         self._tracing = True
 
@@ -126,9 +127,7 @@ class SubspaceFit:
         if self._tracing:
             self._trace += float(torch.linalg.vector_norm(g.double(), dim=1).square().sum())
         if self.exact:
-            self._held.append(g)
-            if sum(map(len, self._held)) >= _TOGETHER:
-                self._add_held()
+            self._hold(g)
             return
         projected = g @ self._basis  # type: ignore[operator]
         if self._last:
@@ -136,11 +135,23 @@ class SubspaceFit:
         else:
             self._sketch.addmm_(g.T, projected)  # type: ignore[union-attr]
 
+    def _hold(self, g: torch.Tensor) -> None:
+        """Copies rows, whose memory may be used again, until there are enough of them."""
+        if self._room is None:
+            self._room = torch.empty(_TOGETHER, self.dim, device=self.device)
+        for part in g.split(_TOGETHER):
+            first = part[: _TOGETHER - self._held]
+            for rows in (first, part[len(first) :]):
+                self._room[self._held : self._held + len(rows)] = rows
+                self._held += len(rows)
+                if self._held == _TOGETHER:
+                    self._add_held()
+
     def _add_held(self) -> None:
-        if self._held:
-            rows = torch.cat(self._held)
-            self._held.clear()
+        if self._held and self._room is not None:
+            rows = self._room[: self._held]
             self._core += rows.T @ rows  # type: ignore[operator]
+            self._held = 0
 
     def end(self) -> None:
         """Ends a pass."""
@@ -158,7 +169,7 @@ class SubspaceFit:
         values, vectors = torch.linalg.eigh(self._core / divisor)  # type: ignore[operator]
         values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)[:, : self.rank]
         basis = vectors if self.exact else self._basis.double() @ vectors  # type: ignore[union-attr]
-        self._basis = self._core = None
+        self._basis = self._core = self._room = None
         basis = with_fixed_signs(basis)
         return Eigenpairs(
             basis.float().contiguous().cpu(), values[: self.rank + OVERSAMPLING].cpu(), self._trace / divisor

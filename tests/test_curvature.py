@@ -196,3 +196,23 @@ def test_log_mean_at_the_edges() -> None:
     assert log_mean(0.1, 0.5, 0.0) == 0.1
     assert log_mean(0.1, 0.0, 0.0) == 0.1
     assert 0.1 < log_mean(0.1, 0.5, 1e-12) < 0.6
+
+
+def test_rows_may_lie_in_memory_that_is_used_again() -> None:
+    """As a store's blocks do: dense fits keep rows for a while, and must keep their values."""
+    torch.manual_seed(0)
+    rows, room = torch.randn(1200, 12), torch.empty(100, 12)
+
+    def reused() -> Iterator[GradientBlock]:
+        for start in range(0, len(rows), 100):
+            room.copy_(rows[start : start + 100])
+            ids = np.arange(start, start + 100, dtype=np.int64)
+            yield GradientBlock(ids, {"a": LayerGradient.from_dense(room.view(-1, 4, 3))})
+        room.zero_()
+
+    fitted = fit_curvature(
+        reused, 1200, {"a": LayerSpec("a", 4, 3, 4, 3, 1)}, rank=4, power_iterations=1, seed=0, examples=1200.0,
+        stage=Stage(None, "curvature", None), device=torch.device("cpu"),
+    )["a"]  # fmt: skip
+    expected = torch.linalg.eigvalsh(rows.double().T @ rows.double() / 1200).flip(0)
+    torch.testing.assert_close(fitted.spectrum[:4], expected[:4], rtol=1e-5, atol=0)

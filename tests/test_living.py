@@ -163,6 +163,45 @@ def test_another_addition_drops_what_was_interrupted(index: Index, rows: torch.T
     index.verify()
 
 
+def test_what_a_kill_right_after_a_commit_leaves_is_cleared_away(index: Index, rows: torch.Tensor) -> None:
+    """Unfinished manifests name files, which must not outlive the rows that are removed from the index."""
+    shutil.copy(index.path / "manifest.json", index.path / "building.json")
+
+    def stop(event: Any) -> None:
+        if event.stage == "encode" and event.done >= 128:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index.add(gradients=blocks(rows[N:]), progress=stop)
+    old = {shard.info.sealed.file for shard in index._store.shards}
+    index.remove(range(0, N, 2))
+    index.compact()
+    left = {path.name for path in index.path.iterdir()}
+    assert not left & {"building.json", "adding.json"}
+    shards = {name for name in left if name.startswith("shard-")}
+    assert shards == {s.info.sealed.file for s in index._store.shards} and not shards & old
+    index.add(gradients=blocks(rows[N:]))
+    assert len(index) == N // 2 + MORE
+    index.verify()
+
+
+def test_memory_does_not_grow(index: Index, query: Any) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def cycle(times: int) -> None:
+        for _ in range(times):
+            with Index.open(index.path) as opened:
+                opened.search(query, exact=False)
+                opened.scores(query)
+                opened.refresh()
+
+    cycle(20)
+    before = resident()
+    cycle(100)
+    assert resident() - before < 24 << 20
+
+
 def test_bad_additions_leave_the_index_as_it_was(index: Index, rows: torch.Tensor) -> None:
     digest, files = index.fingerprint, sorted(p.name for p in index.path.iterdir())
     bad = rows[N:].clone()
