@@ -7,13 +7,14 @@ build of that size with the same fitted curvature and sketch would have stored.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from bench.scale_data import FOLDER, gradients
 from lorif_index import BuildConfig, Index
+from lorif_index.gradients import LayerSpec
+from lorif_index.manifest import read_manifest, spec_to_json
 from lorif_index.rows import RowLayout
 from lorif_index.store import StoreWriter
 
@@ -47,6 +48,21 @@ def _index(name: str, settings: Settings, count: int, steps: int, folder: Path, 
     return Index.open(path)
 
 
+def commit_cut(whole: Index, path: Path, specs: dict[str, LayerSpec], writer: StoreWriter, **fingerprint: Any) -> None:
+    """Makes a folder with a writer's shards and an index's fitted files an index of layers of another rank."""
+    layers = [spec_to_json(spec) for spec in specs.values()]
+    manifest = read_manifest(whole.path)
+    dataclasses.replace(
+        manifest,
+        shards=writer.sealed,
+        coarse=None,
+        calibration=None,
+        layers=list(specs.values()),
+        config=manifest.config | {"rank": next(iter(specs.values())).rank},
+        fingerprint=manifest.fingerprint | {"layers": layers} | fingerprint,
+    ).commit(path)
+
+
 def derived(whole: Index, rank: int, count: int) -> Index:
     """The index of the first `count` rows at rank c, with a coarse index and a calibration of its own."""
     if (rank, count) == (FULL_RANK, len(whole)):
@@ -69,12 +85,6 @@ def derived(whole: Index, rank: int, count: int) -> Index:
         writer.flush()
         for name in ("curvature.h5", "sketch.h5", "calibration.h5"):
             shutil.copy(whole.path / name, path / name)
-        data = json.loads((whole.path / "manifest.json").read_text())
-        data |= {"shards": [shard.to_json() for shard in writer.sealed], "coarse": None, "calibration": None}
-        data["config"]["rank"] = rank
-        for layer in data["layers"]:
-            layer["rank"] = rank
-        data["fingerprint"] |= {"layers": data["layers"], "examples": count}
-        (path / "manifest.json").write_text(json.dumps(data))
+        commit_cut(whole, path, specs, writer, examples=count)
         Index.open(path).rebuild_coarse(progress=False)
     return Index.open(path)

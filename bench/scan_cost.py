@@ -8,7 +8,6 @@ gradients (LoGRA) scored by one matrix product, and the rate of a large float32 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import statistics
@@ -21,6 +20,7 @@ import torch
 
 from bench.corpus import gpt, sequences, train
 from bench.environment import CACHE, arguments, keep, median_seconds, table, timed
+from bench.scale_index import commit_cut
 from lorif_index import BuildConfig, Index
 from lorif_index.rows import RowLayout
 from lorif_index.scoring import stream_scores
@@ -266,8 +266,7 @@ def main() -> None:
 
 def cut(index: Index, path: Path, rank: int) -> Index:
     """The same index at a lower rank: the leading pairs of every factor, with the same curvature."""
-    manifest_path = path / "manifest.json"
-    if not manifest_path.exists():
+    if not (path / "manifest.json").exists():
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         specs = {n: dataclasses.replace(s, rank=rank) for n, s in index.specs.items()}
@@ -281,13 +280,7 @@ def cut(index: Index, path: Path, rank: int) -> Index:
         writer.flush()
         for name in ("curvature.h5", "projections.h5"):
             shutil.copy(index.path / name, path / name)
-        data = json.loads((index.path / "manifest.json").read_text())
-        data["shards"] = [shard.to_json() for shard in writer.sealed]
-        data["config"]["rank"] = rank
-        for layer in data["layers"]:
-            layer["rank"] = rank
-        data["fingerprint"]["layers"] = data["layers"]
-        manifest_path.write_text(json.dumps(data))
+        commit_cut(index, path, specs, writer)
     cut_index = Index.open(path)
     cut_index._model = index._model
     return cut_index

@@ -436,6 +436,7 @@ def _choices(
     tried += [{"store": "eigen", "eigen_bytes": size} for size in (400, 800, 1600, 3200, 6400)]
     tried += [{"store": "factors", "rank": rank, "dtype": dtype} for rank in (1, 4) for dtype in ("float16", "float32")]
     tried += [{"store": "both", "rank": 1}]
+    tried += [{"store": "factors", "rank": 1, "curvature_rank": rank} for rank in (128, 2048)]
     tried += [{"store": "factors", "rank": 1, "projection_dim": d} for d in (16, 64)]
     out = []
     for settings in tried:

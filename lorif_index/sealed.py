@@ -25,6 +25,8 @@ import xxhash
 from .errors import CorruptionError
 
 _CHUNK = 8 << 20
+# What stays in a core's cache between being read and being digested.
+_DIGEST_CHUNK = 256 << 10
 # Asks for what is in the page cache and nothing else; 0 where the system does not know it.
 _NO_WAIT: int = getattr(os, "RWF_NOWAIT", 0)
 
@@ -324,10 +326,10 @@ class SealedFile:
             )
 
     def _digest(self) -> str:
-        digest, at, buffer = xxhash.xxh3_128(), 0, bytearray(min(_CHUNK, self.info.size))
+        digest, at, buffer = xxhash.xxh3_128(), 0, bytearray(min(_DIGEST_CHUNK, self.info.size))
         self._opened()
         while at < self.info.size:
-            view = memoryview(buffer)[: min(_CHUNK, self.info.size - at)]
+            view = memoryview(buffer)[: min(_DIGEST_CHUNK, self.info.size - at)]
             self.read(at, view)
             digest.update(view)
             at += len(view)
