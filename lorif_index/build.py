@@ -55,7 +55,7 @@ from .payloads import Payloads, Values
 from .progress import Reporter
 from .projection import ALGORITHM, Projections, keyed_generator
 from .query import Preconditioner
-from .reader import Reader, row_layout
+from .reader import Reader, row_layout, shard_writer
 from .rows import RowLayout
 from .sealed import SealedInfo, copy_sealed, part_name
 from .shards import Shard, ShardInfo, write_shard
@@ -75,7 +75,7 @@ from .sources import (
     model_digest,
 )
 from .spool import Spool, remove_leftovers
-from .store import Store, StoreWriter
+from .store import Store
 
 # Settings that leave every stored number as it is; all others must agree when an interrupted build goes on.
 _FREE_SETTINGS = ("complement", "shard_bytes", "spool_bytes", "device", "coarse", "calibration_queries")
@@ -199,6 +199,7 @@ class _Build:
         )
         # What the index remembers as its config; the fingerprint has what became of it.
         asked = config
+        fitted = None if fit is None else read_manifest(fit)
         self.logits = self._logits_for_ggn(gradients is None)
         fingerprint: dict[str, Any]
         self.source: GradientSource
@@ -208,8 +209,8 @@ class _Build:
                 raise DataError("data= needs a model= to take gradients of")
             # Everything is checked, and the first batch taken, before a folder is made.
             examples = self.examples = as_source(data, config.batch_size)
-            if fit is not None and config.projection_floor == "auto":
-                config = dataclasses.replace(config, projection_floor=read_manifest(fit).floor())
+            if fitted is not None and config.projection_floor == "auto":
+                config = dataclasses.replace(config, projection_floor=fitted.floor())
             config = self.config = with_floor(config, model, loss, examples)
             self.capture = ModelCapture(model, config)
             self.specs, self.projections = self.capture.specs, self.capture.projections
@@ -242,9 +243,9 @@ class _Build:
             "projection": ALGORITHM,
             "layers": [spec_to_json(spec) for spec in self.specs.values()],
             "config": {k: v for k, v in config.to_json().items() if k not in _FREE_SETTINGS},
-            "curvature": self.curvature_kind if fit is None else read_manifest(fit).fingerprint.get("curvature"),
+            "curvature": self.curvature_kind if fitted is None else fitted.fingerprint.get("curvature"),
             "payloads": None if self.payloads is None else self.payloads.digest,
-            "fit": None if fit is None else _fit_digest(fit),
+            "fit": None if fitted is None or fitted.curvature is None else fitted.curvature.digest,
         }
         self.manifest = self._begin(
             Manifest(fingerprint, asked.to_json(), list(self.specs.values()), metadata=metadata), fit
@@ -382,7 +383,7 @@ class _Build:
         """
         count = self.source.count
         sizes = disk_sizes(
-            self.config, self.specs, str(self.manifest.stored), count, coarse=self._wants_coarse(count, load=False)
+            self.config, self.specs, str(self.manifest.stored), count, coarse=wants_coarse(self.config, count)
         )
         there = folder_bytes(self.path)
         free = shutil.disk_usage(self.path).free
@@ -556,9 +557,7 @@ class _Build:
         start = manifest.shards[-1].last_id + 1 if manifest.shards else 0
         source: GradientSource = self.source if self._spool is None else self._spool
         skipped = [i for i in manifest.skipped if self._spool is not None or i < start]
-        writer = StoreWriter(
-            self.path, layout, self.config.shard_bytes, manifest.shards, lambda: manifest.new_name("shard")
-        )
+        writer = shard_writer(self.path, manifest, layout, self.config)
 
         def on_sealed() -> None:
             manifest.skipped = sorted(skipped)
@@ -576,8 +575,9 @@ class _Build:
     def _add_coarse(self) -> None:
         """The coarse index over what is stored, and its calibration."""
         count = sum(shard.rows for shard in self.manifest.shards)
-        if not self._wants_coarse(count):
+        if not wants_coarse(self.config, count):
             return
+        load_faiss()
         if self.manifest.sketch is None:
             # Rows are factors or eigencodes alone: the sketch is of them.
             with self.reporter.stage("sketch") as stage:
@@ -604,15 +604,6 @@ class _Build:
                 learnt = calibrate(self._reader(), None, stage)
             self.manifest.calibration = learnt.to_json() if learnt is not None else None
             self.manifest.write(self.path, BUILDING)
-
-    def _wants_coarse(self, count: int, *, load: bool = True) -> bool:
-        if self.config.coarse is None:
-            return False
-        if self.config.coarse == "auto" and self.config.store != "coarse":
-            return count >= COARSE_FROM and faiss_is_installed()
-        if load:
-            load_faiss()
-        return True
 
     def _drop_rows(self, reader: Reader, entry: dict[str, Any]) -> None:
         """Only the coarse index stays: it is calibrated while the rows are there, and their ids are kept."""
@@ -688,10 +679,13 @@ class _Build:
         return torch.device(self.config.device or "cpu")
 
 
-def _fit_digest(folder: Path) -> str:
-    """What tells one fit from another."""
-    sealed = read_manifest(folder).curvature
-    return "" if sealed is None else sealed.digest
+def wants_coarse(config: BuildConfig, count: int) -> bool:
+    """Whether an index of `count` rows gets a coarse index."""
+    if config.coarse is None:
+        return False
+    if config.coarse == "auto" and config.store != "coarse":
+        return count >= COARSE_FROM and faiss_is_installed()
+    return True
 
 
 def take_fit(folder: Path, manifest: Manifest, into: Path) -> None:
@@ -760,7 +754,8 @@ def representation_is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> 
 
 
 def representation_of(config: BuildConfig, specs: dict[str, LayerSpec], blocks: Iterable[GradientBlock]) -> str:
-    """What rows hold: as the config says, or factors alone where they lose next to nothing of some gradients."""
+    """What rows hold: as the config says, or factors alone where they lose next to nothing of some gradients. The
+    blocks are only walked where that depends on them."""
     if not representation_is_open(config, specs):
         return "factors" if config.store in ("auto", "both") else config.store
     lost = total = 0.0

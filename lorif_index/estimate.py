@@ -11,7 +11,8 @@ import dataclasses
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ import torch
 from torch import nn
 
 from . import eigenbases
-from .build import COARSE_FROM, build_index, check_arguments, representation_is_open, representation_of, with_floor
-from .coarse import faiss_is_installed
+from .build import build_index, check_arguments, representation_of, wants_coarse, with_floor
 from .config import BuildConfig, CurvatureRows
 from .data import as_source
 from .ensemble import probes_of
@@ -74,7 +74,6 @@ class Estimate:
         memory: most bytes resident at once, this process with its model included.
         seconds: by stage, as `Index.build_report` has them.
         choices: other ways to store rows, from few bytes to many.
-        free: bytes free on the disk that was asked about, or None.
     """
 
     examples: int
@@ -85,7 +84,6 @@ class Estimate:
     memory: int
     seconds: dict[str, float]
     choices: list[Choice]
-    free: int | None = None
 
     @property
     def disk_total(self) -> int:
@@ -121,7 +119,7 @@ def estimate_build(
         seen = _Handful(model, data, gradients, loss, config, batches, Path(place))
         count = seen.count if examples is None else examples
         stored = seen.stored()
-        coarse = _has_coarse(config, stored, count)
+        coarse = wants_coarse(config, count)
         rows = _curvature_rows(seen, count)
         sizes = disk_sizes(
             config, seen.specs, stored, count, coarse=coarse, payload_bytes=payload_bytes, curvature_rows=rows
@@ -138,14 +136,6 @@ def estimate_build(
             seconds=seconds,
             choices=_choices(config, seen, count, coarse, disk, payload_bytes),
         )
-
-
-def _has_coarse(config: BuildConfig, stored: str, count: int) -> bool:
-    if stored == "coarse":
-        return True
-    if config.coarse is None:
-        return False
-    return config.coarse != "auto" or (count >= COARSE_FROM and faiss_is_installed())
 
 
 class _Handful:
@@ -212,9 +202,7 @@ class _Handful:
 
     def stored(self) -> str:
         """What rows will hold."""
-        if representation_is_open(self.config, self.specs):
-            return representation_of(self.config, self.specs, iter(self.rows))
-        return representation_of(self.config, self.specs, ())
+        return representation_of(self.config, self.specs, self.rows)
 
 
 def _device(capture: ModelCapture) -> torch.device:
@@ -299,52 +287,34 @@ def _miniatures(
         projection_dim=None,
         projection="random",
         curvature="empirical",
-        curvature_rows=seen.config.curvature_rows,
-        curvature_sample=max(_LARGE, 1),
+        curvature_sample=_LARGE,
         layers=None,
         store=stored,
         coarse=("auto" if seen.config.coarse is None else seen.config.coarse) if coarse else None,
         device=None,
         on_nonfinite="skip",
     )
-    with _Rows(Spool(folder, _alike(seen.rows, specs, _LARGE, seen.config.seed)), _LARGE) as rows:
+    with closing(Spool(folder, _alike(seen.rows, specs, _LARGE, seen.config.seed))) as rows:
         taken: list[dict[str, float]] = []
         for size in (_SMALL, _LARGE):
             path = folder / f"miniature-{size}"
-            reporter = Reporter()
             build_index(
                 path,
                 model=None,
                 data=None,
-                gradients=rows.first(size),
+                gradients=_First(rows, size),
                 loss=None,
-                curvature=None if config.curvature_rows == "factors" else CurvatureRows(rows.first(size)),
+                curvature=None if config.curvature_rows == "factors" else CurvatureRows(_First(rows, size)),
                 config=config,
                 metadata={},
                 payloads=None,
                 fit=None,
-                reporter=reporter,
+                reporter=Reporter(),
             )
             taken.append(read_manifest(path).report["seconds"])
             advance(size)
     stages = taken[0].keys() & taken[1].keys()
     return {stage: _line([_SMALL, _LARGE], [t[stage] for t in taken]) for stage in stages}, share
-
-
-class _Rows:
-    """Rows in a spool, of which the first ones are walked as often as asked."""
-
-    def __init__(self, spool: Spool, count: int) -> None:
-        self._spool, self._count = spool, count
-
-    def first(self, count: int) -> Iterable[dict[str, LayerGradient]]:
-        return _First(self._spool, count)
-
-    def __enter__(self) -> _Rows:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._spool.close()
 
 
 class _First:

@@ -19,10 +19,9 @@ from .gradients import GradientSource
 from .manifest import ADDING, Manifest, read_manifest
 from .payloads import Payloads
 from .progress import Reporter
-from .reader import Reader
+from .reader import Reader, shard_writer
 from .sketch import SketchEncoder
 from .sources import finite_blocks
-from .store import StoreWriter
 
 
 def check_addition(data: Any, gradients: Any, model: Any, from_model: bool) -> None:
@@ -134,9 +133,7 @@ def _append_rows(
         manifest.write(folder, ADDING)
 
     encoder = row_encoder(reader, device)
-    writer = StoreWriter(
-        folder, reader.layout, reader.config.shard_bytes, manifest.shards, lambda: manifest.new_name("shard")
-    )
+    writer = shard_writer(folder, manifest, reader.layout, reader.config)
     with report.stage("encode", source.count - start) as stage:
         blocks = finite_blocks(source.blocks(start), reader.config.on_nonfinite, skipped)
         encode_blocks(blocks, encoder, writer, stage, on_sealed, payloads=payloads, shift=shift)
@@ -173,9 +170,7 @@ def _append_codes(
         raise CorruptionError(f"{reader.folder} has no sketch, and keeps nothing but coordinates: restore it")
     shift, skipped = reader.manifest.next_id, list[int]()
     encoder, coarse = SketchEncoder(reader.sketch, reader.curvature, device), reader.growing_coarse()
-    writer = StoreWriter(
-        reader.folder, reader.layout, reader.config.shard_bytes, manifest.shards, lambda: manifest.new_name("ids")
-    )
+    writer = shard_writer(reader.folder, manifest, reader.layout, reader.config)
     with report.stage("encode", source.count) as stage:
         for block in finite_blocks(source.blocks(), reader.config.on_nonfinite, skipped):
             coarse.add(encoder.encode(block.layers).numpy())

@@ -42,7 +42,7 @@ from .scratch import CPU
 from .sealed import SealedFile, SealedInfo
 from .shards import ShardInfo
 from .sketch import Sketch, SketchEncoder
-from .store import Store
+from .store import Store, StoreWriter
 
 # Coordinates wait in so many bits for the coarse code, where that alone is kept in the end.
 _WAITING_BITS = 8
@@ -69,6 +69,12 @@ def row_layout(manifest: Manifest, config: BuildConfig, specs: Mapping[str, Laye
         except (TypeError, KeyError, ValueError):
             raise CorruptionError(f"the manifest's sketch is missing or damaged, which store={store!r} needs") from None
     return RowLayout(specs, config.dtype, factors=store in ("both", "factors"), codes=codes)
+
+
+def shard_writer(folder: Path, manifest: Manifest, layout: RowLayout, config: BuildConfig) -> StoreWriter:
+    """Appends shards to a manifest, under names that it gives."""
+    kind = "shard" if layout.row_bytes else "ids"
+    return StoreWriter(folder, layout, config.shard_bytes, manifest.shards, lambda: manifest.new_name(kind))
 
 
 class Reader:

@@ -17,9 +17,9 @@ from .errors import QueryError
 from .fitted import load_removed, save_queries, save_removed
 from .manifest import Manifest
 from .progress import Reporter, Stage
-from .reader import Reader, positions_of
+from .reader import Reader, positions_of, shard_writer
 from .shards import ShardInfo
-from .store import Store, StoreWriter
+from .store import Store
 
 # Neighbouring shards below this share of `shard_bytes` are written as one.
 _SMALL = 0.5
@@ -120,10 +120,7 @@ def _kind(info: ShardInfo) -> tuple[bool, bool]:
 def _rewrite(reader: Reader, run: list[int], manifest: Manifest, stage: Stage) -> None:
     """Writes the living rows of some shards into new ones."""
     store = reader.store
-    kind = "shard" if store.layout.row_bytes else "ids"
-    writer = StoreWriter(
-        reader.folder, store.layout, reader.config.shard_bytes, manifest.shards, lambda: manifest.new_name(kind)
-    )
+    writer = shard_writer(reader.folder, manifest, store.layout, reader.config)
     for number in run:
         shard, first = store.shards[number], store.first_position(number)
         alive = (

@@ -138,6 +138,7 @@ class Store:
         self._ids: np.ndarray | None = None
         self._removed, self._verify, self.damaged = removed, verify, frozenset(damaged)
         self._dead: np.ndarray | None = None
+        self._gone = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -175,6 +176,7 @@ class Store:
                 for shard, start in zip(self.shards, self._starts[:-1].tolist(), strict=True):
                     if shard.info.sealed.file in self.damaged:
                         dead[start : start + shard.count] = True
+                self._gone = int(dead.sum())
                 self._dead = dead
         return self._dead
 
@@ -187,7 +189,7 @@ class Store:
     @property
     def live_count(self) -> int:
         dead = self.dead
-        return len(self) if dead is None else len(self) - int(dead.sum())
+        return len(self) if dead is None else len(self) - self._gone
 
     @property
     def live_ids(self) -> np.ndarray:
