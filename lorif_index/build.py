@@ -732,10 +732,9 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
     if config.projection != "eigen" or config.curvature_rank != "auto" or config.store not in ("auto", "eigen"):
         return least
     taken = ModelCapture(model, least)
-    if representation_is_open(least, taken.specs):
-        first = itertools.islice(ModelGradients(taken.capture(loss), examples).blocks(), 1)
-        if representation_of(least, taken.specs, first) != "eigen":
-            return least
+    first = itertools.islice(ModelGradients(taken.capture(loss), examples).blocks(), 1)
+    if representation_of(least, taken.specs, first) != "eigen":
+        return least
     if sum(spec.dim for spec in taken.specs.values()) <= 8 * config.eigen_bytes:
         return least
     for floor in _FLOORS:

@@ -181,6 +181,8 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
     assert floor("fits") == 6
     assert floor("asked", eigen_bytes=32, projection_floor=5) == 5
     assert floor("factors", eigen_bytes=32, store="factors") == 6
+    # Factors without being asked for: whole gradients.
+    assert floor("whole", eigen_bytes=32, rank=None) == 6
     assert floor("ranks", eigen_bytes=32, curvature_rank=8) == 6
     assert floor("random", eigen_bytes=32, projection="random") == 6
     # One position an example: factors lose nothing.
