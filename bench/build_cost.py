@@ -19,10 +19,10 @@ import torch
 from bench.corpus import gpt, sequences, train
 from bench.environment import ROOT, arguments, keep, peak_rss, table, timed
 from lorif_index import BuildConfig, Index, default_loss
-from lorif_index.data import as_source
-from lorif_index.factors import factorise
-from lorif_index.rows import RowLayout
-from lorif_index.sources import ModelCapture, ModelGradients
+from lorif_index.capture.data import as_source
+from lorif_index.capture.sources import ModelCapture, ModelGradients
+from lorif_index.rows.factors import factorise
+from lorif_index.rows.layout import RowLayout
 
 BATCH = 32
 

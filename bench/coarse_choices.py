@@ -21,8 +21,8 @@ from bench.scale_data import FOLDER
 from bench.scale_index import FULL_RANK, derived, full_index
 from bench.search_at_scale import answers, asked, some
 from lorif_index import Index
-from lorif_index.coarse import Coarse
-from lorif_index.coarse_build import random_positions
+from lorif_index.build.coarse_build import random_positions
+from lorif_index.search.coarse import Coarse
 
 DEPTHS = (400, 1600, 6400)
 FACTORIES = (

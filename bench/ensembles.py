@@ -24,7 +24,7 @@ from bench.lds_truth import gather, make
 from bench.methods import gathered
 from bench.tasks import TASKS, batches, size
 from lorif_index import BuildConfig, CurvatureRows, Index
-from lorif_index.ensemble import Ensemble
+from lorif_index.capture.ensemble import Ensemble
 
 # Bytes of a row of the default with one member: what `eigen_bytes` asks for, or the factors of single predictions.
 SAME_BYTES = {"digits": 340, "finetuned": 1600}

@@ -20,7 +20,7 @@ import torch
 from bench import faults_cost, faults_crash, faults_damage, faults_readers
 from bench.environment import RESULTS, arguments, environment, keep, table
 from bench.faults_cases import Template, cases, templates
-from lorif_index.coarse import load_faiss
+from lorif_index.search.coarse import load_faiss
 
 PARTS = ("kill", "inject", "flip", "fuzz", "readers", "cost")
 

@@ -14,7 +14,7 @@ import torch
 
 from bench.environment import timed
 from lorif_index import BuildConfig, Index
-from lorif_index.store import VERIFY
+from lorif_index.storage.store import VERIFY
 
 
 def _given(count: int) -> list[dict[str, torch.Tensor]]:
@@ -30,9 +30,9 @@ def _given(count: int) -> list[dict[str, torch.Tensor]]:
 def _nothing_checked() -> Any:
     """Without digests, checksums and syncs: what a build would do if it trusted the disk."""
     stack = mock.patch.multiple(
-        "lorif_index.sealed", file_digest=lambda path: "0" * 32, sync_folder=lambda folder: None
+        "lorif_index.storage.sealed", file_digest=lambda path: "0" * 32, sync_folder=lambda folder: None
     )
-    sums = mock.patch("lorif_index.shards._checksums", lambda raw: np.zeros(len(raw), dtype="<u8"))
+    sums = mock.patch("lorif_index.storage.shards._checksums", lambda raw: np.zeros(len(raw), dtype="<u8"))
     sync = mock.patch.object(os, "fsync", lambda fd: None)
     return stack, sums, sync
 
@@ -96,7 +96,7 @@ def costs(root: Path, count: int, repeats: int) -> dict[str, Any]:
 
 
 def _candidate_times(index: Index, asked: Any, repeats: int) -> list[float]:
-    with mock.patch("lorif_index.shards.Part.check", lambda *_: None):
+    with mock.patch("lorif_index.storage.shards.Part.check", lambda *_: None):
         return [timed(lambda: index.search(asked, k=10, exact=False)) for _ in range(max(repeats, 3))]
 
 

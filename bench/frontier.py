@@ -23,8 +23,8 @@ from bench.lds_truth import gather, make
 from bench.methods import gathered, shared_bytes
 from bench.tasks import TASKS, batches, size
 from lorif_index import BuildConfig, CurvatureRows, Index
-from lorif_index.codes import CodeLayout
-from lorif_index.gradients import LayerSpec
+from lorif_index.capture.gradients import LayerSpec
+from lorif_index.rows.codes import CodeLayout
 
 Gradients = dict[str, torch.Tensor]
 CASES: list[tuple[str, dict[str, Any]]] = [

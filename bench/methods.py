@@ -20,7 +20,7 @@ from torch import nn
 from bench.peers import PEERS, Peer
 from bench.tasks import Task, batches, size, take
 from lorif_index import AbsoluteDamping, BuildConfig, Index, ReleaseDamping
-from lorif_index.sources import ModelCapture
+from lorif_index.capture.sources import ModelCapture
 
 SWEEP = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 Method = Callable[[Task, nn.Module], Peer]

@@ -19,7 +19,7 @@ from bench.corpus import gpt, sequences, train
 from bench.environment import arguments, keep, table
 from lorif_index import BuildConfig, Index
 from lorif_index.damping import RelativeDamping
-from lorif_index.query import Preconditioner, transform
+from lorif_index.fit.query import Preconditioner, transform
 
 QUERIES = 64
 
@@ -32,7 +32,7 @@ def dense_scores(index: Index, queries: dict[str, torch.Tensor], gradients: Inde
 
 
 def gradients_scores(gradients: Index, transformed: dict[str, torch.Tensor]) -> np.ndarray:
-    from lorif_index.scoring import Question, stream_scores
+    from lorif_index.search.scoring import Question, stream_scores
 
     question = Question(transformed, None, len(next(iter(transformed.values()))))
     return np.concatenate([part.numpy() for _, part, _ in stream_scores(gradients._reader.rows, question)], axis=1)

@@ -27,7 +27,7 @@ import torch
 from bench.corpus import gpt
 from bench.environment import CACHE
 from lorif_index import BuildConfig, default_loss
-from lorif_index.sources import ModelCapture
+from lorif_index.capture.sources import ModelCapture
 
 LENGTH, VOCABULARY, DIM = 32, 2000, 32
 FOLDER = CACHE / "scale"

@@ -13,10 +13,10 @@ from typing import Any
 
 from bench.scale_data import FOLDER, gradients
 from lorif_index import BuildConfig, Index
-from lorif_index.gradients import LayerSpec
-from lorif_index.manifest import read_manifest, spec_to_json
-from lorif_index.rows import RowLayout
-from lorif_index.store import StoreWriter
+from lorif_index.capture.gradients import LayerSpec
+from lorif_index.rows.layout import RowLayout
+from lorif_index.storage.manifest import read_manifest, spec_to_json
+from lorif_index.storage.store import StoreWriter
 
 FULL_RANK = 4
 

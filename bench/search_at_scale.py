@@ -23,10 +23,10 @@ from bench.scale_data import FOLDER, Dense, gradients
 from bench.scale_index import FULL_RANK, derived, eigen_index, full_index
 from bench.scan_cost import drop, published_way, read_raw, resident_fraction
 from lorif_index import Index
-from lorif_index.coarse import Coarse, load_faiss
-from lorif_index.planner import choose_plan
-from lorif_index.query import transform
-from lorif_index.scoring import TopK, stream_scores
+from lorif_index.fit.query import transform
+from lorif_index.search.coarse import Coarse, load_faiss
+from lorif_index.search.planner import choose_plan
+from lorif_index.search.scoring import TopK, stream_scores
 
 TARGETS, KS, DAMPINGS = (0.9, 0.95, 0.99), (1, 10, 100), (0.01, 0.03, 0.1, 0.3, 1.0)
 SIGNS = ("proponents", "opponents")

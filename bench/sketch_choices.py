@@ -20,9 +20,9 @@ from bench.scale_data import FOLDER, Dense, gradients
 from bench.scale_index import FULL_RANK, derived, full_index
 from bench.search_at_scale import asked
 from lorif_index import Index
-from lorif_index.coarse import tilted
-from lorif_index.coarse_build import TILTS
+from lorif_index.build.coarse_build import TILTS
 from lorif_index.damping import as_damping
+from lorif_index.search.coarse import tilted
 
 Whiten = Callable[[torch.Tensor], torch.Tensor]
 

@@ -35,12 +35,12 @@ The command line stands on them: texts, textindex, demo_model, demo, show, cli.
 
 from __future__ import annotations
 
+from .build.estimate import Estimate
+from .capture.losses import CrossEntropy, default_loss
 from .config import BuildConfig, CurvatureRows, LayerSelection
 from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping, ReleaseDamping
 from .errors import LorifError
-from .estimate import Estimate
 from .index import Index
-from .losses import CrossEntropy, default_loss
 from .progress import ProgressEvent
 from .results import Hits, SearchStats
 from .version import VERSION

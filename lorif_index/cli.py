@@ -16,14 +16,14 @@ from typing import Annotated, Any
 import typer
 
 from .config import BuildConfig
-from .damage import damage_message, find_damage
 from .damping import Damping, damping_from_json
-from .demo import QUESTION, run_demo, show_demo
-from .demo_model import DemoSettings
 from .errors import CorruptionError, LorifError
 from .index import Index
-from .manifest import read_manifest
-from .show import (
+from .storage.damage import damage_message, find_damage
+from .storage.manifest import read_manifest
+from .text.demo import QUESTION, run_demo, show_demo
+from .text.demo_model import DemoSettings
+from .text.show import (
     answer_json,
     console,
     excerpt,
@@ -34,8 +34,8 @@ from .show import (
     show_index,
     write_json,
 )
-from .textindex import TextIndex, build_text_index, estimate_text_index, load_text_model
-from .texts import read_documents
+from .text.textindex import TextIndex, build_text_index, estimate_text_index, load_text_model
+from .text.texts import read_documents
 from .version import VERSION
 
 app = typer.Typer(

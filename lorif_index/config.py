@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from .codes import BITS
 from .damping import Damping, PaperDamping, RelativeDamping, as_damping, damping_from_json
 from .errors import ConfigError
 
@@ -17,6 +16,8 @@ PROJECTIONS = ("eigen", "random")
 CURVATURES = ("auto", "mixed", "ggn", "empirical")
 REPRESENTATIONS = ("eigen", "both", "factors", "coordinates", "coarse")
 STORES = ("auto", *REPRESENTATIONS)
+BITS = (1, 2, 4, 8)
+"""Widths of codes' coordinates."""
 # What projection_floor="auto" is where nothing asks for more.
 LEAST_FLOOR = 32
 

@@ -18,35 +18,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from .build import build_index, loss_name
-from .capture import keep_finite
-from .coarse_build import rebuild, recalibrate
-from .config import BuildConfig
-from .curvature import LayerCurvature
-from .damage import damage_message, damaged_shards, find_damage, folder_bytes
-from .damping import Damping, as_damping
-from .data import as_source, batch_count
-from .devices import search_device
-from .ensemble import as_model, count_of
-from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
-from .estimate import Estimate, estimate_build
-from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
-from .growth import add_examples, check_addition
-from .locks import Lease, WriterLock
-from .losses import PerExample
-from .manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
-from .merging import merge_indexes
-from .payloads import Payloads, Values, decode
-from .planner import ANSWERS, Plan, choose_plan, scan
-from .progress import ProgressCallback, Reporter, reporter
-from .projection import Projections
-from .reader import Reader, positions_of
-from .refit import refit_index
-from .removal import as_ids, compact_rows, remove_examples
-from .repair import repair_index
-from .results import Hits, SearchStats
-from .scoring import Question, self_scores
-from .sources import (
+from .build.coarse_build import rebuild, recalibrate
+from .build.estimate import Estimate, estimate_build
+from .build.growth import add_examples, check_addition
+from .build.merging import merge_indexes
+from .build.pipeline import build_index, loss_name
+from .build.refit import refit_index
+from .build.removal import as_ids, compact_rows, remove_examples
+from .build.repair import repair_index
+from .capture.data import as_source, batch_count
+from .capture.ensemble import as_model, count_of
+from .capture.gradients import GradientBlock, GradientSource, LayerSpec, parse_block
+from .capture.hooks import keep_finite
+from .capture.losses import PerExample
+from .capture.projection import Projections
+from .capture.sources import (
     GivenGradients,
     ModelCapture,
     ModelGradients,
@@ -56,8 +42,22 @@ from .sources import (
     is_one_shot,
     model_digest,
 )
-from .spool import remove_leftovers
-from .store import VERIFY
+from .capture.spool import remove_leftovers
+from .config import BuildConfig
+from .damping import Damping, as_damping
+from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
+from .fit.curvature import LayerCurvature
+from .progress import ProgressCallback, Reporter, reporter
+from .results import Hits, SearchStats
+from .search.devices import search_device
+from .search.planner import ANSWERS, Plan, choose_plan, scan
+from .search.reader import Reader, positions_of
+from .search.scoring import Question, self_scores
+from .storage.damage import damage_message, damaged_shards, find_damage, folder_bytes
+from .storage.locks import Lease, WriterLock
+from .storage.manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
+from .storage.payloads import Payloads, Values, decode
+from .storage.store import VERIFY
 
 NORMALIZATIONS = ("relatif", "cosine")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorif_index.calibration import TARGETS, Calibration, Orders, learn, loss_curve
 from lorif_index.errors import CorruptionError
+from lorif_index.search.calibration import TARGETS, Calibration, Orders, learn, loss_curve
 
 
 def test_enough_candidates_are_the_least_that_reach_the_target() -> None:

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from lorif_index import BuildConfig, LayerSelection, default_loss
-from lorif_index.capture import Capture
+from lorif_index.capture.gradients import GradientBlock
+from lorif_index.capture.hooks import Capture
+from lorif_index.capture.sources import ModelCapture
 from lorif_index.errors import CaptureError, ConfigError
-from lorif_index.gradients import GradientBlock
-from lorif_index.sources import ModelCapture
 
 EXACT = {"projection_dim": None, "rank": None}
 

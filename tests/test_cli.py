@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from lorif_index import AbsoluteDamping, Index, PaperDamping, ReleaseDamping
 from lorif_index.cli import app
-from lorif_index.textindex import load_text_model
+from lorif_index.text.textindex import load_text_model
 from lorif_index.version import VERSION
 
 ROOT = Path(__file__).parent.parent

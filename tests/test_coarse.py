@@ -16,11 +16,11 @@ import torch
 pytest.importorskip("faiss")
 
 from lorif_index import BuildConfig, Index
-from lorif_index.build import COARSE_FROM
-from lorif_index.coarse import default_factory
-from lorif_index.coarse_build import TILTS
+from lorif_index.build.coarse_build import TILTS
+from lorif_index.build.pipeline import COARSE_FROM
 from lorif_index.errors import ConfigError, CorruptionError, FingerprintError, LorifError, QueryError
-from lorif_index.planner import SCAN_UP_TO
+from lorif_index.search.coarse import default_factory
+from lorif_index.search.planner import SCAN_UP_TO
 
 SHAPES = {"a": (12, 10), "b": (10, 10), "c": (9, 14)}
 N = 3000
@@ -113,7 +113,7 @@ def test_a_target_that_is_not_reached_is_gone_on_for(index: Index, query: Any) -
     """An index that believes it needs few candidates finds out, and takes more."""
     search = index._reader.candidates
     assert search is not None and search.calibration is not None
-    from lorif_index.candidates import Counts
+    from lorif_index.search.candidates import Counts
 
     question = index._prepare(query, None, index.config.damping, index.layers).question  # type: ignore[arg-type]
     few = search.run(question, 10, 0.0, largest=True, counts=Counts(20, 20))
@@ -175,7 +175,7 @@ def test_coarse_scores_alone_are_marked(index: Index, query: Any) -> None:
 
 def test_large_rows_are_given_the_benefit_of_the_doubt(index: Index, query: Any) -> None:
     """A tilted order is <x, z> + tilt |x| |z|, in the coarse index as on a device."""
-    from lorif_index.flat import FlatSketch
+    from lorif_index.search.flat import FlatSketch
 
     z = index.coordinates()
     x = index._prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
@@ -228,11 +228,11 @@ def test_plans_say_why(index: Index, query: Any) -> None:
 def test_beyond_the_size_of_a_quick_scan_candidates_are_chosen(
     index: Index, query: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorif_index.planner.SCAN_UP_TO", 0)
+    monkeypatch.setattr("lorif_index.search.planner.SCAN_UP_TO", 0)
     costly = index.search(query, k=1, recall=0.8)
     assert costly.stats.exact and "cost as much" in costly.stats.plan
-    monkeypatch.setattr("lorif_index.planner._GATHER_BYTES", 0)
-    monkeypatch.setattr("lorif_index.planner._NARROW_BYTES", 0)
+    monkeypatch.setattr("lorif_index.search.planner._GATHER_BYTES", 0)
+    monkeypatch.setattr("lorif_index.search.planner._NARROW_BYTES", 0)
     hits = index.search(query, k=1, recall=0.8)
     assert not hits.stats.exact and "candidates" in hits.stats.plan
     layers = index.search(query, layers="a")
@@ -414,7 +414,7 @@ def test_an_interrupted_build_goes_on(train: Any, query: Any, tmp_path: Path, st
 def test_without_faiss_everything_is_scanned(
     train: Any, query: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorif_index.build.faiss_is_installed", lambda: False)
+    monkeypatch.setattr("lorif_index.build.pipeline.faiss_is_installed", lambda: False)
     index = Index.build(tmp_path / "i", gradients=blocks(train), config=config())
     assert index.coarse is None and index.search(query).stats.exact
     import sys
@@ -426,7 +426,7 @@ def test_without_faiss_everything_is_scanned(
 
 def test_flat_coordinates_propose_as_well(index: Index, query: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would hold, here on the CPU: the same rescored results, the exact order of coordinates."""
-    from lorif_index import flat, reader
+    from lorif_index.search import flat, reader
 
     monkeypatch.setattr(flat, "_PAIRS", 60 * 700)  # several pieces
     # Room for the sketch, and for some or all of the rows beside it.
@@ -450,8 +450,8 @@ def test_a_gpu_gives_the_same_rescored_results(index: Index, query: Any) -> None
 
     if not torch.cuda.is_available() or getattr(faiss, "get_num_gpus", lambda: 0)() < 1:
         pytest.skip("no GPU that faiss and torch both see")
-    from lorif_index import reader
-    from lorif_index.flat import FlatSketch
+    from lorif_index.search import reader
+    from lorif_index.search.flat import FlatSketch
 
     scores = Index.open(index.path, device="cpu").scores(query)
     largest = np.abs(scores).max()
@@ -471,7 +471,7 @@ def test_a_gpu_gives_the_same_rescored_results(index: Index, query: Any) -> None
 
 
 def test_a_device_that_is_not_there_is_refused(index: Index) -> None:
-    from lorif_index.devices import room_on, search_device
+    from lorif_index.search.devices import room_on, search_device
 
     assert search_device("cpu") == torch.device("cpu") and room_on(torch.device("cpu")) == 0
     for bad in ("cuda:99", "nonsense"):

@@ -18,11 +18,11 @@ from lorif_index import (
     RelativeDamping,
     ReleaseDamping,
 )
-from lorif_index.curvature import LayerCurvature, fit_curvature
+from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from lorif_index.errors import ConfigError, CurvatureError
-from lorif_index.gradients import GradientBlock, LayerGradient, LayerSpec
+from lorif_index.fit.curvature import LayerCurvature, fit_curvature
+from lorif_index.fit.query import Preconditioner, log_mean
 from lorif_index.progress import Stage
-from lorif_index.query import Preconditioner, log_mean
 
 
 def decaying_rows(n: int, d: int, seed: int = 0) -> torch.Tensor:

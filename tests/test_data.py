@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lorif_index import BuildConfig, Index
-from lorif_index.data import as_source, batch_count, collate
+from lorif_index.capture.data import as_source, batch_count, collate
 from lorif_index.errors import DataError
 
 N, BATCH = 23, 5

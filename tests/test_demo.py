@@ -16,9 +16,17 @@ from typer.testing import CliRunner
 
 from lorif_index import Index
 from lorif_index.cli import app
-from lorif_index.demo import QUESTION, run_demo, show_demo
-from lorif_index.demo_model import DemoSettings, all_windows, documentation, new_model, split, train, train_tokenizer
 from lorif_index.errors import IndexExistsError, QueryError
+from lorif_index.text.demo import QUESTION, run_demo, show_demo
+from lorif_index.text.demo_model import (
+    DemoSettings,
+    all_windows,
+    documentation,
+    new_model,
+    split,
+    train,
+    train_tokenizer,
+)
 
 ROOT = Path(__file__).parent.parent
 SMALL = DemoSettings(
@@ -64,7 +72,7 @@ def test_the_question_is_no_sentence_of_the_text():
 
 
 def test_training_is_the_same_again_and_learns(monkeypatch):
-    monkeypatch.setattr("lorif_index.demo_model._STEPS_PER_SECOND", 0.5)
+    monkeypatch.setattr("lorif_index.text.demo_model._STEPS_PER_SECOND", 0.5)
     settings = replace(SMALL, seconds=60.0)
     documents, held = split(documentation(settings.characters), settings.held_out, settings.seed)
     tokenizer = train_tokenizer(documents, settings.vocabulary)
@@ -84,7 +92,7 @@ def test_training_stops_at_its_time_limit(monkeypatch):
     tokenizer = train_tokenizer(documents, SMALL.vocabulary)
     windows = all_windows(documents, tokenizer, SMALL.context)
     clock = iter(range(0, 10_000, 2))
-    monkeypatch.setattr("lorif_index.demo_model.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("lorif_index.text.demo_model.time.perf_counter", lambda: float(next(clock)))
     training = train(new_model(SMALL, len(tokenizer)), windows, windows, SMALL, progress=False)
     assert 0 < training.steps < training.planned
 

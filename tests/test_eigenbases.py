@@ -12,8 +12,8 @@ from test_oracle import cnn, gpt2, mlp
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss, eigenbases
+from lorif_index.capture.projection import projection_matrix
 from lorif_index.errors import CurvatureError, FingerprintError
-from lorif_index.projection import projection_matrix
 
 
 def second_moments(model: nn.Module, name: str, data: Any, bias: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +53,7 @@ def test_projections_are_the_leading_eigenvectors(
     make: Any, layer: str, whole_up_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eigenbases, "_WHOLE_UP_TO", whole_up_to)
-    monkeypatch.setattr("lorif_index.subspace.OVERSAMPLING", 2)
+    monkeypatch.setattr("lorif_index.capture.subspace.OVERSAMPLING", 2)
     case = make()
     config = BuildConfig(projection_dim=4, layers=[layer], batch_size=7)
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
@@ -139,12 +139,12 @@ def test_interrupted_after_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorif_index.build.fit_curvature", stop)
+        patch.setattr("lorif_index.build.pipeline.fit_curvature", stop)
         with pytest.raises(KeyboardInterrupt):
             Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
     assert (tmp_path / "i" / "projections.h5").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("lorif_index.build.eigenbases.fit_eigenbases", stop)
+        patch.setattr("lorif_index.build.pipeline.eigenbases.fit_eigenbases", stop)
         index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
     assert np.array_equal(index.scores(case.query), whole.scores(case.query))
     with pytest.raises(FingerprintError):
@@ -166,8 +166,8 @@ def test_zero_gradients_are_named(tmp_path: Path) -> None:
 def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, plain = gpt2(), mlp()
     monkeypatch.setattr("lorif_index.config.LEAST_FLOOR", 6)
-    monkeypatch.setattr("lorif_index.build.LEAST_FLOOR", 6)
-    monkeypatch.setattr("lorif_index.build._FLOORS", (10, 7))
+    monkeypatch.setattr("lorif_index.build.pipeline.LEAST_FLOOR", 6)
+    monkeypatch.setattr("lorif_index.build.pipeline._FLOORS", (10, 7))
 
     def floor(name: str, case: Any = made, **settings: Any) -> Any:
         index = Index.build(tmp_path / name, model=case.model, data=case.data, config=BuildConfig(**settings))
@@ -187,5 +187,5 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
     assert floor("random", eigen_bytes=32, projection="random") == 6
     # One position an example: factors lose nothing.
     assert floor("positions", case=plain, eigen_bytes=1) == 6
-    monkeypatch.setattr("lorif_index.build._FLOOR_BYTES", 1)
+    monkeypatch.setattr("lorif_index.build.pipeline._FLOOR_BYTES", 1)
     assert floor("bytes", eigen_bytes=32) == 6

@@ -17,8 +17,8 @@ from test_oracle import CASES, Case, projected, within
 from test_representations import inside_scores, lambdas
 
 from lorif_index import BuildConfig, Index
-from lorif_index.eigencodes import directions_for
 from lorif_index.errors import ConfigError, CorruptionError, CurvatureError, QueryError
+from lorif_index.fit.eigencodes import directions_for
 
 # Bytes of a row -> bits: 1 for some directions, 1 for all, 2, 4 and 8 for all. There are 10 layers of at most 36.
 SOME, ALL = 40, 65
@@ -162,7 +162,7 @@ def test_directions_of_a_grid_are_stored_by_its_products(
     case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, train_gradients, query_gradients = case
-    monkeypatch.setattr("lorif_index.sizes.products_for", lambda rank: 20)
+    monkeypatch.setattr("lorif_index.build.sizes.products_for", lambda rank: 20)
     index = build(made, tmp_path, eigen_bytes=SOME)
     wide = [name for name, spec in index.specs.items() if spec.dim > 20]
     assert wide and all((index.curvature[name].grid is not None) == (name in wide) for name in index.specs)

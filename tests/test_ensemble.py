@@ -15,9 +15,9 @@ from test_oracle import Case, digits, gpt2, mlp, split, train
 from torch import nn
 
 from lorif_index import BuildConfig, CrossEntropy, Index, LayerSelection, default_loss
-from lorif_index.ensemble import Ensemble, as_model
+from lorif_index.capture.ensemble import Ensemble, as_model
+from lorif_index.capture.probes import Probes
 from lorif_index.errors import ConfigError, DataError, FingerprintError
-from lorif_index.probes import Probes
 from lorif_index.progress import ProgressEvent
 
 # Nothing is rounded or cut off: what an ensemble loses, it would lose by itself.

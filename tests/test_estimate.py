@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lorif_index import BuildConfig, Estimate, Index
+from lorif_index.build.sizes import disk_sizes
 from lorif_index.errors import ConfigError, DataError, StoreError
-from lorif_index.sizes import disk_sizes
 
 N = 2600
 
@@ -90,7 +90,7 @@ def test_a_build_that_the_disk_cannot_hold_is_refused_early(tmp_path: Path, monk
 
 
 def test_more_rows_take_more() -> None:
-    from lorif_index.gradients import LayerSpec
+    from lorif_index.capture.gradients import LayerSpec
 
     specs = {"a": LayerSpec("a", 64, 64, 32, 32, 1)}
     for stored in ("factors", "both", "coordinates", "eigen", "coarse"):

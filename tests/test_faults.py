@@ -20,8 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from bench.faults_crash import Calls, PowerCut
 from lorif_index import BuildConfig, Index
-from lorif_index.coarse import faiss_is_installed
 from lorif_index.errors import NotAnIndexError
+from lorif_index.search.coarse import faiss_is_installed
 
 ROOT = Path(__file__).parent.parent
 

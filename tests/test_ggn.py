@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from lorif_index import BuildConfig, CrossEntropy, CurvatureRows, Index, default_loss
+from lorif_index.capture.probes import Probes
 from lorif_index.errors import ConfigError, DataError
-from lorif_index.probes import Probes
 
 DENSE: dict[str, Any] = dict(
     projection_dim=None, rank=None, curvature_rank=None, curvature="ggn", dtype="float32", store="factors"

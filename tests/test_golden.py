@@ -11,9 +11,9 @@ import pytest
 from golden.make import QUERIES, N, gradients
 
 from lorif_index import Index
-from lorif_index.coarse import faiss_is_installed
 from lorif_index.errors import FormatVersionError
-from lorif_index.manifest import READABLE
+from lorif_index.search.coarse import faiss_is_installed
+from lorif_index.storage.manifest import READABLE
 
 GOLDEN = sorted(path for path in (Path(__file__).parent / "golden").iterdir() if (path / "manifest.json").exists())
 

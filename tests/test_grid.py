@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lorif_index.curvature import LayerCurvature, fit_curvature
+from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from lorif_index.damping import RelativeDamping
-from lorif_index.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.grid import Grid
+from lorif_index.fit.curvature import LayerCurvature, fit_curvature
+from lorif_index.fit.grid import Grid
+from lorif_index.fit.query import Preconditioner
 from lorif_index.progress import Stage
-from lorif_index.query import Preconditioner
 
 A, B = 12, 9
 

@@ -22,9 +22,9 @@ import torch
 from bench.faults_cases import ROWS, Case, N, blocks, query, read_json, write_manifest
 from bench.faults_damage import reseal
 from lorif_index import Index
-from lorif_index.coarse import Coarse, faiss_is_installed
 from lorif_index.errors import ConfigError, CorruptionError, LorifError
-from lorif_index.faiss_file import check_faiss
+from lorif_index.search.coarse import Coarse, faiss_is_installed
+from lorif_index.search.faiss_file import check_faiss
 
 pytestmark = pytest.mark.skipif(not faiss_is_installed(), reason="needs faiss")
 

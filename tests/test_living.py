@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from lorif_index import BuildConfig, Index
-from lorif_index.coarse import faiss_is_installed
 from lorif_index.errors import (
     ConfigError,
     CorruptionError,
@@ -27,7 +26,8 @@ from lorif_index.errors import (
     QueryError,
     StoreError,
 )
-from lorif_index.locks import WriterLock
+from lorif_index.search.coarse import faiss_is_installed
+from lorif_index.storage.locks import WriterLock
 
 STORES = ["factors", "both", "coordinates", "eigen"]
 N, MORE = 1300, 200
@@ -595,8 +595,8 @@ def test_a_coarse_index_trained_again_leaves_the_old_one_whole(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("lorif_index.coarse_build.recalibrate", stop)
-            patch.setattr("lorif_index.refit.recalibrate", stop)
+            patch.setattr("lorif_index.build.coarse_build.recalibrate", stop)
+            patch.setattr("lorif_index.build.refit.recalibrate", stop)
             with pytest.raises(KeyboardInterrupt):
                 change(index)
         with Index.open(index.path) as again:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorif_index.missed import Missed, Seen, expected_missed
+from lorif_index.search.missed import Missed, Seen, expected_missed
 
 N, K = 30_000, 50
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
+from lorif_index.capture.projection import Projections, projection_matrix
 from lorif_index.errors import DataError
-from lorif_index.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.projection import Projections, projection_matrix
 
 
 def test_golden_values() -> None:

@@ -84,7 +84,7 @@ def test_modules_named_in_the_architecture_exist() -> None:
     named = set(
         re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
     )
-    there = {p.stem for p in (ROOT / "lorif_index").glob("*.py")} - {
+    there = {p.stem for p in (ROOT / "lorif_index").rglob("*.py")} - {
         "__init__",
         "__main__",
         "version",

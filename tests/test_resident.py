@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lorif_index import resident
-from lorif_index.codes import CodeLayout
-from lorif_index.gradients import LayerSpec
-from lorif_index.resident import Resident
-from lorif_index.rows import RowLayout, Rows
-from lorif_index.store import Store, StoreWriter
+from lorif_index.capture.gradients import LayerSpec
+from lorif_index.rows.codes import CodeLayout
+from lorif_index.rows.layout import RowLayout, Rows
+from lorif_index.storage import resident
+from lorif_index.storage.resident import Resident
+from lorif_index.storage.store import Store, StoreWriter
 
 N = 50
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorif_index.gradients import LayerSpec
-from lorif_index.query import products
-from lorif_index.rows import RowLayout
-from lorif_index.scoring import Scorer, TopK
+from lorif_index.capture.gradients import LayerSpec
+from lorif_index.fit.query import products
+from lorif_index.rows.layout import RowLayout
+from lorif_index.search.scoring import Scorer, TopK
 
 SPECS = {
     "a": LayerSpec("a", 8, 6, 8, 6, 2),

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from lorif_index.codes import CodeLayout
+from lorif_index.capture.gradients import LayerSpec
 from lorif_index.errors import CorruptionError
-from lorif_index.gradients import LayerSpec
-from lorif_index.rows import RowLayout, Rows
-from lorif_index.sealed import SealedInfo, write_sealed
-from lorif_index.shards import ShardInfo
-from lorif_index.store import Store, StoreWriter
+from lorif_index.rows.codes import CodeLayout
+from lorif_index.rows.layout import RowLayout, Rows
+from lorif_index.storage.sealed import SealedInfo, write_sealed
+from lorif_index.storage.shards import ShardInfo
+from lorif_index.storage.store import Store, StoreWriter
 
 SPECS = {
     "a": LayerSpec("a", 8, 6, 8, 6, 2),
@@ -85,7 +85,7 @@ def test_what_is_not_in_the_page_cache_is_read_all_the_same(tmp_path: Path) -> N
 def test_systems_that_cannot_say_what_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: int) -> None:
     """No flag at all, and one that the system refuses."""
     store, rows, _ = make(tmp_path, 20)
-    monkeypatch.setattr("lorif_index.sealed._NO_WAIT", flags)
+    monkeypatch.setattr("lorif_index.storage.sealed._NO_WAIT", flags)
     assert same(store.gather(np.arange(20)), rows)
 
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_text import SENTENCES, tiny_tokenizer, write_jsonl
 
-from lorif_index.data import as_source
+from lorif_index.capture.data import as_source
 from lorif_index.errors import ConfigError, CorruptionError, DataError, StoreError
-from lorif_index.texts import Document, Passage, PassageSpool, TokenWindows, cut, read_documents, read_passages
+from lorif_index.text.texts import Document, Passage, PassageSpool, TokenWindows, cut, read_documents, read_passages
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +257,8 @@ def test_missing_passages_are_named(tmp_path):
 
 def test_modules_are_imported_lazily():
     import lorif_index.cli
-    import lorif_index.texts
+    import lorif_index.text.texts
 
-    for module in (lorif_index.texts, lorif_index.cli):
+    for module in (lorif_index.text.texts, lorif_index.cli):
         names = {v.__name__.split(".")[0] for v in vars(module).values() if isinstance(v, types.ModuleType)}
         assert not names & {"transformers", "datasets", "tokenizers"}

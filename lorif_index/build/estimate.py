@@ -1,0 +1,440 @@
+"""Estimate: disk, memory and time of a build before it starts, from a handful of batches.
+
+Bytes follow from shapes. Time does not: gradients of a few batches are taken and timed as the build takes them, and two
+miniature indexes are built of rows like them, with the layers, widths and ranks of the real one; what each stage costs
+is the line through the two, at the number of examples that the stage will see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..capture import eigenbases
+from ..capture.data import as_source
+from ..capture.ensemble import probes_of
+from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
+from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
+from ..capture.projection import Projections
+from ..capture.sources import (
+    GivenGradients,
+    ModelCapture,
+    ModelGradients,
+    ProbedGradients,
+    Rewound,
+    given_specs,
+    is_one_shot,
+)
+from ..capture.spool import Spool
+from ..config import BuildConfig, CurvatureRows
+from ..errors import LorifError
+from ..progress import Reporter
+from ..storage.manifest import read_manifest
+from .pipeline import build_index, check_arguments, representation_of, wants_coarse, with_floor
+from .sizes import DiskSizes, curvature_bytes, disk_sizes
+
+# Rows of the two miniature indexes: above `COARSE_FROM`, and above the default rank of the curvature.
+_SMALL, _LARGE = 1200, 2400
+# Their rows' gradients take at most this; beyond, some layers stand for all.
+_MINIATURE_BYTES = 1 << 30
+_GROUP_BYTES = 4 << 30
+_JITTER = 0.3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store rows.
+
+    Attributes:
+        settings: of `BuildConfig`, what differs from the config that was asked about.
+        bytes_per_example: of a row.
+        disk: bytes of the whole index.
+        fits: into the budget that was given; True where none was.
+    """
+
+    settings: dict[str, Any]
+    bytes_per_example: int
+    disk: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build will take.
+
+    Attributes:
+        examples: N.
+        stored: what rows will hold.
+        bytes_per_example: of a row.
+        disk: bytes by part: "rows", "fit", "coarse", "payloads".
+        temporary: bytes of gradients that are on disk meanwhile.
+        memory: most bytes resident at once, this process with its model included.
+        seconds: by stage, as `Index.build_report` has them.
+        choices: other ways to store rows, from few bytes to many.
+    """
+
+    examples: int
+    stored: str
+    bytes_per_example: int
+    disk: dict[str, int]
+    temporary: int
+    memory: int
+    seconds: dict[str, float]
+    choices: list[Choice]
+
+    @property
+    def disk_total(self) -> int:
+        """Bytes of the finished index."""
+        return sum(self.disk.values())
+
+    @property
+    def seconds_total(self) -> float:
+        return sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, sums included."""
+        return dataclasses.asdict(self) | {"disk_total": self.disk_total, "seconds_total": self.seconds_total}
+
+
+def estimate_build(
+    *,
+    model: nn.Module | None,
+    data: Any,
+    gradients: Any,
+    loss: PerExample | None,
+    config: BuildConfig,
+    examples: int | None,
+    batches: int,
+    disk: int | None,
+    payload_bytes: float,
+    folder: Path | None,
+    report: Reporter,
+) -> Estimate:
+    """See `Index.estimate`."""
+    check_arguments(model, data, gradients, loss)
+    with tempfile.TemporaryDirectory(prefix="lorif-estimate-", dir=folder) as place:
+        seen = _Handful(model, data, gradients, loss, config, batches, Path(place))
+        count = seen.count if examples is None else examples
+        stored = seen.stored()
+        coarse = wants_coarse(config, count)
+        rows = _curvature_rows(seen, count)
+        sizes = disk_sizes(
+            config, seen.specs, stored, count, coarse=coarse, payload_bytes=payload_bytes, curvature_rows=rows
+        )
+        with report.stage("estimate") as stage:
+            seconds = _seconds(seen, stored, count, coarse, Path(place), stage.advance)
+        return Estimate(
+            examples=count,
+            stored=stored,
+            bytes_per_example=sizes.row,
+            disk={"rows": sizes.rows, "fit": sizes.fit, "coarse": sizes.coarse, "payloads": sizes.payloads},
+            temporary=_temporary(config, seen, count),
+            memory=_memory(config, seen, stored, count, sizes, coarse),
+            seconds=seconds,
+            choices=_choices(config, seen, count, coarse, disk, payload_bytes),
+        )
+
+
+class _Handful:
+    """Some batches' gradients, as the build will take them, and how long each way of taking them takes.
+
+    Attributes:
+        count: examples in the data.
+        specs: the layers.
+        each: seconds an example, for its gradient.
+        probe: seconds an example, for its rows of the Gauss-Newton matrix, and how many those are; or None.
+        sides: seconds to learn the projections, as a function of the examples; or None.
+        rows: the gradients that were taken.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        data: Any,
+        gradients: Any,
+        loss: PerExample | None,
+        config: BuildConfig,
+        batches: int,
+        folder: Path,
+    ) -> None:
+        self.config = config
+        self.probe: tuple[float, int] | None = None
+        self.sides: Callable[[int], float] | None = None
+        if data is None:
+            if is_one_shot(gradients):
+                gradients = Rewound(gradients, folder)
+            self.specs = given_specs(gradients, config)
+            source: Any = GivenGradients(gradients, Projections(self.specs, config.seed))
+            self.count = source.count
+            self.each, self.rows = _timed(source.blocks(), batches)
+            return
+        examples = as_source(data, config.batch_size)
+        config = self.config = with_floor(config, model, loss, examples)  # type: ignore[arg-type]
+        capture = ModelCapture(model, config)  # type: ignore[arg-type]
+        self.specs, self.count = capture.specs, examples.count
+        self.each, self.rows = _timed(ModelGradients(capture.capture(loss), examples).blocks(), batches)
+        logits = _logits(config, loss)
+        if logits is not None:
+            sample = min(config.curvature_sample, self.count)
+            probes = probes_of(capture.model, logits, config.probes, config.seed, sample)
+            probed = ProbedGradients(capture.capture(loss), examples, probes)
+            each, _ = _timed(probed.blocks(), batches * probes.each, keep=False)
+            self.probe = each, probes.each
+        sides = eigenbases.fitted_sides(self.specs, capture.layers) if config.projection == "eigen" else []
+        if sides:
+            self.sides = self._line_of_sides(capture, loss, examples, sides, batches)
+
+    def _line_of_sides(
+        self, capture: ModelCapture, loss: PerExample | None, examples: Any, sides: list[eigenbases.Side], batches: int
+    ) -> Callable[[int], float]:
+        sizes = sorted({min(self.config.batch_size * n, self.count) for n in (1, max(batches, 2))})
+        taken = []
+        for size in sizes:
+            walk = capture.sides(loss, examples, np.arange(size, dtype=np.int64))
+            began = time.perf_counter()
+            with Reporter().stage("projections") as stage:
+                eigenbases.fit_eigenbases(walk, self.specs, sides, self.config.seed, _device(capture), stage)
+            taken.append(time.perf_counter() - began)
+        return _line(sizes, taken)
+
+    def stored(self) -> str:
+        """What rows will hold."""
+        return representation_of(self.config, self.specs, self.rows)
+
+
+def _device(capture: ModelCapture) -> torch.device:
+    return next(capture.model.parameters()).device
+
+
+def _logits(config: BuildConfig, loss: PerExample | None) -> LogitsOf | None:
+    if config.curvature_rows == "factors" or config.curvature == "empirical":
+        return None
+    return logits_of(default_loss if loss is None else loss)
+
+
+def _timed(blocks: Iterator[GradientBlock], batches: int, *, keep: bool = True) -> tuple[float, list[GradientBlock]]:
+    """Seconds an example, the first batch left out where there are others: it warms up; and the blocks."""
+    kept, seconds, counts = [], [], []
+    began = time.perf_counter()
+    for block in blocks:
+        seconds.append(time.perf_counter() - began)
+        counts.append(block.count)
+        if keep:
+            kept.append(block)
+        if len(seconds) > batches:
+            break
+        began = time.perf_counter()
+    warm = slice(1, None) if len(seconds) > 1 else slice(None)
+    # Batches differ, above all in length: what they took together is divided, not the fastest one's.
+    return sum(seconds[warm]) / max(sum(counts[warm]), 1), kept
+
+
+def _line(at: list[int], seconds: list[float]) -> Callable[[int], float]:
+    """Through two measurements; a constant part below zero is none."""
+    if len(at) < 2:
+        return lambda n: seconds[0] * n / at[0]
+    slope = max((seconds[1] - seconds[0]) / (at[1] - at[0]), 0.0)
+    fixed = max(seconds[0] - slope * at[0], 0.0)
+    return lambda n: fixed + slope * n
+
+
+def _seconds(
+    seen: _Handful, stored: str, count: int, coarse: bool, folder: Path, advance: Callable[[int], None]
+) -> dict[str, float]:
+    config = seen.config
+    sample, late = min(count, config.curvature_sample), config.curvature_rows == "factors"
+    lines, share = _miniatures(seen, stored, coarse, folder, advance)
+    rows = _curvature_rows(seen, count)
+    seconds = {}
+    if seen.sides is not None:
+        seconds["projections"] = seen.sides(min(sample, eigenbases.SAMPLE))
+    whole = sample == count
+    if not late:
+        seconds["sample"] = sample * seen.each
+    if seen.probe is not None:
+        seconds["probes"] = sample * seen.probe[1] * seen.probe[0]
+    for stage, n in (("curvature", rows), ("eigencodes", sample), ("sketch", sample)):
+        if stage in lines:
+            seconds[stage] = share * lines[stage](n)
+    seconds["encode"] = share * lines["encode"](count) + (0.0 if whole and not late else count * seen.each)
+    for stage in ("coarse", "calibrate"):
+        if stage in lines:
+            seconds[stage] = lines[stage](count)
+    return {stage: round(value, 3) for stage, value in seconds.items()}
+
+
+def _curvature_rows(seen: _Handful, count: int) -> int:
+    """Rows that the curvature will be fitted on."""
+    if seen.config.curvature_rows == "factors":
+        return count
+    sample = min(count, seen.config.curvature_sample)
+    if seen.probe is None:
+        return sample
+    return sample * (seen.probe[1] + (seen.config.curvature != "ggn"))
+
+
+def _miniatures(
+    seen: _Handful, stored: str, coarse: bool, folder: Path, advance: Callable[[int], None]
+) -> tuple[dict[str, Callable[[int], float]], float]:
+    """Stage -> seconds as a function of the examples, and by how much layers that were left out multiply them."""
+    specs = _some_layers(seen.specs)
+    share = sum(spec.dim for spec in seen.specs.values()) / sum(spec.dim for spec in specs.values())
+    config = dataclasses.replace(
+        seen.config,
+        projection_dim=None,
+        projection="random",
+        curvature="empirical",
+        curvature_sample=_LARGE,
+        layers=None,
+        store=stored,
+        coarse=("auto" if seen.config.coarse is None else seen.config.coarse) if coarse else None,
+        device=None,
+        on_nonfinite="skip",
+    )
+    with closing(Spool(folder, _alike(seen.rows, specs, _LARGE, seen.config.seed))) as rows:
+        taken: list[dict[str, float]] = []
+        for size in (_SMALL, _LARGE):
+            path = folder / f"miniature-{size}"
+            build_index(
+                path,
+                model=None,
+                data=None,
+                gradients=_First(rows, size),
+                loss=None,
+                curvature=None if config.curvature_rows == "factors" else CurvatureRows(_First(rows, size)),
+                config=config,
+                metadata={},
+                payloads=None,
+                fit=None,
+                reporter=Reporter(),
+            )
+            taken.append(read_manifest(path).report["seconds"])
+            advance(size)
+    stages = taken[0].keys() & taken[1].keys()
+    return {stage: _line([_SMALL, _LARGE], [t[stage] for t in taken]) for stage in stages}, share
+
+
+class _First:
+    """The first rows of a spool, as an iterable that can be walked again."""
+
+    def __init__(self, spool: Spool, count: int) -> None:
+        self._spool, self._count = spool, count
+
+    def __iter__(self) -> Iterator[dict[str, LayerGradient]]:
+        left = self._count
+        for block in self._spool.blocks():
+            part = block.select(np.arange(min(block.count, left)))
+            left -= part.count
+            yield dict(part.layers)
+            if not left:
+                return
+
+
+def _some_layers(specs: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
+    """All layers, or as many as the miniature's rows have room for: of each shape in turn."""
+    room = _MINIATURE_BYTES // (4 * _LARGE)
+    if sum(spec.dim for spec in specs.values()) <= room:
+        return specs
+    by_shape: dict[tuple[int, int], list[LayerSpec]] = {}
+    for spec in specs.values():
+        by_shape.setdefault((spec.d_in, spec.d_out), []).append(spec)
+    chosen: dict[str, LayerSpec] = {}
+    taken = 0
+    while any(by_shape.values()):
+        for alike in by_shape.values():
+            if alike and (not chosen or taken + alike[0].dim <= room):
+                spec = alike.pop(0)
+                chosen[spec.name] = spec
+                taken += spec.dim
+            else:
+                alike.clear()
+    return chosen
+
+
+def _alike(rows: list[GradientBlock], specs: dict[str, LayerSpec], count: int, seed: int) -> Iterator[GradientBlock]:
+    """Gradients like some, as many as wanted: each a real one, disturbed so that no two are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    at = 0
+    while at < count:
+        for block in rows:
+            part = block.select(np.arange(min(block.count, count - at)))
+            if not part.count:
+                return
+            layers = {}
+            for name in specs:
+                gradient = part.layers[name]
+                pieces = gradient.pair if gradient.pair is not None else (gradient.dense(),)
+                moved = [_moved(piece.cpu(), generator) for piece in pieces]
+                layers[name] = LayerGradient(*((moved[0], None) if len(moved) == 1 else (None, (moved[0], moved[1]))))
+            yield GradientBlock(np.arange(at, at + part.count, dtype=np.int64), layers)
+            at += part.count
+
+
+def _moved(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    size = values.square().mean().sqrt() + 1e-12
+    return values + _JITTER * size * torch.randn(values.shape, generator=generator)
+
+
+def _temporary(config: BuildConfig, seen: _Handful, count: int) -> int:
+    sample = min(count, config.curvature_sample)
+    rows = sample * (1 + (seen.probe[1] if seen.probe is not None else 0))
+    if config.curvature_rows == "factors":
+        return 0
+    need = 4 * sum(spec.dim for spec in seen.specs.values())
+    return sum(n * need for n in (sample, rows - sample) if n * need <= config.spool_bytes)
+
+
+def _memory(config: BuildConfig, seen: _Handful, stored: str, count: int, sizes: DiskSizes, coarse: bool) -> int:
+    """What is resident now, a batch's gradients included, and what the stage that takes most adds to it."""
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    fitting = curvature_bytes(config, seen.specs, stored, _GROUP_BYTES)
+    kept = sizes.fit
+    encoding = 2 * kept + 2 * min(config.shard_bytes, count * max(sizes.row, 8))
+    making = kept + (2 * sizes.coarse + 8 * min(count, 50_000) * config.sketch_dim if coarse else 0)
+    return now + max(fitting, encoding, making)
+
+
+def _choices(
+    config: BuildConfig, seen: _Handful, count: int, coarse: bool, disk: int | None, payload_bytes: float
+) -> list[Choice]:
+    """Ways to store rows, by rising bytes."""
+    tried: list[dict[str, Any]] = [{"store": "coarse"}]
+    tried += [{"store": "coordinates", "coordinate_bits": bits} for bits in (1, 4, 8)]
+    tried += [{"store": "eigen", "eigen_bytes": size} for size in (400, 800, 1600, 3200, 6400)]
+    tried += [{"store": "factors", "rank": rank, "dtype": dtype} for rank in (1, 4) for dtype in ("float16", "float32")]
+    tried += [{"store": "both", "rank": 1}]
+    tried += [{"store": "factors", "rank": 1, "curvature_rank": rank} for rank in (128, 2048)]
+    tried += [{"store": "factors", "rank": 1, "projection_dim": d} for d in (16, 64)]
+    out = []
+    for settings in tried:
+        try:
+            changed = dataclasses.replace(config, **settings)
+            specs = _respecified(seen.specs, changed, "projection_dim" in settings)
+            sizes = disk_sizes(changed, specs, settings["store"], count, coarse=coarse, payload_bytes=payload_bytes)
+        except LorifError:
+            # Not with the other choices of this config.
+            continue
+        out.append(Choice(settings, sizes.row, sizes.total, disk is None or sizes.total <= disk))
+    return sorted(out, key=lambda choice: choice.disk)
+
+
+def _respecified(specs: dict[str, LayerSpec], config: BuildConfig, widths: bool) -> dict[str, LayerSpec]:
+    """The layers under another rank or width."""
+    out = {}
+    for name, spec in specs.items():
+        d_in = min(int(config.projection_dim), spec.width_in) if widths else spec.d_in  # type: ignore[arg-type]
+        d_out = min(int(config.projection_dim), spec.width_out) if widths else spec.d_out  # type: ignore[arg-type]
+        rank = min(d_in, d_out) if config.rank is None else min(config.rank, d_in, d_out)
+        out[name] = dataclasses.replace(spec, d_in=d_in, d_out=d_out, rank=rank)
+    return out

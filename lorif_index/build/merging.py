@@ -1,0 +1,129 @@
+"""Merging: indexes of one fit become one, without a gradient being computed again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, FingerprintError
+from ..progress import Reporter
+from ..search.reader import Reader
+from ..storage.fitted import load_removed, save_removed
+from ..storage.locks import WriterLock
+from ..storage.manifest import BUILDING, Manifest, check_same, collect, open_version
+from ..storage.sealed import copy_sealed
+from .coarse_build import rebuild
+from .pipeline import check_free, take_fit
+
+
+def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[int]:
+    """Copies the rows of several indexes into a new one.
+
+    Args:
+        path: a folder that does not exist or is empty.
+        parts: the indexes, in the order in which their rows are to follow each other; all of one fit.
+        report: is told.
+
+    Returns:
+        for each part what was added to its ids.
+
+    Raises:
+        ConfigError: fewer than two parts, or ones that keep the coarse code alone. FingerprintError: another fit; the
+        message names what differs. IndexExistsError: the folder is not free.
+    """
+    if len(parts) < 2:
+        raise ConfigError(f"merge takes at least two indexes, got {len(parts)}")
+    check_free(path)
+    opened = [open_version(part) for part in parts]
+    try:
+        manifests = [manifest for manifest, _ in opened]
+        first = manifests[0]
+        if first.stored == "coarse":
+            raise ConfigError(
+                "indexes that keep the coarse code alone (store='coarse') cannot be merged: each has its own codebooks"
+            )
+        for part, other in zip(parts[1:], manifests[1:], strict=True):
+            check_same(
+                _fit(first),
+                _fit(other),
+                f"the fit of {parts[0]} and {part}",
+                "merge indexes that were built with the same fit=",
+            )
+        with WriterLock(path):
+            return _write(path, parts, manifests, report)
+    finally:
+        for _, lease in opened:
+            lease.release()
+
+
+def _fit(manifest: Manifest) -> dict[str, Any]:
+    """What two indexes must have in common for their rows to lie in one."""
+    if manifest.curvature is None:
+        raise FingerprintError("an index without curvature cannot be merged")
+    sketch = manifest.sketch if manifest.stored in ("both", "coordinates") else None
+    facts = {
+        key: manifest.fingerprint.get(key) for key in ("model", "members", "loss", "autocast", "projection", "layers")
+    }
+    entries = {"projections": manifest.projections, "eigencodes": manifest.eigen, "sketch": sketch}
+    digests = {name: None if entry is None else entry["file"]["digest"] for name, entry in entries.items()}
+    return facts | digests | {"rows hold": manifest.stored, "curvature": manifest.curvature.digest}
+
+
+def _write(path: Path, parts: Sequence[Path], manifests: Sequence[Manifest], report: Reporter) -> list[int]:
+    first = manifests[0]
+    merged = dataclasses.replace(
+        first,
+        shards=[],
+        skipped=[],
+        coarse=None,
+        calibration=None,
+        queries=None,
+        sketch=None,
+        removed=None,
+        generation=0,
+        next_id=0,
+        next_file=0,
+        fitted_ids=0,
+        fingerprint=first.fingerprint | {"data": [m.fingerprint.get("data") for m in manifests], "examples": 0},
+    )
+    # An empty index being built: a merge that is interrupted leaves what the next one clears away.
+    Manifest({}, {}, []).write(path, BUILDING)
+    collect(path)
+    take_fit(parts[0], merged, path)
+    shifts, removed = [], []
+    with report.stage("merge", sum(shard.rows for m in manifests for shard in m.shards)) as stage:
+        for part, manifest in zip(parts, manifests, strict=True):
+            shifts.append(merged.next_id)
+            for shard in manifest.shards:
+                sealed = copy_sealed(part, shard.sealed, path, merged.new_name("shard"))
+                merged.shards.append(
+                    dataclasses.replace(
+                        shard,
+                        sealed=sealed,
+                        first_id=shard.first_id + shifts[-1],
+                        last_id=shard.last_id + shifts[-1],
+                        shift=shard.shift + shifts[-1],
+                    )
+                )
+                stage.advance(shard.rows, sealed.size)
+            merged.skipped += [i + shifts[-1] for i in manifest.skipped]
+            if manifest.removed is not None:
+                removed.append(load_removed(part, manifest.removed) + shifts[-1])
+            merged.next_id += manifest.next_id
+    # Of the first part alone it is known whether its examples were fitted on.
+    merged.fitted_ids = first.fitted_ids
+    merged.fingerprint["examples"] = merged.next_id
+    if removed:
+        merged.removed = save_removed(path, merged.new_name("removed"), np.concatenate(removed))
+    if any(manifest.coarse is not None for manifest in manifests):
+        reader = Reader(path, merged)
+        rebuild(reader, str(merged.config.get("coarse") or "auto"), report)
+        reader.close()
+    else:
+        merged.commit(path)
+    (path / BUILDING).unlink(missing_ok=True)
+    return shifts

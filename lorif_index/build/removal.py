@@ -1,0 +1,179 @@
+"""Removal: rows that are never answered with again, at once; and compaction, which takes them off the disk.
+
+Fast-scan indexes cannot lose a row, and shards are never changed: removed ids are a list beside them, until `compact`
+writes what is left into new files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from ..errors import QueryError
+from ..progress import Reporter, Stage
+from ..search.coarse import Coarse
+from ..search.reader import Reader, positions_of, shard_writer
+from ..storage.fitted import load_removed, save_queries, save_removed
+from ..storage.manifest import Manifest
+from ..storage.shards import ShardInfo
+from ..storage.store import Store
+
+# Neighbouring shards below this share of `shard_bytes` are written as one.
+_SMALL = 0.5
+
+
+def remove_examples(reader: Reader, ids: Iterable[int]) -> int:
+    """Marks rows as removed, and commits; the writer's lock is held.
+
+    Returns:
+        how many.
+
+    Raises:
+        QueryError: an id that the index does not hold, or no longer; or no row would be left.
+    """
+    wanted = np.unique(as_ids(ids))
+    if not len(wanted):
+        return 0
+    positions = positions_of(reader.store, wanted)
+    if positions.min() < 0:
+        raise QueryError(
+            f"the index has no row with id {int(wanted[positions < 0][0])} to remove: ids are in index.ids"
+        )
+    if len(wanted) == reader.store.live_count:
+        raise QueryError(f"removing all {len(wanted)} rows would leave an index of nothing: delete its folder instead")
+    manifest = dataclasses.replace(reader.manifest)
+    old = np.empty(0, np.int64) if manifest.removed is None else load_removed(reader.folder, manifest.removed)
+    manifest.removed = save_removed(reader.folder, manifest.new_name("removed"), np.union1d(old, wanted))
+    manifest.commit(reader.folder)
+    return len(wanted)
+
+
+def as_ids(ids: Iterable[int]) -> np.ndarray:
+    """(m,) int64.
+
+    Raises:
+        QueryError: they are no integers.
+    """
+    given = ids if isinstance(ids, np.ndarray) else np.asarray(list(ids))
+    if given.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if given.ndim != 1 or given.dtype.kind not in "iu":
+        raise QueryError(f"ids must be integers, got an array of {given.dtype} with shape {given.shape}")
+    return given.astype(np.int64)
+
+
+def compact_rows(reader: Reader, report: Reporter) -> Manifest | None:
+    """Writes shards without removed rows, small ones together, the coarse index and the calibration queries without
+    them, and commits; the writer's lock is held.
+
+    Returns:
+        the next version, or None where there is nothing to do.
+    """
+    store = reader.store
+    runs = _runs(store, reader.config.shard_bytes)
+    if all(len(run) == 1 and not dirty for run, dirty in runs) and reader.manifest.removed is None:
+        return None
+    manifest = dataclasses.replace(reader.manifest, shards=[], removed=None)
+    with report.stage("compact", store.live_count) as stage:
+        for run, dirty in runs:
+            if len(run) == 1 and not dirty:
+                manifest.shards.append(store.shards[run[0]].info)
+                stage.advance(store.shards[run[0]].count)
+            else:
+                _rewrite(reader, run, manifest, stage)
+    if store.dead is not None:
+        _compact_queries(reader, manifest)
+        _compact_coarse(reader, manifest, report)
+    elif reader.manifest.coarse is not None:
+        # The same rows at the same positions: the codes stay, under the name that goes with the new shards.
+        _keep(reader, manifest, reader.growing_coarse())
+    manifest.commit(reader.folder)
+    return manifest
+
+
+def _runs(store: Store, shard_bytes: int) -> list[tuple[list[int], bool]]:
+    """Which shards become one, in order; and whether one of them has removed rows."""
+    runs: list[tuple[list[int], bool]] = []
+    dead, small_before = store.dead, False
+    for number, shard in enumerate(store.shards):
+        first = store.first_position(number)
+        dirty = dead is not None and bool(dead[first : first + shard.count].any())
+        left = shard.count if dead is None else int((~dead[first : first + shard.count]).sum())
+        small = left * max(store.layout.row_bytes, 8) < _SMALL * shard_bytes
+        alike = bool(runs) and _kind(store.shards[runs[-1][0][-1]].info) == _kind(shard.info)
+        if small and small_before and alike:
+            runs[-1] = ([*runs[-1][0], number], runs[-1][1] or dirty)
+        else:
+            runs.append(([number], dirty))
+        small_before = small
+    return runs
+
+
+def _kind(info: ShardInfo) -> tuple[bool, bool]:
+    """Shards of one kind can be written as one."""
+    return "energies" in info.sealed.offsets, "payloads" in info.sealed.offsets
+
+
+def _rewrite(reader: Reader, run: list[int], manifest: Manifest, stage: Stage) -> None:
+    """Writes the living rows of some shards into new ones."""
+    store = reader.store
+    writer = shard_writer(reader.folder, manifest, store.layout, reader.config)
+    for number in run:
+        shard, first = store.shards[number], store.first_position(number)
+        alive = (
+            np.arange(shard.count) if store.dead is None else np.flatnonzero(~store.dead[first : first + shard.count])
+        )
+        ids, energies = shard.ids(), shard.energies()
+        for part in np.array_split(alive, max(-(-len(alive) // _rows_at_once(store)), 1)):
+            if not len(part):
+                continue
+            rows = store.gather(part + first) if store.layout.row_bytes else store.layout.empty(len(part))
+            payloads = shard.payloads(part) if shard.has_payloads else None
+            writer.append(rows, ids[part], None if energies is None else energies[part], payloads)
+            stage.advance(len(part), len(part) * store.layout.row_bytes)
+    writer.flush()
+
+
+def _rows_at_once(store: Store) -> int:
+    return max((8 << 20) // max(store.layout.row_bytes, 64), 1)
+
+
+def _compact_queries(reader: Reader, manifest: Manifest) -> None:
+    """Calibration queries are gradients of training examples: those of removed ones go, too."""
+    if reader.queries is None:
+        return
+    ids = reader.queries.ids()
+    kept = positions_of(reader.store, ids) >= 0
+    if kept.all():
+        return
+    which = torch.from_numpy(np.flatnonzero(kept))
+    gradients = {name: g[which] for name, g in reader.queries.gradients().items()}
+    manifest.queries = save_queries(reader.folder, ids[kept], gradients, manifest.new_name("calibration"))
+
+
+def _compact_coarse(reader: Reader, manifest: Manifest, report: Reporter) -> None:
+    """The coarse index with the living rows alone, as it was trained."""
+    if reader.manifest.coarse is None:
+        return
+    coarse, live = reader.growing_coarse(), reader.store.live
+    kept = coarse.rebuilt(live) if not reader.layout.row_bytes else None
+    coarse.clear()
+    with report.stage("coarse", len(live)) as stage:
+        for part in np.array_split(np.arange(len(live)), max(-(-len(live) // _rows_at_once(reader.store)), 1)):
+            if kept is not None:
+                coarse.add_rebuilt(kept[part])
+            else:
+                coarse.add(reader.coordinates(reader.store.gather(live[part])).numpy())
+            stage.advance(len(part))
+    _keep(reader, manifest, coarse)
+
+
+def _keep(reader: Reader, manifest: Manifest, coarse: Coarse) -> None:
+    written = Reader(reader.folder, manifest, reader.layout)
+    try:
+        manifest.coarse = written.keep_coarse(coarse)
+    finally:
+        written.close()

@@ -1,0 +1,158 @@
+"""Sizes: bytes on disk and in memory that a build will take, from the layers' shapes and the choices alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..capture.gradients import LayerSpec
+from ..capture.subspace import OVERSAMPLING, SubspaceFit
+from ..config import BITS, BuildConfig
+from ..fit.eigencodes import directions_for, products_for
+from ..rows.codes import CodeLayout
+from ..rows.layout import RowLayout
+from ..search.coarse import default_factory
+
+# Directions of a layer's curvature, where the config says "auto" and rows of eigencodes do not ask for more.
+CURVATURE_RANK = 512
+# Calibration queries of large models are fewer, so that their gradients take no more than this.
+QUERY_BYTES = 256 << 20
+# Beside a row: its id, its gradient's squared norm, and a checksum of each part that is kept.
+_ID_BYTES, _CHECKSUM_BYTES = 8 + 4, 8
+# Of a payload: where it ends, and its checksum.
+PAYLOAD_EXTRA = 16
+# What HDF5 puts around a file's arrays, and the manifest says of it.
+_FILE_BYTES = 4096 + 700
+# Of the coarse index's codebooks: 16 centroids of float32 for each coordinate.
+_COARSE_FIXED = 64
+
+
+@dataclass(frozen=True)
+class DiskSizes:
+    """Bytes on disk, by part.
+
+    Attributes:
+        row: of one example's row, as `Index.bytes_per_example` counts it.
+        rows: of all shards, with ids and checksums.
+        fit: projections, curvature, directions and sketch.
+        coarse: the coarse index and its calibration queries.
+        payloads: the user's own.
+    """
+
+    row: int
+    rows: int
+    fit: int
+    coarse: int
+    payloads: int
+
+    @property
+    def total(self) -> int:
+        return self.rows + self.fit + self.coarse + self.payloads
+
+
+def curvature_ranks(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str) -> dict[str, int | None]:
+    """Layer -> directions of its curvature that are kept: as the config says, or rows of eigencodes have use for."""
+    if config.curvature_rank != "auto":
+        return dict.fromkeys(specs, config.curvature_rank)  # type: ignore[arg-type]
+    if stored != "eigen":
+        return dict.fromkeys(specs, CURVATURE_RANK)
+    size, layers = config.eigen_bytes, len(specs)
+    return {n: max(CURVATURE_RANK, directions_for(size, layers, spec.dim)) for n, spec in specs.items()}
+
+
+def curvature_products(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str) -> dict[str, int]:
+    """Layer -> products of its sides' eigenvectors that its directions are found among (see `grid`); of wide layers
+    whose rows are eigencodes."""
+    if config.curvature_rank != "auto" or stored != "eigen":
+        return {}
+    ranks = curvature_ranks(config, specs, stored)
+    sizes = {name: products_for(rank) for name, rank in ranks.items() if rank is not None}
+    return {name: size for name, size in sizes.items() if size < specs[name].dim}
+
+
+def disk_sizes(
+    config: BuildConfig,
+    specs: Mapping[str, LayerSpec],
+    stored: str,
+    count: int,
+    *,
+    coarse: bool = True,
+    payload_bytes: float = 0.0,
+    curvature_rows: int | None = None,
+) -> DiskSizes:
+    """What an index of `count` rows will take.
+
+    Args:
+        config: the choices.
+        specs: the layers.
+        stored: what rows hold: "eigen", "both", "factors", "coordinates" or "coarse".
+        count: n.
+        coarse: whether there will be a coarse index.
+        payload_bytes: of an example's payload, on average; 0: none are kept.
+        curvature_rows: that the curvature is fitted on, which bound its rank; None: enough.
+    """
+    ranks = {n: _rank(r, specs[n], curvature_rows) for n, r in curvature_ranks(config, specs, stored).items()}
+    total_rank = sum(ranks.values())
+    coordinates = config.sketch_dim if stored in ("both", "coordinates") else 0
+    layout = RowLayout(
+        specs,
+        config.dtype,
+        factors=stored in ("both", "factors"),
+        codes=CodeLayout(min(coordinates, max(total_rank, 1)), config.coordinate_bits) if coordinates else None,
+    )
+    row, parts = layout.row_bytes, 2 if stored == "both" else 1
+    if stored == "eigen":
+        # Where all directions fit, they get as many bits as fit, and no more.
+        scales = 2 * len(specs)
+        bits = max((b for b in BITS if total_rank * b <= 8 * (config.eigen_bytes - scales)), default=0)
+        row = -(-total_rank * bits // 8) + scales if bits else config.eigen_bytes
+    if stored == "coarse":
+        row, parts = 0, 0
+    each = row + _ID_BYTES + parts * _CHECKSUM_BYTES
+    shards = -(-count * max(row, 8) // max(config.shard_bytes, 1))
+    products = curvature_products(config, specs, stored)
+    fit = sum(4 * products.get(n, s.dim) * ranks[n] + 8 * (ranks[n] + OVERSAMPLING) for n, s in specs.items())
+    fit += sum(4 * (specs[n].d_in ** 2 + specs[n].d_out ** 2) + 8 * size for n, size in products.items())
+    if config.projection == "eigen":
+        fit += sum(
+            4 * width * dim
+            for spec in specs.values()
+            for width, dim in ((spec.width_in, spec.d_in), (spec.width_out, spec.d_out))
+            if dim < width
+        )
+    if stored == "eigen":
+        fit += 12 * min(total_rank, 8 * config.eigen_bytes)
+    if coarse or coordinates or stored == "coarse":
+        fit += 4 * min(config.sketch_dim, max(total_rank, 1)) * total_rank
+    queries = min(config.calibration_queries, max(QUERY_BYTES // (4 * sum(s.dim for s in specs.values())), 1), count)
+    codes = 0
+    if coarse or stored == "coarse":
+        dim = min(config.sketch_dim, max(total_rank, 1))
+        codes = count * _code_bytes(dim) + _COARSE_FIXED * dim
+        codes += queries * (8 + 4 * sum(spec.dim for spec in specs.values()))
+    payloads = int(count * (payload_bytes + PAYLOAD_EXTRA)) if payload_bytes else 0
+    return DiskSizes(row, count * each + shards * _FILE_BYTES, fit, codes, payloads)
+
+
+def _code_bytes(dim: int) -> int:
+    """Bytes of a row in the coarse index: of the default's; other factory strings are taken to be like it."""
+    factory = default_factory(dim)
+    return max(int(factory.removeprefix("PQ").removesuffix("x4fs")) // 2, 1)
+
+
+def _rank(rank: int | None, spec: LayerSpec, rows: int | None) -> int:
+    whole = min(spec.dim if rank is None else rank, spec.dim)
+    return whole if rows is None else min(whole, rows)
+
+
+def curvature_bytes(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, group_bytes: int) -> int:
+    """Memory that fitting the curvature takes at once: blocks or dense matrices, in groups of layers."""
+    ranks, products = curvature_ranks(config, specs, stored), curvature_products(config, specs, stored)
+    each = []
+    for name, spec in specs.items():
+        size: int = products.get(name, 0)
+        fit = SubspaceFit((), size or spec.dim, ranks[name], spec.dim, 0, torch.device("cpu"), whole_up_to=size)
+        each.append((fit.held_bytes, fit.nbytes))
+    return min(sum(held for held, _ in each), group_bytes) + max((whole for _, whole in each), default=0)

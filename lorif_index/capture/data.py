@@ -1,0 +1,264 @@
+"""Data: datasets, loaders and tensors as one kind of source of batches, in a fixed order, that can be walked again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import default_collate as torch_collate
+
+from ..errors import DataError
+
+Batch = Any
+"""A tensor, or a tuple, list or dict of them, with examples along the first dimension."""
+
+_PADDING = {"labels": -100}
+
+
+class ExampleSource(Protocol):
+    """Examples with ids 0 .. count - 1, as batches."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def random_access(self) -> bool:
+        """Whether batches in the middle are had without walking to them."""
+        ...
+
+    def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        """(ids, batch) of all batches from the one that holds example `start` on, in order, cut as they always are."""
+        ...
+
+    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        """(ids, batch) of the given examples (sorted, unique)."""
+        ...
+
+
+def as_source(data: Any, batch_size: int) -> ExampleSource:
+    """A source from a torch Dataset, a DataLoader, a Hugging Face Dataset, a tensor, or a tuple or dict of tensors.
+
+    Raises:
+        DataError: anything else; a shuffled loader; a one-shot iterator; no examples.
+    """
+    source: ExampleSource
+    if isinstance(data, torch.Tensor) or _all_tensors(data):
+        source = TensorSource(data, batch_size)
+    elif isinstance(data, DataLoader):
+        source = LoaderSource(data)
+    elif isinstance(data, IterableDataset) or _is_streaming(data):
+        source = StreamSource(data, batch_size)
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, Mapping)):
+        source = MapSource(data, collate, batch_size)
+    else:
+        raise DataError(
+            "data must be a torch Dataset, a DataLoader, a Hugging Face Dataset, or a tuple or dict of tensors, got "
+            f"{type(data).__name__}: a one-shot iterator cannot be walked twice, make it a Dataset"
+        )
+    if source.count == 0:
+        raise DataError("the data holds no examples")
+    return source
+
+
+def _all_tensors(data: Any) -> bool:
+    if isinstance(data, Mapping):
+        return bool(data) and all(isinstance(v, torch.Tensor) for v in data.values())
+    return isinstance(data, (tuple, list)) and bool(data) and all(isinstance(v, torch.Tensor) for v in data)
+
+
+def _is_streaming(data: Any) -> bool:
+    return not hasattr(data, "__len__") and isinstance(data, Iterable) and iter(data) is not data
+
+
+class TensorSource:
+    """A tensor, or a tuple or dict of tensors with examples along the first dimension."""
+
+    def __init__(self, data: Any, batch_size: int) -> None:
+        self._data = data
+        self._batch_size = batch_size
+        self.count = batch_count(data)
+        self.random_access = True
+
+    def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        for i in range(_aligned(start, self._batch_size), self.count, self._batch_size):
+            stop = min(i + self._batch_size, self.count)
+            yield np.arange(i, stop, dtype=np.int64), _map(self._data, lambda t: t[i:stop])  # noqa: B023
+
+    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        for part in _chunks(ids, self._batch_size):
+            rows = torch.from_numpy(part)
+            yield part, _map(self._data, lambda t: t[rows.to(t.device)])  # noqa: B023
+
+
+class MapSource:
+    """A map-style dataset (torch or Hugging Face) and the function that makes a batch of its items."""
+
+    def __init__(self, dataset: Any, collate_fn: Any, batch_size: int) -> None:
+        self._dataset = dataset
+        self._collate = collate_fn
+        self._batch_size = batch_size
+        self.count = len(dataset)
+        self.random_access = True
+
+    def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        return self.select(np.arange(_aligned(start, self._batch_size), self.count, dtype=np.int64))
+
+    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        fetch = getattr(self._dataset, "__getitems__", None)
+        for part in _chunks(ids, self._batch_size):
+            items = fetch(part.tolist()) if fetch is not None else [self._dataset[int(i)] for i in part]
+            yield part, self._collate(items)
+
+
+class StreamSource:
+    """An iterable dataset that gives the same items in the same order each time it is walked."""
+
+    def __init__(self, stream: Iterable[Any], batch_size: int) -> None:
+        self._stream = stream
+        self._batch_size = batch_size
+        self.count = sum(1 for _ in stream)
+        self.random_access = False
+
+    def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        at = _aligned(start, self._batch_size)
+        items = islice(iter(self._stream), at, None)
+        while part := list(islice(items, self._batch_size)):
+            yield np.arange(at, at + len(part), dtype=np.int64), collate(part)
+            at += len(part)
+        _same_length(self.count, at)
+
+    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        wanted = set(ids.tolist())
+        chosen = (item for i, item in enumerate(self._stream) if i in wanted)
+        for part in _chunks(ids, self._batch_size):
+            items = list(islice(chosen, len(part)))
+            _same_length(len(part), len(items))
+            yield part, collate(items)
+
+
+class LoaderSource:
+    """A DataLoader that does not shuffle; its batches, workers and collate function are kept."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        if isinstance(loader.sampler, RandomSampler):
+            raise DataError(
+                "the DataLoader shuffles, so row ids would name nothing: pass shuffle=False, or the dataset itself"
+            )
+        self._loader = loader
+        ordered = isinstance(loader.sampler, SequentialSampler) and loader.batch_size is not None
+        self._map: MapSource | None = None
+        if ordered and not isinstance(loader.dataset, IterableDataset):
+            self._map = MapSource(loader.dataset, loader.collate_fn, loader.batch_size or 1)
+            full = self._map.count
+            self.count = full - full % (loader.batch_size or 1) if loader.drop_last else full
+        else:
+            self.count = sum(batch_count(batch) for batch in loader)
+        # A loader walks to the batch, with its workers.
+        self.random_access = False
+
+    def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        at = 0
+        for batch in self._loader:
+            n = batch_count(batch)
+            if at + n > start:
+                yield np.arange(at, at + n, dtype=np.int64), batch
+            at += n
+        _same_length(self.count, at)
+
+    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        if self._map is not None:
+            yield from self._map.select(ids)
+            return
+        for found, batch in self.batches():
+            rows = np.flatnonzero(np.isin(found, ids))
+            if len(rows):
+                index = torch.from_numpy(rows)
+                yield found[rows], _map(batch, lambda t: t[index.to(t.device)])  # noqa: B023
+
+
+def collate(items: Sequence[Any]) -> Batch:
+    """A batch from a dataset's items: tensors stacked, dicts of sequences padded on the right.
+
+    Dict items may have sequences of different lengths: `labels` are padded with -100, everything else with 0, and an
+    `attention_mask` is made if there is none. Columns of text are left out.
+    """
+    first = items[0]
+    if not isinstance(first, Mapping):
+        try:
+            return torch_collate(list(items))
+        except RuntimeError as error:
+            raise DataError(
+                f"items cannot be stacked ({error}): pass a DataLoader with a collate_fn, or dict items (padded)"
+            ) from None
+    batch: dict[str, torch.Tensor] = {}
+    for key, example in first.items():
+        if isinstance(example, (str, bytes)) or example is None:
+            continue
+        columns = [torch.as_tensor(item[key]) for item in items]
+        if len({tuple(c.shape) for c in columns}) == 1:
+            batch[key] = torch.stack(columns)
+        else:
+            batch[key] = _padded(key, columns)
+            if key == "input_ids" and "attention_mask" not in first:
+                batch["attention_mask"] = _padded(key, [torch.ones_like(c) for c in columns])
+    if not batch:
+        raise DataError(f"items have no columns of numbers, only {sorted(map(str, first))}: tokenise the text first")
+    return batch
+
+
+def _padded(key: str, columns: list[torch.Tensor]) -> torch.Tensor:
+    if any(c.ndim != 1 for c in columns):
+        raise DataError(f"column {key!r} has items of different shapes {[tuple(c.shape) for c in columns[:4]]}")
+    return torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=_PADDING.get(key, 0))
+
+
+def batch_count(batch: Batch) -> int:
+    """Number of examples in a batch: the length of its tensors' first dimension.
+
+    Raises:
+        DataError: no tensors, or tensors that disagree.
+    """
+    tensors: list[torch.Tensor] = []
+    _map(batch, lambda t: tensors.append(t) or t)  # type: ignore[func-returns-value]
+    counts = {int(t.shape[0]) for t in tensors if t.ndim}
+    if len(counts) != 1:
+        raise DataError(
+            f"the tensors of a batch must agree on the number of examples, got first dimensions {sorted(counts)}"
+        )
+    return counts.pop()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return _map(batch, lambda t: t.to(device))
+
+
+def _map(batch: Batch, function: Any) -> Batch:
+    if isinstance(batch, torch.Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {k: _map(v, function) for k, v in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_map(v, function) for v in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_map(v, function) for v in batch)
+    return batch
+
+
+def _aligned(start: int, batch_size: int) -> int:
+    return start - start % batch_size
+
+
+def _chunks(ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for i in range(0, len(ids), size):
+        yield ids[i : i + size]
+
+
+def _same_length(expected: int, got: int) -> None:
+    if expected != got:
+        raise DataError(
+            f"the data gave {got} examples where it gave {expected} before: it must not change between walks"
+        )

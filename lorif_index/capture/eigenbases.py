@@ -1,0 +1,163 @@
+"""Eigenbases: projections learnt from the data, the leading eigenvectors of each side's second moment.
+
+P_in holds those of sum x x^T over positions, P_out those of sum dy dy^T: the bases in which a Kronecker-factored
+curvature is diagonal (K-FAC, Martens and Grosse, arXiv:1503.05671; EK-FAC, George et al., arXiv:1806.03884), cut to
+width d. LoGRA (arXiv:2405.13954) starts its projections so. A one-hot side (an embedding's tokens) keeps its random
+projection: its leading eigenvectors would be the most frequent tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import CurvatureError
+from ..progress import Stage
+from .data import ExampleSource
+from .gradients import GradientBlock, LayerGradient, LayerSpec
+from .hooks import Capture
+from .layers import TrackedLayer
+from .losses import PerExample
+from .projection import Projections
+from .subspace import SubspaceFit, fit_in_groups
+
+Side = tuple[str, str]
+"""(layer, "in" or "out")."""
+
+# Examples that the second moments are taken of, at most.
+SAMPLE = 4096
+# Widths up to which a second moment is held whole, so that one walk is enough.
+_WHOLE_UP_TO = 4096
+_POWER_ITERATIONS = 2
+_BATCH_ROWS = 4096
+
+Sink = Callable[[Side, torch.Tensor], None]
+"""Takes rows (m, width) of one side."""
+Walk = Callable[[Sink], None]
+"""Hands all rows of all sides to a sink, the same ones each time."""
+
+
+def fitted_sides(specs: dict[str, LayerSpec], layers: Iterable[TrackedLayer] = ()) -> list[Side]:
+    """The sides that are projected and have no one-hot inputs."""
+    one_hot = {
+        (layer.name, "out" if use.transposed else "in")
+        for layer in layers
+        for use in layer.uses
+        if isinstance(use.module, nn.Embedding)
+    }
+    sides = [(s.name, "in") for s in specs.values() if s.d_in < s.width_in]
+    sides += [(s.name, "out") for s in specs.values() if s.d_out < s.width_out]
+    return [side for side in sides if side not in one_hot]
+
+
+def fit_eigenbases(
+    walk: Walk, specs: dict[str, LayerSpec], sides: list[Side], seed: int, device: torch.device, stage: Stage
+) -> dict[Side, torch.Tensor]:
+    """(width, d) float32 orthonormal columns for each side, in falling order of eigenvalue; signs are fixed.
+
+    Eigenvectors are found in float64. A side up to 4,096 wide takes one walk over the data; wider ones are found by
+    subspace iteration in four, as many together as 4 GiB hold.
+
+    Raises:
+        CurvatureError: a side whose rows are all zero.
+    """
+    fits = {}
+    for name, side in sides:
+        spec = specs[name]
+        width, dim = (spec.width_in, spec.d_in) if side == "in" else (spec.width_out, spec.d_out)
+        key = ("projection", name, side)
+        fits[name, side] = SubspaceFit(key, width, dim, dim, seed, device, whole_up_to=_WHOLE_UP_TO)
+
+    def planned(passes: int) -> None:
+        stage.total = (stage.total or 0) + passes
+
+    def once(active: Mapping[Side, SubspaceFit]) -> None:
+        def take(side: Side, rows: torch.Tensor) -> None:
+            if side in active:
+                for part in rows.to(device, torch.float32).split(_BATCH_ROWS):
+                    active[side].add(part)
+
+        walk(take)
+        stage.advance(1)
+
+    found: dict[Side, torch.Tensor] = {}
+    for (name, side), fit in fit_in_groups(fits, _POWER_ITERATIONS, once, planned):
+        pairs = fit.result(1.0)
+        if not pairs.trace > 0:
+            raise CurvatureError(
+                f"layer {name!r} has zero gradients in all examples of the sample, so that no projection can be "
+                "learnt: exclude it with LayerSelection(exclude=[...]), or build with projection='random'"
+            )
+        found[name, side] = pairs.vectors
+    return found
+
+
+class _Sides(Capture):
+    """Hands inputs and output gradients at their own widths to a sink, instead of making gradients of them."""
+
+    sink: Sink
+
+    def _add(self, layer: str, left: torch.Tensor, right: torch.Tensor) -> None:
+        left, right = left.flatten(0, 1), right.flatten(0, 1)
+        # Padding has inputs, too, but no gradient.
+        counts = right.abs().amax(dim=1) > 0
+        self.sink((layer, "in"), left[counts])
+        self.sink((layer, "out"), right[counts])
+
+    def _add_dense(self, layer: str, gradient: torch.Tensor) -> None:
+        sides_of_gradients(layer, gradient, self.sink)
+
+    def _result(self, layer: str) -> LayerGradient:
+        return LayerGradient.from_dense(torch.zeros(self._n, 1, 1))
+
+
+def sides_of_gradients(layer: str, gradient: torch.Tensor, sink: Sink) -> None:
+    """Rows whose second moments are sum G G^T and sum G^T G, of gradients (n, d_in, d_out)."""
+    sink((layer, "in"), gradient.transpose(1, 2).flatten(0, 1))
+    sink((layer, "out"), gradient.flatten(0, 1))
+
+
+def walk_model(
+    model: nn.Module,
+    layers: list[TrackedLayer],
+    specs: dict[str, LayerSpec],
+    loss: PerExample,
+    autocast: str | None,
+    examples: ExampleSource,
+    ids: np.ndarray,
+) -> Walk:
+    """A walk over the inputs and output gradients of a model on some examples."""
+    sides = set(fitted_sides(specs, layers))
+    # Sides that are not wanted are projected to one column, rather than made whole.
+    wide = {
+        name: replace(
+            spec,
+            d_in=spec.width_in if (name, "in") in sides else min(spec.d_in, 1),
+            d_out=spec.width_out if (name, "out") in sides else min(spec.d_out, 1),
+        )
+        for name, spec in specs.items()
+    }
+    capture = _Sides(model, layers, wide, Projections(wide, 0), loss, autocast)
+
+    def walk(sink: Sink) -> None:
+        capture.sink = sink
+        for part, batch in examples.select(ids):
+            capture.gradients(part, batch)
+
+    return walk
+
+
+def walk_gradients(blocks: Callable[[], Iterable[GradientBlock]], sides: list[Side]) -> Walk:
+    """A walk over the sides of gradients that were handed over at their own widths."""
+    names = {name for name, _ in sides}
+
+    def walk(sink: Sink) -> None:
+        for block in blocks():
+            for name in names:
+                sides_of_gradients(name, block.layers[name].dense(), sink)
+
+    return walk

@@ -1,0 +1,233 @@
+"""Gradients: the values that flow from capture (or from the user) to factors and curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One tracked layer.
+
+    Attributes:
+        name: the module's name, or the key in the gradient blocks.
+        width_in: inputs of the linear map, the bias's column of ones included.
+        width_out: outputs.
+        d_in, d_out: the projected widths; a gradient is (d_in, d_out), vectorised row by row, D = d_in * d_out.
+        rank: factor pairs kept; min(d_in, d_out) means the gradient itself is kept.
+        bias: whether the last input is the bias's column of ones.
+        uses: names of the modules that use this weight (more than one where weights are tied).
+    """
+
+    name: str
+    width_in: int
+    width_out: int
+    d_in: int
+    d_out: int
+    rank: int
+    bias: bool = False
+    uses: tuple[str, ...] = ()
+
+    @property
+    def dim(self) -> int:
+        """D = d_in * d_out."""
+        return self.d_in * self.d_out
+
+    @property
+    def dense(self) -> bool:
+        """Whether the rank is full, so that the gradient itself is stored."""
+        return self.rank >= min(self.d_in, self.d_out)
+
+
+class LayerGradient:
+    """Gradients of n examples in one layer, (n, a, b), dense or as a pair with G = left right^T.
+
+    Given in any floating point type and converted to float32 when first looked at, so that what is passed over is not.
+    """
+
+    __slots__ = ("_dense", "_pair")
+
+    def __init__(self, dense: torch.Tensor | None, pair: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        self._dense = dense
+        self._pair = pair
+
+    @classmethod
+    def from_dense(cls, dense: torch.Tensor) -> LayerGradient:
+        return cls(dense, None)
+
+    @classmethod
+    def from_pair(cls, left: torch.Tensor, right: torch.Tensor) -> LayerGradient:
+        return cls(None, (left, right))
+
+    @classmethod
+    def of(cls, value: Any, what: str) -> LayerGradient:
+        """From an (n, a, b) array, or a pair of arrays (n, a, m) and (n, b, m).
+
+        Raises:
+            DataError: another form or shape; `what` names the place.
+        """
+        if isinstance(value, LayerGradient):
+            return value
+        if isinstance(value, (tuple, list)) and len(value) == 2:
+            left, right = (_tensor(v, what) for v in value)
+            if left.ndim != 3 or right.ndim != 3 or left.shape[0] != right.shape[0] or left.shape[2] != right.shape[2]:
+                raise DataError(
+                    f"{what}: a factor pair must be (n, d_in, m) and (n, d_out, m), got {tuple(left.shape)} and "
+                    f"{tuple(right.shape)}"
+                )
+            return cls.from_pair(left, right)
+        dense = _tensor(value, what)
+        if dense.ndim != 3:
+            raise DataError(f"{what}: gradients must be (n, d_in, d_out), got shape {tuple(dense.shape)}")
+        return cls.from_dense(dense)
+
+    @property
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(left (n, a, m), right (n, b, m)) float32, or None where the gradient is dense."""
+        if self._pair is None:
+            return None
+        return self._pair[0].to(torch.float32), self._pair[1].to(torch.float32)
+
+    @property
+    def _any(self) -> torch.Tensor:
+        return self._dense if self._dense is not None else self._pair[0]  # type: ignore[index]
+
+    @property
+    def count(self) -> int:
+        return int(self._any.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(a, b) of one example's gradient."""
+        if self._pair is not None:
+            return int(self._pair[0].shape[1]), int(self._pair[1].shape[1])
+        return int(self._any.shape[1]), int(self._any.shape[2])
+
+    @property
+    def device(self) -> torch.device:
+        return self._any.device
+
+    def dense(self) -> torch.Tensor:
+        """(n, a, b) float32."""
+        if self._dense is not None:
+            return self._dense.to(torch.float32)
+        left, right = self.pair  # type: ignore[misc]
+        return torch.bmm(left, right.transpose(1, 2))
+
+    def flat(self) -> torch.Tensor:
+        """(n, a * b) float32."""
+        dense = self.dense()
+        return dense.reshape(dense.shape[0], -1)
+
+    def select(self, rows: torch.Tensor) -> LayerGradient:
+        if self._pair is not None:
+            return LayerGradient(None, (self._pair[0][rows], self._pair[1][rows]))
+        return LayerGradient(self._any[rows], None)
+
+    def negated(self) -> LayerGradient:
+        return self.scaled(-1.0)
+
+    def scaled(self, factor: float) -> LayerGradient:
+        if self._pair is not None:
+            return LayerGradient(None, (self._pair[0] * factor, self._pair[1]))
+        return LayerGradient(self._any * factor, None)
+
+    def squares(self) -> float:
+        """Sum of the squares of all entries, in float64."""
+        if self.pair is not None:
+            left, right = (p.double() for p in self.pair)
+            return float((torch.bmm(left.mT, left) * torch.bmm(right.mT, right)).sum())
+        return float(torch.linalg.vector_norm(self.flat().double(), dim=1).square().sum())
+
+    def finite(self) -> torch.Tensor:
+        """(n,) bool: no inf or NaN."""
+        parts = self._pair if self._pair is not None else (self._any,)
+        flags = [_finite(p.flatten(1)) for p in parts]
+        return flags[0] if len(flags) == 1 else flags[0] & flags[1]
+
+
+def _finite(rows: torch.Tensor) -> torch.Tensor:
+    # A sum is not finite if a term is not: one cheap read settles the usual case. (It may overflow on its own.)
+    flags = torch.isfinite(rows.sum(dim=1))
+    return flags if bool(flags.all()) else torch.isfinite(rows).all(dim=1)
+
+
+def _tensor(value: Any, what: str) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach()
+    elif isinstance(value, np.ndarray):
+        # A copy: torch cannot share read-only arrays, and never needs to write here.
+        tensor = torch.from_numpy(np.array(value))
+    else:
+        raise DataError(f"{what}: expected an array or a pair of arrays, got {type(value).__name__}")
+    if not tensor.is_floating_point():
+        raise DataError(f"{what}: gradients must be floating point, got {tensor.dtype}")
+    return tensor
+
+
+@dataclass(frozen=True)
+class GradientBlock:
+    """Gradients of the same n examples in every layer.
+
+    Attributes:
+        ids: (n,) int64, the examples' positions in the data.
+        layers: name -> LayerGradient of n examples.
+    """
+
+    ids: np.ndarray
+    layers: dict[str, LayerGradient]
+
+    @property
+    def count(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: np.ndarray) -> GradientBlock:
+        """The block restricted to some of its rows (positions in the block)."""
+        if len(rows) == self.count and bool((rows == np.arange(self.count)).all()):
+            return self
+        index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        return GradientBlock(self.ids[rows], {k: g.select(index.to(g.device)) for k, g in self.layers.items()})
+
+
+class GradientSource(Protocol):
+    """Something that can be walked more than once and gives projected gradients, in the order of their ids."""
+
+    @property
+    def count(self) -> int: ...
+
+    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+        """All examples with id >= start, in order."""
+        ...
+
+    def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        """The examples with these ids (sorted, unique), in order."""
+        ...
+
+
+def parse_block(value: Any, first_id: int) -> GradientBlock:
+    """A block handed over by the user, checked.
+
+    Args:
+        value: {layer: (n, a, b) array, or a pair (n, a, m), (n, b, m)}.
+        first_id: id of its first example.
+
+    Raises:
+        DataError: not a dict, empty, of the wrong rank, or with layers that disagree on n.
+    """
+    if not isinstance(value, Mapping) or not value:
+        raise DataError(f"a gradient block must be a dict of layer -> array, got {type(value).__name__}")
+    layers = {str(name): LayerGradient.of(array, f"layer {name!r}") for name, array in value.items()}
+    counts = {name: g.count for name, g in layers.items()}
+    n = next(iter(counts.values()))
+    for name, other in counts.items():
+        if other != n:
+            first = next(iter(counts))
+            raise DataError(f"layer {name!r} has {other} examples but layer {first!r} has {n}: pass the same examples")
+    return GradientBlock(np.arange(first_id, first_id + n, dtype=np.int64), layers)

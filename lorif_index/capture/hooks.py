@@ -1,0 +1,363 @@
+"""Capture: per-example projected gradients of a model's linear maps, from one forward and one backward pass.
+
+A forward hook projects a module's inputs, X P_in; a hook on its output projects the output's gradient, dY P_out; their
+product over positions is the projected gradient (LoGRA, arXiv:2405.13954). No parameter requires a gradient meanwhile,
+so that no parameter-sized gradient is ever formed, and the backward pass skips their products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..errors import CaptureError, NonFiniteError
+from .data import Batch, batch_count, to_device
+from .gradients import GradientBlock, LayerGradient, LayerSpec
+from .layers import TrackedLayer, Use, output_positions, positions
+from .losses import PerExample
+from .projection import Projections
+
+_REMEDY = "exclude it with LayerSelection(exclude=[...])"
+_HALF_LOSS_SCALE = 2.0**10
+
+
+@dataclass
+class _Sum:
+    """What one layer has gathered in one pass: few positions as pairs, more as their dense sum."""
+
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    dense: torch.Tensor | None = None
+
+
+class Capture:
+    """Takes per-example gradients of one model under one loss or measure.
+
+    Args:
+        model: left exactly as it was found after every call, also after an exception.
+        layers: what to track, from `select_layers`.
+        specs: their projected widths and ranks.
+        projections: the shared projections.
+        function: loss(model, batch) -> (n,), or a measure.
+        autocast: None, "bfloat16" or "float16".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[TrackedLayer],
+        specs: dict[str, LayerSpec],
+        projections: Projections,
+        function: PerExample,
+        autocast: str | None = None,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._specs = specs
+        self._projections = projections
+        self._function = function
+        self._autocast = autocast
+        self._isolated = False
+        self._n = 0
+        self._probing: int | None = None
+        self._active = False
+        self._sums: dict[str, _Sum] = {}
+        self._called: set[str] = set()
+        parameters = list(model.parameters())
+        self.device = parameters[0].device if parameters else torch.device("cpu")
+        half = autocast == "float16" or any(p.dtype == torch.float16 for p in parameters)
+        self._scale = _HALF_LOSS_SCALE if half else 1.0
+
+    def gradients(self, ids: np.ndarray, batch: Batch, *, require_all: bool = False) -> GradientBlock:
+        """Projected gradients of the examples of one batch.
+
+        Args:
+            ids: (n,) int64, kept with the result.
+            batch: whatever the loss takes.
+            require_all: refuse a tracked layer that no example's loss reaches.
+
+        Returns:
+            float32 gradients on the model's device; inf and NaN are passed on for the caller's policy.
+
+        Raises:
+            CaptureError: rows that cannot be mapped to examples, examples that depend on each other, a layer without
+                gradient; each names the module.
+        """
+        (block,) = self._run(ids, batch, self._one_row, require_all)
+        return block
+
+    def several(self, ids: np.ndarray, batch: Batch, functions: PerExample) -> list[GradientBlock]:
+        """Gradients of several functions of the same batch, from one forward pass and a backward pass each.
+
+        Args:
+            ids, batch: as in `gradients`.
+            functions: functions(model, batch) -> (rows, n).
+
+        Returns:
+            one block a row; raises as `gradients` does.
+        """
+        return self._run(ids, batch, functions, False)
+
+    def look(self, batch: Batch, function: Callable[[nn.Module, Any], None]) -> None:
+        """Calls function(model, batch) as the passes do: on the model's device, in eval mode, left as it was found."""
+        with _left_as_found(self._model), self._casting():
+            function(self._model, to_device(batch, self.device))
+
+    def _run(self, ids: np.ndarray, batch: Batch, functions: PerExample, require_all: bool) -> list[GradientBlock]:
+        batch = to_device(batch, self.device)
+        self._n = batch_count(batch)
+        if self._n != len(ids):
+            raise CaptureError(f"the batch holds {self._n} examples where {len(ids)} were expected")
+        blocks = []
+        self._called = set()
+        try:
+            with self._hooked():
+                with self._casting():
+                    rows = functions(self._model, batch)
+                if not self._isolated and self._n > 1:
+                    self._check_isolation(rows.sum(dim=0))
+                self._active = True
+                for number, row in enumerate(rows):
+                    self._sums = {layer.name: _Sum() for layer in self._layers}
+                    if row.requires_grad:
+                        (row.sum() * self._scale).backward(retain_graph=number + 1 < len(rows))
+                    if require_all:
+                        self._check_reached(row)
+                    results = {layer.name: self._result(layer.name) for layer in self._layers}
+                    blocks.append(GradientBlock(ids, results))
+            return blocks
+        finally:
+            self._active = False
+            self._probing = None
+            self._sums = {}
+
+    # -- the pass ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        """Eval mode, no parameter gradients, hooks in place; everything put back afterwards."""
+        with ExitStack() as stack:
+            stack.enter_context(_left_as_found(self._model))
+            stack.enter_context(torch.enable_grad())
+            for layer in self._layers:
+                for use in layer.uses:
+                    handle = use.module.register_forward_hook(self._forward_hook(layer.name, use), with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+    def _casting(self) -> AbstractContextManager[Any]:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self._autocast))
+
+    def _one_row(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss or measure as (1, n)."""
+        losses = self._function(model, batch)
+        if not isinstance(losses, torch.Tensor) or losses.ndim != 1 or losses.shape[0] != self._n:
+            got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+            raise CaptureError(
+                f"the loss must give one value per example, shape ({self._n},), but gave {got}: "
+                "leave its examples unreduced (reduction='none') and sum over positions only"
+            )
+        return losses.unsqueeze(0)
+
+    def _forward_hook(self, layer: str, use: Use) -> Callable[..., torch.Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
+            self._called.add(layer)
+            if not torch.is_grad_enabled():
+                return None
+            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
+                raise CaptureError(f"module {use.name!r} was called without a tensor input or output: {_REMEDY}")
+            self._check_rows(use, x, "input")
+            replaced = None
+            if not output.requires_grad:
+                # The first tracked module of the graph: nothing before it needs gradients. A clone, since a leaf that
+                # requires gradients could not be changed in place by the model.
+                replaced = output.detach().requires_grad_().clone()
+            target = output if replaced is None else replaced
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                # Projected now: the model may change its input in place later, and the projection is smaller.
+                left = self._project_input(layer, use, positions(use, x.detach()), output.dtype)
+            padded = None
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                padded = torch.eq(x.detach(), module.padding_idx)
+            target.register_hook(lambda dy: self._collect(layer, use, left, padded, dy))
+            return replaced
+
+        return hook
+
+    def _check_rows(self, use: Use, tensor: torch.Tensor, what: str) -> None:
+        least = 1 if isinstance(use.module, nn.Embedding) and what == "input" else 2
+        if tensor.ndim < least or tensor.shape[0] != self._n:
+            raise CaptureError(
+                f"module {use.name!r} has an {what} of shape {tuple(tensor.shape)} for a batch of {self._n} examples, "
+                f"so its rows cannot be mapped to examples (flattened batch, routed experts, shared input?): {_REMEDY}"
+            )
+
+    def _project_input(self, layer: str, use: Use, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """X P as (n, positions, d) or (n, positions, groups, d); on the output side's projection where transposed."""
+        side = "out" if use.transposed else "in"
+        spec = self._specs[layer]
+        width = spec.width_out if use.transposed else spec.width_in
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        matrix = self._projections.side(layer, side, x.device, work)
+        if isinstance(use.module, nn.Embedding):
+            return matrix[x] if matrix is not None else functional.one_hot(x, width).to(work)
+        x = x.to(work)
+        if matrix is None:
+            extra = width - use.inputs
+            return functional.pad(x, (0, extra), value=1.0 if use.bias else 0.0) if extra else x
+        projected = torch.matmul(x, matrix[: use.inputs])
+        return projected + matrix[use.inputs] if use.bias else projected
+
+    def _project_output(self, layer: str, use: Use, dy: torch.Tensor) -> torch.Tensor:
+        side = "in" if use.transposed else "out"
+        spec = self._specs[layer]
+        width = spec.width_in if use.transposed else spec.width_out
+        matrix = self._projections.side(layer, side, dy.device, dy.dtype)
+        if matrix is None:
+            # A tied use may carry a bias this one has not: its column stays empty here.
+            extra = width - use.outputs
+            return functional.pad(dy, (0, extra)) if extra else dy
+        return torch.matmul(dy, matrix[: use.outputs])
+
+    def _collect(self, layer: str, use: Use, left: torch.Tensor, padded: torch.Tensor | None, dy: torch.Tensor) -> None:
+        if self._probing is not None:
+            self._check_isolated_rows(use, dy)
+        if not self._active:
+            return
+        self._check_rows(use, dy, "output gradient")
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            if padded is not None:
+                dy = dy.masked_fill(padded.unsqueeze(-1), 0.0)
+            dy = output_positions(use, dy.detach().to(left.dtype))
+            if left.ndim == 4:
+                # Groups of a convolution: each has its own outputs, all share the inputs' projection.
+                dense = torch.einsum("nlgi,nlgo->nigo", left, dy).flatten(2)
+                self._add_dense(layer, self._project_output(layer, use, dense))
+                return
+            right = self._project_output(layer, use, dy)
+            if use.transposed:
+                left, right = right, left
+            self._add(layer, left, right)
+
+    def _add(self, layer: str, left: torch.Tensor, right: torch.Tensor) -> None:
+        """left (n, t, d_in), right (n, t, d_out)."""
+        total = self._sums[layer]
+        held = sum(pair[0].shape[1] for pair in total.pairs) + left.shape[1]
+        spec = self._specs[layer]
+        if total.dense is None and held <= spec.rank and held * (spec.d_in + spec.d_out) <= spec.dim:
+            total.pairs.append((left, right))
+            return
+        self._add_dense(layer, torch.bmm(left.transpose(1, 2), right))
+
+    def _add_dense(self, layer: str, gradient: torch.Tensor) -> None:
+        """gradient (n, d_in, d_out); pairs held so far join it."""
+        total = self._sums[layer]
+        for pair in total.pairs:
+            gradient = gradient + torch.bmm(pair[0].transpose(1, 2), pair[1])
+        total.pairs.clear()
+        total.dense = gradient if total.dense is None else total.dense.add_(gradient)
+
+    def _result(self, layer: str) -> LayerGradient:
+        total, spec = self._sums[layer], self._specs[layer]
+        if total.pairs:
+            left = torch.cat([pair[0] for pair in total.pairs], dim=1).transpose(1, 2) / self._scale
+            right = torch.cat([pair[1] for pair in total.pairs], dim=1).transpose(1, 2)
+            return LayerGradient.from_pair(left.float(), right.float())
+        if total.dense is None:
+            return LayerGradient.from_dense(torch.zeros(self._n, spec.d_in, spec.d_out, device=self.device))
+        return LayerGradient.from_dense((total.dense / self._scale if self._scale != 1 else total.dense).float())
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def _check_isolation(self, losses: torch.Tensor) -> None:
+        """One example's loss must reach that example's rows only: else rows would depend on their batch."""
+        if not losses.requires_grad:
+            return
+        self._probing = self._n - 1
+        try:
+            losses[self._probing].backward(retain_graph=True)
+        finally:
+            self._probing = None
+        self._isolated = True
+
+    def _check_isolated_rows(self, use: Use, dy: torch.Tensor) -> None:
+        self._check_rows(use, dy, "output gradient")
+        others = dy.detach()[: self._probing].abs().amax()
+        if bool(others > 0):
+            raise CaptureError(
+                f"module {use.name!r}: the loss of one example has a gradient in rows of others, so its rows cannot be "
+                "mapped to examples (batch not in the first dimension, examples that interact, or a loss that is "
+                f"averaged over the batch?): {_REMEDY}, or mend the loss"
+            )
+
+    def _check_reached(self, losses: torch.Tensor) -> None:
+        if not losses.requires_grad:
+            raise CaptureError(
+                "the loss does not depend on any tracked layer (computed without gradients, or on another model?)"
+            )
+        for layer in self._layers:
+            total = self._sums[layer.name]
+            if total.dense is None and not total.pairs:
+                how = (
+                    "is called, but the loss does not depend on it" if layer.name in self._called else "is never called"
+                )
+                raise CaptureError(f"layer {layer.name!r} got no gradient: it {how}: {_REMEDY}")
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter gradients inside; train flags and requires_grad put back one by one."""
+    flags = [(module, module.training) for module in model.modules()]
+    needed = [(p, p.requires_grad) for p in model.parameters()]
+    # torch's fused transformer layers would bypass the hooks.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
+        for p, _ in needed:
+            p.requires_grad_(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, training in flags:
+            module.training = training
+        for p, flag in needed:
+            p.requires_grad_(flag)
+
+
+def keep_finite(block: GradientBlock, policy: str, skipped: list[int]) -> GradientBlock:
+    """Applies the policy for examples with inf or NaN in any layer.
+
+    Args:
+        policy: "error" or "skip".
+        skipped: ids left out are appended.
+
+    Raises:
+        NonFiniteError: under "error", with the example's id and layer.
+    """
+    fine = np.ones(block.count, dtype=bool)
+    for name, gradient in block.layers.items():
+        finite = gradient.finite()
+        if bool(finite.all()):
+            continue
+        flags = finite.cpu().numpy()
+        if policy == "error":
+            bad = int(block.ids[int(np.flatnonzero(~flags)[0])])
+            raise NonFiniteError(
+                f"the gradient of example {bad} in layer {name!r} has inf or NaN: look at that example, compute in a "
+                "wider dtype, or pass on_nonfinite='skip' to leave such examples out and have their ids recorded"
+            )
+        fine &= flags
+    if fine.all():
+        return block
+    skipped.extend(int(i) for i in block.ids[~fine])
+    return block.select(np.flatnonzero(fine))

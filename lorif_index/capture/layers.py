@@ -1,0 +1,266 @@
+"""Layers: which linear maps of a model are tracked, and how a module's call becomes positions x features.
+
+Every supported module is a linear map applied at each position t of an example: the gradient of its weight is
+sum_t x_t dy_t^T, shape (inputs, outputs). Convolutions are unfolded (Grosse and Martens, arXiv:1602.01407),
+embeddings have one-hot inputs, a bias is one more input that is always one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..config import BuildConfig, LayerSelection
+from ..errors import CaptureError, ConfigError
+from .gradients import LayerSpec
+
+_HEAD_NAMES = ("lm_head", "embed_out", "output_embeddings")
+
+
+@dataclass(frozen=True)
+class Use:
+    """One module that uses a tracked weight.
+
+    Attributes:
+        name: the module's name.
+        module: the module.
+        transposed: the weight is used the other way round than by the layer's first use (tied embedding and head),
+            so that inputs and output gradients change sides.
+        inputs, outputs: widths of the module's own linear map, without bias; inputs per group of a convolution.
+        bias: whether a bias is tracked with it.
+    """
+
+    name: str
+    module: nn.Module
+    transposed: bool
+    inputs: int
+    outputs: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class TrackedLayer:
+    """A weight and the modules that use it. Widths include the bias's column of ones on the input side."""
+
+    name: str
+    uses: tuple[Use, ...]
+    width_in: int
+    width_out: int
+    bias: bool
+
+
+def is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """transformers' `Conv1D`: a linear map whose weight is stored (inputs, outputs). Known by name: never imported."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def supported(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)) or is_conv1d_of_transformers(module)
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor):
+        raise CaptureError(f"{type(module).__name__}.weight is not a tensor")
+    return weight
+
+
+def _stored_inputs_first(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or is_conv1d_of_transformers(module)
+
+
+def _describe(name: str, module: nn.Module, bias: bool) -> Use:
+    weight = _weight(module)
+    if _stored_inputs_first(module):
+        inputs, outputs = weight.shape
+    else:
+        outputs, inputs = weight.shape[0], weight[0].numel()
+    has_bias = bias and getattr(module, "bias", None) is not None
+    return Use(name, module, False, int(inputs), int(outputs), has_bias)
+
+
+def _refuse_unsupported_settings(use: Use) -> None:
+    module = use.module
+    if isinstance(module, nn.Embedding):
+        for setting in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, setting):
+                raise CaptureError(
+                    f"embedding {use.name!r} has {setting}={getattr(module, setting)!r}, whose gradient depends on the "
+                    f"batch or is not dense: exclude it, or build it without"
+                )
+
+
+def _default_exclusions(model: nn.Module, selection: LayerSelection) -> set[int]:
+    """ids of modules that the default leaves out: embeddings, a language model's head, and what bypasses hooks."""
+    out: set[int] = set()
+    modules = dict(model.named_modules())
+    embedding_weights = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    head = _output_embeddings(model)
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding):
+            if not selection.embeddings and nn.Embedding.__name__ not in selection.types:
+                out.add(id(module))
+        elif isinstance(module, nn.MultiheadAttention):
+            # Its forward uses the projections' weights without calling the modules.
+            out.update(id(child) for child in module.modules())
+        elif supported(module):
+            named = name.rpartition(".")[2] in _HEAD_NAMES
+            if not selection.head and (module is head or named or id(_weight(module)) in embedding_weights):
+                out.add(id(module))
+    return out
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    if not callable(getter):
+        return None
+    try:
+        head = getter()
+    except (NotImplementedError, AttributeError):
+        return None
+    # transformers' classifiers answer None; an encoder may answer something that is no module.
+    return head if isinstance(head, nn.Module) else None
+
+
+def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLayer]:
+    """The tracked layers of a model, in the order of its modules; tied weights make one layer.
+
+    A weight is tracked if any of the modules that use it is selected, and then all its uses are summed, as the
+    gradient of that weight is.
+
+    Raises:
+        ConfigError: a pattern or type that matches nothing; the message lists the candidates.
+        CaptureError: a selected module with settings that cannot be honoured, or tied weights with unlike biases.
+    """
+    candidates = {name: m for name, m in model.named_modules() if supported(m)}
+    for pattern in selection.include:
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            raise ConfigError(f"layer pattern {pattern!r} matches none of the supported modules {_listed(candidates)}")
+    bases = {name: {c.__name__ for c in type(m).__mro__} for name, m in candidates.items()}
+    for wanted in selection.types:
+        if not any(wanted in names for names in bases.values()):
+            raise ConfigError(f"layer type {wanted!r} matches none of the supported modules {_listed(candidates)}")
+    excluded = _default_exclusions(model, selection)
+    chosen: set[int] = set()
+    for name, module in candidates.items():
+        named = any(fnmatchcase(name, p) for p in selection.include)
+        wanted_type = not selection.types or bool(bases[name] & set(selection.types))
+        by_default = not selection.include and id(module) not in excluded
+        dropped = any(fnmatchcase(name, p) for p in selection.exclude)
+        if (named or by_default) and wanted_type and not dropped:
+            chosen.add(id(_weight(module)))
+    groups: dict[int, list[Use]] = {}
+    for name, module in candidates.items():
+        if id(_weight(module)) in chosen:
+            groups.setdefault(id(_weight(module)), []).append(_describe(name, module, selection.bias))
+    layers = [_tie(uses) for uses in groups.values()]
+    if not layers:
+        raise ConfigError(f"the selection leaves no layer to track: supported modules are {_listed(candidates)}")
+    return layers
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    shown = ", ".join(repr(n) for n in names[:12])
+    return f"[{shown}{', ...' if len(names) > 12 else ''}] ({len(names)} in all)"
+
+
+def _tie(uses: list[Use]) -> TrackedLayer:
+    for use in uses:
+        _refuse_unsupported_settings(use)
+    first = uses[0]
+    biases = {id(use.module.bias) for use in uses if use.bias}
+    if len(biases) > 1:
+        raise CaptureError(
+            f"modules {[u.name for u in uses]} share a weight but have different biases: exclude one of them, or track "
+            "no biases with LayerSelection(bias=False)"
+        )
+    orientation = _stored_inputs_first(first.module)
+    uses = [replace(use, transposed=_stored_inputs_first(use.module) != orientation) for use in uses]
+    # A tied use the other way round brings its bias's column of ones on the output side.
+    bias_in = any(use.bias and not use.transposed for use in uses)
+    bias_out = any(use.bias and use.transposed for use in uses)
+    if bias_in and bias_out:
+        raise CaptureError(f"modules {[u.name for u in uses]} share a weight both ways and a bias: exclude one of them")
+    return TrackedLayer(
+        first.name, tuple(uses), first.inputs + int(bias_in), first.outputs + int(bias_out), bias_in or bias_out
+    )
+
+
+def layer_specs(layers: list[TrackedLayer], config: BuildConfig) -> dict[str, LayerSpec]:
+    """Projected widths and ranks of the tracked layers."""
+    specs = {}
+    for layer in layers:
+        first = layer.uses[0]
+        d_in = config.projected_width(first.inputs, from_model=True)
+        d_out = config.projected_width(first.outputs, from_model=True)
+        # A side whose own width is kept keeps the bias's column too; a projected one takes it in.
+        d_in = layer.width_in if d_in >= first.inputs else d_in
+        d_out = layer.width_out if d_out >= first.outputs else d_out
+        specs[layer.name] = LayerSpec(
+            name=layer.name,
+            width_in=layer.width_in,
+            width_out=layer.width_out,
+            d_in=d_in,
+            d_out=d_out,
+            rank=kept_rank(config.rank, d_in, d_out),
+            bias=layer.bias,
+            uses=tuple(use.name for use in layer.uses),
+        )
+    return specs
+
+
+def kept_rank(rank: int | None, d_in: int, d_out: int) -> int:
+    """c, or the full rank where that is less."""
+    full = min(d_in, d_out)
+    return full if rank is None else min(rank, full)
+
+
+def positions(use: Use, x: torch.Tensor) -> torch.Tensor:
+    """A module's input as (n, positions, inputs), or (n, positions, groups, inputs) for a grouped convolution.
+
+    Embeddings give their indices, (n, positions) int64.
+    """
+    module = use.module
+    if isinstance(module, nn.Embedding):
+        return x.reshape(x.shape[0], -1)
+    if isinstance(module, nn.Conv1d):
+        return _unfold(module, x.unsqueeze(2), one_dimensional=True)
+    if isinstance(module, nn.Conv2d):
+        return _unfold(module, x, one_dimensional=False)
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def output_positions(use: Use, dy: torch.Tensor) -> torch.Tensor:
+    """The gradient at a module's output as (n, positions, outputs), or (n, positions, groups, outputs per group)."""
+    module = use.module
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        dy = dy.flatten(2).transpose(1, 2)
+        if module.groups > 1:
+            dy = dy.reshape(*dy.shape[:2], module.groups, -1)
+        return dy
+    return dy.reshape(dy.shape[0], -1, dy.shape[-1])
+
+
+def _unfold(module: nn.Conv1d | nn.Conv2d, x: torch.Tensor, *, one_dimensional: bool) -> torch.Tensor:
+    """(n, C, h, w) -> (n, positions, C * kh * kw) in the weight's own order, or with a dimension of groups."""
+    # The module's own reversed padding covers 'same', 'valid' and numbers alike, one pair per dimension, last first.
+    pad = list(module._reversed_padding_repeated_twice)
+    kernel, stride, dilation = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
+    if one_dimensional:
+        kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
+    if any(pad):
+        mode = module.padding_mode
+        if one_dimensional and mode != "zeros":
+            x = functional.pad(x.squeeze(2), pad, mode=mode).unsqueeze(2)
+        else:
+            x = functional.pad(x, pad, mode="constant" if mode == "zeros" else mode)
+    columns = functional.unfold(x, kernel, dilation=dilation, stride=stride).transpose(1, 2)
+    if module.groups > 1:
+        columns = columns.reshape(*columns.shape[:2], module.groups, -1)
+    return columns

@@ -1,0 +1,182 @@
+"""Losses: the default per-example losses, for (x, y) pairs and for dict batches of transformers models.
+
+A loss that is a cross-entropy of logits can say which, by an attribute `logits`: a function (model, batch) -> (logits,
+labels). The GGN needs it (see `probes`); `default_loss` and `CrossEntropy` have it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..errors import DataError
+
+PerExample = Callable[[nn.Module, Any], torch.Tensor]
+"""loss(model, batch) or measure(model, batch) -> (n,) tensor that depends on the model differentiably."""
+
+IGNORE = -100
+
+
+LogitsOf = Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor]]
+"""logits(model, batch) -> (logits, labels): (n, C) with (n,), or (n, ..., C) with (n, ...); -100 counts nothing."""
+
+
+def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Per-example loss of a batch, (n,).
+
+    - `(x, y)`: cross-entropy of `model(x)` with y; logits (n, C) with y (n,), or one prediction per position, summed
+      over them: logits (n, T, C) or (n, C, T, ...) with y (n, T, ...). Positions of -100 are left out.
+    - dict with `labels` (n,): cross-entropy of the classifier's logits (n, C).
+    - dict with `input_ids` (n, T): next-token cross-entropy, summed over tokens; labels are `labels`, or the inputs;
+      -100 and positions that `attention_mask` hides contribute nothing. Encoder-decoder and masked language models
+      are taken unshifted.
+
+    Raises:
+        DataError: a batch or logits of another form.
+    """
+    return _cross_entropy(*default_logits(model, batch))
+
+
+def default_logits(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `default_loss` is the cross-entropy of: logits (n, ..., C), and labels (n, ...) of which -100 do not count.
+
+    Raises:
+        DataError: a batch or logits of another form.
+    """
+    if isinstance(batch, Mapping):
+        return _dict_logits(model, batch)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return _pair_logits(_logits(model(batch[0])), batch[1])
+    raise DataError(
+        f"the default loss takes (x, y) or a dict with input_ids or labels, got {type(batch).__name__}: "
+        "pass loss=fn with fn(model, batch) -> (n,)"
+    )
+
+
+default_loss.logits = default_logits  # type: ignore[attr-defined]
+
+
+class CrossEntropy:
+    """A loss that is the cross-entropy, summed over positions, of logits that a function finds; the GGN can use it.
+
+    Args:
+        logits: logits(model, batch) -> (logits (n, ..., C), labels (n, ...) int64); labels of -100 do not count.
+    """
+
+    def __init__(self, logits: LogitsOf) -> None:
+        self.logits = logits
+        self.__name__ = f"CrossEntropy({getattr(logits, '__name__', type(logits).__name__)})"
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Per-example losses, (n,)."""
+        return _cross_entropy(*checked_logits(self.logits(model, batch)))
+
+
+def logits_of(loss: PerExample) -> LogitsOf | None:
+    """How a loss says which logits it is the cross-entropy of; None where it does not."""
+    found = getattr(loss, "logits", None)
+    return found if callable(found) else None
+
+
+def checked_logits(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a `logits` function gave, if it is of the right form.
+
+    Raises:
+        DataError: anything else than (logits (n, ..., C), labels (n, ...)).
+    """
+    if isinstance(found, tuple) and len(found) == 2 and all(isinstance(part, torch.Tensor) for part in found):
+        logits, labels = found
+        if logits.ndim >= 2 and logits.shape[:-1] == labels.shape and not labels.is_floating_point():
+            return logits, labels
+        got = f"shapes {tuple(logits.shape)} and {tuple(labels.shape)}, labels {labels.dtype}"
+    else:
+        got = type(found).__name__
+    raise DataError(f"a loss's logits function must give (logits (n, ..., C), integer labels (n, ...)), got {got}")
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if logits.ndim > 2:
+        logits = logits.movedim(-1, 1)
+    losses = functional.cross_entropy(logits, labels.long(), reduction="none", ignore_index=IGNORE)
+    return losses.flatten(1).sum(dim=1) if losses.ndim > 1 else losses
+
+
+def _logits(output: Any) -> torch.Tensor:
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Mapping):
+        logits = logits.get("logits")
+    if not isinstance(logits, torch.Tensor):
+        raise DataError(f"the model's output has no logits ({type(output).__name__}): pass loss=fn")
+    return logits
+
+
+def _pair_logits(logits: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if y.is_floating_point():
+        raise DataError(f"the default loss takes integer targets, got {y.dtype}: pass loss=fn for a regression")
+    last = logits.shape[:-1] == y.shape
+    second = logits.ndim >= 2 and (logits.shape[0], *logits.shape[2:]) == tuple(y.shape)
+    if logits.ndim == 2 and last:
+        return logits, y
+    if last and second:
+        raise DataError(
+            f"logits {tuple(logits.shape)} and targets {tuple(y.shape)} can be read two ways (classes last or second): "
+            "pass loss=fn"
+        )
+    if last:
+        return logits, y
+    if second:
+        return logits.movedim(1, -1), y
+    raise DataError(f"logits {tuple(logits.shape)} do not fit targets {tuple(y.shape)}: pass loss=fn")
+
+
+def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = batch.get("labels")
+    inputs = batch.get("input_ids")
+    if labels is None and inputs is None:
+        raise DataError(f"the batch has neither input_ids nor labels, but {sorted(map(str, batch))}: pass loss=fn")
+    mask = batch.get("attention_mask")
+    if labels is None:
+        labels = inputs
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        raise DataError("labels must be an integer tensor for the default loss: pass loss=fn")
+    logits = _logits(model(**_model_inputs(model, batch)))
+    if labels.ndim == 1:
+        return _pair_logits(logits, labels)
+    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+        raise DataError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}: pass loss=fn")
+    if mask is not None and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask == 0, IGNORE)
+    if _next_token(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+        if mask is not None and mask.shape[1] == labels.shape[1] + 1:
+            # Padding on the left: the first token is not predicted, least of all from padding.
+            labels = labels.masked_fill(mask[:, :-1] == 0, IGNORE)
+    return logits, labels
+
+
+def _next_token(model: nn.Module) -> bool:
+    """Whether labels are the inputs' next tokens: yes, but for encoder-decoder and masked language models."""
+    config = getattr(model, "config", None)
+    return not getattr(config, "is_encoder_decoder", False) and "MaskedLM" not in type(model).__name__
+
+
+def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without its labels, and without what the model's forward does not name."""
+    named = inspect.signature(model.forward).parameters
+    inputs = {k: v for k, v in batch.items() if k in named and k != "labels"}
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if "position_ids" in named and "position_ids" not in batch and isinstance(ids, torch.Tensor):
+        # Positions counted over what the mask shows: padding on the left then moves nothing. One row per example, so
+        # that a tracked position embedding sees whose position it is.
+        shown = torch.ones_like(ids) if mask is None else mask.long()
+        inputs["position_ids"] = (shown.cumsum(dim=1) - 1).clamp_min(0)
+    if "use_cache" in named:
+        inputs["use_cache"] = False
+    return inputs

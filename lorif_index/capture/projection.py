@@ -1,0 +1,113 @@
+"""Projection: random sign matrices that are the same on every device and machine, or learnt ones (`eigenbases`).
+
+Two-sided projection of a layer's gradient, G = P_in^T dW P_out (LoGRA, arXiv:2405.13954; LoRIF, arXiv:2601.21929),
+with entries +-1/sqrt(d) drawn on the CPU by the counter-based Philox generator (Salmon et al., 2011), keyed by
+(seed, layer, side).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from .gradients import GradientBlock, LayerGradient, LayerSpec
+
+ALGORITHM = "philox4x64-signs-1"
+
+
+def keyed_generator(*key: object) -> np.random.Philox:
+    """A counter-based bit generator keyed by the SHA-256 of the parts (each written as text)."""
+    text = "\x1f".join(str(part) for part in key).encode()
+    words = np.frombuffer(hashlib.sha256(text).digest()[:16], dtype="<u8")
+    return np.random.Philox(key=words.astype(np.uint64))
+
+
+def projection_matrix(seed: int, layer: str, side: str, width: int, dim: int) -> torch.Tensor:
+    """The projection of one side of one layer.
+
+    Args:
+        seed: the build's seed.
+        layer: the layer's name.
+        side: "in" or "out".
+        width: the side's own width (inputs with the bias's column of ones, or outputs).
+        dim: the projected width d.
+
+    Returns:
+        (width, dim) float32 tensor of +-1/sqrt(dim); the identity matrix where dim >= width.
+    """
+    if side not in ("in", "out"):
+        raise DataError(f"side must be 'in' or 'out', got {side!r}")
+    if dim >= width:
+        return torch.eye(width)
+    bits = width * dim
+    raw = keyed_generator(seed, layer, side).random_raw(-(-bits // 64)).astype("<u8")
+    signs = np.unpackbits(raw.view(np.uint8), count=bits, bitorder="little").reshape(width, dim)
+    return torch.from_numpy((signs.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(dim)))
+
+
+class Projections:
+    """The projections of all layers; a side that keeps its own width has none.
+
+    Matrices are made on the CPU when first asked for, and kept on the device of the gradients.
+
+    Args:
+        specs: the layers.
+        seed: of the random ones.
+        learnt: (layer, side) -> (width, d) matrix of the sides whose projection was learnt.
+    """
+
+    def __init__(
+        self, specs: dict[str, LayerSpec], seed: int, learnt: Mapping[tuple[str, str], torch.Tensor] | None = None
+    ) -> None:
+        self.specs = specs
+        self._seed = seed
+        self._learnt: Mapping[tuple[str, str], torch.Tensor] = {} if learnt is None else learnt
+        self._cache: dict[tuple[str, str, torch.device, torch.dtype], torch.Tensor] = {}
+
+    def use(self, learnt: Mapping[tuple[str, str], torch.Tensor]) -> None:
+        """Takes learnt projections from now on."""
+        self._learnt = learnt
+        self._cache.clear()
+
+    def side(self, layer: str, side: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+        """(width, d) matrix, or None where that side is not projected."""
+        spec = self.specs[layer]
+        width, dim = (spec.width_in, spec.d_in) if side == "in" else (spec.width_out, spec.d_out)
+        if dim >= width:
+            return None
+        key = (layer, side, device, dtype)
+        if key not in self._cache:
+            if (layer, side) in self._learnt:
+                matrix = self._learnt[layer, side]
+            else:
+                matrix = projection_matrix(self._seed, layer, side, width, dim)
+            self._cache[key] = matrix.to(device=device, dtype=dtype)
+        return self._cache[key]
+
+    def project(self, block: GradientBlock) -> GradientBlock:
+        """Projects gradients that were handed over at the layers' own widths.
+
+        A layer that already has its projected shape is passed on as it is.
+        """
+        return GradientBlock(block.ids, {name: self._project(name, g) for name, g in block.layers.items()})
+
+    def _project(self, name: str, gradient: LayerGradient) -> LayerGradient:
+        spec = self.specs[name]
+        if gradient.shape == (spec.d_in, spec.d_out):
+            return gradient
+        device, dtype = gradient.device, torch.float32
+        p_in = self.side(name, "in", device, dtype)
+        p_out = self.side(name, "out", device, dtype)
+        if gradient.pair is not None:
+            left, right = gradient.pair
+            left = left if p_in is None else torch.matmul(p_in.T, left)
+            right = right if p_out is None else torch.matmul(p_out.T, right)
+            return LayerGradient.from_pair(left, right)
+        dense = gradient.dense()
+        dense = dense if p_in is None else torch.matmul(p_in.T, dense)
+        dense = dense if p_out is None else torch.matmul(dense, p_out)
+        return LayerGradient.from_dense(dense)

@@ -1,0 +1,325 @@
+"""Sources: where projected gradients come from, a model or the user, in one form for curvature and for encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+
+from ..config import BuildConfig, CurvatureRows
+from ..errors import ConfigError, DataError
+from .data import ExampleSource, as_source
+from .eigenbases import Walk, walk_model
+from .ensemble import summed, tracked_layers
+from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
+from .hooks import Capture, keep_finite
+from .layers import TrackedLayer, kept_rank, layer_specs
+from .losses import PerExample, default_loss
+from .probes import Probes
+from .projection import Projections
+from .spool import Spool
+
+# Batches beside the first that tell one data set from another.
+_SAMPLED_BATCHES = 5
+
+
+class ModelGradients:
+    """Gradients of a model over a source of examples."""
+
+    def __init__(self, capture: Capture, examples: ExampleSource) -> None:
+        self._capture = capture
+        self._examples = examples
+        self._reached = False
+        self.count = examples.count
+
+    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+        for ids, batch in self._examples.batches(start):
+            # A batch may begin before `start`: it is computed whole, so that its rows do not depend on where an
+            # interrupted build went on.
+            yield self._take(ids, batch).select(np.flatnonzero(ids >= start))
+
+    def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        for part, batch in self._examples.select(ids):
+            yield self._take(part, batch)
+
+    def _take(self, ids: np.ndarray, batch: Any) -> GradientBlock:
+        # The first batch must reach every tracked layer; later ones may leave out a conditional branch.
+        block = self._capture.gradients(ids, batch, require_all=not self._reached)
+        self._reached = True
+        return block
+
+
+class ProbedGradients:
+    """Curvature rows of a model over a source of examples: gradients of probes instead of the loss (see `probes`)."""
+
+    def __init__(self, capture: Capture, examples: ExampleSource, probes: Probes) -> None:
+        self._capture = capture
+        self._examples = examples
+        self.probes = probes
+        self.count = examples.count
+        _, first = next(iter(examples.batches()))
+        capture.look(first, probes.prepare)
+
+    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+        yield from self.sample(np.arange(start, self.count, dtype=np.int64))
+
+    def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        """The rows of the examples with these ids; blocks of the same examples follow each other."""
+        for part, batch in self._examples.select(ids):
+            yield from self._capture.several(part, batch, self._functions(part))
+
+    def _functions(self, ids: np.ndarray) -> PerExample:
+        return lambda model, batch: self.probes(model, batch, ids)
+
+
+class GivenGradients:
+    """Gradients handed over by the user, as an iterable of blocks that can be walked again.
+
+    Attributes:
+        digest: XXH3-128, in hex, of each block's first and last example: a cheap sign of content and order.
+    """
+
+    def __init__(self, blocks: Iterable[Any], projections: Projections) -> None:
+        self._blocks = blocks
+        self._projections = projections
+        self.count, digest = 0, xxhash.xxh3_128()
+        for block in _parsed(blocks, projections.specs):
+            self.count += block.count
+            _feed_block(digest, block)
+        self.digest = str(digest.hexdigest())
+
+    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+        for block in _parsed(self._blocks, self._projections.specs):
+            if block.ids[-1] >= start:
+                yield self._projections.project(block).select(np.flatnonzero(block.ids >= start))
+
+    def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        for block in self.given(ids):
+            yield self._projections.project(block)
+
+    def given(self, ids: np.ndarray) -> Iterator[GradientBlock]:
+        """The examples with these ids as they were handed over, not projected."""
+        for block in _parsed(self._blocks, self._projections.specs):
+            rows = np.flatnonzero(np.isin(block.ids, ids))
+            if len(rows):
+                yield block.select(rows)
+
+
+def _parsed(blocks: Iterable[Any], specs: dict[str, LayerSpec]) -> Iterator[GradientBlock]:
+    """Checked blocks with running ids; empty blocks are passed over."""
+    at = 0
+    for value in blocks:
+        block = parse_block(value, at)
+        check_block(block, specs)
+        if block.count:
+            yield block
+        at += block.count
+
+
+def check_block(block: GradientBlock, specs: dict[str, LayerSpec], what: str = "a gradient block") -> None:
+    """A block must hold exactly the layers, at their own widths or projected.
+
+    Raises:
+        DataError: naming the layers or both shapes.
+    """
+    missing, extra = sorted(specs.keys() - block.layers.keys()), sorted(block.layers.keys() - specs.keys())
+    if missing or extra:
+        raise DataError(f"{what} has other layers than the index: missing {missing}, unknown {extra}")
+    for name, spec in specs.items():
+        shape = block.layers[name].shape
+        if shape not in ((spec.width_in, spec.width_out), (spec.d_in, spec.d_out)):
+            raise DataError(
+                f"{what} has gradients of shape {shape} in layer {name!r}, where the index has "
+                f"({spec.width_in}, {spec.width_out}), projected ({spec.d_in}, {spec.d_out})"
+            )
+
+
+class ModelCapture:
+    """What is needed to take gradients of a model: its tracked layers, their specs, and the shared projections.
+
+    Args:
+        model: on one device; or an `Ensemble`.
+        config: layers, widths and seed.
+        projections: an index's own; by default new ones, which are random.
+    """
+
+    def __init__(self, model: nn.Module, config: BuildConfig, projections: Projections | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise DataError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_device(model, config)
+        self.model = model
+        self.config = config
+        self.layers: list[TrackedLayer] = tracked_layers(model, config.layers)
+        self.specs = layer_specs(self.layers, config)
+        self.projections = Projections(self.specs, config.seed) if projections is None else projections
+
+    def capture(self, function: PerExample | None) -> Capture:
+        return Capture(
+            self.model,
+            self.layers,
+            self.specs,
+            self.projections,
+            self._function(function),
+            self.config.autocast,
+        )
+
+    def sides(self, function: PerExample | None, examples: ExampleSource, ids: np.ndarray) -> Walk:
+        """A walk over the inputs and output gradients of the layers on some examples (see `eigenbases`)."""
+        function = self._function(function)
+        return walk_model(self.model, self.layers, self.specs, function, self.config.autocast, examples, ids)
+
+    def _function(self, function: PerExample | None) -> PerExample:
+        return summed(self.model, default_loss if function is None else function)
+
+
+def check_device(model: nn.Module, config: BuildConfig) -> None:
+    """The model must be on one device, and on the one that was asked for."""
+    devices = {p.device for p in model.parameters()}
+    if config.device is not None and devices and {torch.device(config.device).type} != {d.type for d in devices}:
+        raise ConfigError(
+            f"device={config.device!r}, but the model's parameters are on {sorted(map(str, devices))}: move the model "
+            f"with model.to({config.device!r}), or leave device out"
+        )
+
+
+def given_specs(blocks: Iterable[Any], config: BuildConfig) -> dict[str, LayerSpec]:
+    """Specs from the first block of a re-iterable stream of gradients.
+
+    Raises:
+        DataError: no block, or one of the wrong form.
+    """
+    first = next(iter(blocks), None)
+    if first is None:
+        raise DataError("gradients is empty: pass an iterable of {layer: (n, d_in, d_out)} blocks")
+    specs = {}
+    for name, gradient in parse_block(first, 0).layers.items():
+        width_in, width_out = gradient.shape
+        if not width_in or not width_out:
+            raise DataError(f"layer {name!r} has gradients of shape {gradient.shape}: no side may be empty")
+        d_in = config.projected_width(width_in, from_model=False)
+        d_out = config.projected_width(width_out, from_model=False)
+        rank = kept_rank(config.rank, d_in, d_out)
+        specs[name] = LayerSpec(name, width_in, width_out, d_in, d_out, rank, uses=(name,))
+    return specs
+
+
+class Rewound:
+    """A one-shot stream of gradient blocks, kept on disk so that it can be walked again.
+
+    Args:
+        blocks: walked once, written to a temporary file in `folder`.
+        folder: an existing folder.
+    """
+
+    def __init__(self, blocks: Iterable[Any], folder: Path) -> None:
+        self._spool = Spool(folder, _numbered(blocks))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for block in self._spool.blocks():
+            yield dict(block.layers)
+
+    def close(self) -> None:
+        self._spool.close()
+
+
+def _numbered(blocks: Iterable[Any]) -> Iterator[GradientBlock]:
+    at = 0
+    for value in blocks:
+        block = parse_block(value, at)
+        at += block.count
+        if block.count:
+            yield block
+
+
+def is_one_shot(stream: Any) -> bool:
+    """Whether walking the stream uses it up."""
+    return isinstance(stream, Iterator)
+
+
+def curvature_source(
+    rows: CurvatureRows, source: ModelCapture | None, loss: PerExample | None, projections: Projections, folder: Path
+) -> tuple[GradientSource, Rewound | None]:
+    """A source of rows from what was passed as `curvature=`: gradients, or data for the model and its loss.
+
+    Returns:
+        the source, and the temporary copy to close afterwards where the stream was one-shot.
+    """
+    stream, copy = rows.rows, None
+    if is_one_shot(stream):
+        stream = copy = Rewound(stream, folder)
+    if copy is not None or _looks_like_gradients(stream, projections.specs):
+        return GivenGradients(stream, projections), copy
+    if source is None:
+        raise DataError("curvature= is data, but the index is built from gradients: pass gradient blocks there too")
+    return ModelGradients(source.capture(loss), as_source(stream, source.config.batch_size)), None
+
+
+def _looks_like_gradients(stream: Any, specs: dict[str, LayerSpec]) -> bool:
+    if hasattr(stream, "keys") or isinstance(stream, torch.Tensor) or not isinstance(stream, Iterable):
+        return False
+    first = next(iter(stream), None)
+    return isinstance(first, dict) and set(first) == set(specs)
+
+
+def finite_blocks(blocks: Iterable[GradientBlock], policy: str, skipped: list[int]) -> Iterator[GradientBlock]:
+    """Blocks without the examples that have inf or NaN, or the error that names one (see `keep_finite`)."""
+    for block in blocks:
+        kept = keep_finite(block, policy, skipped)
+        if kept.count:
+            yield kept
+
+
+def model_digest(model: nn.Module) -> str:
+    """XXH3-128, in hex, over names, shapes, dtypes and bytes of all parameters and buffers, in order."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        data = tensor.detach().cpu().contiguous()
+        if data.numel():
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
+
+
+def data_digest(examples: ExampleSource) -> str:
+    """XXH3-128, in hex, of some batches: a cheap sign of the data's content and order.
+
+    The first batch, and of data with random access five further ones, the last among them.
+    """
+    digest = xxhash.xxh3_128()
+    ids, batch = next(iter(examples.batches()))
+    _feed(digest, batch)
+    if examples.random_access and examples.count > len(ids):
+        for start in np.linspace(len(ids), examples.count - 1, _SAMPLED_BATCHES).astype(np.int64).tolist():
+            _, batch = next(iter(examples.batches(start)))
+            _feed(digest, batch)
+    return str(digest.hexdigest())
+
+
+def _feed_block(digest: Any, block: GradientBlock) -> None:
+    ends = block.select(np.unique([0, block.count - 1]))
+    for name, gradient in ends.layers.items():
+        digest.update(f"{name}|{block.count}".encode())
+        for part in gradient.pair if gradient.pair is not None else (gradient.dense(),):
+            _feed(digest, part)
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous()
+        digest.update(f"{tuple(data.shape)}|{data.dtype}".encode())
+        if data.numel():
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    elif hasattr(value, "items"):
+        for key, part in value.items():
+            digest.update(str(key).encode())
+            _feed(digest, part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            _feed(digest, part)
+    else:
+        digest.update(repr(value).encode())

@@ -1,0 +1,213 @@
+"""Curvature: each layer's leading eigenpairs of the second moment of gradients, by streamed randomised SVD.
+
+C = (1/n) sum_i vec(G_i) vec(G_i)^T ~= V S V^T, by subspace iteration with a Rayleigh-Ritz pass at the end (Halko,
+Martinsson and Tropp, arXiv:0909.4061; LoRIF, arXiv:2601.21929). Rows are walked, never held: memory is O(D r) a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..capture.gradients import GradientBlock, LayerSpec
+from ..capture.subspace import SubspaceFit, fit_in_groups
+from ..errors import CurvatureError
+from ..progress import Stage
+from .grid import Grid, fit_grids
+
+_BATCH_ROWS = 256
+
+RowPass = Callable[[], Iterable[GradientBlock]]
+"""Gives the same rows each time it is called."""
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """One layer's fitted curvature, in units of squared gradients.
+
+    Attributes:
+        core: (M, r) float32, orthonormal columns: V itself, M being D, or its coordinates in the grid's products.
+        spectrum: (at least r,) float64, falling: the eigenvalues of the basis and up to 10 more.
+        trace: of C, exact over the rows.
+        rows: how many rows were used.
+        examples: n, how many examples those rows stand for.
+        grid: the products that the basis is made of, or None.
+    """
+
+    core: torch.Tensor
+    spectrum: torch.Tensor
+    trace: float
+    rows: int
+    examples: float
+    grid: Grid | None = None
+
+    @property
+    def basis(self) -> torch.Tensor:
+        """V, (D, r) float32, orthonormal columns; gradients are vectorised row by row from (d_in, d_out). Made anew at
+        each call where there is a grid."""
+        return self.core if self.grid is None else self.grid.gradients(self.core.T).T
+
+    def reduced(self, flat: torch.Tensor) -> torch.Tensor:
+        """(n, M), whose products with the core are V^T g, of gradients g (n, D) float32."""
+        return flat if self.grid is None else self.grid.coordinates(flat)
+
+    def expanded(self, reduced: torch.Tensor) -> torch.Tensor:
+        """(n, D) of (n, M): the transpose of `reduced`."""
+        return reduced if self.grid is None else self.grid.gradients(reduced)
+
+    def to(self, device: torch.device) -> LayerCurvature:
+        """The same with core and grid on a device."""
+        grid = None if self.grid is None else self.grid.to(device)
+        return replace(self, core=self.core.to(device), grid=grid)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return int(self.core.shape[0]) if self.grid is None else self.grid.dim
+
+    @property
+    def rank(self) -> int:
+        """r, at most D."""
+        return int(self.core.shape[1])
+
+    @property
+    def eigenvalues(self) -> torch.Tensor:
+        """S, (r,) float64, falling."""
+        return self.spectrum[: self.rank]
+
+    @property
+    def tail_mean(self) -> float:
+        """Mean eigenvalue outside the basis; 0 where the basis is complete."""
+        left = self.dim - self.rank
+        if left == 0:
+            return 0.0
+        return max(self.trace - float(self.eigenvalues.sum()), 0.0) / left
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are mixed with others.
+
+    Attributes:
+        rows: gives the blocks, the same each time.
+        count: number of rows.
+        examples: how many examples they stand for.
+        share: of the mixture's trace.
+    """
+
+    rows: RowPass
+    count: int
+    examples: float
+    share: float
+
+
+def mix(parts: list[Part], names: Iterable[str]) -> Part:
+    """Rows whose second moment is, layer by layer, sum_p share_p C_p tr(C_first) / tr(C_p).
+
+    The trace stays that of the first part, unless that is zero. One walk over all rows finds the traces.
+    """
+    names = list(names)
+    first = parts[0]
+    traces = []
+    for part in parts:
+        squares = dict.fromkeys(names, 0.0)
+        for block in part.rows():
+            for name in names:
+                squares[name] += block.layers[name].squares()
+        traces.append({name: value / part.examples for name, value in squares.items()})
+    factors: list[dict[str, float]] = []
+    for part, own in zip(parts, traces, strict=True):
+        scale = {}
+        for name in names:
+            kept = next((trace[name] for trace in traces if trace[name] > 0), 0.0)
+            there = sum(p.share for p, trace in zip(parts, traces, strict=True) if trace[name] > 0)
+            weight = part.share / there * kept / own[name] if own[name] > 0 else 0.0
+            scale[name] = math.sqrt(weight * first.examples / part.examples)
+        factors.append(scale)
+
+    def rows() -> Iterator[GradientBlock]:
+        for part, scale in zip(parts, factors, strict=True):
+            for block in part.rows():
+                yield GradientBlock(block.ids, {name: block.layers[name].scaled(scale[name]) for name in names})
+
+    return Part(rows, sum(part.count for part in parts), first.examples, 1.0)
+
+
+def fit_curvature(
+    rows: RowPass,
+    count: int,
+    specs: Mapping[str, LayerSpec],
+    *,
+    rank: int | Mapping[str, int | None] | None,
+    power_iterations: int,
+    seed: int,
+    examples: float,
+    stage: Stage,
+    device: torch.device,
+    within: Mapping[str, int] | None = None,
+) -> dict[str, LayerCurvature]:
+    """Fits every layer; layers are taken together as far as their blocks fit a bounded memory.
+
+    Args:
+        rows: gives the blocks of rows, the same each time; called 2 + power_iterations times, once where the dense
+            matrices are held (D up to 4 (r + 10)), and twice more where some layers are fitted within a grid.
+        count: number of rows.
+        specs: the layers.
+        rank: r, of all layers or layer by layer, or None for all directions; never above D or the number of rows.
+        power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
+        seed: of the starting blocks.
+        examples: n, how many examples the rows stand for.
+        stage: told of the rows walked.
+        device: where the products are computed.
+        within: layer -> M: its eigenpairs are found among the M products of its sides' eigenvectors that hold most of
+            the rows (see `grid`); r is at most M. The trace is still that of all directions.
+
+    Raises:
+        CurvatureError: no rows, or a layer whose rows are all zero.
+    """
+    if count == 0:
+        raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(specs, rank)
+    sizes = {name: size for name, size in (within or {}).items() if size < specs[name].dim}
+    if sizes:
+        stage.total = (stage.total or 0) + 2 * count
+    grids = fit_grids(rows, count, specs, sizes, stage.advance, device)
+    squares = dict.fromkeys(grids, 0.0)
+    fits = {}
+    for name, spec in specs.items():
+        size = grids[name].size if name in grids else 0
+        key, dim = ("curvature", name), size or spec.dim
+        fits[name] = SubspaceFit(key, dim, ranks[name], count, seed, device, whole_up_to=size)
+
+    def planned(passes: int) -> None:
+        stage.total = (stage.total or 0) + passes * count
+
+    def walk(active: Mapping[str, SubspaceFit]) -> None:
+        seen = 0
+        for block in rows():
+            for name, fit in active.items():
+                gradients = block.layers[name].flat().to(device, torch.float32)
+                if name in grids:
+                    squares[name] += block.layers[name].squares()
+                for part in gradients.split(_BATCH_ROWS):
+                    fit.add(grids[name].coordinates(part) if name in grids else part)
+            seen += block.count
+            stage.advance(block.count)
+        if seen != count:
+            raise CurvatureError(f"a pass over the curvature rows gave {seen} rows where {count} were counted before")
+
+    fitted: dict[str, LayerCurvature] = {}
+    for name, fit in fit_in_groups(fits, power_iterations, walk, planned):
+        pairs = fit.result(examples)
+        if not pairs.trace > 0:
+            raise CurvatureError(
+                f"layer {name!r} has zero gradients in all {count} curvature rows, so its curvature is singular: "
+                "exclude it with LayerSelection(exclude=[...]), or fit from other rows"
+            )
+        grid = grids[name].to(torch.device("cpu")) if name in grids else None
+        trace = pairs.trace if grid is None else squares[name] / examples
+        fitted[name] = LayerCurvature(pairs.vectors, pairs.values, trace, count, examples, grid)
+    return fitted

@@ -1,0 +1,244 @@
+"""Eigencodes: an example's gradients in their layers' curvature eigenbases, in few bits.
+
+A layer's curvature is diagonal in its basis V, and so is the score: sum_j (v_j^T g_q) (v_j^T g_i) / (S_j + lambda).
+Directions differ in what they add to it, E_j / (S_j + lambda) with E_j = mean_i (v_j^T g_i)^2; the best of all layers
+are kept, as many as a row has room for, each as v_j^T g_i / sqrt(E_j) in 1, 2, 4 or 8 bits. More directions of one bit
+are better than fewer of several (`bench.frontier`): the error of a rounded coordinate is a share of what it adds, that
+of a missing one all of it. In random directions the same bits say much less. Nothing is kept of other directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from ..capture.gradients import LayerGradient
+from ..config import BITS
+from ..errors import CurvatureError
+from ..progress import Stage
+from ..rows.codes import CodeLayout
+from .curvature import LayerCurvature, RowPass
+from .query import Preconditioner, inside_of
+from .sketch import Sketch, Whitened, roots
+
+# Directions that add less than this, of at most 1, add nothing that could be seen.
+_LEAST_SHARE = 1e-3
+# Of the curvature's directions, so many times those that a row has room for are found: layers share it unequally.
+_SPARE = 1.5
+# But no more: one or two layers would take minutes, and 20 MB each.
+_MOST_DIRECTIONS = 1600
+# They are found among a quarter more products of the sides' eigenvectors, and at least so many (see `grid`).
+_PRODUCTS, _LEAST_PRODUCTS = 1.25, 1024
+
+
+@dataclass(frozen=True)
+class LayerCode:
+    """The directions of one layer that are kept.
+
+    Attributes:
+        directions: (m,) int64, rising: columns of the layer's basis.
+        amplitudes: (m,) float32: sqrt(E_j), what a coded coordinate of 1 stands for.
+    """
+
+    directions: torch.Tensor
+    amplitudes: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EigenCode:
+    """What rows of store="eigen" hold.
+
+    Attributes:
+        layers: layer -> its directions; every layer of the index, in order.
+        bits: of each coordinate.
+    """
+
+    layers: Mapping[str, LayerCode]
+    bits: int
+
+    @cached_property
+    def layout(self) -> CodeLayout:
+        """A piece for each layer, so that each has its own scale."""
+        widths = tuple(len(part.directions) for part in self.layers.values())
+        return CodeLayout(sum(widths), self.bits, widths)
+
+    def query(self, inside: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
+        """(q, dim) float32, whose inner product with a row's coordinates is its score.
+
+        Args:
+            inside: layer -> V^T vec(G_q), (q, r) float32; layers that are absent count nothing.
+            preconditioners: layer -> H^-1 under the query's damping.
+        """
+        count = next(iter(inside.values())).shape[0]
+        parts = []
+        for name, part in self.layers.items():
+            if name in inside:
+                weights = part.amplitudes * preconditioners[name].inside[part.directions]
+                parts.append(inside[name][:, part.directions] * weights)
+            else:
+                parts.append(torch.zeros(count, len(part.directions)))
+        return torch.cat(parts, dim=1)
+
+    def decode(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Layer -> what rows (n, row bytes) say of v_j^T vec(G), (n, m) float32, by the layer's directions."""
+        found = self.layout.decode(codes)
+        return {
+            name: found[:, piece.coordinates] * part.amplitudes
+            for (name, part), piece in zip(self.layers.items(), self.layout.pieces, strict=True)
+        }
+
+    def dense(self, codes: torch.Tensor, curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
+        """Layer -> the gradients that rows stand for, (n, D) float32."""
+        return {
+            name: curvature[name].expanded(inside @ curvature[name].core[:, self.layers[name].directions].T)
+            for name, inside in self.decode(codes).items()
+        }
+
+    def quadratic(self, codes: torch.Tensor, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
+        """g^T H^-1 g of rows in some layers, (n,) float32.
+
+        Decoded coordinates are made longer, so that inner products are not shrunk; squares take that back.
+        """
+        out = torch.zeros(len(codes))
+        decoded = self.decode(codes)
+        for name, preconditioner in preconditioners.items():
+            weights = preconditioner.inside[self.layers[name].directions]
+            out += decoded[name].square() @ weights
+        return out * self.layout.cosine**2
+
+
+class EigenEncoder:
+    """Codes of gradients, with bases and amplitudes folded into one (M, m) matrix a layer."""
+
+    def __init__(self, code: EigenCode, curvature: Mapping[str, LayerCurvature], device: torch.device) -> None:
+        self._layout = code.layout
+        self._device = device
+        self._layers = {
+            name: replace(curvature[name], core=curvature[name].core[:, part.directions] / part.amplitudes).to(device)
+            for name, part in code.layers.items()
+        }
+
+    def encode(self, layers: Mapping[str, LayerGradient]) -> torch.Tensor:
+        """Rows (n, row bytes) uint8, on the CPU."""
+        flat = {n: layers[n].flat().to(self._device, torch.float32) for n in self._layers}
+        parts = [layer.reduced(flat[n]) @ layer.core for n, layer in self._layers.items()]
+        return self._layout.encode(torch.cat(parts, dim=1))
+
+
+class EigenSketcher:
+    """Coordinates of a sketch, of rows: with all that is fixed folded into one (dim, k) matrix."""
+
+    def __init__(self, code: EigenCode, sketch: Sketch, curvature: Mapping[str, LayerCurvature]) -> None:
+        self._layout = code.layout
+        parts = []
+        for name, part in code.layers.items():
+            layer = sketch.layers[name]
+            weights = torch.zeros(len(part.directions), sketch.dim)
+            there = part.directions < len(layer.weights)
+            directions = part.directions[there]
+            scale = part.amplitudes[there] / layer.whitening(curvature[name])[directions]
+            weights[there] = layer.weights[directions] * scale[:, None]
+            parts.append(weights)
+        self._matrix = torch.cat(parts)
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        """z (n, k) float32 of rows (n, row bytes)."""
+        return self._layout.decode(rows) @ self._matrix
+
+
+def half_whitened_rows(
+    code: EigenCode,
+    rows: Callable[[], Iterable[torch.Tensor]],
+    count: int,
+    curvature: Mapping[str, LayerCurvature],
+    lams: Mapping[str, float],
+) -> Whitened:
+    """Half-whitened coordinates of blocks of rows (n, row bytes); 0 in directions that are not kept."""
+    widths = {n: int(p.directions[-1]) + 1 if len(p.directions) else 0 for n, p in code.layers.items()}
+    places, scales, at = [], [], 0
+    for name, part in code.layers.items():
+        places.append(at + part.directions)
+        scales.append(part.amplitudes / roots(curvature[name], lams[name])[part.directions])
+        at += widths[name]
+    place, scale = torch.cat(places), torch.cat(scales)
+
+    def walk() -> Iterator[torch.Tensor]:
+        for block in rows():
+            out = torch.zeros(len(block), at)
+            out[:, place] = code.layout.decode(block) * scale
+            yield out
+
+    return Whitened(walk, count, widths, lams)
+
+
+def directions_for(row_bytes: int, layers: int, dim: int) -> int:
+    """Directions of a layer's curvature, of D = dim, that rows of so many bytes can choose from."""
+    return min(-(-int(_SPARE * 8 * row_bytes) // layers), _MOST_DIRECTIONS, dim)
+
+
+def products_for(rank: int) -> int:
+    """Products of the sides' eigenvectors, among which that many directions of a layer are found."""
+    return max(int(_PRODUCTS * rank), _LEAST_PRODUCTS)
+
+
+def fit_eigencode(
+    rows: RowPass,
+    count: int,
+    curvature: Mapping[str, LayerCurvature],
+    lams: Mapping[str, float],
+    *,
+    row_bytes: int,
+    stage: Stage,
+    device: torch.device,
+) -> EigenCode:
+    """Chooses directions and bits by one walk over a sample.
+
+    Args:
+        rows: gives the blocks of the sample's gradients.
+        count: number of rows.
+        curvature: layer -> fitted curvature.
+        lams: layer -> lambda.
+        row_bytes: room of a row; where all directions fit in more than a bit each, they get 2, 4 or 8.
+        stage: told of the rows walked.
+        device: where the products are computed.
+
+    Raises:
+        CurvatureError: all gradients of the sample are zero, or not one byte of coordinates fits beside the scales.
+    """
+    bases = {name: layer.to(device) for name, layer in curvature.items()}
+    squares = {name: torch.zeros(layer.rank, dtype=torch.float64) for name, layer in curvature.items()}
+    stage.total = (stage.total or 0) + count
+    for block in rows():
+        flat = {name: block.layers[name].flat().to(device, torch.float32) for name in bases}
+        for name, inside in inside_of(flat, bases).items():
+            squares[name] += inside.square().sum(dim=0).cpu().double()
+        stage.advance(block.count)
+    energy = {name: total / count for name, total in squares.items()}
+    shares = {n: energy[n] / (layer.eigenvalues.double() + lams[n]) for n, layer in curvature.items()}
+    every = torch.cat(list(shares.values()))
+    if not every.sum() > 0:
+        raise CurvatureError("all gradients of the eigencodes' sample are zero: fit from other data")
+    room = row_bytes - CodeLayout(0, 1, (0,) * len(curvature)).row_bytes
+    if room < 1:
+        raise CurvatureError(
+            f"eigen_bytes={row_bytes} leaves no room beside the scales of {len(curvature)} layers: pass at least "
+            f"{row_bytes - room + 1}"
+        )
+    useful = int((every > _LEAST_SHARE * every.max().clamp_max(1.0)).sum())
+    bits = max((b for b in BITS if useful * b <= 8 * room), default=1)
+    fits = useful * bits <= 8 * room
+    kept = torch.zeros(len(every), dtype=torch.bool)
+    kept[torch.argsort(every, descending=True, stable=True)[: useful if fits else 8 * room // bits]] = True
+    layers = {}
+    for (name, share), chosen in zip(shares.items(), kept.split([len(e) for e in shares.values()]), strict=True):
+        directions = chosen.nonzero().flatten()
+        if not fits:
+            # Whole bytes: of a begun one the least directions are left out.
+            whole = len(directions) // (8 // bits) * (8 // bits)
+            order = torch.argsort(share[directions], descending=True, stable=True)
+            directions = directions[order[:whole]].sort().values
+        layers[name] = LayerCode(directions, energy[name][directions].sqrt().float())
+    return EigenCode(layers, bits)

@@ -1,0 +1,251 @@
+"""Sketch: an example's gradients in all layers as k coordinates whose inner products approximate influence.
+
+Half-whitened coordinates e = concat_l (S_l + lambda_l)^-1/2 V_l^T vec(G_l), reduced by one PCA of their uncentred
+second moment over the data: the best linear sketch for influence (EOGP, Heo, Rosser and Kim, proposition 1), then
+rotated at random, so that every coordinate carries alike. z = W^T e; <z_q, z_i> approximates g_q^T H^-1 g_i.
+
+A query keeps what the sketch was made with apart from what is asked now: another damping or fewer layers change only
+the query's side, x = W^T diag(sqrt(S + lambda) / (S + lambda')) V^T vec(G_q).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..capture.gradients import GradientBlock, LayerGradient
+from ..capture.projection import keyed_generator
+from ..capture.subspace import SubspaceFit
+from ..errors import CurvatureError
+from ..progress import Stage
+from .curvature import LayerCurvature, RowPass
+from .query import Preconditioner, products
+
+# Above so many half-whitened coordinates (at k = 512: W takes 512 MiB, its fit about 5 GiB), each layer's own
+# eigenvectors stand for the PCA over all layers, for many times the candidates (`bench.sketch_choices`).
+PCA_UP_TO = 262_144
+_POWER_ITERATIONS = 2
+_BATCH_ROWS = 256
+
+
+def roots(layer: LayerCurvature, lam: float) -> torch.Tensor:
+    """(r,) float32: sqrt(S + lambda)."""
+    return torch.sqrt(layer.eigenvalues.double() + lam).float()
+
+
+@dataclass(frozen=True)
+class LayerSketch:
+    """One layer's part of a sketch.
+
+    Attributes:
+        lam: lambda that its coordinates were half-whitened with.
+        weights: W_l, (m, k) float32, for the first m of the layer's curvature directions.
+    """
+
+    lam: float
+    weights: torch.Tensor
+    _root: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
+
+    def whitening(self, layer: LayerCurvature) -> torch.Tensor:
+        """(m,) float32: sqrt(S + lambda), S of the layer that the sketch was made for."""
+        if not self._root:
+            self._root.append(roots(layer, self.lam)[: len(self.weights)])
+        return self._root[0]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A fitted sketch.
+
+    Attributes:
+        layers: layer -> its part; together the weights have orthonormal columns.
+        dim: k.
+        method: "pca" or "per-layer".
+        energy: share of the half-whitened gradients' squared norm that the k coordinates keep, on the sample.
+    """
+
+    layers: Mapping[str, LayerSketch]
+    dim: int
+    method: str
+    energy: float
+
+    def query(
+        self,
+        inside: Mapping[str, torch.Tensor],
+        curvature: Mapping[str, LayerCurvature],
+        preconditioners: Mapping[str, Preconditioner],
+    ) -> torch.Tensor:
+        """x (q, k) float32 of a query, under its own damping, in the layers it has.
+
+        Args:
+            inside: layer -> V^T vec(G_q), (q, r) float32.
+            curvature: layer -> fitted curvature.
+            preconditioners: layer -> H^-1 under the query's damping.
+        """
+        scaled = {}
+        for name, c in inside.items():
+            part = self.layers[name]
+            count = len(part.weights)
+            if count:
+                scaled[name] = c[:, :count] * (part.whitening(curvature[name]) * preconditioners[name].inside[:count])
+        out = torch.zeros(next(iter(inside.values())).shape[0], self.dim)
+        for piece in products(scaled, self._weights(scaled)).values():
+            out += piece
+        return out
+
+    def taken(self, x: torch.Tensor, curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
+        """What of each layer's subspace <x, z> accounts for: (S + lambda)^-1/2 (W x)_l, (q, r) float32."""
+        used = {name: x for name, part in self.layers.items() if len(part.weights)}
+        out = {}
+        for name, w in products(used, self._weights(used), transposed=True).items():
+            w = w / self.layers[name].whitening(curvature[name])
+            out[name] = torch.nn.functional.pad(w, (0, curvature[name].rank - w.shape[1]))
+        return {n: out[n] if n in out else torch.zeros(x.shape[0], curvature[n].rank) for n in self.layers}
+
+    def _weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {name: self.layers[name].weights for name in names}
+
+
+class SketchEncoder:
+    """Coordinates of gradients, with whitening and weights folded into one (D, k) matrix a layer."""
+
+    def __init__(self, sketch: Sketch, curvature: Mapping[str, LayerCurvature], device: torch.device | None = None):
+        self.dim = sketch.dim
+        self._matrices = {}
+        for name, part in sketch.layers.items():
+            count = len(part.weights)
+            if count:
+                weights = part.weights / part.whitening(curvature[name])[:, None]
+                self._matrices[name] = (curvature[name].basis[:, :count] @ weights).to(device or "cpu")
+
+    def encode(self, layers: Mapping[str, LayerGradient]) -> torch.Tensor:
+        """z (n, k) float32, on the CPU."""
+        total: torch.Tensor | None = None
+        for name, matrix in self._matrices.items():
+            part = layers[name].flat().to(matrix.device, torch.float32) @ matrix
+            total = part if total is None else total.add_(part)
+        if total is None:
+            raise CurvatureError("the sketch has no coordinates in any layer: build the index again")
+        return total.cpu()
+
+
+def sketch_method(asked: str, total: int) -> str:
+    """ "pca" or "per-layer": what "auto" stands for, by the number of half-whitened coordinates."""
+    if asked != "auto":
+        return asked
+    return "pca" if total <= PCA_UP_TO else "per-layer"
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """Half-whitened coordinates of a sample, as a sketch is fitted on them.
+
+    Attributes:
+        walk: gives them, (b, sum of widths) float32 a piece, the same each time.
+        count: number of rows.
+        widths: layer -> how many of its first directions they have.
+        lams: layer -> lambda.
+    """
+
+    walk: Callable[[], Iterator[torch.Tensor]]
+    count: int
+    widths: Mapping[str, int]
+    lams: Mapping[str, float]
+
+
+def half_whitened(
+    rows: RowPass,
+    count: int,
+    curvature: Mapping[str, LayerCurvature],
+    lams: Mapping[str, float],
+    device: torch.device,
+) -> Whitened:
+    """Those of blocks of gradients, in all directions."""
+    whitened = {name: (layer.basis / roots(layer, lams[name])).to(device) for name, layer in curvature.items()}
+
+    def walk() -> Iterator[torch.Tensor]:
+        for block in rows():
+            yield from _whiten(block, whitened)
+
+    return Whitened(walk, count, {name: layer.rank for name, layer in curvature.items()}, lams)
+
+
+def fit_sketch(
+    whitened: Whitened,
+    curvature: Mapping[str, LayerCurvature],
+    *,
+    dim: int,
+    method: str,
+    seed: int,
+    stage: Stage,
+    device: torch.device,
+) -> Sketch:
+    """Fits a sketch on a sample of the data, walked several times and never held.
+
+    Args:
+        whitened: half-whitened coordinates of the sample.
+        curvature: layer -> fitted curvature.
+        dim: the most coordinates to keep; never more than there are half-whitened ones or rows, and a multiple of 8
+            where there are that many.
+        method: "pca": one PCA over all layers, by subspace iteration; "per-layer": the directions with the largest
+            S / (S + lambda) of all layers.
+        seed: of the starting block and the rotation.
+        stage: told of the rows walked.
+        device: where the products are computed.
+    """
+    count, widths, lams = whitened.count, whitened.widths, whitened.lams
+    total = sum(widths.values())
+    kept = min(dim, total, count)
+    kept = kept // 8 * 8 if kept >= 8 else kept
+    generator = np.random.Generator(keyed_generator(seed, "sketch-rotation", kept))
+    rotation = torch.linalg.qr(torch.from_numpy(generator.standard_normal((kept, kept)))).Q
+
+    def walk() -> Iterator[torch.Tensor]:
+        for part in whitened.walk():
+            yield part.to(device)
+            stage.advance(len(part))
+
+    if method == "pca":
+        fit = SubspaceFit(("sketch",), total, kept, count, seed, device)
+        passes = fit.passes(_POWER_ITERATIONS)
+        stage.total = (stage.total or 0) + passes * count
+        for number in range(passes):
+            if fit.begin(number, passes):
+                for part in walk():
+                    fit.add(part)
+                fit.end()
+        pairs = fit.result(count)
+        if not pairs.trace > 0:
+            raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
+        weights = (pairs.vectors.double() @ rotation).float().split(list(widths.values()))
+        layers = {n: LayerSketch(lams[n], w.contiguous()) for n, w in zip(widths, weights, strict=True)}
+        return Sketch(layers, kept, method, min(float(pairs.values[:kept].sum()) / pairs.trace, 1.0))
+
+    shares = torch.cat([(s := curvature[n].eigenvalues[:m].double()) / (s + lams[n]) for n, m in widths.items()])
+    best = torch.zeros(total, dtype=torch.bool)
+    best[torch.argsort(shares, descending=True, stable=True)[:kept]] = True
+    stage.total = (stage.total or 0) + count
+    squares = torch.zeros(total, dtype=torch.float64)
+    for part in walk():
+        squares += part.double().square().sum(dim=0).cpu()
+    layers, at = {}, 0
+    for name, chosen in zip(widths, best.split(list(widths.values())), strict=True):
+        # Eigenvalues fall, so the chosen ones are the first of each layer.
+        taken = int(chosen.sum())
+        layers[name] = LayerSketch(lams[name], rotation[at : at + taken].float().contiguous())
+        at += taken
+    if not squares.sum() > 0:
+        raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
+    return Sketch(layers, kept, method, float(squares[best].sum() / squares.sum()))
+
+
+def _whiten(block: GradientBlock, whitened: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Pieces (b, total) of the half-whitened coordinates of a block."""
+    flat = {name: block.layers[name].flat() for name in whitened}
+    return [
+        torch.cat([flat[n][i : i + _BATCH_ROWS].to(m.device, torch.float32) @ m for n, m in whitened.items()], dim=1)
+        for i in range(0, block.count, _BATCH_ROWS)
+    ]

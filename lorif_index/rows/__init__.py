@@ -1,0 +1,1 @@
+"""Rows: an example's gradients as factors, coordinates or both, and how they lie in a row."""

@@ -1,0 +1,1 @@
+"""Search: a question put to the rows; coarse proposals, exact scores, and what was missed."""

@@ -1,0 +1,213 @@
+"""Planner: whether a search scans, rescores candidates or answers from the coarse index alone; and the three ways.
+
+A plan always says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..damping import Damping, damping_from_json
+from ..errors import QueryError
+from ..progress import Reporter
+from .reader import Reader
+from .scoring import Question, TopK, stream_scores
+
+# Below so many rows a scan takes a few milliseconds, and is always right.
+SCAN_UP_TO = 10_000
+# What a candidate costs beside its bytes, counted in bytes that a scan gets through meanwhile: to be read by itself and
+# scored exactly, and to be scored by coordinates.
+_GATHER_BYTES, _NARROW_BYTES = 6000, 700
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a search will be done.
+
+    Attributes:
+        way: "scan", "candidates" or "coarse".
+        reason: in words.
+        recall: asked for.
+    """
+
+    way: str
+    reason: str
+    recall: float
+
+
+@dataclass
+class Answer:
+    """Positions (q, k) int64, scores (q, k) float32, candidates (q,) and estimated recall (q,), bytes, seconds."""
+
+    positions: np.ndarray
+    scores: np.ndarray
+    candidates: np.ndarray
+    recall: np.ndarray
+    bytes_read: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def choose_plan(
+    reader: Reader,
+    *,
+    k: int,
+    recall: float,
+    largest: bool,
+    rescore: bool,
+    exact: bool | None,
+    all_layers: bool,
+    damping: Damping,
+    normalize: str | None = None,
+) -> Plan:
+    """The way to answer.
+
+    Args:
+        reader: the index.
+        k: at most the number of rows.
+        recall: asked for.
+        largest: proponents are wanted, or opponents.
+        rescore: False asks for coarse scores.
+        exact: True for a scan, False for candidates, None to choose.
+        all_layers: the query counts every layer.
+        damping: the query's.
+        normalize: scores are to be normalised, which takes every row; None: as they are.
+
+    Raises:
+        QueryError: the index cannot do what was asked for.
+    """
+    if normalize is not None:
+        if exact is False or not rescore:
+            raise QueryError(f"normalize={normalize!r} scans every row: leave exact=False or rescore=False out")
+        return Plan("scan", f"scan of every row, for normalize={normalize!r}", 1.0)
+    rows = reader.layout.row_bytes > 0
+    has_coarse = reader.manifest.coarse is not None
+    if not rescore or (not rows and exact is None):
+        if not has_coarse:
+            raise QueryError(
+                "rescore=False answers from the coarse index, and this index has none: make one with rebuild_coarse()"
+            )
+        if not rescore:
+            return Plan("coarse", "coarse scores, as asked by rescore=False", recall)
+        return Plan("coarse", "coarse scores: the index keeps nothing else (store='coarse')", recall)
+    if not rows:
+        raise QueryError(
+            f"exact={exact} needs stored rows, and this index keeps the coarse code alone (store='coarse'): leave "
+            "exact out for approximate scores, or build it with store='eigen', 'coordinates', 'factors' or 'both'"
+        )
+    if exact is False:
+        if not has_coarse:
+            raise QueryError("exact=False, but this index has no coarse stage: make one with rebuild_coarse()")
+        return Plan("candidates", f"candidates, as asked by exact=False{_caveat(reader, damping)}", recall)
+    count = reader.store.live_count
+    if exact:
+        return Plan("scan", "scan of every row, as asked by exact=True", 1.0)
+    if not has_coarse:
+        return Plan("scan", "scan of every row: the index has no coarse stage", 1.0)
+    if recall >= 1:
+        return Plan("scan", "scan of every row: nothing less is certain of recall=1", 1.0)
+    if count <= SCAN_UP_TO:
+        return Plan("scan", f"scan of every row: quick enough for {count:,}", 1.0)
+    if not all_layers:
+        return Plan("scan", "scan of every row: the coarse stage is calibrated for all layers together", 1.0)
+    search = reader.candidates
+    if search is None:
+        return Plan("scan", "scan of every row: the index has no coarse stage", 1.0)
+    if not search.reaches(k, recall, largest=largest):
+        return Plan(
+            "scan",
+            f"scan of every row: calibration found no number of candidates, of up to {search.limit:,}, that reaches "
+            f"recall={recall:g} at k={k:,}",
+            1.0,
+        )
+    counts, layout = search.first_counts(k, recall, largest=largest), reader.layout
+    cost = counts.wide * _NARROW_BYTES if layout.codes is not None else 0
+    cost += counts.deep * (layout.factor_bytes + _GATHER_BYTES) if layout.width else 0
+    if cost >= count * layout.row_bytes:
+        return Plan("scan", f"scan of every row: {counts.deep:,} candidates of {count:,} rows would cost as much", 1.0)
+    return Plan("candidates", f"candidates of the coarse index, rescored{_caveat(reader, damping)}", recall)
+
+
+def _caveat(reader: Reader, damping: Damping) -> str:
+    """What calibration cannot speak for."""
+    search = reader.candidates
+    if search is None or search.calibration is None:
+        return "; never calibrated: their number is a guess, and their recall is estimated from this search alone"
+    learnt = search.calibration.damping
+    if learnt == damping.to_json():
+        return ""
+    return (
+        f"; calibrated under {damping_from_json(learnt)}, not under {damping}: further from that, recall takes more "
+        "candidates, and is estimated from this search alone"
+    )
+
+
+def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(positions (m,), scores (q, m), bytes read) of the live rows of every block of the index."""
+    with report.stage("scan", reader.store.live_count) as stage:
+        at = 0
+        for positions, scores, size in stream_scores(reader.rows, question):
+            if question.scale is not None:
+                scores.mul_(question.scale[at : at + scores.shape[1]])
+            at += scores.shape[1]
+            yield positions, scores, size
+            stage.advance(scores.shape[1], size)
+
+
+def _by_scan(
+    reader: Reader, question: Question, plan: Plan, k: int, largest: bool, report: AbstractContextManager[Reporter]
+) -> Answer:
+    top, read = TopK(question.count, k, largest=largest), 0
+    began = time.perf_counter()
+    with report as opened:
+        for at, scores, size in scan(reader, question, opened):
+            top.update(at, scores)
+            read += size
+    positions, best = top.result()
+    examined, certain = np.full(question.count, reader.store.live_count), np.ones(question.count)
+    seconds = {"scan": time.perf_counter() - began}
+    return Answer(positions.numpy(), best.numpy(), examined, certain, read, seconds)
+
+
+def _by_candidates(
+    reader: Reader, question: Question, plan: Plan, k: int, largest: bool, report: AbstractContextManager[Reporter]
+) -> Answer:
+    search = reader.candidates
+    if search is None:
+        raise QueryError("the index has no coarse stage: make one with rebuild_coarse()")
+    counts = search.first_counts(k, plan.recall, largest=largest)
+    parts = []
+    with report as opened, opened.stage("search", question.count) as stage:
+        for start in range(0, question.count, search.together):
+            some = question.some(slice(start, start + search.together))
+            parts.append(search.run(some, k, plan.recall, largest=largest, counts=counts))
+            stage.advance(some.count, parts[-1].bytes_read)
+    seconds = {name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds}
+    read = sum(part.bytes_read for part in parts)
+    positions, scores, candidates, recall = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("positions", "scores", "candidates", "recall")
+    )
+    return Answer(positions, scores, candidates, recall, read, seconds)
+
+
+def _by_coarse(
+    reader: Reader, question: Question, plan: Plan, k: int, largest: bool, report: AbstractContextManager[Reporter]
+) -> Answer:
+    search = reader.candidates
+    if search is None:
+        raise QueryError("the index has no coarse stage: make one with rebuild_coarse()")
+    began = time.perf_counter()
+    positions, scores, recall = search.coarse_only(question, k, largest=largest)
+    seconds = {"coarse": time.perf_counter() - began}
+    return Answer(positions, scores, np.zeros(question.count, np.int64), np.full(question.count, recall), 0, seconds)
+
+
+Way = Callable[[Reader, Question, Plan, int, bool, AbstractContextManager[Reporter]], Answer]
+ANSWERS: dict[str, Way] = {"scan": _by_scan, "candidates": _by_candidates, "coarse": _by_coarse}
+"""Way -> the function that goes it."""

@@ -1,0 +1,417 @@
+"""Manifest: the one JSON file that makes a folder an index; it names every other file, and is replaced atomically.
+
+Each replacement is a version of the index. What an older one names stays on disk as long as somebody reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..capture.gradients import LayerSpec
+from ..errors import CorruptionError, FingerprintError, FormatVersionError, NotAnIndexError, StoreError
+from .locks import Lease, is_read
+from .sealed import SealedInfo, replace_durably
+from .shards import ShardInfo
+
+FORMAT = "lorif-index"
+FORMAT_VERSION = 5
+# Version 1 had factors alone, and no coarse stage; until version 2 projections were random and curvature empirical;
+# until version 3 there were no eigencodes; until version 4 an index never changed after its build.
+READABLE = (1, 2, 3, 4, 5)
+_BEFORE_3 = {"projection": "random", "curvature": "empirical"}
+MANIFEST = "manifest.json"
+BUILDING = "building.json"
+ADDING = "adding.json"
+_LARGEST = 256 << 20
+_RETIRED = "retired-"
+# Names that builds and changes give: nothing else in the folder is ever removed.
+_OURS = (".h5", ".faiss")
+_ZEROS = "0" * 32
+# Of a layer: beyond any model's, and small enough that sizes made from it cannot overflow.
+_WIDEST = 1 << 31
+
+
+@dataclass
+class Manifest:
+    """An index, finished or being built.
+
+    Attributes:
+        fingerprint: field -> value, of everything a score depends on: format, config, layers, model, loss, data.
+        config: the `BuildConfig` as JSON.
+        layers: the tracked layers.
+        shards: sealed shards, in order of their ids.
+        projections: the learnt projections' file and sides (see `fitted.save_projections`), or None.
+        curvature: the curvature's file, or None while it is not fitted.
+        curvature_layers: per layer, in the layers' order: rank, spectrum length, trace, rows, examples.
+        stored: what rows hold: "eigen", "both", "factors", "coordinates" or "coarse"; None while that is not decided.
+        eigen: the eigencodes' file and facts (see `fitted.save_eigencode`), or None.
+        sketch: the sketch's file and facts (see `fitted.save_sketch`), or None.
+        coarse: the coarse index's file, factory and fingerprint, or None.
+        queries: the file of calibration queries and sampled coordinates, or None.
+        calibration: what was learnt from them (see `calibration.Calibration`), or None.
+        skipped: ids of examples left out for inf or NaN.
+        report: seconds by stage and other facts of the build.
+        metadata: the user's own.
+        generation: rises with every change.
+        next_id: of the next example that is added; ids are never given twice.
+        next_file: number of the next shard or list of removed ids; names are never given twice.
+        removed: the file of removed ids and their count, or None.
+        fitted_ids: ids below this were there when the curvature was fitted.
+        pending: what an unfinished `add` was given, in its own file only.
+    """
+
+    fingerprint: dict[str, Any]
+    config: dict[str, Any]
+    layers: list[LayerSpec]
+    shards: list[ShardInfo] = field(default_factory=list)
+    projections: dict[str, Any] | None = None
+    curvature: SealedInfo | None = None
+    curvature_layers: list[dict[str, Any]] = field(default_factory=list)
+    stored: str | None = None
+    eigen: dict[str, Any] | None = None
+    sketch: dict[str, Any] | None = None
+    coarse: dict[str, Any] | None = None
+    queries: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    skipped: list[int] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    generation: int = 0
+    next_id: int = 0
+    next_file: int = 0
+    removed: dict[str, Any] | None = None
+    fitted_ids: int = 0
+    pending: dict[str, Any] | None = None
+
+    def side_files(self) -> list[dict[str, Any]]:
+        """The entries that name a file: projections, eigencodes, sketch, coarse index, queries, removed ids."""
+        entries = (self.projections, self.eigen, self.sketch, self.coarse, self.queries, self.removed)
+        return [entry for entry in entries if entry is not None]
+
+    def floor(self) -> Any:
+        """The least width that projections have: a number where the config says "auto"."""
+        return self.fingerprint.get("config", {}).get("projection_floor", self.config.get("projection_floor"))
+
+    def names(self) -> set[str]:
+        """Names of all files that belong to it."""
+        names = {shard.sealed.file for shard in self.shards} | {e["file"]["file"] for e in self.side_files()}
+        return names | ({self.curvature.file} if self.curvature else set())
+
+    def new_name(self, kind: str) -> str:
+        """A name for the next shard, or other numbered file, that no file of this index ever had."""
+        self.next_file += 1
+        return f"{kind}-{self.next_file - 1:06d}.h5"
+
+    def digest(self) -> str:
+        """SHA-256, in hex, over the fingerprint's fields and the digests of all files: names this exact index."""
+        files = [s.sealed.digest for s in self.shards]
+        files.append(self.curvature.digest if self.curvature else "")
+        if self.projections is not None:
+            files.append(self.projections["file"]["digest"])
+        if self.eigen is not None:
+            files.append(self.eigen["file"]["digest"])
+        if self.sketch is not None:
+            files.append(self.sketch["file"]["digest"])
+        if self.stored == "coarse" and self.coarse is not None:
+            files.append(self.coarse["file"]["digest"])
+        if self.removed is not None:
+            files.append(self.removed["file"]["digest"])
+        return hashlib.sha256(_canonical([self.fingerprint, files]).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "config": self.config,
+            "layers": [spec_to_json(spec) for spec in self.layers],
+            "shards": [shard.to_json() for shard in self.shards],
+            "projections": self.projections,
+            "curvature": self.curvature.to_json() if self.curvature else None,
+            "curvature_layers": self.curvature_layers,
+            "stored": self.stored,
+            "eigen": self.eigen,
+            "sketch": self.sketch,
+            "coarse": self.coarse,
+            "queries": self.queries,
+            "calibration": self.calibration,
+            "skipped": self.skipped,
+            "report": self.report,
+            "metadata": self.metadata,
+            "generation": self.generation,
+            "next_id": self.next_id,
+            "next_file": self.next_file,
+            "removed": self.removed,
+            "fitted_ids": self.fitted_ids,
+            "pending": self.pending,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Manifest:
+        """From a manifest's fields, of any version that is read.
+
+        Raises:
+            KeyError, TypeError, ValueError, CorruptionError: fields that are missing or of the wrong form.
+        """
+        shards = [ShardInfo.from_json(shard) for shard in _typed(data["shards"], list)]
+        after = max((shard.last_id + 1 for shard in shards), default=0)
+        examples = _typed(data["report"], dict).get("examples", 0)
+        manifest = cls(
+            fingerprint=_typed(data["fingerprint"], dict),
+            config=_typed(data["config"], dict),
+            layers=[_spec_from_json(spec) for spec in _typed(data["layers"], list)],
+            shards=shards,
+            projections=_entry(data.get("projections")),
+            curvature=SealedInfo.from_json(data["curvature"]) if data["curvature"] is not None else None,
+            curvature_layers=_typed(data["curvature_layers"], list),
+            stored=data.get("stored", "factors"),
+            eigen=_entry(data.get("eigen")),
+            sketch=_entry(data.get("sketch")),
+            coarse=_entry(data.get("coarse")),
+            queries=_entry(data.get("queries")),
+            calibration=_typed(data.get("calibration"), dict, none=True),
+            skipped=[_count(i) for i in _typed(data["skipped"], list)],
+            report=data["report"],
+            metadata=_typed(data["metadata"], dict),
+            generation=_count(data.get("generation", 0)),
+            # Before version 5 nothing was ever added or removed.
+            next_id=_count(data.get("next_id", max(after, examples if isinstance(examples, int) else 0))),
+            next_file=_count(data.get("next_file", len(shards))),
+            removed=_entry(data.get("removed")),
+            fitted_ids=_count(data.get("fitted_ids", after)),
+            pending=_typed(data.get("pending"), dict, none=True),
+        )
+        if len({spec.name for spec in manifest.layers}) < len(manifest.layers):
+            raise ValueError("two layers of one name")
+        if any(a.last_id >= b.first_id for a, b in pairwise(shards)) or after > manifest.next_id:
+            raise ValueError("ids that do not rise from shard to shard")
+        names = [shard.sealed.file for shard in shards] + [e["file"]["file"] for e in manifest.side_files()]
+        names += [manifest.curvature.file] if manifest.curvature else []
+        if len(set(names)) < len(names) or set(names) & {MANIFEST, BUILDING, ADDING}:
+            raise ValueError("one file named twice")
+        return manifest
+
+    def write(self, folder: Path, name: str) -> None:
+        """Replaces the file of that name, atomically and durably."""
+        replace_durably(folder, name, _with_checksum(self.to_json()))
+
+    def commit(self, folder: Path) -> None:
+        """Makes this the index's next version: from now on readers open it. Those that have opened the last one keep
+        it, under another name, until they close it.
+
+        Only whoever holds the writer's lock may call this.
+        """
+        self.generation += 1
+        retired = folder / f"{_RETIRED}{self.generation - 1:06d}.json"
+        try:
+            os.link(folder / MANIFEST, retired, follow_symlinks=False)
+        except FileExistsError:
+            # A commit was interrupted between this line and the next but one: it is the same file, or an older one of
+            # the same number, which no reader could have opened.
+            pass
+        except OSError:
+            # No manifest yet, or a file system without links: readers of the last version are told if files vanish.
+            pass
+        self.write(folder, MANIFEST)
+
+
+def collect(folder: Path) -> list[str]:
+    """Removes what no version needs: leftovers of interrupted writers, and files of old versions that nobody reads.
+
+    Only whoever holds the writer's lock may call this.
+
+    Returns:
+        names of files that an old version's reader still holds.
+    """
+    if (folder / MANIFEST).is_file():
+        # A build or an addition that was killed right after its commit.
+        (folder / BUILDING).unlink(missing_ok=True)
+        if (folder / ADDING).is_file() and not _still_adding(folder):
+            (folder / ADDING).unlink()
+    needed: set[str] = set()
+    for name in (MANIFEST, BUILDING, ADDING):
+        if (folder / name).is_file():
+            needed |= read_manifest(folder, name).names()
+    held: set[str] = set()
+    for path in sorted(folder.glob(f"{_RETIRED}*.json")):
+        if _same_file(path, folder / MANIFEST) or not is_read(path):
+            path.unlink()
+            continue
+        held |= {path.name} | (read_manifest(folder, path.name).names() - needed)
+    for item in folder.iterdir():
+        if item.name in needed | held or not item.name.endswith((".part", *_OURS)):
+            continue
+        if item.is_file() or item.is_symlink():
+            item.unlink()
+    return sorted(held)
+
+
+def _still_adding(folder: Path) -> bool:
+    """Whether the interrupted addition is to the index as it is now: it cannot go on on any other."""
+    try:
+        pending = read_manifest(folder, ADDING).pending or {}
+    except StoreError:
+        return False
+    return pending.get("generation") == read_manifest(folder).generation
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return b.exists() and a.samefile(b)
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
+    """Reads and checks a manifest, without keeping hold of its version (see `open_version`).
+
+    Raises:
+        NotAnIndexError: there is none, or it is something else's.
+        FormatVersionError: written in a version that is not read here.
+        CorruptionError: not JSON, not as it was written, or fields that are missing or of the wrong form.
+    """
+    manifest, lease = open_version(folder, name)
+    lease.release()
+    return manifest
+
+
+def open_version(folder: Path, name: str = MANIFEST) -> tuple[Manifest, Lease]:
+    """Reads and checks a manifest, and keeps its files from being removed until the lease is released.
+
+    Raises:
+        As `read_manifest`.
+    """
+    path = folder / name
+    if not path.is_file():
+        unfinished = (folder / BUILDING).is_file()
+        remedy = (
+            "its build was interrupted: run the same Index.build again" if unfinished else "build one with Index.build"
+        )
+        raise NotAnIndexError(f"{folder} has no {name}, so it is not an index: {remedy}")
+    lease = Lease(folder, name, _LARGEST)
+    try:
+        return _parse(lease.data, folder, path), lease
+    except BaseException:
+        lease.release()
+        raise
+
+
+def _parse(raw: bytes, folder: Path, path: Path) -> Manifest:
+    try:
+        text = raw.decode("utf-8")
+        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(f"{path} is not valid JSON ({error}): restore it from a copy") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise NotAnIndexError(f"{path} is not a {FORMAT} manifest: is {folder} the right folder?")
+    version = data.get("format_version")
+    if isinstance(version, bool) or version not in READABLE:
+        raise FormatVersionError(
+            f"{folder} is in format version {version!r}, and this library reads versions {READABLE}: use the "
+            "library version that wrote it, or build it again"
+        )
+    if version >= 5 or "checksum" in data:
+        # A flipped bit in the version must not talk its way around the checksum.
+        _check_checksum(text, data, path)
+    try:
+        manifest = Manifest.from_json(data)
+        if version < 3:
+            manifest.config = _BEFORE_3 | manifest.config
+        return manifest
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise CorruptionError(f"{path} lacks a field or has one of the wrong form ({error!r}): restore it") from None
+
+
+def _with_checksum(data: dict[str, Any]) -> bytes:
+    """A manifest's bytes: JSON whose first field, `checksum`, is the XXH3-128 of them all with zeros in its place."""
+    body = json.dumps({"checksum": _ZEROS} | data, indent=1, allow_nan=False).encode()
+    return body.replace(_ZEROS.encode(), xxhash.xxh3_128_hexdigest(body).encode(), 1)
+
+
+def _check_checksum(text: str, data: dict[str, Any], path: Path) -> None:
+    stored = data.get("checksum")
+    if not isinstance(stored, str) or len(stored) != len(_ZEROS):
+        raise CorruptionError(f"{path} has no checksum: restore it from a copy")
+    found = xxhash.xxh3_128_hexdigest(text.replace(stored, _ZEROS, 1).encode())
+    if found != stored:
+        raise CorruptionError(f"{path} has checksum {found}, where {stored} was written: restore it from a copy")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object with one key twice")
+    return found
+
+
+def _typed(value: Any, kind: type, *, none: bool = False) -> Any:
+    if not isinstance(value, kind) and not (none and value is None):
+        raise TypeError(f"{str(value)[:80]!r} where a {kind.__name__} was expected")
+    return value
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise TypeError(f"{str(value)[:80]!r} where a count was expected")
+    return value
+
+
+def _entry(value: Any) -> dict[str, Any] | None:
+    """An entry that names a file by `file`, or None."""
+    if value is not None:
+        SealedInfo.from_json(_typed(value, dict)["file"])
+    return value
+
+
+def _spec_from_json(spec: Any) -> LayerSpec:
+    names = [_typed(name, str) for name in _typed(spec["uses"], list)]
+    made = LayerSpec(**{**_typed(spec, dict), "uses": tuple(names)})
+    _typed(made.name, str), _typed(made.bias, bool)
+    sizes = (made.width_in, made.width_out, made.d_in, made.d_out, made.rank)
+    if not all(0 < _count(size) <= _WIDEST for size in sizes) or made.d_in * made.d_out > _WIDEST:
+        raise ValueError(f"layer {made.name!r} of sizes {sizes}")
+    return made
+
+
+def check_same(stored: dict[str, Any], given: dict[str, Any], what: str, remedy: str) -> None:
+    """Compares fingerprints field by field.
+
+    Raises:
+        FingerprintError: they differ; the message names the fields with both values.
+    """
+    stored, given = json.loads(_canonical(stored)), json.loads(_canonical(given))
+    different = sorted(k for k in stored.keys() | given.keys() if stored.get(k) != given.get(k))
+    if different:
+        lines = "; ".join(f"{k}: {_short(stored.get(k))} there, {_short(given.get(k))} here" for k in different)
+        raise FingerprintError(f"{what} differs in {', '.join(different)} ({lines}): {remedy}")
+
+
+def spec_to_json(spec: LayerSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "width_in": spec.width_in,
+        "width_out": spec.width_out,
+        "d_in": spec.d_in,
+        "d_out": spec.d_out,
+        "rank": spec.rank,
+        "bias": spec.bias,
+        "uses": list(spec.uses),
+    }
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

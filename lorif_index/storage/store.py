@@ -1,0 +1,329 @@
+"""Store: an index's rows, shard after shard; appended while building, streamed or gathered when searching.
+
+Rows are addressed by position. Removed ones keep theirs until the index is compacted, and are dead: read, perhaps, but
+never answered with.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..rows.layout import RowLayout, Rows
+from .shards import Part, Shard, ShardInfo, write_shard
+
+BLOCK_BYTES = 4 << 20
+VERIFY = ("first", "always", "never")
+"""When streamed shards are compared with their digests: before their first use, before every pass, or never. Rows that
+are gathered singly are always compared with their checksums."""
+_READ_AHEAD = 2
+
+
+class StoreWriter:
+    """Collects rows up to a shard's size, and seals shards one after another.
+
+    Args:
+        folder: where the shards go; must exist.
+        layout: the rows' layout.
+        shard_bytes: rows of a shard with their payloads, in bytes.
+        sealed: shards that are there already, to which the new ones are appended.
+        name: gives a new shard's name; by default they are numbered.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: RowLayout,
+        shard_bytes: int,
+        sealed: list[ShardInfo],
+        name: Callable[[], str] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._layout = layout
+        self.sealed = sealed
+        self._name = name or (lambda: f"shard-{len(self.sealed):06d}.h5")
+        self._bytes, self._payload_bytes = shard_bytes, 0
+        self._payloads: list[bytes] | None = None
+        self._energies: np.ndarray | None = None
+        self._capacity = max(shard_bytes // max(layout.row_bytes, 8), 1)
+        self._rows = layout.empty(0)
+        self._ids = np.empty(self._capacity, dtype=np.int64)
+        self._filled = 0
+
+    def append(
+        self,
+        rows: Rows,
+        ids: np.ndarray,
+        energies: np.ndarray | None = None,
+        payloads: Sequence[bytes] | None = None,
+    ) -> bool:
+        """Adds rows, always with energies and payloads or always without; whether a shard was sealed."""
+        sealed_before = len(self.sealed)
+        if energies is not None and self._energies is None:
+            self._energies = np.empty(self._capacity, dtype=np.float32)
+        if payloads is not None and self._payloads is None:
+            self._payloads = []
+        at = 0
+        while at < len(ids):
+            take = min(len(ids) - at, self._capacity - self._filled)
+            self._grow(self._filled + take)
+            room = slice(self._filled, self._filled + take)
+            self._rows.factors[room] = rows.factors[at : at + take]
+            self._rows.codes[room] = rows.codes[at : at + take]
+            self._ids[room] = ids[at : at + take]
+            if self._energies is not None and energies is not None:
+                self._energies[room] = energies[at : at + take]
+            if self._payloads is not None and payloads is not None:
+                self._payloads += payloads[at : at + take]
+                self._payload_bytes += sum(map(len, payloads[at : at + take]))
+            self._filled += take
+            at += take
+            if self._filled == self._capacity or self._payload_bytes >= self._bytes:
+                self.flush()
+        return len(self.sealed) > sealed_before
+
+    def flush(self) -> None:
+        """Seals what has been collected."""
+        if not self._filled:
+            return
+        rows, ids = self._rows[: self._filled], self._ids[: self._filled]
+        energies = None if self._energies is None else self._energies[: self._filled]
+        shard = write_shard(
+            self._folder, self._name(), rows, ids, self._layout.dtype, energies=energies, payloads=self._payloads
+        )
+        self.sealed.append(shard)
+        self._filled = self._payload_bytes = 0
+        self._payloads = None if self._payloads is None else []
+
+    def _grow(self, needed: int) -> None:
+        # Grown by doubling: a small index need not hold a whole shard's memory.
+        if needed > len(self._rows):
+            size = min(max(2 * len(self._rows), needed), self._capacity)
+            larger = self._layout.empty(size)
+            larger.factors[: self._filled] = self._rows.factors[: self._filled]
+            larger.codes[: self._filled] = self._rows.codes[: self._filled]
+            self._rows = larger
+
+
+class Store:
+    """The sealed rows of an index, addressed by position 0 .. n - 1.
+
+    Args:
+        folder: of the index.
+        layout: the rows' layout.
+        shards: in order.
+        removed: rising ids of rows that are dead.
+        verify: one of `VERIFY`.
+        damaged: names of shards whose rows are dead, and which are not read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: RowLayout,
+        shards: list[ShardInfo],
+        *,
+        removed: np.ndarray | None = None,
+        verify: str = "first",
+        damaged: Collection[str] = (),
+    ) -> None:
+        self.layout = layout
+        self.shards = [Shard(folder, info, layout) for info in shards]
+        self._starts = np.cumsum([0, *(info.rows for info in shards)])
+        self._ids: np.ndarray | None = None
+        self._removed, self._verify, self.damaged = removed, verify, frozenset(damaged)
+        self._dead: np.ndarray | None = None
+        self._gone = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all shards on disk."""
+        return sum(shard.file.info.size for shard in self.shards)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(n,) int64: the row ids, by position, rising; of the dead, too."""
+        if self._ids is None:
+            parts = [self._ids_of(shard) for shard in self.shards]
+            self._ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        return self._ids
+
+    def _ids_of(self, shard: Shard) -> np.ndarray:
+        if shard.info.sealed.file not in self.damaged:
+            return shard.ids()
+        # Which ids the rows of a damaged shard had is only known by its range.
+        return np.minimum(np.arange(shard.count) + shard.info.first_id, shard.info.last_id)
+
+    @property
+    def dead(self) -> np.ndarray | None:
+        """(n,) bool: which rows are removed or in a damaged shard; None where none is."""
+        if self._removed is None and not self.damaged:
+            return None
+        with self._lock:
+            if self._dead is None:
+                dead = np.zeros(len(self), dtype=bool)
+                if self._removed is not None and len(self._removed):
+                    dead = np.isin(self.ids, self._removed)
+                for shard, start in zip(self.shards, self._starts[:-1].tolist(), strict=True):
+                    if shard.info.sealed.file in self.damaged:
+                        dead[start : start + shard.count] = True
+                self._gone = int(dead.sum())
+                self._dead = dead
+        return self._dead
+
+    @property
+    def live(self) -> np.ndarray:
+        """(m,) int64: positions of the rows that answers are taken from, rising."""
+        dead = self.dead
+        return np.arange(len(self), dtype=np.int64) if dead is None else np.flatnonzero(~dead)
+
+    @property
+    def live_count(self) -> int:
+        dead = self.dead
+        return len(self) if dead is None else len(self) - self._gone
+
+    @property
+    def live_ids(self) -> np.ndarray:
+        """(m,) int64: ids of the rows that answers are taken from, rising."""
+        dead = self.dead
+        return self.ids if dead is None else self.ids[~dead]
+
+    def first_position(self, number: int) -> int:
+        """Of the first row of a shard."""
+        return int(self._starts[number])
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.file.close()
+
+    def stream(self, first: int = 0, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Rows]]:
+        """Rows from position `first` on, in order, as (position of the first, rows).
+
+        The next block is read while the caller works on this one. A block is a view of a buffer that is used again:
+        it is good until the next one is asked for.
+        """
+        rows = max(min(block_bytes // max(self.layout.row_bytes, 1), max((s.count for s in self.shards), default=1)), 1)
+        pieces = [
+            (shard, int(start), i, min(i + rows, shard.count))
+            for shard, start in zip(self.shards, self._starts[:-1], strict=True)
+            for i in range(min(max(first - int(start), 0), shard.count), shard.count, rows)
+            if shard.info.sealed.file not in self.damaged
+        ]
+        buffers = [self.layout.empty(rows) for _ in range(_READ_AHEAD + 1)]
+        views = [(_bytes(buffer.factors), _bytes(buffer.codes)) for buffer in buffers]
+
+        def read(number: int) -> None:
+            shard, _, start, stop = pieces[number]
+            if start == 0 or number == 0:
+                self._check(shard)
+            factors, codes = views[number % len(views)]
+            shard.factors.read(start, stop, factors)
+            shard.codes.read(start, stop, codes)
+
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorif-read") as pool:
+            pending = [pool.submit(read, i) for i in range(min(_READ_AHEAD, len(pieces)))]
+            for i, (_, first, start, stop) in enumerate(pieces):
+                pending.pop(0).result()
+                if i + _READ_AHEAD < len(pieces):
+                    # The buffer it fills is the one the caller had before this block: it has been given back.
+                    pending.append(pool.submit(read, i + _READ_AHEAD))
+                yield first + start, buffers[i % len(buffers)][: stop - start]
+
+    def gather(self, positions: np.ndarray, *, check: bool = True) -> Rows:
+        """Rows at some positions, in the order asked for.
+
+        Args:
+            positions: (m,) int64 in [0, n).
+            check: compare each row with its checksums.
+
+        Raises:
+            CorruptionError: a row does not match its checksum.
+        """
+        return Rows(self.gather_factors(positions, check=check), self.gather_codes(positions, check=check))
+
+    def gather_factors(
+        self, positions: np.ndarray, *, check: bool = True, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The factors of rows at some positions, (m, width) in the stored dtype (see `gather`), into `out` if given."""
+        if out is None:
+            out = torch.empty(len(positions), self.layout.width, dtype=self.layout.torch_dtype)
+        self._gather([shard.factors for shard in self.shards], positions, out.view(torch.uint8), check)
+        return out
+
+    def gather_codes(self, positions: np.ndarray, *, check: bool = True) -> torch.Tensor:
+        """The codes of rows at some positions, (m, code bytes) uint8 (see `gather`)."""
+        out = torch.empty(len(positions), self.layout.code_bytes, dtype=torch.uint8)
+        self._gather([shard.codes for shard in self.shards], positions, out, check)
+        return out
+
+    def all_codes(self) -> torch.Tensor:
+        """The codes of all rows, (n, code bytes) uint8: mind the memory."""
+        out = torch.empty(len(self), self.layout.code_bytes, dtype=torch.uint8)
+        for shard, start in zip(self.shards, self._starts[:-1].tolist(), strict=True):
+            if shard.info.sealed.file in self.damaged:
+                out[start : start + shard.count] = 0
+                continue
+            self._check(shard)
+            shard.codes.read(0, shard.count, _bytes(out[start : start + shard.count]))
+        return out
+
+    def payloads(self, positions: np.ndarray) -> list[bytes | None]:
+        """The payloads of rows at some positions, in the order asked for; None where a row has none.
+
+        Raises:
+            CorruptionError: one does not match its checksum.
+        """
+        out: list[bytes | None] = [None] * len(positions)
+        owners = np.searchsorted(self._starts, positions, side="right") - 1
+        for owner in np.unique(owners).tolist():
+            shard, places = self.shards[owner], np.flatnonzero(owners == owner)
+            if shard.has_payloads:
+                found = shard.payloads(positions[places] - self._starts[owner])
+                for place, payload in zip(places.tolist(), found, strict=True):
+                    out[place] = payload
+        return out
+
+    def energies(self) -> np.ndarray | None:
+        """(n,) float32: squared norms of the examples' gradients, by position; None where a shard has none."""
+        parts = [shard.energies() for shard in self.shards]
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known) if parts and len(known) == len(parts) else None
+
+    def _check(self, shard: Shard) -> None:
+        """Compares a shard with its digest before it is streamed, as often as it was said."""
+        if self._verify == "always":
+            shard.file.verify()
+        elif self._verify == "first":
+            shard.file.verify_once()
+
+    def _gather(self, parts: list[Part], positions: np.ndarray, out: torch.Tensor, check: bool) -> None:
+        size = out.shape[1]
+        if not size:
+            return
+        raw = out.numpy()
+        flat = _bytes(out)
+        order = np.argsort(positions, kind="stable")
+        ends = np.searchsorted(positions[order], self._starts[1:])
+        begin = 0
+        for part, start, end in zip(parts, self._starts[:-1], ends.tolist(), strict=True):
+            if end > begin:
+                places = order[begin:end]
+                local = positions[places] - start
+                part.gather(local, [flat[p * size : (p + 1) * size] for p in places.tolist()])
+                if check:
+                    part.check(local, raw, places)
+            begin = end
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    return tensor.view(torch.uint8).numpy().reshape(-1).data

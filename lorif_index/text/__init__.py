@@ -1,0 +1,1 @@
+"""Text: language models and passages on top of the engine, and the demo."""

@@ -1,0 +1,259 @@
+"""Demo's model: passages of Python's own documentation, and a small language model trained on them in a minute.
+
+Everything is made on the spot from the standard library's `pydoc_data.topics`; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ..capture.data import collate
+from ..capture.losses import IGNORE
+from ..progress import ProgressCallback, reporter
+from .textindex import quiet_transformers
+from .texts import Document, TokenWindows, cut
+
+_STEPS_PER_SECOND = 11.0
+"""What one CPU core manages: the number of steps, and so the model, does not depend on how busy the machine is."""
+
+_BEGINNING = "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """The demo's choices; the defaults were chosen by how often held-out passages found their topic.
+
+    Attributes:
+        seconds: of training, on one CPU core; it stops at 1.5 times that, wherever it is.
+        seed: of the split, the model and the order of training.
+        k: passages shown.
+        held_out: passages kept out of training and index.
+        characters: passages are whole paragraphs of about so many characters together.
+        vocabulary: tokens, of a byte-level BPE.
+        context: tokens.
+        width, depth, heads: of the model.
+        batch_size, learning_rate, weight_decay: of AdamW.
+        projection_dim: of the index, which has the library's defaults else.
+    """
+
+    seconds: float = 60.0
+    seed: int = 0
+    k: int = 8
+    held_out: int = 100
+    characters: int = 200
+    vocabulary: int = 2048
+    context: int = 192
+    width: int = 192
+    depth: int = 2
+    heads: int = 4
+    batch_size: int = 8
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.1
+    projection_dim: int | str = "auto"
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.seconds * _STEPS_PER_SECOND))
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the model was trained.
+
+    Attributes:
+        parameters: of the model.
+        steps, planned: done, and meant to be done.
+        epochs: how often each passage was seen.
+        seconds: wall clock.
+        loss, loss_held_out: in nats per token, after training, on the passages and on those held out.
+    """
+
+    parameters: int
+    steps: int
+    planned: int
+    epochs: float
+    seconds: float
+    loss: float
+    loss_held_out: float
+
+
+# -- the text ----------------------------------------------------------------------------------------------------
+
+
+def documentation(characters: int) -> list[Document]:
+    """Passages of `pydoc_data.topics`: paragraphs in a row of one topic, about so many characters, source = the topic.
+
+    The topics repeat each other; a paragraph is kept once, in the shortest topic that has it.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    documents = []
+    for topic in sorted(topics, key=lambda topic: (len(topics[topic]), topic)):
+        gathered = ""
+        for paragraph in (p.strip("\n") for p in re.split(r"\n\s*\n", topics[topic])):
+            plain = " ".join(paragraph.split())
+            if not plain or plain in seen:
+                continue
+            seen.add(plain)
+            if gathered and len(gathered) + len(paragraph) > characters:
+                documents.append(Document(gathered, topic))
+                gathered = ""
+            gathered = f"{gathered}\n\n{paragraph}" if gathered else paragraph
+        if gathered:
+            documents.append(Document(gathered, topic))
+    return documents
+
+
+def split(documents: list[Document], held_out: int, seed: int) -> tuple[list[Document], list[Document]]:
+    """Training passages, by length so that batches need little padding, and held-out ones.
+
+    Held out are only passages of some length, of topics that keep enough others to be found.
+    """
+    per_topic = Counter(document.source for document in documents)
+    order = np.random.default_rng(seed).permutation(len(documents))
+    fit = [i for i in order if per_topic[documents[i].source] >= 6 and len(documents[i].text) >= 150]
+    held = set(fit[:held_out])
+    training = sorted((d for i, d in enumerate(documents) if i not in held), key=lambda d: len(d.text))
+    return training, [documents[i] for i in sorted(held)]
+
+
+def all_windows(documents: list[Document], tokenizer: Any, context: int) -> TokenWindows:
+    """The documents as windows of at most `context` tokens."""
+    windows = TokenWindows()
+    for pieces in cut(documents, tokenizer, max_length=context):
+        for _, ids in pieces:
+            windows.append(ids)
+    return windows
+
+
+# -- the model ---------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(documents: list[Document], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer of transformers, trained on the documents."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[_BEGINNING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=tokenizer, bos_token=_BEGINNING, eos_token=_BEGINNING)
+
+
+def new_model(settings: DemoSettings, vocabulary: int) -> Any:
+    """A GPT-2-architecture model with random weights, from torch's global generator."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with quiet_transformers():
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary,
+                n_positions=settings.context,
+                n_embd=settings.width,
+                n_layer=settings.depth,
+                n_head=settings.heads,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+
+
+def train(
+    model: Any,
+    windows: TokenWindows,
+    held_out: TokenWindows,
+    settings: DemoSettings,
+    progress: bool | ProgressCallback | None,
+) -> Training:
+    """Trains in place, for a fixed number of steps unless they take too long."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
+    )
+    steps, done, examples, began = settings.steps, 0, 0, time.perf_counter()
+    batches = _batches(windows, settings)
+    model.train()
+    with reporter(progress) as report, report.stage("train", steps) as stage:
+        while done < steps and time.perf_counter() - began < 1.5 * settings.seconds:
+            batch = collate([windows[i] for i in next(batches)])
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _schedule(done, steps)
+            total, tokens = _loss(model, batch)
+            optimizer.zero_grad()
+            (total / tokens).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            done += 1
+            examples += len(batch["input_ids"])
+            stage.advance(1)
+    seconds = time.perf_counter() - began
+    model.eval()
+    return Training(
+        parameters=sum(p.numel() for p in model.parameters()),
+        steps=done,
+        planned=steps,
+        epochs=examples / len(windows),
+        seconds=seconds,
+        loss=_mean_loss(model, windows, settings.batch_size),
+        loss_held_out=_mean_loss(model, held_out, settings.batch_size),
+    )
+
+
+def _batches(windows: TokenWindows, settings: DemoSettings) -> Iterator[list[int]]:
+    """Shuffled batches of passages of about the same length, for ever."""
+    generator = np.random.default_rng(settings.seed)
+    size = settings.batch_size
+    while True:
+        order = generator.permutation(len(windows))
+        batches = []
+        for start in range(0, len(order), 16 * size):
+            near = sorted(order[start : start + 16 * size].tolist(), key=windows.length)
+            batches += [near[i : i + size] for i in range(0, len(near), size)]
+        for i in generator.permutation(len(batches)):
+            yield batches[i]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Of the learning rate: a short rise, then a cosine down to a tenth."""
+    return min(1.0, (step + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Next-token cross-entropy summed over a batch, and how many tokens those are."""
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+    # The labels are moved rather than the logits, which are large.
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    total = functional.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total, int((following != IGNORE).sum())
+
+
+def _mean_loss(model: Any, windows: TokenWindows, batch_size: int) -> float:
+    order = sorted(range(len(windows)), key=windows.length)
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for i in range(0, len(order), batch_size):
+            loss, count = _loss(model, collate([windows[j] for j in order[i : i + batch_size]]))
+            total, tokens = total + float(loss), tokens + count
+    return total / max(tokens, 1)

@@ -1,0 +1,198 @@
+"""Show: an index, answers and errors as tables for people and as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from ..build.estimate import Estimate
+from ..damping import Damping
+from ..index import Index
+from .textindex import Answer
+
+_WIDTH_OF_FILES = 100
+_EXCERPT = 160
+
+
+def console() -> Console:
+    """For stdout: as wide as the terminal, or a fixed width where there is none."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
+
+
+def write_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def excerpt(text: str, length: int = _EXCERPT) -> Text:
+    """The beginning of a text on one line, without what could move the terminal's cursor or be read as markup."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return Text(line if len(line) <= length else line[: length - 1].rstrip() + "…")
+
+
+# -- an estimate -------------------------------------------------------------------------------------------------
+
+
+def show_estimate(out: Console, found: Estimate, disk: int | None) -> None:
+    """Disk, memory and time by part, and the other ways to store rows."""
+    out.print(
+        f"{found.examples:,} passages as {found.stored}, {found.bytes_per_example:,} bytes each: "
+        f"{in_units(found.disk_total)} on disk ({in_units(found.temporary)} more meanwhile), up to "
+        f"{in_units(found.memory)} in memory, about {found.seconds_total:,.0f} s."
+    )
+    parts = Table("part", "on disk", "stage", "seconds", box=None, header_style="bold")
+    disks, stages = list(found.disk.items()), list(found.seconds.items())
+    for i in range(max(len(disks), len(stages))):
+        left = (disks[i][0], in_units(disks[i][1])) if i < len(disks) else ("", "")
+        right = (stages[i][0], f"{stages[i][1]:,.1f}") if i < len(stages) else ("", "")
+        parts.add_row(*left, *right)
+    out.print(parts)
+    room = "" if disk is None else f" (x: beyond the {in_units(disk)} that there are)"
+    out.print(f"\nOther ways to store a passage{room}:", style="bold")
+    ways = Table("settings", "bytes each", "on disk", "", box=None, header_style="bold")
+    for choice in found.choices:
+        settings = " ".join(f"{key}={value}" for key, value in choice.settings.items())
+        ways.add_row(settings, f"{choice.bytes_per_example:,}", in_units(choice.disk), "" if choice.fits else "x")
+    out.print(ways)
+
+
+# -- an index ----------------------------------------------------------------------------------------------------
+
+
+def index_json(index: Index) -> dict[str, Any]:
+    """All that is known of an index, as plain JSON values."""
+    damping: Damping = index.config.damping  # type: ignore[assignment]
+    layers = []
+    for spec in index.specs.values():
+        curvature = index.curvature[spec.name]
+        kept = float(curvature.eigenvalues.sum())
+        layers.append(
+            {
+                "name": spec.name,
+                "uses": list(spec.uses),
+                "bias": spec.bias,
+                "width_in": spec.width_in,
+                "width_out": spec.width_out,
+                "d_in": spec.d_in,
+                "d_out": spec.d_out,
+                "rank": spec.rank,
+                "curvature_rank": curvature.rank,
+                "trace": curvature.trace,
+                "trace_kept": kept / curvature.trace if curvature.trace > 0 else None,
+                "lambda": damping.value(curvature),
+            }
+        )
+    return {
+        "path": str(index.path),
+        "fingerprint": index.fingerprint,
+        "examples": len(index),
+        "skipped": list(index.skipped),
+        "generation": index.generation,
+        "curvature_age": index.curvature_age,
+        "bytes_per_example": index.bytes_per_example,
+        "nbytes": index.nbytes,
+        "stored": index.representation,
+        "coarse": index.coarse,
+        "config": index.config.to_json(),
+        "layers": layers,
+        "build_report": index.build_report,
+        "metadata": index.metadata,
+    }
+
+
+def show_index(out: Console, facts: dict[str, Any]) -> None:
+    """What `index_json` gave, for people."""
+    config, report = facts["config"], facts["build_report"]
+    summary = Table.grid(padding=(0, 2))
+    summary.add_row("index", excerpt(facts["path"]))
+    skipped = len(facts["skipped"])
+    age = facts["curvature_age"]
+    gone = f", {age['removed']:,} removed and not yet compacted" if age["removed"] else ""
+    summary.add_row("examples", f"{facts['examples']:,}" + (f", {skipped} skipped" if skipped else "") + gone)
+    if age["new_rows"]:
+        share = "" if age["new_trace"] is None else f", {age['new_trace']:.1%} of the squared gradient norm"
+        summary.add_row("since the fit", f"{age['new_rows']:,} examples added{share}")
+    summary.add_row(
+        "size", f"{facts['bytes_per_example']:,} bytes per example, {in_units(facts['nbytes'])} in all with curvature"
+    )
+    stored = {
+        "eigen": "coordinates in the curvature's eigenbases, in few bits",
+        "both": f"{config['dtype']} factors and {config['coordinate_bits']}-bit coordinates",
+    }
+    summary.add_row("stored", stored.get(facts["stored"], facts["stored"]))
+    coarse = facts["coarse"]
+    if coarse is not None:
+        summary.add_row(
+            "coarse",
+            f"{coarse['factory']} on {coarse['dim']} coordinates ({coarse['energy']:.0%} of the whitened gradients), "
+            f"{coarse['bytes_per_example']:.0f} bytes per example",
+        )
+    summary.add_row("damping", " ".join(str(v) for v in config["damping"].values()) + f", {config['complement']}")
+    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.get("seconds", {}).items())
+    summary.add_row("built", seconds or "unknown")
+    text = facts["metadata"].get("text")
+    if isinstance(text, dict):
+        summary.add_row("model", excerpt(str(text.get("model"))))
+        summary.add_row("windows", f"{text.get('max_length')} tokens, every {text.get('stride')}")
+    summary.add_row("fingerprint", facts["fingerprint"])
+    out.print(summary)
+    table = Table("layer", box=None, header_style="bold", padding=(0, 1))
+    for column in ("in x out", "projected", "c", "r", "trace", "kept", "lambda"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in facts["layers"]:
+        name = layer["name"] + (f" (tied: {', '.join(layer['uses'])})" if len(layer["uses"]) > 1 else "")
+        table.add_row(
+            Text(name),
+            f"{layer['width_in']} x {layer['width_out']}",
+            f"{layer['d_in']} x {layer['d_out']}",
+            str(layer["rank"]),
+            str(layer["curvature_rank"]),
+            f"{layer['trace']:.3g}",
+            "" if layer["trace_kept"] is None else f"{layer['trace_kept']:.0%}",
+            f"{layer['lambda']:.3g}",
+        )
+    out.print(table)
+
+
+def in_units(count: int) -> str:
+    """Bytes as people read them."""
+    return decimal(count)
+
+
+# -- answers -----------------------------------------------------------------------------------------------------
+
+
+def answer_json(answer: Answer) -> dict[str, Any]:
+    """One answer as plain JSON values."""
+    hits = [
+        {
+            "rank": rank,
+            "id": hit.id,
+            "score": hit.score,
+            "source": None if hit.passage is None else hit.passage.source,
+            "text": None if hit.passage is None else hit.passage.text,
+        }
+        for rank, hit in enumerate(answer.hits, start=1)
+    ]
+    return {"text": answer.text, "tokens": answer.tokens, "loss": answer.loss, "hits": hits}
+
+
+def show_answer(out: Console, answer: Answer) -> None:
+    """One answer as a table."""
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    table.add_column("", justify="right", style="dim")
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("id", justify="right", no_wrap=True, style="dim")
+    table.add_column("source", style="cyan", max_width=28)
+    table.add_column("passage")
+    for rank, hit in enumerate(answer.hits, start=1):
+        source, text = (hit.passage.source, hit.passage.text) if hit.passage else ("-", "-")
+        table.add_row(str(rank), f"{hit.score:.4g}", str(hit.id), excerpt(source), excerpt(text))
+    out.print(table)

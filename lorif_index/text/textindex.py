@@ -1,0 +1,413 @@
+"""Text index: an index of passages under a causal language model, which remembers the model and the passages.
+
+What `lorif build` makes and `lorif search --text` asks. Models come from local folders of transformers; nothing is
+downloaded, and only safetensors weights are read.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..build.estimate import Estimate
+from ..capture.losses import IGNORE, default_loss
+from ..config import BuildConfig
+from ..damping import Damping
+from ..errors import ConfigError, DataError, IndexExistsError, QueryError
+from ..index import Index
+from ..progress import ProgressCallback, reporter
+from ..results import Hits, SearchStats
+from ..storage.manifest import MANIFEST
+from .texts import LEAST_TOKENS, Document, Passage, PassageSpool, TokenWindows, cut, read_passages
+
+METADATA = "text"
+"""The key under which an index's metadata holds what is remembered here."""
+
+LONGEST_DEFAULT = 1024
+"""Tokens in a window where neither the user nor the model's context asks for fewer."""
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        folder: where both are.
+        model: in float32, whatever its file's dtype: gradients in half precision lose too much.
+        tokenizer: of transformers.
+    """
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+
+    @property
+    def context(self) -> int | None:
+        """The longest input, in tokens, if the model says."""
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        return longest if isinstance(longest, int) and longest > 0 else None
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One found training passage.
+
+    Attributes:
+        id: the index's row id.
+        score: influence on the question; score / N estimates, in nats, by how much the question's loss would rise
+            without the passage.
+        passage: its text and source; None where the index does not keep them.
+    """
+
+    id: int
+    score: float
+    passage: Passage | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found for one question.
+
+    Attributes:
+        text: the question.
+        tokens: how many of its tokens have a loss.
+        loss: the model's on the question, in nats, summed over those tokens.
+        hits: best first.
+        stats: of the search, which all questions asked together share.
+    """
+
+    text: str
+    tokens: int
+    loss: float
+    hits: list[Hit]
+    stats: SearchStats
+
+
+def load_text_model(folder: Path, device: str = "auto") -> TextModel:
+    """Loads a folder written by `save_pretrained`, with its tokenizer.
+
+    Args:
+        folder: local; nothing is downloaded and no code in it is run.
+        device: a torch device, or "auto": the first GPU if there is one, else the CPU.
+
+    Raises:
+        DataError: no such folder, or nothing in it that transformers can load. ConfigError: an unknown device.
+    """
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise DataError(f"{folder} {what}: pass a model folder as save_pretrained writes it, tokenizer included")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is unknown to torch: {error}") from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    except Exception as error:  # whatever a folder of the wrong kind makes the package raise
+        raise DataError(f"{folder} cannot be loaded as a causal language model with its tokenizer: {error}") from error
+    try:
+        model = model.float().to(place)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the model cannot be moved to device {device!r}: {error}") from None
+    return TextModel(folder, model.eval(), tokenizer)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers inside; as they were afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# -- building ----------------------------------------------------------------------------------------------------
+
+
+def build_text_index(
+    out: Path,
+    text_model: TextModel,
+    documents: Iterable[Document],
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    config: BuildConfig | None = None,
+    origin: dict[str, Any] | None = None,
+    progress: bool | ProgressCallback | None = None,
+) -> Index:
+    """Cuts documents into passages and builds their index, which keeps the passages and the model's folder.
+
+    Args:
+        out: a folder, as for `Index.build`.
+        text_model: the trained model.
+        documents: walked once.
+        max_length, stride: in tokens, see `cut`; max_length is by default the model's context, at most 1024.
+        config: as for `Index.build`.
+        origin: plain JSON values remembered with the index: where the documents are from.
+        progress: as for `Index.build`.
+
+    Raises:
+        ConfigError: max_length beyond the model's context. DataError: no passage, or as the documents raise.
+            Else as `Index.build`.
+    """
+    if (out / MANIFEST).exists():
+        raise IndexExistsError(f"{out} already holds an index: ask it with `lorif search`, or choose another folder")
+    max_length = _window_length(text_model, max_length)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with PassageSpool(out.parent) as passages:
+        windows, count, empty = _tokenise(documents, text_model, max_length, stride, passages, progress)
+        facts = {
+            "model": str(text_model.folder.resolve()),
+            "max_length": max_length,
+            "stride": max_length if stride is None else stride,
+            "documents": count,
+            "empty_documents": empty,
+            "tokens": windows.tokens,
+            "passages": {"count": len(passages)},
+            "origin": origin or {},
+        }
+        return Index.build(
+            out,
+            model=text_model.model,
+            data=windows,
+            config=config,
+            metadata={METADATA: facts},
+            payloads=passages,
+            progress=progress,
+        )
+
+
+def estimate_text_index(
+    text_model: TextModel,
+    documents: Iterable[Document],
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    config: BuildConfig | None = None,
+    examples: int | None = None,
+    batches: int = 4,
+    disk: int | None = None,
+    progress: bool | ProgressCallback | None = None,
+) -> Estimate:
+    """What `build_text_index` would take; arguments as there and for `Index.estimate`."""
+    max_length = _window_length(text_model, max_length)
+    with tempfile.TemporaryDirectory() as place, PassageSpool(Path(place)) as passages:
+        windows, _, _ = _tokenise(documents, text_model, max_length, stride, passages, progress)
+        return Index.estimate(
+            model=text_model.model,
+            data=windows,
+            config=config,
+            examples=examples,
+            batches=batches,
+            disk=disk,
+            payload_bytes=passages.nbytes / len(passages),
+            progress=progress,
+        )
+
+
+def _tokenise(
+    documents: Iterable[Document],
+    text_model: TextModel,
+    max_length: int,
+    stride: int | None,
+    passages: PassageSpool,
+    progress: bool | ProgressCallback | None,
+) -> tuple[TokenWindows, int, int]:
+    """Passages into the spool, and their tokens; how many documents there were, and how many of them empty.
+
+    Raises:
+        DataError: no passage.
+    """
+    windows, count, empty = TokenWindows(), 0, 0
+    with reporter(progress) as report, report.stage("tokenise") as stage:
+        for pieces in cut(documents, text_model.tokenizer, max_length=max_length, stride=stride):
+            count += 1
+            empty += not pieces
+            for passage, ids in pieces:
+                passages.append(passage)
+                windows.append(ids)
+            stage.advance(len(pieces))
+    if not len(windows):
+        raise DataError(f"none of the {count} documents has a passage of at least {LEAST_TOKENS} tokens")
+    return windows, count, empty
+
+
+def _window_length(text_model: TextModel, wanted: int | None) -> int:
+    context = text_model.context
+    if wanted is None:
+        return min(context or LONGEST_DEFAULT, LONGEST_DEFAULT)
+    if context is not None and wanted > context:
+        raise ConfigError(f"max_length={wanted} is above the model's context of {context} tokens: pass at most that")
+    return wanted
+
+
+# -- asking ------------------------------------------------------------------------------------------------------
+
+
+def encode_question(
+    text: str, tokenizer: Any, context: int | None, *, prompt: str | None = None
+) -> dict[str, torch.Tensor]:
+    """A text as an example whose loss is that of its own tokens: input_ids, attention_mask, labels, (length,) int64.
+
+    Args:
+        text: the question.
+        tokenizer: of transformers.
+        context: the longest input, in tokens; None: any.
+        prompt: comes before the text, with labels of -100.
+
+    Raises:
+        QueryError: no token has a loss, or more tokens than the context.
+    """
+    before = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
+    # Special tokens belong at the beginning only.
+    own = tokenizer(text, add_special_tokens=not before, verbose=False)["input_ids"]
+    length = len(before) + len(own)
+    if not own or length < LEAST_TOKENS:
+        raise QueryError(f"the text {text!r} has no token that follows another, so there is no loss on it: write more")
+    if context is not None and length > context:
+        raise QueryError(f"the text has {length} tokens with its prompt, and the model takes {context}: shorten it")
+    ids = torch.tensor([*before, *own], dtype=torch.long)
+    labels = ids.clone()
+    labels[: len(before)] = IGNORE
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+class TextIndex:
+    """An index of texts with the model that it was built from, ready to be asked in words."""
+
+    def __init__(self, index: Index, text_model: TextModel) -> None:
+        self.index = index
+        self.text_model = text_model
+        self._facts: dict[str, Any] = index.metadata.get(METADATA) or {}
+
+    @classmethod
+    def open(cls, path: Path, *, model: Path | None = None, device: str = "auto") -> TextIndex:
+        """Opens an index, and the model that it remembers.
+
+        Args:
+            path: the index.
+            model: the model's folder, if it is no longer where it was at the build.
+            device: as for `load_text_model`.
+
+        Raises:
+            QueryError: the index remembers no model and none is given. Else as `Index.open` and `load_text_model`.
+        """
+        with Index.open(path) as bare:
+            remembered = (bare.metadata.get(METADATA) or {}).get("model")
+        if model is None:
+            if remembered is None:
+                raise QueryError(f"{path} was not made by `lorif build`, so it knows no model: pass --model FOLDER")
+            model = Path(remembered)
+            if not model.is_dir():
+                raise DataError(f"the model that {path} was built from is no longer at {model}: pass --model FOLDER")
+        text_model = load_text_model(model, device)
+        return cls(Index.open(path, model=text_model.model), text_model)
+
+    def ask(
+        self,
+        texts: list[str],
+        k: int = 10,
+        *,
+        prompt: str | None = None,
+        opponents: bool = False,
+        recall: float = 0.99,
+        exact: bool | None = None,
+        damping: Damping | float | None = None,
+        layers: list[str] | None = None,
+        progress: bool | ProgressCallback | None = False,
+    ) -> list[Answer]:
+        """The training passages that did most to make the model expect each text.
+
+        Args:
+            texts: the questions.
+            k: hits each.
+            prompt: comes before each text and is not itself asked about: only the text's tokens have a loss.
+            opponents, recall, exact, damping, layers, progress: as for `Index.search`.
+
+        Raises:
+            QueryError: a text with no token that has a loss, or beyond the model's context. Else as `Index.search`.
+        """
+        tokenizer, context = self.text_model.tokenizer, self.text_model.context
+        items = [encode_question(text, tokenizer, context, prompt=prompt) for text in texts]
+        found = self.index.search(
+            items,
+            k,
+            opponents=opponents,
+            recall=recall,
+            exact=exact,
+            damping=damping,
+            layers=layers,
+            progress=progress,
+        )
+        passages = self._passages(found)
+        answers = []
+        for text, item, ids, scores in zip(texts, items, found.ids.tolist(), found.scores.tolist(), strict=True):
+            hits = [Hit(i, score, passages.get(i)) for i, score in zip(ids, scores, strict=True)]
+            tokens = int((item["labels"][1:] != IGNORE).sum())
+            answers.append(Answer(text, tokens, self._loss(item), hits, found.stats))
+        return answers
+
+    def add(self, documents: Iterable[Document], *, progress: bool | ProgressCallback | None = None) -> np.ndarray:
+        """Indexes further documents, cut as those of the build were.
+
+        Args:
+            documents: walked once.
+            progress: as for `Index.build`.
+
+        Returns:
+            (m,) int64: ids of the new passages.
+
+        Raises:
+            DataError: no passage. QueryError: the index was not made by `build_text_index`. Else as `Index.add`.
+        """
+        try:
+            max_length, stride = int(self._facts["max_length"]), int(self._facts["stride"])
+        except (KeyError, TypeError, ValueError):
+            raise QueryError(
+                f"{self.index.path} was not made by `lorif build`, so it does not say how texts are cut: use Index.add"
+            ) from None
+        with PassageSpool(self.index.path.parent) as passages:
+            windows, _, _ = _tokenise(documents, self.text_model, max_length, stride, passages, progress)
+            return self.index.add(windows, payloads=passages, progress=progress)
+
+    def _passages(self, found: Hits) -> dict[int, Passage]:
+        """The passages of hits, by id."""
+        known = self._facts.get("passages")
+        if found.payloads is None:
+            # Until format version 4 they were in a file of their own.
+            if not isinstance(known, dict) or "digest" not in known:
+                return {}
+            return read_passages(self.index.path, known, found.ids.ravel().tolist())
+        pairs = zip(found.ids.ravel().tolist(), (p for row in found.payloads for p in row), strict=True)
+        return {
+            i: Passage(str(payload["text"]), str(payload["source"]))
+            for i, payload in pairs
+            if isinstance(payload, dict) and {"text", "source"} <= set(payload)
+        }
+
+    def _loss(self, item: dict[str, torch.Tensor]) -> float:
+        model = self.text_model.model
+        batch = {key: value.unsqueeze(0).to(model.device) for key, value in item.items()}
+        with torch.no_grad():
+            return float(default_loss(model, batch))
