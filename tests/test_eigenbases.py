@@ -11,7 +11,8 @@ import torch
 from test_oracle import cnn, gpt2, mlp
 from torch import nn
 
-from lorif_index import BuildConfig, Index, LayerSelection, default_loss, eigenbases
+from lorif_index import BuildConfig, Index, LayerSelection, default_loss
+from lorif_index.capture import eigenbases
 from lorif_index.capture.projection import projection_matrix
 from lorif_index.errors import CurvatureError, FingerprintError
 
