@@ -7,6 +7,7 @@ LorifError
 |-- CaptureError           a module whose per-example gradient cannot be taken
 |-- NonFiniteError         inf or NaN in an example's gradient, or a value the stored dtype cannot hold
 |-- CurvatureError         a curvature that cannot be fitted or inverted
+|-- DistributedError       a rank that failed, hangs, or was given something else than the others
 `-- StoreError             files: missing, foreign, damaged, of another version
     |-- IndexExistsError
     |-- NotAnIndexError
@@ -45,6 +46,10 @@ class NonFiniteError(LorifError):
 
 class CurvatureError(LorifError):
     """A curvature that cannot be fitted, or that the chosen damping leaves singular."""
+
+
+class DistributedError(LorifError):
+    """Another rank failed, did not come in time, or was given something else."""
 
 
 class StoreError(LorifError):

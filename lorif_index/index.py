@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -48,11 +48,12 @@ from .damping import Damping, as_damping
 from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
 from .fit.curvature import LayerCurvature
 from .progress import ProgressCallback, Reporter, reporter
+from .ranks import ALONE, Ranks
 from .results import Hits, SearchStats
 from .search.devices import search_device
 from .search.planner import ANSWERS, Plan, choose_plan, scan
 from .search.reader import Reader, positions_of
-from .search.scoring import Question, self_scores
+from .search.scoring import Question, self_scores, told
 from .storage.damage import damage_message, damaged_shards, find_damage, folder_bytes
 from .storage.locks import Lease, WriterLock
 from .storage.manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
@@ -73,8 +74,9 @@ class Index:
         device: str | torch.device | None = None,
         verify: str = "first",
         damaged: str = "refuse",
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._path = path
+        self._path, self._ranks = path, ranks
         self._device = search_device(device)
         self._verify, self._damaged = verify, damaged
         self._use(*open_version(path))
@@ -85,7 +87,15 @@ class Index:
     def _use(self, manifest: Manifest, lease: Lease) -> None:
         """Reads from one version of the index, and keeps hold of it."""
         damaged = damaged_shards(self._path, manifest) if self._damaged == "skip" else ()
-        reader = Reader(self._path, manifest, device=self._device, verify=self._verify, damaged=damaged, lease=lease)
+        reader = Reader(
+            self._path,
+            manifest,
+            device=self._device,
+            verify=self._verify,
+            damaged=damaged,
+            lease=lease,
+            ranks=self._ranks,
+        )
         self._reader = reader
         self._manifest, self._config, self._specs = reader.manifest, reader.config, reader.specs
         self._layout, self._store, self._curvature = reader.layout, reader.store, reader.curvature
@@ -99,7 +109,8 @@ class Index:
         An open index answers from the version that it opened, whatever writers do meanwhile.
         """
         manifest, lease = open_version(self._path)
-        if manifest.generation == self._manifest.generation:
+        changed = manifest.generation != self._manifest.generation
+        if not any(self._ranks.gather_values(changed)):
             lease.release()
             return False
         # Nothing of the old version is closed: other threads may be searching it, and it goes when the last has done.
@@ -122,9 +133,13 @@ class Index:
         metadata: dict[str, Any] | None = None,
         payloads: Values | None = None,
         fit: Index | str | os.PathLike[str] | None = None,
+        distributed: Any = None,
         progress: bool | ProgressCallback | None = None,
     ) -> Index:
         """Builds an index in a folder, and opens it. The same call on an interrupted build goes on with it.
+
+        Where torch.distributed is initialised (torchrun), all ranks call this with the same arguments and share the
+        work: see `distributed`.
 
         Args:
             path: a folder that does not exist, is empty, or holds an interrupted build.
@@ -145,6 +160,10 @@ class Index:
                 own id for it), as a list or anything with a length and integer keys.
             fit: another index, whose projections, curvature and directions are taken instead of fitted: such indexes
                 can be merged. Its config is the default then.
+            distributed: None: all ranks of the default process group build together, where one is initialised; False:
+                this process alone; or a `ProcessGroup`. Where the ranks do not see one folder under `path`, each
+                folder gets a part, an index of its own with ids in the whole, and the parts are searched together
+                (`open(distributed=True)`).
             progress: True or False for bars on stderr, None for bars on a terminal, or a callable that gets every
                 `ProgressEvent`.
 
@@ -152,6 +171,7 @@ class Index:
             IndexExistsError: the folder is not free. ConfigError, DataError, CaptureError: what was given cannot be
             honoured; nothing is written then. NonFiniteError: inf or NaN in an example's gradient.
             FingerprintError: the folder holds an interrupted build of something else. OSError: disk or permissions.
+            DistributedError: another rank failed, hangs, or was given something else.
         """
         folder, fitted = Path(path), None
         if fit is not None:
@@ -166,9 +186,9 @@ class Index:
         config = BuildConfig() if config is None else config
         if not isinstance(config, BuildConfig):
             raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
-        asked = as_model(model)
-        with reporter(progress) as report:
-            build_index(
+        asked, ranks = as_model(model), Ranks.of(distributed)
+        with reporter(progress if ranks.first else False) as report:
+            whole = build_index(
                 folder,
                 model=asked,
                 data=data,
@@ -180,8 +200,9 @@ class Index:
                 payloads=payloads,
                 fit=fitted,
                 reporter=report,
+                ranks=ranks,
             )
-        return cls(folder, asked, loss)
+        return cls(folder, asked, loss, ranks=ALONE if whole else ranks)
 
     @classmethod
     def estimate(
@@ -244,6 +265,7 @@ class Index:
         device: str | torch.device | None = None,
         verify: str = "first",
         damaged: str = "refuse",
+        distributed: Any = False,
     ) -> Index:
         """Opens a finished index, as it is now: what writers do later is seen after `refresh`.
 
@@ -257,6 +279,10 @@ class Index:
                 before every scan; "never". Rows read singly, and all other files, are always checked.
             damaged: "refuse" raises `CorruptionError` where a search meets damage; "skip" looks at every shard now, and
                 answers without the examples of damaged ones (`SearchStats.skipped` counts them).
+            distributed: True: all ranks of the default process group open the index together, or the parts of it that
+                lie in their folders; or a `ProcessGroup`. Each holds a part of the rows and of the coarse index, all
+                call the same methods at the same time, rank 0's query counts (others may pass None), and all get the
+                answer. Such a handle changes nothing in the index.
 
         Raises:
             NotAnIndexError, FormatVersionError, CorruptionError: the folder. FingerprintError: another model or loss
@@ -266,7 +292,10 @@ class Index:
             raise ConfigError(f"verify must be one of {VERIFY}, got {verify!r}")
         if damaged not in ("refuse", "skip"):
             raise ConfigError(f"damaged must be 'refuse' or 'skip', got {damaged!r}")
-        index = cls(Path(path), None, None, device, verify, damaged)
+        ranks = Ranks.of(distributed)
+        with ranks.jointly("open"):
+            read_manifest(Path(path))
+        index = cls(Path(path), None, None, device, verify, damaged, ranks)
         if model is not None:
             index._attach(as_model(model), loss)
         return index
@@ -346,6 +375,9 @@ class Index:
         chosen, policy = self._chosen(layers), self._policy(damping)
         k = min(int(k), len(self))
         # Before the query's gradients are taken: what cannot be answered is refused at once.
+        ranks = self._ranks
+        ranks.stage = "search"
+        ranks.agree("a search", {"k": k, "recall": recall, "opponents": opponents, "layers": list(chosen)})
         plan = choose_plan(
             self._reader,
             k=k,
@@ -387,7 +419,7 @@ class Index:
             recall_by_query=answer.recall.tolist(),
             candidates_by_query=answer.candidates.tolist(),
         )
-        ids = self._store.ids[answer.positions]
+        ids = self._reader.ids_at(answer.positions)
         return Hits(ids, answer.scores, stats, self._payloads_of(answer.positions))
 
     def scores(
@@ -399,6 +431,7 @@ class Index:
         layers: str | Iterable[str] | None = None,
         normalize: str | None = None,
         out: np.ndarray | None = None,
+        gather: bool = True,
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
         """Exact scores of every training example, (q, n) float32; column j is row id `index.ids[j]`.
@@ -407,7 +440,9 @@ class Index:
 
         Args:
             query, measure, damping, layers, normalize, progress: as in `search`.
-            out: a (q, n) float32 array to write to, for instance a memory map.
+            out: a (q, n) float32 array to write to, for instance a memory map; (q, m) without `gather`.
+            gather: of an index that several ranks have opened together: True gives the whole matrix to each of them;
+                False to each the (q, m) columns of the rows that it holds, `index.held_ids`.
 
         Raises:
             QueryError: as in `search`, or an `out` of another shape or dtype.
@@ -416,17 +451,29 @@ class Index:
         self._need_rows("scores")
         self._check_normalize(normalize)
         prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers), normalize)
-        shape = (prepared.question.count, len(self))
+        width = len(self) if gather else self._store.live_count
+        shape = (prepared.question.count, width)
         if out is None:
             out = np.empty(shape, dtype=np.float32)
         elif out.shape != shape or out.dtype != np.float32:
             raise QueryError(f"out must be {shape} float32, got {out.shape} {out.dtype}")
-        with reporter(progress) as report:
+        whole = self._ranks.size > 1 and gather
+        mine = np.empty((shape[0], self._store.live_count), dtype=np.float32) if whole else out
+        with reporter(progress) as report, self._ranks.jointly():
             at = 0
             for _, scores, _ in scan(self._reader, prepared.question, report):
-                out[:, at : at + scores.shape[1]] = scores.numpy()
+                mine[:, at : at + scores.shape[1]] = scores.numpy()
                 at += scores.shape[1]
+        if whole:
+            out[:] = self._in_order(mine.T).T
         return out
+
+    def _in_order(self, values: np.ndarray) -> np.ndarray:
+        """(n, ...) of all ranks, in the order of `ids`, of (m, ...) for the live rows that this rank holds."""
+        if self._ranks.size == 1:
+            return values
+        order = np.argsort(np.concatenate(self._ranks.gather(self._store.live_ids)), kind="stable")
+        return np.concatenate(self._ranks.gather(values))[order]
 
     def self_influence(
         self,
@@ -441,11 +488,21 @@ class Index:
         """
         self = copy(self)
         self._need_rows("self_influence")
-        preconditioners = self._reader.preconditioners(self._chosen(layers), self._policy(damping))
+        return self._in_order(self._self_influence(self._policy(damping), self._chosen(layers), progress))
+
+    def _self_influence(
+        self, policy: Damping, chosen: tuple[str, ...], progress: bool | ProgressCallback | None
+    ) -> np.ndarray:
+        """(m,) float32, of the live rows that this rank holds."""
+        preconditioners = self._reader.preconditioners(chosen, policy)
         sketch = self._reader.sketch if self._layout.codes is not None else None
-        out = np.empty(len(self), dtype=np.float32)
+        out = np.empty(self._store.live_count, dtype=np.float32)
         dead, at = self._store.dead, 0
-        with reporter(progress) as report, report.stage("scan", len(self)) as stage:
+        with (
+            reporter(progress) as report,
+            report.stage("scan", self._store.live_count) as stage,
+            self._ranks.jointly(),
+        ):
             for start, rows in self._store.stream():
                 own = self_scores(self._layout, rows, preconditioners, sketch, self._curvature, self._reader.eigen)
                 own = own / self._members
@@ -709,6 +766,12 @@ class Index:
         Raises:
             LockedError: another writer is at work. StoreError: damaged shards are being skipped.
         """
+        if self._ranks.size > 1 or self._manifest.part is not None:
+            what = "open on several ranks" if self._manifest.part is None else "a part of an index in several folders"
+            raise StoreError(
+                f"{self._path} is {what}, and is only changed by one process that has all of it: open it alone, or "
+                "merge the parts first (Index.merge)"
+            )
         with WriterLock(self._path):
             remove_leftovers(self._path)
             collect(self._path)
@@ -739,8 +802,8 @@ class Index:
     # -- looking at it -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """n, the number of rows; removed ones do not count."""
-        return self._store.live_count
+        """n, the number of rows, of all ranks; removed ones do not count."""
+        return self._reader.live_count
 
     @property
     def path(self) -> Path:
@@ -748,7 +811,13 @@ class Index:
 
     @property
     def ids(self) -> np.ndarray:
-        """(n,) int64: row ids, positions in the training data; they label the columns of `scores`."""
+        """(n,) int64: row ids, positions in the training data; they label the columns of `scores`. Of an index that
+        several ranks have opened together all of them ask for it at the same time."""
+        return self._in_order(self._store.live_ids)
+
+    @property
+    def held_ids(self) -> np.ndarray:
+        """(m,) int64: ids of the rows that this rank holds; all, where it has opened the index alone."""
         return self._store.live_ids
 
     @property
@@ -878,24 +947,28 @@ class Index:
         normalize: str | None = None,
     ) -> _Prepared:
         """Gradients of the query, transformed once into a question to the rows."""
-        began = time.perf_counter()
-        gradients = self._query_gradients(query, measure, chosen)
-        mid = time.perf_counter()
-        preconditioners = self._reader.preconditioners(chosen, policy)
-        question = self._reader.ask(gradients, preconditioners)
-        if question.x is not None and not bool(torch.isfinite(question.x).all()):
-            raise NonFiniteError(
-                "the query's coordinates are inf or NaN: its gradients are too large, or what the index was fitted "
-                "with is damaged (index.verify() tells)"
-            )
-        share = torch.full((question.count,), 1.0 / self._members)
-        if normalize == "cosine":
-            own = sum(preconditioners[n].quadratic(g.flatten(1)) for n, g in gradients.items())
-            share *= _inverse_roots(own / self._members)
+        began = mid = time.perf_counter()
+        question: Question | None = None
+        with self._ranks.jointly():
+            if self._ranks.first:
+                gradients = self._query_gradients(query, measure, chosen)
+                mid = time.perf_counter()
+                preconditioners = self._reader.preconditioners(chosen, policy)
+                question = self._reader.ask(gradients, preconditioners)
+                if question.x is not None and not bool(torch.isfinite(question.x).all()):
+                    raise NonFiniteError(
+                        "the query's coordinates are inf or NaN: its gradients are too large, or what the index was "
+                        "fitted with is damaged (index.verify() tells)"
+                    )
+                share = torch.full((question.count,), 1.0 / self._members)
+                if normalize == "cosine":
+                    own = sum(preconditioners[n].quadratic(g.flatten(1)) for n, g in gradients.items())
+                    share *= _inverse_roots(own / self._members)
+                if normalize is not None or self._members > 1:
+                    question = question.scaled(share, None)
+        question = told(question, self._ranks)
         if normalize is not None:
-            question = question.scaled(share, self._row_scale(policy, chosen))
-        elif self._members > 1:
-            question = question.scaled(share, None)
+            question = replace(question, scale=self._row_scale(policy, chosen))
         return _Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
 
     def _check_normalize(self, normalize: str | None) -> None:
@@ -909,7 +982,7 @@ class Index:
         """(n,) float32: 1 / the root of each row's self-influence; the last is kept."""
         key = (json.dumps(policy.to_json(), sort_keys=True), chosen)
         if key not in self._scales:
-            own = torch.from_numpy(self.self_influence(damping=policy, layers=chosen))
+            own = torch.from_numpy(self._self_influence(policy, chosen, False))
             self._scales.clear()
             self._scales[key] = _inverse_roots(own)
         return self._scales[key]
@@ -932,9 +1005,9 @@ class Index:
 
     def _payloads_of(self, positions: np.ndarray) -> list[list[Any]] | None:
         """Of hits (q, k); None where the index has none."""
-        if not any(shard.has_payloads for shard in self._store.shards):
+        if not any(self._ranks.gather_values(self._reader.has_payloads)):
             return None
-        found = iter(self._store.payloads(positions.ravel()))
+        found = iter(self._reader.payloads_at(positions.ravel()))
         return [[decode(next(found)) for _ in row] for row in positions]
 
     def _skipped_rows(self) -> int:

@@ -33,12 +33,12 @@ SURFACE = [
 ]
 
 INDEX = {
-    "build": "path model data gradients loss curvature config metadata payloads fit progress",
-    "open": "path model loss device verify damaged",
+    "build": "path model data gradients loss curvature config metadata payloads fit distributed progress",
+    "open": "path model loss device verify damaged distributed",
     "merge": "path indexes progress",
     "estimate": "model data gradients loss config examples batches disk payload_bytes progress",
     "search": "self query k recall rescore measure opponents normalize exact damping layers progress",
-    "scores": "self query measure damping layers normalize out progress",
+    "scores": "self query measure damping layers normalize out gather progress",
     "self_influence": "self damping layers progress",
     "factors": "self ids",
     "coordinates": "self ids",
@@ -56,8 +56,8 @@ INDEX = {
 }
 
 PROPERTIES = (
-    "build_report bytes_per_example coarse config curvature curvature_age fingerprint generation ids layers metadata "
-    "nbytes path representation skipped specs"
+    "build_report bytes_per_example coarse config curvature curvature_age fingerprint generation held_ids ids layers "
+    "metadata nbytes path representation skipped specs"
 ).split()
 
 CONFIG = (
@@ -69,13 +69,16 @@ CONFIG = (
 # Folders in the order in which data flow, and each one's modules: a module may import those before it, never those
 # behind. The engine's come first; the text side stands on it, and prints: the engine knows nothing of it.
 ENGINE = {
-    "": "version errors damping config progress results",
-    "capture": "gradients projection losses probes data layers ensemble spool hooks subspace eigenbases sources",
+    "": "version errors ranks damping config progress results",
+    "capture": "gradients projection sampling losses probes data layers ensemble spool hooks subspace eigenbases "
+    "sources",
     "rows": "scratch codes factors layout",
     "fit": "grid curvature query sketch eigencodes",
-    "storage": "sealed shards store resident payloads locks manifest damage fitted",
-    "search": "scoring faiss_file coarse devices flat calibration missed pursuit living candidates reader planner",
-    "build": "encode coarse_build growth removal sizes pipeline refit merging repair estimate",
+    "storage": "sealed shards store resident payloads locks home manifest damage fitted",
+    "search": "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint "
+    "candidates reader planner",
+    "build": "encode coarse_build growth removal sizes spans representation resuming pipeline refit merging repair "
+    "estimate",
     ".": "index",
 }
 TEXT_SIDE = {"text": "texts textindex show demo_model demo", ".": "cli"}

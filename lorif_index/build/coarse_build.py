@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..capture.gradients import GradientBlock, LayerGradient
-from ..capture.projection import keyed_generator
+from ..capture.sampling import drawn
 from ..config import BuildConfig
 from ..damping import as_damping
 from ..errors import ConfigError, StoreError
@@ -24,13 +24,15 @@ from ..fit.eigencodes import half_whitened_rows
 from ..fit.query import Preconditioner
 from ..fit.sketch import Sketch, Whitened, fit_sketch, half_whitened, sketch_method
 from ..progress import Reporter, Stage
+from ..ranks import ALONE, Ranks
 from ..search.calibration import KS, SIGNS, Calibration, Orders, learn, loss_curve
 from ..search.candidates import CandidateSearch
-from ..search.coarse import TRAIN_ROWS, Coarse, default_factory, load_faiss
-from ..search.reader import Reader, positions_of
+from ..search.coarse import TRAIN_ROWS, Coarse, NormAxis, default_factory, load_faiss
+from ..search.reader import Reader
 from ..search.scoring import Question, TopK, stream_scores
-from ..storage.fitted import SKETCH_FILE, save_queries, save_sketch
+from ..storage.fitted import save_queries, save_sketch
 from ..storage.manifest import Manifest
+from ..storage.sealed import part_name
 from ..storage.store import Store
 
 _TILT_QUERIES = 32
@@ -40,33 +42,89 @@ TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 """Tilts that calibration chooses from."""
 
 
-def random_positions(reader: Reader, what: str, most: int) -> np.ndarray:
-    """Sorted positions of random live rows."""
-    live = reader.store.live
-    if len(live) <= most:
-        return live
-    generator = np.random.Generator(keyed_generator(reader.config.seed, what, len(live)))
-    return live[np.sort(generator.permutation(len(live))[:most])]
+def random_positions(reader: Reader, what: str, most: int) -> tuple[np.ndarray, int]:
+    """Random live rows of the whole index: sorted positions, in this rank's shards, of those that it holds, and how
+    many all ranks have."""
+    if reader.ranks.size == 1:
+        live = reader.store.live
+        chosen = np.sort(drawn(len(live), most, reader.config.seed, what, len(live)))
+        return live[chosen], len(chosen)
+    total = len(reader.team)
+    _, local = reader.team.locally(np.sort(drawn(total, most, reader.config.seed, what, total)))
+    dead = reader.store.dead
+    local = local if dead is None else local[~dead[local]]
+    return local, reader.ranks.count(len(local))
 
 
 def make_coarse(reader: Reader, factory: str, stage: Stage) -> dict[str, Any]:
-    """Trains on a random sample of the rows, adds them all, and seals the file.
+    """Trains on a random sample of the rows, adds them all, and seals the file, of each folder where there are several.
+
+    Over several ranks rank 0 trains, all add their own rows, and the leader of each folder puts these together.
 
     Returns:
-        the manifest's entry.
+        the manifest's entry, of this rank's folder.
 
     Raises:
         ConfigError: faiss refuses the factory string for these rows, or no inner product was found in it.
     """
-    positions = random_positions(reader, "coarse-sample", TRAIN_ROWS)
-    sample = reader.coordinates(reader.store.gather(positions)).numpy()
-    coarse = Coarse.train(factory, sample)
-    for z in reader.all_coordinates():
-        coarse.add(z.numpy())
-        stage.advance(len(z))
+    ranks = reader.ranks
+    positions, _ = random_positions(reader, "coarse-sample", TRAIN_ROWS)
+    with ranks.jointly():
+        mine = reader.coordinates(reader.store.gather(positions)).numpy()
+    sample = ranks.collected(mine)
+    coarse = _trained(ranks, factory, sample)
+    with ranks.jointly():
+        for z in reader.all_coordinates():
+            coarse.add(z.numpy())
+            stage.advance(len(z))
     if len(coarse) != len(reader.store):
         raise ConfigError(f"coarse={factory!r} kept {len(coarse)} of {len(reader.store)} rows: choose another")
-    return reader.keep_coarse(coarse)
+    if ranks.size == 1:
+        return reader.keep_coarse(coarse)
+    return _put_together(reader, coarse)
+
+
+def _trained(ranks: Ranks, factory: str, sample: list[np.ndarray]) -> Coarse:
+    """An empty index on each rank, as rank 0 has trained it."""
+    trained: Coarse | None = None
+    with ranks.jointly():
+        if ranks.first:
+            trained = Coarse.train(factory, np.concatenate(sample))
+    if ranks.size == 1 and trained is not None:
+        return trained
+    axis = ranks.told(None if trained is None or trained.axis is None else trained.axis.to_json())
+    raw = torch.from_numpy(trained.to_bytes()) if trained is not None else torch.empty(0, dtype=torch.uint8)
+    size = int(ranks.told(len(raw)))
+    raw = ranks.spread(raw if ranks.first else torch.empty(size, dtype=torch.uint8), 0)
+    return Coarse.from_bytes(raw.numpy(), factory, NormAxis.from_json(axis))
+
+
+def _put_together(reader: Reader, coarse: Coarse) -> dict[str, Any]:
+    """The leader of each folder seals the rows of all ranks there; the entry of this rank's folder."""
+    ranks, folder = reader.ranks, reader.folder
+    said = ranks.gather_values([reader.team.folder, reader.team.offset, len(reader.store)])
+    sharing = sorted((offset, rank) for rank, (where, offset, _) in enumerate(said) if where == reader.team.folder)
+    leader = sharing[0][1]
+    with ranks.jointly():
+        if ranks.rank != leader and len(reader.store):
+            coarse.write(folder / _piece(ranks.rank))
+    entry: dict[str, Any] | None = None
+    with ranks.jointly():
+        if ranks.rank == leader:
+            others = [rank for _, rank in sharing[1:] if said[rank][2]]
+            if not all(coarse.take(folder / _piece(rank)) for rank in others):
+                # Graphs are no sum of their parts: they are made of all rows at once.
+                coarse.clear()
+                for z in reader.coordinates_of_folder():
+                    coarse.add(z.numpy())
+            for rank in others:
+                (folder / _piece(rank)).unlink()
+            entry = reader.keep_coarse(coarse)
+    return ranks.gather_values(entry)[leader]
+
+
+def _piece(rank: int) -> str:
+    return part_name(f"coarse-rank-{rank}")
 
 
 def _parts(positions: np.ndarray) -> Iterator[np.ndarray]:
@@ -82,22 +140,23 @@ def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock
         yield GradientBlock(part, {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()})
 
 
-def sketch_of_rows(reader: Reader, stage: Stage, device: torch.device, name: str = SKETCH_FILE) -> dict[str, Any]:
-    """A sketch fitted on the stored factors or eigencodes of a random sample, where rows hold nothing else; the
-    manifest's entry."""
+def sketch_of_rows(reader: Reader, stage: Stage, device: torch.device) -> Sketch:
+    """A sketch fitted on the stored factors or eigencodes of a random sample, where rows hold nothing else; over
+    several ranks it is rank 0's."""
     curvature, store, config = reader.curvature, reader.store, reader.config
-    chosen, lams = random_positions(reader, "curvature-sample", config.curvature_sample), lambdas(curvature, config)
+    lams = lambdas(curvature, config)
+    chosen, count = random_positions(reader, "curvature-sample", config.curvature_sample)
     if reader.eigen is None:
-        whitened = half_whitened(partial(stored_blocks, store, chosen), len(chosen), curvature, lams, device)
+        whitened = half_whitened(partial(stored_blocks, store, chosen), count, curvature, lams, device)
     else:
         whitened = half_whitened_rows(
             reader.eigen,
             lambda: (store.gather_factors(part) for part in _parts(chosen)),
-            len(chosen),
+            count,
             curvature,
             lams,
         )
-    return save_sketch(reader.folder, new_sketch(whitened, curvature, config, stage, device), name)
+    return new_sketch(whitened, curvature, config, stage, device, reader.ranks)
 
 
 def lambdas(curvature: Mapping[str, LayerCurvature], config: BuildConfig) -> dict[str, float]:
@@ -113,17 +172,25 @@ def new_sketch(
     config: BuildConfig,
     stage: Stage,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Sketch:
     """A sketch as the config has it (see `fit_sketch`)."""
     method = sketch_method(config.sketch, sum(whitened.widths.values()))
     return fit_sketch(
-        whitened, curvature, dim=config.sketch_dim, method=method, seed=config.seed, stage=stage, device=device
+        whitened,
+        curvature,
+        dim=config.sketch_dim,
+        method=method,
+        seed=config.seed,
+        stage=stage,
+        device=device,
+        ranks=ranks,
     )
 
 
 def stored_queries(reader: Reader, most: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
     """Ids and gradients, as the rows have them, of random rows."""
-    positions = random_positions(reader, "calibration-queries", most)
+    positions, _ = random_positions(reader, "calibration-queries", most)
     ids, specs = reader.store.ids[positions], reader.specs
     if reader.eigen is not None:
         flat = reader.eigen.dense(reader.store.gather_factors(positions), reader.curvature)
@@ -149,13 +216,14 @@ def _from_coordinates(reader: Reader, z: torch.Tensor) -> dict[str, torch.Tensor
 def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: Stage) -> Calibration | None:
     """Learns T(k, recall) from training examples, left out of their own answers, and from sample queries if given.
 
-    One full scan for all queries together; `None` where there are no queries.
+    One full scan for all queries together; `None` where there are no queries. Over several ranks what is learnt is
+    rank 0's.
     """
     search, queries = reader.candidates, reader.queries
     if search is None or queries is None:
         raise StoreError("the index has no coarse stage to calibrate: make one with rebuild_coarse()")
     gradients = queries.gradients()
-    own = positions_of(reader.store, queries.ids())
+    own = reader.positions_of(queries.ids())
     if extra is not None:
         gradients = {name: torch.cat([g, extra[name].float()]) for name, g in gradients.items()}
         own = np.concatenate([own, np.full(next(iter(extra.values())).shape[0], -1)])
@@ -163,21 +231,30 @@ def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: S
         return None
     policy = as_damping(reader.config.damping)
     question = reader.ask(gradients, reader.preconditioners(reader.specs, policy))
-    count = reader.store.live_count
+    count, ranks = reader.live_count, reader.ranks
     # Answers beyond a tenth of the rows are no search.
     most = max(min(KS[-1], count // 10), 1)
     tops = {sign: TopK(question.count, min(most + 1, count), largest=sign == SIGNS[0]) for sign in SIGNS}
     stage.total = (stage.total or 0) + count
-    for positions, scores, size in stream_scores(reader.rows, question):
-        for top in tops.values():
-            top.update(positions, scores)
-        stage.advance(scores.shape[1], size)
-    bare = CandidateSearch(reader.rows, reader.living(reader.coarse), None)  # type: ignore[arg-type]
+    with ranks.jointly():
+        for positions, scores, size in stream_scores(reader.rows, question):
+            for top in tops.values():
+                top.update(positions, scores)
+            stage.advance(scores.shape[1], size)
+    bare = CandidateSearch(reader.rescorer, reader.proposer, None)
     orders = {}
     for sign, top in tops.items():
-        answers, largest = _without(top.result()[0].numpy(), own, most), sign == SIGNS[0]
-        tilt = _best_tilt(bare, question, answers, largest=largest)
-        coarse, fine = _ranks(bare, question, answers, own, tilt, largest=largest)
+        largest = sign == SIGNS[0]
+        found, scored = (part.numpy() for part in top.result())
+        mine = (reader.team.globally(found), scored)
+        best, _ = reader.team.best(lambda mine=mine: mine, min(most + 1, count), largest=largest)  # type: ignore[misc]
+        answers = _without(best, own, most)
+        # Processors of different makes may round differently: what decides is rank 0's.
+        tilt = ranks.told(_best_tilt(bare, question, answers, largest=largest))
+        coarse, fine = (
+            ranks.spread(torch.from_numpy(part), 0).numpy()
+            for part in _ranks(bare, question, answers, own, tilt, largest=largest)
+        )
         learnt = learn(coarse, fine if bare.layout.narrows else None, bare.limit)
         orders[sign] = _corrected(dataclasses.replace(learnt, tilt=tilt), bare, question, answers, own, largest=largest)
     return Calibration(orders, question.count, count, bare.limit, policy.to_json())
@@ -282,7 +359,8 @@ def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
     if manifest.sketch is None:
         with report.stage("sketch") as stage:
             manifest = dataclasses.replace(manifest)
-            manifest.sketch = sketch_of_rows(reader, stage, torch.device("cpu"), manifest.new_name("sketch"))
+            sketch = sketch_of_rows(reader, stage, torch.device("cpu"))
+        manifest.sketch = save_sketch(reader.folder, sketch, manifest.new_name("sketch"))
         reader = Reader(reader.folder, manifest)
     if factory == "auto":
         factory = default_factory(reader.sketch.dim)  # type: ignore[union-attr]

@@ -40,8 +40,10 @@ from ..capture.spool import Spool
 from ..config import BuildConfig, CurvatureRows
 from ..errors import LorifError
 from ..progress import Reporter
+from ..ranks import ALONE
 from ..storage.manifest import read_manifest
-from .pipeline import build_index, check_arguments, representation_of, wants_coarse, with_floor
+from .pipeline import build_index, check_arguments, wants_coarse
+from .representation import representation_of, with_floor
 from .sizes import DiskSizes, curvature_bytes, disk_sizes
 
 # Rows of the two miniature indexes: above `COARSE_FROM`, and above the default rank of the curvature.
@@ -318,6 +320,7 @@ def _miniatures(
                 payloads=None,
                 fit=None,
                 reporter=Reporter(),
+                ranks=ALONE,
             )
             taken.append(read_manifest(path).report["seconds"])
             advance(size)

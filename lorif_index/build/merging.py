@@ -17,7 +17,8 @@ from ..storage.locks import WriterLock
 from ..storage.manifest import BUILDING, Manifest, check_same, collect, open_version
 from ..storage.sealed import copy_sealed
 from .coarse_build import rebuild
-from .pipeline import check_free, take_fit
+from .pipeline import check_free
+from .resuming import take_fit
 
 
 def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[int]:

@@ -4,18 +4,22 @@ The stages, each of which leaves its result sealed, so that the same call goes o
 sample -> curvature -> eigencodes or sketch -> encode -> coarse -> calibrate -> manifest. The published recipe fits the
 curvature last, from all stored factors; where rows hold factors or eigencodes alone, the sketch is of them, and is
 fitted after them.
+
+Over several ranks each takes the gradients of its part of the examples, of the sample for what is fitted and of the
+rest for its shards; sums come together (see `subspace`), rank 0 seals what was fitted, and the leader of each folder
+writes what is found there. An interrupted build goes on with any number of ranks: what is not sealed is shared anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import hashlib
 import json
 import resource
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,9 @@ from ..capture import eigenbases
 from ..capture.data import ExampleSource, as_source
 from ..capture.ensemble import count_of, probes_of
 from ..capture.gradients import GradientBlock, GradientSource, LayerGradient, LayerSpec
-from ..capture.layers import layer_specs
 from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
-from ..capture.projection import ALGORITHM, Projections, keyed_generator
+from ..capture.projection import ALGORITHM, Projections
+from ..capture.sampling import drawn
 from ..capture.sources import (
     GivenGradients,
     ModelCapture,
@@ -44,17 +48,18 @@ from ..capture.sources import (
     model_digest,
 )
 from ..capture.spool import Spool, remove_leftovers
-from ..config import LEAST_FLOOR, BuildConfig, CurvatureRows
+from ..config import BuildConfig, CurvatureRows
 from ..errors import ConfigError, CorruptionError, DataError, IndexExistsError, StoreError
 from ..fit.curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
 from ..fit.eigencodes import EigenEncoder, fit_eigencode
 from ..fit.query import Preconditioner
 from ..fit.sketch import SketchEncoder, half_whitened
-from ..progress import Reporter
-from ..rows.factors import factorise
+from ..progress import Reporter, Stage
+from ..ranks import Ranks
 from ..rows.layout import RowLayout
 from ..search.coarse import default_factory, faiss_is_installed, load_faiss
 from ..search.reader import Reader, row_layout, shard_writer
+from ..search.team import Team
 from ..storage.damage import folder_bytes
 from ..storage.fitted import (
     FittedCurvature,
@@ -67,24 +72,29 @@ from ..storage.fitted import (
     save_queries,
     save_sketch,
 )
+from ..storage.home import ARRIVING, Home
 from ..storage.locks import WRITER, WriterLock
 from ..storage.manifest import (
     BUILDING,
+    BUILDING_RANKS,
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
-    check_same,
+    building_name,
     collect,
     read_manifest,
     spec_to_json,
 )
 from ..storage.payloads import Payloads, Values
-from ..storage.sealed import SealedInfo, copy_sealed, part_name
+from ..storage.sealed import SealedInfo, part_name
 from ..storage.shards import Shard, ShardInfo, write_shard
 from ..storage.store import Store
 from .coarse_build import calibrate, lambdas, make_coarse, new_sketch, sketch_of_rows
 from .encode import RowEncoder, encode_blocks
+from .representation import representation_is_open, representation_of, with_floor
+from .resuming import FITTED, take_fit, unfinished
 from .sizes import QUERY_BYTES, curvature_products, curvature_ranks, disk_sizes
+from .spans import some_of, unsealed, within, without_overlaps
 
 # Settings that leave every stored number as it is; all others must agree when an interrupted build goes on.
 _FREE_SETTINGS = ("complement", "shard_bytes", "spool_bytes", "device", "coarse", "calibration_queries")
@@ -94,14 +104,6 @@ COARSE_FROM = 1024
 # Of the mixed curvature's trace (of 1/4, 1/2 and 3/4; chosen on digits and Fashion-MNIST, held on sequences:
 # `docs/quality.md`).
 _EMPIRICAL_SHARE = 0.25
-# Widths of eigencodes' projections in small models, the widest first, and what the sample's gradients may take on disk
-# meanwhile, once more for probes (`bench.lds`: on the fine-tuned GPT 32, 64 and 128 have .405, .431 and .435).
-_FLOORS = (128, 96, 64, 48)
-_FLOOR_BYTES = 4 << 30
-# Examples of the sample that tell what factors lose.
-_MEASURED = 256
-# Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
-_LOSSLESS = 0.01
 
 
 def loss_name(loss: PerExample | None) -> str:
@@ -124,14 +126,22 @@ def build_index(
     payloads: Values | None,
     fit: Path | None,
     reporter: Reporter,
-) -> None:
-    """Builds, or goes on building, the index at `path`. See `Index.build`."""
-    check_arguments(model, data, gradients, loss)
-    _check_json(metadata)
-    check_free(path)
+    ranks: Ranks,
+) -> bool:
+    """Builds, or goes on building, the index at `path`. See `Index.build`.
+
+    Returns:
+        whether all of it is in that folder; else each rank's folder has a part.
+    """
+    with ranks.jointly("begin"):
+        check_arguments(model, data, gradients, loss)
+        _check_json(metadata)
+        check_free(path)
     with ExitStack() as stack:
-        work = _Build(path, model, data, gradients, loss, curvature, config, metadata, payloads, fit, reporter, stack)
-        work.run()
+        work = _Build(
+            path, model, data, gradients, loss, curvature, config, metadata, payloads, fit, reporter, ranks, stack
+        )
+        return work.run()
 
 
 def check_arguments(model: Any, data: Any, gradients: Any, loss: Any) -> None:
@@ -169,7 +179,8 @@ def check_free(path: Path) -> None:
         raise IndexExistsError(f"{path} exists and is not a folder: choose another path")
     # A build that ended before its first file had its name leaves these.
     begun = {WRITER, part_name(BUILDING)}
-    if path.is_dir() and not (path / BUILDING).is_file() and any(item.name not in begun for item in path.iterdir()):
+    others = (item.name for item in path.iterdir() if not item.name.startswith(ARRIVING)) if path.is_dir() else ()
+    if not (path / BUILDING).is_file() and any(name not in begun for name in others):
         raise IndexExistsError(f"{path} is not empty and is no unfinished index: choose a new or empty folder")
 
 
@@ -189,30 +200,56 @@ class _Build:
         payloads: Values | None,
         fit: Path | None,
         reporter: Reporter,
+        ranks: Ranks,
         stack: ExitStack,
     ) -> None:
         self.path, self.config, self.loss, self.reporter, self.stack = path, config, loss, reporter, stack
+        self.ranks = ranks
+        self._home: Home | None = None
         self.lock = WriterLock(path)
         stack.callback(self.lock.release)
-        if (path / BUILDING).is_file():
+        if ranks.count(int((path / BUILDING).is_file())):
             # Another process may be at work in it.
-            self.lock.acquire()
-            remove_leftovers(path)
+            self.home  # noqa: B018
         self.capture: ModelCapture | None = None
         self.examples: ExampleSource | None = None
+        self.specs: dict[str, LayerSpec]
+        self.projections: Projections
+        self.source: GradientSource
+        self._walk_sides: Callable[[np.ndarray, list[eigenbases.Side]], eigenbases.Walk]
+        # What the index remembers as its config; the fingerprint has what became of it.
+        with ranks.jointly():
+            fingerprint, asked = self._take(model, data, gradients, curvature, payloads, fit)
+        ranks.agree("what is built", fingerprint)
+        self.manifest = self._begin(
+            Manifest(fingerprint, asked.to_json(), list(self.specs.values()), metadata=metadata), fit
+        )
+        self._load_projections()
+        self._sampled: tuple[RowPass, int] | None = None
+        self._spool: Spool | None = None
+        self._vanished = 0
+
+    def _take(
+        self,
+        model: nn.Module | None,
+        data: Any,
+        gradients: Any,
+        curvature: Any,
+        payloads: Values | None,
+        fit: Path | None,
+    ) -> tuple[dict[str, Any], BuildConfig]:
+        """Makes a source of gradients of what was given; the build's fingerprint, and the config that was asked for."""
+        config, loss, path = self.config, self.loss, self.path
         if isinstance(curvature, str):
             config = self.config = dataclasses.replace(config, curvature=curvature)
             curvature = None
         self.curvature = (
             curvature if isinstance(curvature, CurvatureRows) or curvature is None else CurvatureRows(curvature)
         )
-        # What the index remembers as its config; the fingerprint has what became of it.
         asked = config
         fitted = None if fit is None else read_manifest(fit)
         self.logits = self._logits_for_ggn(gradients is None)
         fingerprint: dict[str, Any]
-        self.source: GradientSource
-        self._walk_sides: Callable[[np.ndarray, list[eigenbases.Side]], eigenbases.Walk]
         if gradients is None:
             if model is None:
                 raise DataError("data= needs a model= to take gradients of")
@@ -239,14 +276,14 @@ class _Build:
             if is_one_shot(gradients):
                 self._claim()
                 gradients = Rewound(gradients, path)
-                stack.callback(gradients.close)
+                self.stack.callback(gradients.close)
             self.specs = given_specs(gradients, config)
             self.projections = Projections(self.specs, config.seed)
             given = self.source = GivenGradients(gradients, self.projections)
             self._walk_sides = lambda ids, sides: eigenbases.walk_gradients(lambda: given.given(ids), sides)
             fingerprint = {"model": None, "loss": None, "data": given.digest}
         self.payloads = None if payloads is None else Payloads(payloads, self.source.count)
-        fingerprint |= {
+        return fingerprint | {
             "format_version": FORMAT_VERSION,
             "examples": self.source.count,
             "projection": ALGORITHM,
@@ -255,14 +292,7 @@ class _Build:
             "curvature": self.curvature_kind if fitted is None else fitted.fingerprint.get("curvature"),
             "payloads": None if self.payloads is None else self.payloads.digest,
             "fit": None if fitted is None or fitted.curvature is None else fitted.curvature.digest,
-        }
-        self.manifest = self._begin(
-            Manifest(fingerprint, asked.to_json(), list(self.specs.values()), metadata=metadata), fit
-        )
-        self._load_projections()
-        self._sampled: tuple[RowPass, int] | None = None
-        self._spool: Spool | None = None
-        self._vanished = 0
+        }, asked
 
     def _logits_for_ggn(self, from_model: bool) -> LogitsOf | None:
         """How probes find the logits; None where the curvature is something else.
@@ -304,53 +334,99 @@ class _Build:
             return self.config.curvature_rows
         return "mixed" if self.config.curvature == "auto" else self.config.curvature
 
+    @property
+    def home(self) -> Home:
+        """The folder, made and locked when it is first needed, by all ranks together."""
+        if self._home is None:
+            home = self._home = Home(self.path, self.ranks)
+            with self.ranks.jointly():
+                if home.leads:
+                    self.lock.acquire()
+                    if (self.path / BUILDING).is_file():
+                        remove_leftovers(self.path)
+        return self._home
+
     def _begin(self, fresh: Manifest, fit: Path | None) -> Manifest:
-        """The unfinished manifest in the folder if it is of this very build, else a new one."""
-        self.lock.acquire()
+        """The manifest to work on: with what is already fitted, and on each folder's leader with what is sealed there,
+        where a build of this very index was interrupted."""
+        home, ranks = self.home, self.ranks
         fresh.next_id = fresh.fitted_ids = self.source.count
-        if (self.path / BUILDING).is_file():
-            found = read_manifest(self.path, BUILDING)
-            if found.fingerprint:
-                check_same(
-                    found.fingerprint,
-                    fresh.fingerprint,
-                    f"the interrupted build in {self.path}",
-                    "finish it with what it was begun with, or delete the folder to begin anew",
-                )
-                fresh.shards, fresh.skipped, fresh.next_file = found.shards, found.skipped, found.next_file
-                fresh.projections = found.projections
-                fresh.curvature, fresh.curvature_layers = found.curvature, found.curvature_layers
-                fresh.stored, fresh.eigen, fresh.sketch = found.stored, found.eigen, found.sketch
-                if found.config.get("calibration_queries") == fresh.config["calibration_queries"]:
-                    fresh.queries = found.queries
-                if found.config.get("coarse") == fresh.config["coarse"] or self.config.store == "coarse":
-                    fresh.coarse = found.coarse
-                    fresh.calibration = found.calibration if fresh.queries is not None else None
-                fresh.report = found.report
+        found: Manifest | None = None
+        with ranks.jointly():
+            if home.leads and (self.path / BUILDING).is_file():
+                found = unfinished(self.path, fresh, keep_coarse=home.folders == 1)
+        steps = ranks.gather_values(-1 if found is None else sum(getattr(found, f) is not None for f in FITTED))
+        if max(steps) >= 0:
+            # The folder where most is fitted tells the others, whose rows count if they were made with the same.
+            self._adopt(fresh, found, steps.index(max(steps)))
+        taken = found is not None and all(getattr(found, f) == getattr(fresh, f) for f in FITTED)
+        if found is not None and taken:
+            fresh.shards, fresh.skipped = found.shards, found.skipped
+            fresh.coarse, fresh.calibration = found.coarse, found.calibration
+        fresh.next_file = max(ranks.gather_values(fresh.next_file if found is None else found.next_file))
         if fit is not None and fresh.curvature is None:
-            take_fit(fit, fresh, self.path)
+            with ranks.jointly():
+                if ranks.first:
+                    take_fit(fit, fresh, self.path)
+            self._adopt(fresh, fresh, 0)
             # None of these examples was there when it was fitted.
             fresh.fitted_ids = 0
-        fresh.write(self.path, BUILDING)
-        # What an interrupted run left unsealed.
-        collect(self.path)
+        fresh.shards = without_overlaps(ranks.gather_values([s.span for s in fresh.shards]), ranks.rank, fresh.shards)
+        with ranks.jointly():
+            if home.leads:
+                fresh.write(self.path, BUILDING)
+                for path in self.path.glob(BUILDING_RANKS):
+                    path.unlink()
+                # What an interrupted run left unsealed.
+                collect(self.path)
         return fresh
+
+    def _adopt(self, fresh: Manifest, found: Manifest | None, source: int) -> None:
+        """All ranks take what rank `source` has fitted, and their folders its files."""
+        told = None
+        if self.ranks.rank == source and found is not None:
+            told = dataclasses.replace(found, shards=[], skipped=[], coarse=None, calibration=None).to_json()
+        common = Manifest.from_json(self.ranks.told(told, source))
+        there = set() if found is None else {info.file for info in found.fits()}
+        for field in FITTED:
+            setattr(fresh, field, getattr(common, field))
+        lacking = [i.file for i in common.fits() if i.file not in there] if self.home.leads else []
+        wanted = set().union(*self.ranks.gather_values(lacking))
+        self.home.publish([info for info in common.fits() if info.file in wanted], source)
+        fresh.next_file = common.next_file
 
     def _claim(self) -> None:
         """Makes the folder an unfinished build's, for a stream that must be kept there before anything is known."""
-        self.lock.acquire()
-        if not (self.path / BUILDING).exists():
+        if self.home.leads and not (self.path / BUILDING).exists():
             Manifest({}, {}, []).write(self.path, BUILDING)
+        self.ranks.wait()
+
+    def _publish(self, field: str, save: Callable[[], dict[str, Any]]) -> None:
+        """Rank 0 seals what was fitted, all folders get it, and the manifest names it."""
+        entry: dict[str, Any] | None = None
+        with self.ranks.jointly():
+            entry = save() if self.ranks.first else None
+        entry = self.ranks.told(entry)
+        self.home.publish([SealedInfo.from_json(entry["file"])])
+        setattr(self.manifest, field, entry)
+        self._note()
+
+    def _note(self) -> None:
+        """Writes down how far the build is."""
+        with self.ranks.jointly():
+            if self.home.leads:
+                self.manifest.write(self.path, BUILDING)
 
     # -- stages --------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Does what is left to do; whether all of the index is in this folder."""
         late = self.config.curvature_rows == "factors" and self.curvature is None
         if self.config.projection == "eigen" and self.manifest.projections is None:
             self._fit_projections()
         if self.manifest.stored is None:
             self.manifest.stored = self._decide_representation()
-            self.manifest.write(self.path, BUILDING)
+            self._note()
         self._check_disk()
         if self.manifest.curvature is None and not late:
             self._fit_from_rows()
@@ -363,19 +439,21 @@ class _Build:
             self._fit_from_factors()
         self._add_coarse()
         self._finish()
+        return self.home.folders == 1
 
     def _fit_projections(self) -> None:
         """Learns the projections that the first pass of the sample tells."""
-        ids = np.sort(self._shuffled()[: min(self.config.curvature_sample, eigenbases.SAMPLE)])
+        ids = self._own(np.sort(self._drawn(min(self.config.curvature_sample, eigenbases.SAMPLE))))
         layers = self.capture.layers if self.capture is not None else []
         sides = eigenbases.fitted_sides(self.specs, layers)
         if not sides:
             return
         walk = self._walk_sides(ids, sides)
-        with self.reporter.stage("projections") as stage:
-            found = eigenbases.fit_eigenbases(walk, self.specs, sides, self.config.seed, self._device(), stage)
-        self.manifest.projections = save_projections(self.path, found, self.specs)
-        self.manifest.write(self.path, BUILDING)
+        with self._stage("projections") as stage:
+            found = eigenbases.fit_eigenbases(
+                walk, self.specs, sides, self.config.seed, self._device(), stage, self.ranks
+            )
+        self._publish("projections", lambda: save_projections(self.path, found, self.specs))
         self._load_projections()
 
     def _load_projections(self) -> None:
@@ -390,32 +468,38 @@ class _Build:
         Raises:
             StoreError: both sizes, and what to turn.
         """
-        count = self.source.count
+        count = -(-self.source.count // self.home.folders)
         sizes = disk_sizes(
             self.config, self.specs, str(self.manifest.stored), count, coarse=wants_coarse(self.config, count)
         )
-        there = folder_bytes(self.path)
-        free = shutil.disk_usage(self.path).free
-        if sizes.total - there > free:
-            raise StoreError(
-                f"the index will take {sizes.total:,} bytes ({sizes.row:,} an example), {self.path} has {there:,} of "
-                f"them, and its disk has {free:,} free: choose another disk, or smaller rows (lorif estimate shows "
-                "choices)"
-            )
+        with self.ranks.jointly():
+            there = folder_bytes(self.path)
+            free = shutil.disk_usage(self.path).free
+            if sizes.total - there > free:
+                raise StoreError(
+                    f"the index will take {sizes.total:,} bytes ({sizes.row:,} an example), {self.path} has {there:,} "
+                    f"of them, and its disk has {free:,} free: choose another disk, or smaller rows (lorif estimate "
+                    "shows choices)"
+                )
 
     def _decide_representation(self) -> str:
         """What rows will hold. Where factors lose next to nothing, rounding would only make scores worse: then "auto"
         and "both" are factors alone."""
-        if representation_is_open(self.config, self.specs):
-            return representation_of(self.config, self.specs, self._sample()[0]())
-        return representation_of(self.config, self.specs, ())
+        if not representation_is_open(self.config, self.specs):
+            return representation_of(self.config, self.specs, ())
+        rows, found = self._sample()[0], None
+        with self.ranks.jointly():
+            if self.ranks.first:
+                found = representation_of(self.config, self.specs, rows())
+        return str(self.ranks.told(found))
 
     def _sample(self) -> tuple[RowPass, int]:
-        """Unfactored gradients of the random sample, the same at each walk, and how many."""
+        """Unfactored gradients of this rank's part of the random sample, the same at each walk, and how many there are
+        in the whole sample."""
         if self._sampled is None:
             wanted = self._sample_ids()
             everything = len(wanted) == self.source.count
-            rows, count, spool, skipped = self._walkable(self.source, wanted, everything)
+            rows, count, spool, skipped = self._walkable(self.source, self._own(wanted), everything)
             if everything and spool is not None:
                 # Encoding reads it back instead of computing it again.
                 self._spool = spool
@@ -426,8 +510,15 @@ class _Build:
     def _walkable(
         self, source: GradientSource, wanted: np.ndarray, everything: bool, *, each: int = 1
     ) -> tuple[RowPass, int, Spool | None, list[int]]:
-        """Some rows of a source, `each` an example, for several walks, kept on disk meanwhile where they fit; and the
-        ids of what was skipped."""
+        """Some rows of a source, `each` an example, for several walks, kept on disk meanwhile where they fit; how many
+        of these all ranks have; and the ids of what was skipped here.
+
+        Args:
+            source: of examples.
+            wanted: this rank's.
+            everything: whether all ranks together take all of them.
+            each: rows of an example.
+        """
         skipped: list[int] = []
 
         def walk() -> Iterator[GradientBlock]:
@@ -436,15 +527,31 @@ class _Build:
 
         need = len(wanted) * each * sum(spec.dim for spec in self.specs.values()) * 4
         # Given gradients are there to be walked again; a part of them is found faster in a copy.
-        most = min(self.config.spool_bytes, shutil.disk_usage(self.path).free // 2)
+        sharing = self.home.leaders.count(self.home.leader)
+        most = min(self.config.spool_bytes, shutil.disk_usage(self.path).free // 2 // sharing)
         if need > most or (everything and isinstance(source, GivenGradients)):
-            return walk, sum(block.count for block in walk()), None, skipped
-        with self.reporter.stage(
+            with self.ranks.jointly("sample"):
+                count = sum(block.count for block in walk())
+            return walk, self.ranks.count(count), None, skipped
+        with self._stage(
             "sample" if source is self.source else "probes" if self.curvature is None else "rows", len(wanted) * each
         ) as stage:
-            spool = Spool(self.path, _told(walk(), stage.advance))
-        self.stack.callback(spool.close)
-        return spool.blocks, spool.count, spool, list(skipped)
+            with self.ranks.jointly():
+                spool = Spool(self.path, _told(walk(), stage.advance))
+            self.stack.callback(spool.close)
+            count = self.ranks.count(spool.count)
+        return spool.blocks, count, spool, list(skipped)
+
+    @contextmanager
+    def _stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        """A stage of the work, in reports and in the account of what ranks send each other."""
+        self.ranks.stage = name
+        with self.reporter.stage(name, total) as stage:
+            yield stage
+
+    def _own(self, ids: np.ndarray) -> np.ndarray:
+        """This rank's part of some ids."""
+        return ids[self.ranks.share(len(ids))]
 
     def _fit_from_rows(self) -> None:
         """Curvature from the user's rows, from probes, or from unfactored gradients of a random sample."""
@@ -453,21 +560,22 @@ class _Build:
             source, copy = curvature_source(self.curvature, self.capture, self.loss, self.projections, self.path)
             if copy is not None:
                 self.stack.callback(copy.close)
-            rows, count, spool, _ = self._walkable(source, np.arange(source.count, dtype=np.int64), True)
+            every = np.arange(source.count, dtype=np.int64)
+            rows, count, spool, _ = self._walkable(source, self._own(every), True)
             part = Part(rows, count, count / self.curvature.rows_per_example, 1.0)
         elif self.logits is not None and self.capture is not None and self.examples is not None:
             wanted = self._sample_ids()
             probes = probes_of(self.capture.model, self.logits, self.config.probes, self.config.seed, len(wanted))
             probed = ProbedGradients(self.capture.capture(self.loss), self.examples, probes)
-            rows, count, spool, _ = self._walkable(probed, wanted, False, each=probes.each)
+            rows, count, spool, _ = self._walkable(probed, self._own(wanted), False, each=probes.each)
             part = Part(rows, count, count / probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)
             if self.curvature_kind == "mixed":
                 rows, count = self._sample()
-                part = mix([part, Part(rows, count, count, _EMPIRICAL_SHARE)], self.specs)
+                part = mix([part, Part(rows, count, count, _EMPIRICAL_SHARE)], self.specs, self.ranks)
         else:
             rows, count = self._sample()
             part = Part(rows, count, count, 1.0)
-        with self.reporter.stage("curvature") as stage:
+        with self._stage("curvature") as stage:
             fitted = fit_curvature(
                 part.rows,
                 part.count,
@@ -479,6 +587,7 @@ class _Build:
                 stage=stage,
                 device=self._device(),
                 within=curvature_products(self.config, self.specs, str(self.manifest.stored)),
+                ranks=self.ranks,
             )
         if spool is not None:
             spool.close()
@@ -492,7 +601,7 @@ class _Build:
         """Which directions rows of eigencodes hold, by the sample's gradients."""
         rows, count = self._sample()
         curvature = self._curvature()
-        with self.reporter.stage("eigencodes") as stage:
+        with self._stage("eigencodes") as stage:
             code = fit_eigencode(
                 rows,
                 count,
@@ -501,18 +610,17 @@ class _Build:
                 row_bytes=self.config.eigen_bytes,
                 stage=stage,
                 device=self._device(),
+                ranks=self.ranks,
             )
-        self.manifest.eigen = save_eigencode(self.path, code)
-        self.manifest.write(self.path, BUILDING)
+        self._publish("eigen", lambda: save_eigencode(self.path, code))
 
     def _fit_sketch(self) -> None:
         """The sketch of unfactored gradients, which coordinates are taken with."""
         (rows, count), curvature, device = self._sample(), self._curvature(), self._device()
-        with self.reporter.stage("sketch") as stage:
+        with self._stage("sketch") as stage:
             whitened = half_whitened(rows, count, curvature, lambdas(curvature, self.config), device)
-            sketch = new_sketch(whitened, curvature, self.config, stage, device)
-        self.manifest.sketch = save_sketch(self.path, sketch)
-        self.manifest.write(self.path, BUILDING)
+            sketch = new_sketch(whitened, curvature, self.config, stage, device, self.ranks)
+        self._publish("sketch", lambda: save_sketch(self.path, sketch))
 
     def _curvature(self) -> FittedCurvature:
         sealed = self.manifest.curvature
@@ -524,28 +632,40 @@ class _Build:
 
     def _fit_from_factors(self) -> None:
         """The published order: curvature from all stored factors, after they were written."""
-        store = Store(self.path, row_layout(self.manifest, self.config, self.specs), self.manifest.shards)
+        team = Team.of(self.manifest, self.ranks)
+        store = Store(self.path, row_layout(self.manifest, self.config, self.specs), team.shards)
         self.stack.callback(store.close)
-        with self.reporter.stage("curvature") as stage:
+        with self._stage("curvature") as stage:
             fitted = fit_curvature(
                 lambda: stored_gradients(store),
-                len(store),
+                len(team),
                 self.specs,
                 rank=self._curvature_rank(),
                 power_iterations=self.config.power_iterations,
                 seed=self.config.seed,
-                examples=len(store),
+                examples=len(team),
                 stage=stage,
                 device=self._device(),
+                ranks=self.ranks,
             )
         self._keep(fitted)
 
     def _keep(self, fitted: dict[str, LayerCurvature]) -> None:
-        for name, layer in fitted.items():
-            # Found out now rather than at the first search.
-            Preconditioner.of(name, layer, self.config.damping, self.config.complement)  # type: ignore[arg-type]
-        self.manifest.curvature, self.manifest.curvature_layers = save_curvature(self.path, fitted)
-        self.manifest.write(self.path, BUILDING)
+        def save() -> dict[str, Any]:
+            for name, layer in fitted.items():
+                # Found out now rather than at the first search.
+                Preconditioner.of(name, layer, self.config.damping, self.config.complement)  # type: ignore[arg-type]
+            info, layers = save_curvature(self.path, fitted)
+            return {"file": info.to_json(), "layers": layers}
+
+        entry: dict[str, Any] | None = None
+        with self.ranks.jointly():
+            entry = save() if self.ranks.first else None
+        entry = self.ranks.told(entry)
+        info = SealedInfo.from_json(entry["file"])
+        self.home.publish([info])
+        self.manifest.curvature, self.manifest.curvature_layers = info, entry["layers"]
+        self._note()
 
     def _encode(self) -> None:
         """One pass: gradients -> factors and coordinates -> rows -> shards."""
@@ -563,94 +683,137 @@ class _Build:
                 load_sketch(self.path, manifest.sketch, self.specs), self._curvature(), self._device()
             )
         encoder = RowEncoder(layout, self.specs, eigen, sketch)
-        start = manifest.shards[-1].last_id + 1 if manifest.shards else 0
-        source: GradientSource = self.source if self._spool is None else self._spool
-        skipped = [i for i in manifest.skipped if self._spool is not None or i < start]
-        writer = shard_writer(self.path, manifest, layout, self.config)
+        # What is not sealed anywhere, and this rank's part of it.
+        sealed = [span for spans in self.ranks.gather_values([s.span for s in manifest.shards]) for span in spans]
+        left = unsealed(sealed, self.source.count)
+        mine = some_of(left, self.ranks.share(sum(stop - start for start, stop in left)))
+        skipped = [i for i in manifest.skipped if self._spool is not None or not within(left, i)]
+        name, base = BUILDING if self.home.leads else building_name(self.ranks.rank), manifest.next_file
+        writer = shard_writer(self.path, manifest, layout, self.config, self.ranks)
 
         def on_sealed() -> None:
             manifest.skipped = sorted(skipped)
-            manifest.write(self.path, BUILDING)
+            manifest.write(self.path, name)
 
-        with self.reporter.stage("encode", self.source.count - start) as stage:
-            blocks = finite_blocks(source.blocks(start), self.config.on_nonfinite, skipped)
-            encode_blocks(blocks, encoder, writer, stage, on_sealed, payloads=self.payloads)
-        self._vanished += encoder.vanished
-        manifest.skipped = sorted(skipped)
-        if not manifest.shards:
+        with self._stage("encode", sum(stop - start for start, stop in mine)) as stage, self.ranks.jointly():
+            for start, stop in mine:
+                source: GradientSource = self.source if self._spool is None else self._spool
+                blocks = finite_blocks(source.blocks(start, stop), self.config.on_nonfinite, skipped)
+                encode_blocks(blocks, encoder, writer, stage, on_sealed, payloads=self.payloads)
+            on_sealed()
+        self._vanished += self.ranks.count(encoder.vanished)
+        self._bring_together(skipped, base)
+        if not self._rows():
             raise DataError(f"no example is left to index: all {self.source.count} were skipped for inf or NaN")
-        manifest.write(self.path, BUILDING)
+
+    def _bring_together(self, skipped: list[int], base: int) -> None:
+        """The ranks' shards become the folders'.
+
+        Args:
+            skipped: ids that this rank has left out.
+            base: number of the first file that was written.
+        """
+        manifest, home = self.manifest, self.home
+        mine = {
+            "shards": [shard.to_json() for shard in manifest.shards],
+            "skipped": skipped,
+            "next": manifest.next_file,
+        }
+        found = self.ranks.gather_values(mine)
+        here = [said for rank, said in enumerate(found) if home.leaders[rank] == home.leader]
+        shards = [ShardInfo.from_json(shard) for said in here for shard in said["shards"]]
+        manifest.shards = sorted(shards, key=lambda shard: shard.first_id)
+        manifest.skipped = sorted({i for said in found for i in said["skipped"]})
+        manifest.next_file = max(base, *(said["next"] for said in found))
+        if home.folders > 1:
+            digests = sorted(shard["sealed"]["digest"] for said in found for shard in said["shards"])
+            facts = json.dumps([manifest.fingerprint, digests], sort_keys=True)
+            rows = sum(shard["rows"] for said in found for shard in said["shards"])
+            build = hashlib.sha256(facts.encode()).hexdigest()
+            manifest.part = {"number": home.number, "of": home.folders, "rows": rows, "build": build}
+        self._note()
+        with self.ranks.jointly():
+            if not home.leads:
+                (self.path / building_name(self.ranks.rank)).unlink(missing_ok=True)
+
+    def _rows(self) -> int:
+        """Of the whole index."""
+        part = self.manifest.part
+        return sum(shard.rows for shard in self.manifest.shards) if part is None else int(part["rows"])
 
     def _add_coarse(self) -> None:
         """The coarse index over what is stored, and its calibration."""
-        count = sum(shard.rows for shard in self.manifest.shards)
-        if not wants_coarse(self.config, count):
+        if not wants_coarse(self.config, self._rows()):
             return
-        load_faiss()
+        with self.ranks.jointly():
+            load_faiss()
         if self.manifest.sketch is None:
             # Rows are factors or eigencodes alone: the sketch is of them.
-            with self.reporter.stage("sketch") as stage:
-                self.manifest.sketch = sketch_of_rows(self._reader(), stage, self._device())
-            self.manifest.write(self.path, BUILDING)
+            with self._stage("sketch") as stage:
+                sketch = sketch_of_rows(self._reader(), stage, self._device())
+            self._publish("sketch", lambda: save_sketch(self.path, sketch))
         if self.manifest.coarse is None:
             reader = self._reader()
             factory = self.config.coarse
             if factory in (None, "auto"):
                 factory = default_factory(reader.sketch.dim)  # type: ignore[union-attr]
             if self.manifest.queries is None:
-                ids, gradients = self._calibration_queries()
-                self.manifest.queries = save_queries(self.path, ids, gradients)
-                self.manifest.write(self.path, BUILDING)
-            with self.reporter.stage("coarse", count) as stage:
+                with self._stage("queries"):
+                    ids, gradients = self._calibration_queries()
+                self._publish("queries", lambda: save_queries(self.path, ids, gradients))
+            with self._stage("coarse", len(reader.store)) as stage:
                 entry = make_coarse(reader, str(factory), stage)
             if self.config.store == "coarse":
-                self._drop_rows(reader, entry)
+                self._drop_rows(entry)
             else:
                 self.manifest.coarse = entry
-                self.manifest.write(self.path, BUILDING)
+                self._note()
         if self.manifest.calibration is None and self.config.store != "coarse":
-            with self.reporter.stage("calibrate") as stage:
-                learnt = calibrate(self._reader(), None, stage)
-            self.manifest.calibration = learnt.to_json() if learnt is not None else None
-            self.manifest.write(self.path, BUILDING)
+            self.manifest.calibration = self._calibrated(self._reader())
+            self._note()
 
-    def _drop_rows(self, reader: Reader, entry: dict[str, Any]) -> None:
+    def _calibrated(self, reader: Reader) -> dict[str, Any] | None:
+        with self._stage("calibrate") as stage:
+            learnt = calibrate(reader, None, stage)
+        return self.ranks.told(None if learnt is None else learnt.to_json())
+
+    def _drop_rows(self, entry: dict[str, Any]) -> None:
         """Only the coarse index stays: it is calibrated while the rows are there, and their ids are kept."""
         manifest = self.manifest
-        with_rows = dataclasses.replace(manifest, coarse=entry)
-        reader = Reader(self.path, with_rows, reader.layout)
+        layout = row_layout(manifest, self.config, self.specs)
+        reader = Reader(self.path, dataclasses.replace(manifest, coarse=entry), layout, ranks=self.ranks)
         self.stack.callback(reader.close)
-        with self.reporter.stage("calibrate") as stage:
-            learnt = calibrate(reader, None, stage)
-        old = manifest.shards
-        kept = []
-        for info in old:
-            shard = Shard(self.path, info, reader.layout)
-            kept.append(_without_rows(self.path, manifest.new_name("ids"), shard))
-            shard.file.close()
-        manifest.shards, manifest.coarse = kept, entry
-        manifest.calibration = learnt.to_json() if learnt is not None else None
-        manifest.write(self.path, BUILDING)
-        for info in old:
-            (self.path / info.sealed.file).unlink()
+        manifest.calibration = self._calibrated(reader)
+        old, base = manifest.shards, manifest.next_file
+        names = manifest.naming("ids", self.ranks.rank, self.ranks.size)
+        with self.ranks.jointly():
+            manifest.shards = [_without_rows(self.path, names(), shard) for shard in reader.store.shards]
+        manifest.coarse = entry
+        self._bring_together(manifest.skipped, base)
+        with self.ranks.jointly():
+            for info in old if self.home.leads else ():
+                (self.path / info.sealed.file).unlink()
 
     def _calibration_queries(self) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-        """Unfactored gradients of training examples as queries: outside of the fitting sample, which would be easier to
-        answer, where there are others."""
+        """Unfactored gradients of training examples as queries, on all ranks: outside of the fitting sample, which
+        would be easier to answer, where there are others."""
         each = 4 * sum(spec.dim for spec in self.specs.values())
         most = min(self.config.calibration_queries, max(QUERY_BYTES // each, 1))
-        others = self._shuffled()[self.config.curvature_sample :][:most]
-        chosen = np.sort(others if len(others) == most else self._shuffled()[:most])
-        ids, parts = [], []
-        for block in finite_blocks(self.source.sample(chosen), self.config.on_nonfinite, []):
-            ids.append(block.ids)
-            parts.append({name: g.dense().float().cpu() for name, g in block.layers.items()})
+        drawn = self._drawn(self.config.curvature_sample + most)
+        others = drawn[self.config.curvature_sample :]
+        chosen = self._own(np.sort(others if len(others) == most else drawn[:most]))
+        ids, parts = [np.empty(0, np.int64)], []
+        with self.ranks.jointly():
+            for block in finite_blocks(self.source.sample(chosen), self.config.on_nonfinite, []):
+                ids.append(block.ids)
+                parts.append({name: g.dense().float().cpu() for name, g in block.layers.items()})
         empty = {name: torch.empty(0, spec.d_in, spec.d_out) for name, spec in self.specs.items()}
-        gradients = {name: torch.cat([empty[name], *(p[name] for p in parts)]) for name in self.specs}
-        return np.concatenate([np.empty(0, np.int64), *ids]), gradients
+        mine = {name: torch.cat([empty[name], *(p[name] for p in parts)]) for name in self.specs}
+        every = {n: torch.from_numpy(np.concatenate(self.ranks.gather(g.numpy()))) for n, g in mine.items()}
+        return np.concatenate(self.ranks.gather(np.concatenate(ids))), every
 
     def _reader(self) -> Reader:
-        reader = Reader(self.path, self.manifest)
+        reader = Reader(self.path, self.manifest, ranks=self.ranks)
         self.stack.callback(reader.close)
         return reader
 
@@ -661,7 +824,7 @@ class _Build:
             seconds[stage] = round(seconds.get(stage, 0.0) + value, 6)
         manifest.report = {
             "seconds": seconds,
-            "rows": sum(shard.rows for shard in manifest.shards),
+            "rows": self._rows(),
             "examples": self.source.count,
             "skipped": len(manifest.skipped),
             "vanished": self._vanished,
@@ -669,18 +832,27 @@ class _Build:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "torch": torch.__version__,
         }
-        manifest.commit(self.path)
-        (self.path / BUILDING).unlink()
+        if self.ranks.size > 1:
+            # What each rank has sent the others, and how much memory it took.
+            manifest.report["ranks"] = {
+                "size": self.ranks.size,
+                "folders": self.home.folders,
+                "sent_bytes": self.ranks.gather_values(dict(self.ranks.sent)),
+                "peak_rss_bytes": self.ranks.gather_values(manifest.report["peak_rss_bytes"]),
+            }
+        with self.ranks.jointly("finish"):
+            if self.home.leads:
+                manifest.commit(self.path)
+                (self.path / BUILDING).unlink()
 
     def _sample_ids(self) -> np.ndarray:
         """Sorted ids of the random fitting sample."""
-        return np.sort(self._shuffled()[: self.config.curvature_sample])
+        return np.sort(self._drawn(self.config.curvature_sample))
 
-    def _shuffled(self) -> np.ndarray:
-        """All ids in random order: the fitting sample's first."""
-        count = self.source.count
-        generator = np.random.Generator(keyed_generator(self.config.seed, "curvature-sample", count))
-        return generator.permutation(count).astype(np.int64)
+    def _drawn(self, count: int) -> np.ndarray:
+        """The first ids of all in random order: the fitting sample's, then further ones."""
+        total = self.source.count
+        return drawn(total, count, self.config.seed, "curvature-sample", total)
 
     def _device(self) -> torch.device:
         if self.capture is not None:
@@ -695,91 +867,6 @@ def wants_coarse(config: BuildConfig, count: int) -> bool:
     if config.coarse == "auto" and config.store != "coarse":
         return count >= COARSE_FROM and faiss_is_installed()
     return True
-
-
-def take_fit(folder: Path, manifest: Manifest, into: Path) -> None:
-    """Copies what another index was fitted with: projections, curvature, eigencodes, and the sketch where rows need it.
-
-    Args:
-        folder: the other index.
-        manifest: of the index that takes it; its layers, config and model must be the same.
-        into: its folder.
-
-    Raises:
-        FingerprintError: another model, loss, or config, but for settings that change no stored number.
-    """
-    other = read_manifest(folder)
-    keys = ("model", "members", "loss", "autocast", "projection", "layers", "config")
-    check_same(
-        {k: other.fingerprint[k] for k in keys if k in other.fingerprint},
-        {k: manifest.fingerprint[k] for k in keys if k in manifest.fingerprint},
-        f"the index {folder}, whose fit was to be taken,",
-        "build with the same model, loss and config (leave config out to take that index's)",
-    )
-    if other.curvature is None:
-        raise CorruptionError(f"{folder} has no curvature in its manifest: restore it from a copy")
-    # Names of both indexes are never given again.
-    manifest.next_file = max(manifest.next_file, other.next_file)
-    manifest.curvature = copy_sealed(folder, other.curvature, into, other.curvature.file)
-    manifest.curvature_layers, manifest.stored = other.curvature_layers, other.stored
-    for field in ("projections", "eigen", *(("sketch",) if other.stored in ("both", "coordinates", "coarse") else ())):
-        entry = getattr(other, field)
-        if entry is not None:
-            info = SealedInfo.from_json(entry["file"])
-            setattr(manifest, field, entry | {"file": copy_sealed(folder, info, into, info.file).to_json()})
-
-
-def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, examples: ExampleSource) -> BuildConfig:
-    """The config with a number for projection_floor: wider for eigencodes, which keep the best directions of all, and
-    so gain by there being more to choose from. What rows will be is told by the first batch.
-
-    Where a row has room for all directions of the least width, it stays: nothing is chosen, and a wider D would only
-    make the same multiple of trace / D a smaller lambda (`bench.lds`: Fashion-MNIST falls from .283 to .248)."""
-    if config.projection_floor != "auto":
-        return config
-    least = dataclasses.replace(config, projection_floor=LEAST_FLOOR)
-    if config.projection != "eigen" or config.curvature_rank != "auto" or config.store not in ("auto", "eigen"):
-        return least
-    taken = ModelCapture(model, least)
-    first = itertools.islice(ModelGradients(taken.capture(loss), examples).blocks(), 1)
-    if representation_of(least, taken.specs, first) != "eigen":
-        return least
-    if sum(spec.dim for spec in taken.specs.values()) <= 8 * config.eigen_bytes:
-        return least
-    for floor in _FLOORS:
-        wider = dataclasses.replace(config, projection_floor=floor)
-        each = sum(spec.dim for spec in layer_specs(taken.layers, wider).values())
-        if 4 * each * min(examples.count, config.curvature_sample) <= _FLOOR_BYTES:
-            return wider
-    return least
-
-
-def representation_is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:
-    """Whether what rows hold depends on the gradients."""
-    if config.store not in ("auto", "both"):
-        return False
-    return config.curvature_rows != "factors" and not all(spec.dense for spec in specs.values())
-
-
-def representation_of(config: BuildConfig, specs: dict[str, LayerSpec], blocks: Iterable[GradientBlock]) -> str:
-    """What rows hold: as the config says, or factors alone where they lose next to nothing of some gradients. The
-    blocks are only walked where that depends on them."""
-    if not representation_is_open(config, specs):
-        return "factors" if config.store in ("auto", "both") else config.store
-    lost = total = 0.0
-    seen = 0
-    for block in blocks:
-        part = block.select(np.arange(min(block.count, _MEASURED - seen)))
-        seen += part.count
-        for name, factors in factorise(part, specs).items():
-            whole = part.layers[name].dense()
-            lost += float((whole - factors.dense()).double().square().sum())
-            total += float(whole.double().square().sum())
-        if seen >= _MEASURED:
-            break
-    if lost <= _LOSSLESS * total:
-        return "factors"
-    return "both" if config.store == "both" else "eigen"
 
 
 def _told(blocks: Iterator[GradientBlock], advance: Any) -> Iterator[GradientBlock]:

@@ -18,7 +18,7 @@ from ..fit.query import Preconditioner
 from ..progress import Reporter
 from ..search.coarse import default_factory, faiss_is_installed
 from ..search.reader import Reader
-from ..storage.fitted import save_curvature, save_queries
+from ..storage.fitted import save_curvature, save_queries, save_sketch
 from ..storage.manifest import Manifest
 from .coarse_build import make_coarse, random_positions, recalibrate, sketch_of_rows, stored_blocks, stored_queries
 from .pipeline import stored_gradients
@@ -60,7 +60,8 @@ def refit_index(reader: Reader, report: Reporter) -> tuple[Manifest | None, dict
     if reader.representation in ("factors", "eigen"):
         with report.stage("sketch") as stage:
             bare = Reader(reader.folder, manifest)
-            manifest.sketch = sketch_of_rows(bare, stage, torch.device("cpu"), manifest.new_name("sketch"))
+            sketch = sketch_of_rows(bare, stage, torch.device("cpu"))
+            manifest.sketch = save_sketch(reader.folder, sketch, manifest.new_name("sketch"))
             bare.close()
         renewed.append("sketch")
     _renew_queries(reader, manifest)
@@ -79,7 +80,7 @@ def renew_curvature(reader: Reader, manifest: Manifest, report: Reporter) -> Non
     """Fits the curvature on the stored factors of the living rows, into the manifest."""
     store, config = reader.store, reader.config
     most = store.live_count if config.curvature_rows == "factors" else config.curvature_sample
-    chosen = random_positions(reader, "curvature-sample", most)
+    chosen, _ = random_positions(reader, "curvature-sample", most)
     everything = len(chosen) == len(store)
     with report.stage("curvature") as stage:
         fitted = fit_curvature(

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import CurvatureError
 from ..progress import Stage
+from ..ranks import ALONE, Ranks
 from .data import ExampleSource
 from .gradients import GradientBlock, LayerGradient, LayerSpec
 from .hooks import Capture
@@ -55,9 +56,16 @@ def fitted_sides(specs: dict[str, LayerSpec], layers: Iterable[TrackedLayer] = (
 
 
 def fit_eigenbases(
-    walk: Walk, specs: dict[str, LayerSpec], sides: list[Side], seed: int, device: torch.device, stage: Stage
+    walk: Walk,
+    specs: dict[str, LayerSpec],
+    sides: list[Side],
+    seed: int,
+    device: torch.device,
+    stage: Stage,
+    ranks: Ranks = ALONE,
 ) -> dict[Side, torch.Tensor]:
-    """(width, d) float32 orthonormal columns for each side, in falling order of eigenvalue; signs are fixed.
+    """(width, d) float32 orthonormal columns for each side, in falling order of eigenvalue; signs are fixed. Over
+    several ranks, which each walk their own examples, they are rank 0's.
 
     Eigenvectors are found in float64. A side up to 4,096 wide takes one walk over the data; wider ones are found by
     subspace iteration in four, as many together as 4 GiB hold.
@@ -85,8 +93,7 @@ def fit_eigenbases(
         stage.advance(1)
 
     found: dict[Side, torch.Tensor] = {}
-    for (name, side), fit in fit_in_groups(fits, _POWER_ITERATIONS, once, planned):
-        pairs = fit.result(1.0)
+    for (name, side), pairs in fit_in_groups(fits, _POWER_ITERATIONS, 1.0, once, planned, ranks):
         if not pairs.trace > 0:
             raise CurvatureError(
                 f"layer {name!r} has zero gradients in all examples of the sample, so that no projection can be "

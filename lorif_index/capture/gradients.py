@@ -202,8 +202,8 @@ class GradientSource(Protocol):
     @property
     def count(self) -> int: ...
 
-    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
-        """All examples with id >= start, in order."""
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
+        """All examples with start <= id < stop, in order."""
         ...
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:

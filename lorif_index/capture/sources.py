@@ -37,11 +37,16 @@ class ModelGradients:
         self._reached = False
         self.count = examples.count
 
-    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
+        stop = self.count if stop is None else stop
+        if start >= stop:
+            return
         for ids, batch in self._examples.batches(start):
-            # A batch may begin before `start`: it is computed whole, so that its rows do not depend on where an
-            # interrupted build went on.
-            yield self._take(ids, batch).select(np.flatnonzero(ids >= start))
+            # A batch may begin before `start` and end after `stop`: it is computed whole, so that its rows depend
+            # neither on where an interrupted build went on nor on how many ranks share the data.
+            yield self._take(ids, batch).select(np.flatnonzero((ids >= start) & (ids < stop)))
+            if ids[-1] >= stop - 1 and stop < self.count:
+                return
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         for part, batch in self._examples.select(ids):
@@ -65,8 +70,8 @@ class ProbedGradients:
         _, first = next(iter(examples.batches()))
         capture.look(first, probes.prepare)
 
-    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
-        yield from self.sample(np.arange(start, self.count, dtype=np.int64))
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
+        yield from self.sample(np.arange(start, self.count if stop is None else stop, dtype=np.int64))
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         """The rows of the examples with these ids; blocks of the same examples follow each other."""
@@ -93,10 +98,14 @@ class GivenGradients:
             _feed_block(digest, block)
         self.digest = str(digest.hexdigest())
 
-    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
+        stop = self.count if stop is None else stop
         for block in _parsed(self._blocks, self._projections.specs):
+            if block.ids[0] >= stop:
+                return
             if block.ids[-1] >= start:
-                yield self._projections.project(block).select(np.flatnonzero(block.ids >= start))
+                wanted = np.flatnonzero((block.ids >= start) & (block.ids < stop))
+                yield self._projections.project(block).select(wanted)
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         for block in self.given(ids):

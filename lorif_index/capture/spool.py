@@ -65,12 +65,12 @@ class Spool:
         """(count,) int64."""
         return np.concatenate([e.ids for e in self._entries]) if self._entries else np.empty(0, np.int64)
 
-    def blocks(self, start: int = 0) -> Iterator[GradientBlock]:
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
         with self._path.open("rb", buffering=0) as file:
             for entry in self._entries:
-                if len(entry.ids) and entry.ids[-1] >= start:
-                    block = _read(file, entry)
-                    yield block.select(np.flatnonzero(block.ids >= start))
+                wanted = np.flatnonzero((entry.ids >= start) & (stop is None or entry.ids < stop))
+                if len(wanted):
+                    yield _read(file, entry).select(wanted)
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         with self._path.open("rb", buffering=0) as file:

@@ -3,6 +3,11 @@
 Subspace iteration with a Rayleigh-Ritz pass at the end (Halko, Martinsson and Tropp, arXiv:0909.4061): a block of
 r + 10 directions is multiplied by sum g g^T in each pass, O(D r) memory. The curvature of a layer and the principal
 components of a sketch are both found so.
+
+Over several ranks each walks its own rows. A pass's partial sums, D x (r + 10), are reduced to the rank that owns the
+fit, which orthonormalises them and spreads the basis: the bytes of a ring all-reduce, each factorisation done once
+and the fits of different layers side by side, and the same basis to the last bit everywhere. (Giving each rank some
+layers' rows instead would move D floats a row and layer: more as soon as a rank has more rows than passes x (r + 10).)
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from ..ranks import ALONE, Ranks
 from .projection import keyed_generator
 
 OVERSAMPLING = 10
@@ -59,6 +65,9 @@ class SubspaceFit:
         seed: of the starting block.
         device: where the products are computed.
         whole_up_to: a D up to which the dense matrix is held, whatever the rank.
+
+    Attributes:
+        trace: squared norms of the rows seen, summed.
     """
 
     def __init__(
@@ -80,7 +89,7 @@ class SubspaceFit:
         self.exact = self.block >= dim
         self._key = key
         self._seed = seed
-        self._trace = 0.0
+        self.trace = 0.0
         self._basis: torch.Tensor | None = None
         self._sketch: torch.Tensor | None = None
         self._core: torch.Tensor | None = None
@@ -125,7 +134,7 @@ class SubspaceFit:
     def add(self, g: torch.Tensor) -> None:
         """Takes rows (b, D)."""
         if self._tracing:
-            self._trace += float(torch.linalg.vector_norm(g.double(), dim=1).square().sum())
+            self.trace += float(torch.linalg.vector_norm(g.double(), dim=1).square().sum())
         if self.exact:
             self._hold(g)
             return
@@ -153,42 +162,67 @@ class SubspaceFit:
             self._core += rows.T @ rows  # type: ignore[operator]
             self._held = 0
 
-    def end(self) -> None:
-        """Ends a pass."""
-        self._tracing = False
+    def close(self, ranks: Ranks, owner: int) -> None:
+        """Ends a walk: what all ranks have seen comes together on the owner."""
         self._add_held()
+        self._tracing = False
+        if self._last:
+            self._core = ranks.reduced(self._core, owner)  # type: ignore[arg-type]
+        else:
+            self._sketch = ranks.reduced(self._sketch, owner)  # type: ignore[arg-type]
+
+    def orthonormalise(self) -> None:
+        """On the owner, between two passes: the sketch becomes the next basis."""
         if not self._last:
             # Scaled first: sums of squares of very small gradients would leave float32's range in the factorisation.
             sketch = self._sketch.double()  # type: ignore[union-attr]
             peak = sketch.abs().amax()
-            self._basis = torch.linalg.qr(sketch / torch.where(peak > 0, peak, 1.0)).Q.float()
+            self._basis = torch.linalg.qr(sketch / torch.where(peak > 0, peak, 1.0)).Q.float().contiguous()
+
+    def share(self, ranks: Ranks, owner: int) -> None:
+        """All ranks get the owner's basis."""
+        if not self._last:
+            self._basis = ranks.spread(self._basis, owner)  # type: ignore[arg-type]
             self._sketch = None
 
     def result(self, divisor: float) -> Eigenpairs:
-        """The eigenpairs of the sum divided by `divisor`; the fit is used up."""
+        """The eigenpairs of the sum divided by `divisor`, on the owner; the fit is used up."""
         values, vectors = torch.linalg.eigh(self._core / divisor)  # type: ignore[operator]
         values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)[:, : self.rank]
         basis = vectors if self.exact else self._basis.double() @ vectors  # type: ignore[union-attr]
-        self._basis = self._core = self._room = None
+        self.forget()
         basis = with_fixed_signs(basis)
         return Eigenpairs(
-            basis.float().contiguous().cpu(), values[: self.rank + OVERSAMPLING].cpu(), self._trace / divisor
+            basis.float().contiguous().cpu(), values[: self.rank + OVERSAMPLING].cpu(), self.trace / divisor
         )
+
+    def forget(self) -> None:
+        """Gives its memory back."""
+        self._basis = self._core = self._room = self._sketch = None
+
+    def empty(self) -> Eigenpairs:
+        """Room for a result that another rank has."""
+        values = torch.empty(min(self.rank + OVERSAMPLING, self.block), dtype=torch.float64)
+        return Eigenpairs(torch.empty(self.dim, self.rank), values, 0.0)
 
 
 def fit_in_groups(
     fits: Mapping[Key, SubspaceFit],
     power_iterations: int,
+    divisor: float,
     walk: Callable[[Mapping[Key, SubspaceFit]], None],
     planned: Callable[[int], None],
-) -> Iterator[tuple[Key, SubspaceFit]]:
-    """Runs fits through their passes, as many together as 4 GiB hold, and yields each when it has its result.
+    ranks: Ranks = ALONE,
+) -> Iterator[tuple[Key, Eigenpairs]]:
+    """Runs fits through their passes, as many together as 4 GiB hold, and yields their results, in order.
 
     Args:
-        fits: key -> a fit that has not begun.
+        fits: key -> a fit that has not begun; the same on all ranks.
         power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
-        walk: walks the rows once and adds them to the fits that it is given, some of `fits`.
+        divisor: of the sum over the rows.
+        walk: walks this rank's rows once and adds them to the fits that it is given, some of `fits`.
         planned: told how many walks a group will take, before its first.
+        ranks: who have the rows. Results are rank 0's; on others they hold the trace alone.
     """
     pending = list(fits.items())
     while pending:
@@ -197,11 +231,30 @@ def fit_in_groups(
         while pending and used + pending[0][1].nbytes <= _GROUP_BYTES:
             used += pending[0][1].nbytes
             group.append(pending.pop(0))
+        owners = dict(zip((key for key, _ in group), ranks.owners([f.dim * f.block**2 for _, f in group]), strict=True))
         passes = max(fit.passes(power_iterations) for _, fit in group)
         planned(passes)
         for number in range(passes):
             active = {key: fit for key, fit in group if fit.begin(number, passes)}
-            walk(active)
-            for fit in active.values():
-                fit.end()
-        yield from group
+            with ranks.jointly():
+                walk(active)
+            for key, fit in active.items():
+                fit.close(ranks, owners[key])
+            for key, fit in active.items():
+                if owners[key] == ranks.rank:
+                    fit.orthonormalise()
+            for key, fit in active.items():
+                fit.share(ranks, owners[key])
+        traces = ranks.sum(torch.tensor([fit.trace for _, fit in group], dtype=torch.float64)).tolist()
+        found: dict[Key, Eigenpairs] = {}
+        for (key, fit), trace in zip(group, traces, strict=True):
+            fit.trace = trace
+            if ranks.size > 1 and owners[key] == ranks.rank:
+                # Side by side, before any waits for another's.
+                found[key] = fit.result(divisor)
+        for key, fit in group:
+            mine = found.pop(key) if key in found else fit.result(divisor) if ranks.size == 1 else fit.empty()
+            fit.forget()
+            vectors = ranks.moved(mine.vectors, owners[key], 0)
+            values = ranks.moved(mine.values, owners[key], 0)
+            yield key, Eigenpairs(vectors, values, fit.trace / divisor)

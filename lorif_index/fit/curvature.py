@@ -16,6 +16,7 @@ from ..capture.gradients import GradientBlock, LayerSpec
 from ..capture.subspace import SubspaceFit, fit_in_groups
 from ..errors import CurvatureError
 from ..progress import Stage
+from ..ranks import ALONE, Ranks
 from .grid import Grid, fit_grids
 
 _BATCH_ROWS = 256
@@ -92,8 +93,8 @@ class Part:
     """Rows that are mixed with others.
 
     Attributes:
-        rows: gives the blocks, the same each time.
-        count: number of rows.
+        rows: gives this rank's blocks, the same each time.
+        count: number of rows of all ranks.
         examples: how many examples they stand for.
         share: of the mixture's trace.
     """
@@ -104,7 +105,7 @@ class Part:
     share: float
 
 
-def mix(parts: list[Part], names: Iterable[str]) -> Part:
+def mix(parts: list[Part], names: Iterable[str], ranks: Ranks = ALONE) -> Part:
     """Rows whose second moment is, layer by layer, sum_p share_p C_p tr(C_first) / tr(C_p).
 
     The trace stays that of the first part, unless that is zero. One walk over all rows finds the traces.
@@ -114,10 +115,12 @@ def mix(parts: list[Part], names: Iterable[str]) -> Part:
     traces = []
     for part in parts:
         squares = dict.fromkeys(names, 0.0)
-        for block in part.rows():
-            for name in names:
-                squares[name] += block.layers[name].squares()
-        traces.append({name: value / part.examples for name, value in squares.items()})
+        with ranks.jointly():
+            for block in part.rows():
+                for name in names:
+                    squares[name] += block.layers[name].squares()
+        summed = _summed(squares, ranks)
+        traces.append({name: value / part.examples for name, value in summed.items()})
     factors: list[dict[str, float]] = []
     for part, own in zip(parts, traces, strict=True):
         scale = {}
@@ -136,6 +139,12 @@ def mix(parts: list[Part], names: Iterable[str]) -> Part:
     return Part(rows, sum(part.count for part in parts), first.examples, 1.0)
 
 
+def _summed(values: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
+    """Over all ranks."""
+    totals = ranks.sum(torch.tensor(list(values.values()), dtype=torch.float64)).tolist()
+    return dict(zip(values, totals, strict=True))
+
+
 def fit_curvature(
     rows: RowPass,
     count: int,
@@ -148,13 +157,14 @@ def fit_curvature(
     stage: Stage,
     device: torch.device,
     within: Mapping[str, int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, LayerCurvature]:
     """Fits every layer; layers are taken together as far as their blocks fit a bounded memory.
 
     Args:
-        rows: gives the blocks of rows, the same each time; called 2 + power_iterations times, once where the dense
-            matrices are held (D up to 4 (r + 10)), and twice more where some layers are fitted within a grid.
-        count: number of rows.
+        rows: gives this rank's blocks of rows, the same each time; called 2 + power_iterations times, once where the
+            dense matrices are held (D up to 4 (r + 10)), and twice more where some layers are fitted within a grid.
+        count: number of rows of all ranks.
         specs: the layers.
         rank: r, of all layers or layer by layer, or None for all directions; never above D or the number of rows.
         power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
@@ -164,23 +174,24 @@ def fit_curvature(
         device: where the products are computed.
         within: layer -> M: its eigenpairs are found among the M products of its sides' eigenvectors that hold most of
             the rows (see `grid`); r is at most M. The trace is still that of all directions.
+        ranks: who have the rows; the result is rank 0's (others' bases may hold anything).
 
     Raises:
         CurvatureError: no rows, or a layer whose rows are all zero.
     """
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
-    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(specs, rank)
+    kept = rank if isinstance(rank, Mapping) else dict.fromkeys(specs, rank)
     sizes = {name: size for name, size in (within or {}).items() if size < specs[name].dim}
     if sizes:
         stage.total = (stage.total or 0) + 2 * count
-    grids = fit_grids(rows, count, specs, sizes, stage.advance, device)
+    grids = fit_grids(rows, count, specs, sizes, stage.advance, device, ranks)
     squares = dict.fromkeys(grids, 0.0)
     fits = {}
     for name, spec in specs.items():
         size = grids[name].size if name in grids else 0
         key, dim = ("curvature", name), size or spec.dim
-        fits[name] = SubspaceFit(key, dim, ranks[name], count, seed, device, whole_up_to=size)
+        fits[name] = SubspaceFit(key, dim, kept[name], count, seed, device, whole_up_to=size)
 
     def planned(passes: int) -> None:
         stage.total = (stage.total or 0) + passes * count
@@ -196,18 +207,23 @@ def fit_curvature(
                     fit.add(grids[name].coordinates(part) if name in grids else part)
             seen += block.count
             stage.advance(block.count)
-        if seen != count:
-            raise CurvatureError(f"a pass over the curvature rows gave {seen} rows where {count} were counted before")
+        walked.append(seen)
 
+    walked: list[int] = []
     fitted: dict[str, LayerCurvature] = {}
-    for name, fit in fit_in_groups(fits, power_iterations, walk, planned):
-        pairs = fit.result(examples)
+    for name, pairs in fit_in_groups(fits, power_iterations, examples, walk, planned, ranks):
+        for seen in ranks.sum(torch.tensor(walked)).tolist() if walked else ():
+            if seen != count:
+                raise CurvatureError(
+                    f"a pass over the curvature rows gave {seen} rows where {count} were counted before"
+                )
+        walked.clear()
         if not pairs.trace > 0:
             raise CurvatureError(
                 f"layer {name!r} has zero gradients in all {count} curvature rows, so its curvature is singular: "
                 "exclude it with LayerSelection(exclude=[...]), or fit from other rows"
             )
         grid = grids[name].to(torch.device("cpu")) if name in grids else None
-        trace = pairs.trace if grid is None else squares[name] / examples
+        trace = pairs.trace if grid is None else ranks.total(squares[name]) / examples
         fitted[name] = LayerCurvature(pairs.vectors, pairs.values, trace, count, examples, grid)
     return fitted

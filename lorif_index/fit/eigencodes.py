@@ -19,6 +19,7 @@ from ..capture.gradients import LayerGradient
 from ..config import BITS
 from ..errors import CurvatureError
 from ..progress import Stage
+from ..ranks import ALONE, Ranks
 from ..rows.codes import CodeLayout
 from .curvature import LayerCurvature, RowPass
 from .query import Preconditioner, inside_of
@@ -193,17 +194,19 @@ def fit_eigencode(
     row_bytes: int,
     stage: Stage,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> EigenCode:
     """Chooses directions and bits by one walk over a sample.
 
     Args:
-        rows: gives the blocks of the sample's gradients.
-        count: number of rows.
+        rows: gives this rank's blocks of the sample's gradients.
+        count: number of rows of all ranks.
         curvature: layer -> fitted curvature.
         lams: layer -> lambda.
         row_bytes: room of a row; where all directions fit in more than a bit each, they get 2, 4 or 8.
         stage: told of the rows walked.
         device: where the products are computed.
+        ranks: who have the rows.
 
     Raises:
         CurvatureError: all gradients of the sample are zero, or not one byte of coordinates fits beside the scales.
@@ -211,12 +214,13 @@ def fit_eigencode(
     bases = {name: layer.to(device) for name, layer in curvature.items()}
     squares = {name: torch.zeros(layer.rank, dtype=torch.float64) for name, layer in curvature.items()}
     stage.total = (stage.total or 0) + count
-    for block in rows():
-        flat = {name: block.layers[name].flat().to(device, torch.float32) for name in bases}
-        for name, inside in inside_of(flat, bases).items():
-            squares[name] += inside.square().sum(dim=0).cpu().double()
-        stage.advance(block.count)
-    energy = {name: total / count for name, total in squares.items()}
+    with ranks.jointly():
+        for block in rows():
+            flat = {name: block.layers[name].flat().to(device, torch.float32) for name in bases}
+            for name, inside in inside_of(flat, bases).items():
+                squares[name] += inside.square().sum(dim=0).cpu().double()
+            stage.advance(block.count)
+    energy = {name: ranks.sum(total) / count for name, total in squares.items()}
     shares = {n: energy[n] / (layer.eigenvalues.double() + lams[n]) for n, layer in curvature.items()}
     every = torch.cat(list(shares.values()))
     if not every.sum() > 0:

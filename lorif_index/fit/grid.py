@@ -16,6 +16,7 @@ import torch
 
 from ..capture.gradients import GradientBlock, LayerSpec
 from ..capture.subspace import with_fixed_signs
+from ..ranks import ALONE, Ranks
 
 # The sides and the choice of products are taken of about so many rows, evenly spread: they need not be exact, since
 # what is found within them is the second moment of all rows.
@@ -73,16 +74,18 @@ def fit_grids(
     sizes: Mapping[str, int],
     advance: Callable[[int], None],
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Grid]:
-    """The grids of some layers, by two walks over the rows.
+    """The grids of some layers, by two walks over the rows; the same on all ranks.
 
     Args:
-        rows: gives the blocks of rows, the same each time.
-        count: number of rows.
+        rows: gives this rank's blocks of rows, the same each time.
+        count: number of rows of all ranks.
         specs: all layers.
         sizes: layer -> M, at most D, of the layers that get a grid.
         advance: told of the rows walked.
         device: where the products are computed.
+        ranks: who have the rows.
     """
     if not sizes:
         return {}
@@ -90,14 +93,15 @@ def fit_grids(
 
     def walk(take: Callable[[str, torch.Tensor], None]) -> None:
         at = 0
-        for block in rows():
-            # Every step-th row of all, whatever the size of the blocks.
-            part = torch.arange(-at % step, block.count, step)
-            at += block.count
-            advance(block.count)
-            for name in sizes if len(part) else ():
-                gradient = block.layers[name]
-                take(name, gradient.select(part.to(gradient.device)).dense().to(device))
+        with ranks.jointly():
+            for block in rows():
+                # Every step-th row of all, whatever the size of the blocks.
+                part = torch.arange(-at % step, block.count, step)
+                at += block.count
+                advance(block.count)
+                for name in sizes if len(part) else ():
+                    gradient = block.layers[name]
+                    take(name, gradient.select(part.to(gradient.device)).dense().to(device))
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -111,9 +115,15 @@ def fit_grids(
             total += flat @ flat.T
 
     walk(add)
-    grids = {}
+    owners = dict(zip(shapes, ranks.owners([float(a**3 + b**3) for a, b in shapes.values()]), strict=True))
+    bases = {}
     for name, pair in sides.items():
-        left, right = (with_fixed_signs(torch.linalg.eigh(c).eigenvectors).float().contiguous() for c in pair)
+        summed = [ranks.reduced(c, owners[name]) for c in pair]
+        mine = owners[name] == ranks.rank
+        bases[name] = [with_fixed_signs(torch.linalg.eigh(c).eigenvectors) if mine else c for c in summed]
+    grids = {}
+    for name, found in bases.items():
+        left, right = (ranks.spread(basis.float().contiguous(), owners[name]) for basis in found)
         grids[name] = Grid(left, right, torch.arange(0))
     energy = {name: zeros(a * b) for name, (a, b) in shapes.items()}
 
@@ -122,6 +132,6 @@ def fit_grids(
 
     walk(weigh)
     for name, size in sizes.items():
-        order = torch.argsort(energy[name], descending=True, stable=True)
-        grids[name] = replace(grids[name], chosen=order[:size].sort().values)
+        order = torch.argsort(ranks.sum(energy[name]), descending=True, stable=True)
+        grids[name] = replace(grids[name], chosen=ranks.spread(order[:size].sort().values, 0))
     return grids

@@ -18,9 +18,10 @@ import torch
 
 from ..capture.gradients import GradientBlock, LayerGradient
 from ..capture.projection import keyed_generator
-from ..capture.subspace import SubspaceFit
+from ..capture.subspace import SubspaceFit, fit_in_groups
 from ..errors import CurvatureError
 from ..progress import Stage
+from ..ranks import ALONE, Ranks
 from .curvature import LayerCurvature, RowPass
 from .query import Preconditioner, products
 
@@ -144,8 +145,8 @@ class Whitened:
     """Half-whitened coordinates of a sample, as a sketch is fitted on them.
 
     Attributes:
-        walk: gives them, (b, sum of widths) float32 a piece, the same each time.
-        count: number of rows.
+        walk: gives this rank's, (b, sum of widths) float32 a piece, the same each time.
+        count: number of rows of all ranks.
         widths: layer -> how many of its first directions they have.
         lams: layer -> lambda.
     """
@@ -182,8 +183,9 @@ def fit_sketch(
     seed: int,
     stage: Stage,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Sketch:
-    """Fits a sketch on a sample of the data, walked several times and never held.
+    """Fits a sketch on a sample of the data, walked several times and never held. Over several ranks it is rank 0's.
 
     Args:
         whitened: half-whitened coordinates of the sample.
@@ -195,6 +197,7 @@ def fit_sketch(
         seed: of the starting block and the rotation.
         stage: told of the rows walked.
         device: where the products are computed.
+        ranks: who have the sample's rows.
     """
     count, widths, lams = whitened.count, whitened.widths, whitened.lams
     total = sum(widths.values())
@@ -209,15 +212,16 @@ def fit_sketch(
             stage.advance(len(part))
 
     if method == "pca":
-        fit = SubspaceFit(("sketch",), total, kept, count, seed, device)
-        passes = fit.passes(_POWER_ITERATIONS)
-        stage.total = (stage.total or 0) + passes * count
-        for number in range(passes):
-            if fit.begin(number, passes):
-                for part in walk():
-                    fit.add(part)
-                fit.end()
-        pairs = fit.result(count)
+        fits = {"sketch": SubspaceFit(("sketch",), total, kept, count, seed, device)}
+
+        def planned(passes: int) -> None:
+            stage.total = (stage.total or 0) + passes * count
+
+        def add(active: Mapping[str, SubspaceFit]) -> None:
+            for part in walk():
+                active["sketch"].add(part)
+
+        ((_, pairs),) = fit_in_groups(fits, _POWER_ITERATIONS, float(count), add, planned, ranks)
         if not pairs.trace > 0:
             raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
         weights = (pairs.vectors.double() @ rotation).float().split(list(widths.values()))
@@ -229,8 +233,10 @@ def fit_sketch(
     best[torch.argsort(shares, descending=True, stable=True)[:kept]] = True
     stage.total = (stage.total or 0) + count
     squares = torch.zeros(total, dtype=torch.float64)
-    for part in walk():
-        squares += part.double().square().sum(dim=0).cpu()
+    with ranks.jointly():
+        for part in walk():
+            squares += part.double().square().sum(dim=0).cpu()
+    squares = ranks.sum(squares)
     layers, at = {}, 0
     for name, chosen in zip(widths, best.split(list(widths.values())), strict=True):
         # Eigenvalues fall, so the chosen ones are the first of each layer.

@@ -6,10 +6,10 @@ import numpy as np
 
 from ..rows.codes import table_bytes
 from ..rows.layout import RowLayout
-from ..storage.resident import Resident
 from .calibration import SIGNS, Calibration, Orders
 from .coarse import tilted
-from .pursuit import Counts, Found, Proposer, Pursuit, coordinates, score_codes
+from .pursuit import Counts, Found, Proposer, Pursuit, coordinates
+from .rescoring import Rescorer
 from .scoring import Question
 
 _FIRST_GUESS, _GUESSED_TILT = 1000, 0.05
@@ -22,12 +22,12 @@ class CandidateSearch:
     """Coarse search, narrowing and exact rescoring over one index.
 
     Args:
-        rows: the index's.
+        rows: scores the index's rows.
         coarse: what proposes candidates, over their coordinates.
         calibration: what was learnt, or None.
     """
 
-    def __init__(self, rows: Resident, coarse: Proposer, calibration: Calibration | None) -> None:
+    def __init__(self, rows: Rescorer, coarse: Proposer, calibration: Calibration | None) -> None:
         self._rows = rows
         self._coarse = coarse
         self.calibration = calibration
@@ -105,8 +105,10 @@ class CandidateSearch:
 
     def by_coordinates(self, question: Question, positions: np.ndarray, tilt: float, *, largest: bool) -> np.ndarray:
         """(m,) float32: place in the order by coordinates, as scores, of rows at some positions for one query."""
-        scores, norms, _ = score_codes(self._rows, question.scorer(self.layout, self._rows.device), positions)
-        return tilted(scores[None] * (1 if largest else -1), coordinates(question).numpy(), norms, tilt)[0]
+        asked = [(question.scorer(self.layout, self._rows.device), positions)]
+        (found,), _ = self._rows.by_codes(asked, lambda function, items: [function(item) for item in items])
+        signed = found[None, :, 0] * np.float32(1 if largest else -1)
+        return tilted(signed, coordinates(question).numpy(), found[:, 1], tilt)[0]
 
     def coarse_only(self, question: Question, k: int, *, largest: bool) -> tuple[np.ndarray, np.ndarray, float]:
         """The k best by coarse score: positions, approximate scores (q, k), and the recall learnt for that."""

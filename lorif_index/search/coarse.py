@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, CorruptionError
-from ..storage.sealed import SealedFile, SealedInfo, file_digest, seal_file
-from .faiss_file import INNER_PRODUCT, check_faiss
+from ..storage.sealed import SealedFile, SealedInfo, file_digest, part_name, seal_file
+from .faiss_file import INNER_PRODUCT, check_faiss, part_of_faiss
 
 TRAIN_ROWS = 50_000
 _CODE_BYTES = 128
@@ -120,12 +120,14 @@ class Coarse:
         index: a trained faiss index with inner product as its metric.
         factory: the string that it was made from.
         axis: where rows' norms lie, or None where searches cannot be tilted.
+        before: how many of its first rows are not meant, and never proposed.
     """
 
-    def __init__(self, index: Any, factory: str, axis: NormAxis | None) -> None:
+    def __init__(self, index: Any, factory: str, axis: NormAxis | None, before: int = 0) -> None:
         self._index = index
         self.factory = factory
         self.axis = axis
+        self._before = before
 
     @property
     def tilts(self) -> bool:
@@ -160,7 +162,7 @@ class Coarse:
         self._index.add(np.ascontiguousarray(rows, dtype=np.float32))
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        return int(self._index.ntotal) - self._before
 
     @property
     def dim(self) -> int:
@@ -174,7 +176,9 @@ class Coarse:
         """
         most = min(count, len(self))
         rows = np.ascontiguousarray(x if self.axis is None else self.axis.queries(x, tilt), dtype=np.float32)
-        positions, scores = self._search(rows, most)
+        positions, scores = self._search(rows, most + self._before)
+        if self._before:
+            positions, scores = _without_first(positions, scores, self._before, most)
         if self.axis is not None:
             scores = tilted(scores, x, np.full(most, self.axis.mean), tilt)
         return positions, scores
@@ -199,13 +203,9 @@ class Coarse:
         One that was trained again is of the same rows under the same name, but has other bytes: the version that is
         being replaced keeps its own until the next one is committed, and its readers longer.
         """
-        faiss = load_faiss()
-        temporary = folder / f".{name}.part"
+        temporary = folder / part_name(name)
         try:
-            try:
-                faiss.write_index(self._index, str(temporary))
-            except RuntimeError as error:
-                raise OSError(f"faiss cannot write {temporary} ({_reason(error)}): is the disk full?") from None
+            self.write(temporary)
             final = folder / name
             if final.exists():
                 final = final.with_stem(f"{final.stem}-{file_digest(temporary)[:16]}")
@@ -235,16 +235,63 @@ class Coarse:
         """Takes rows that `rebuilt` gave."""
         self._index.add(np.ascontiguousarray(rows, dtype=np.float32))
 
+    def to_bytes(self) -> np.ndarray:
+        """faiss's own form, uint8: what `from_bytes` takes on another rank."""
+        return load_faiss().serialize_index(self._index)
+
+    @classmethod
+    def from_bytes(cls, raw: np.ndarray, factory: str, axis: NormAxis | None) -> Coarse:
+        """What another rank's `to_bytes` gave; checked like a file."""
+        check_faiss(_reading(raw), len(raw))
+        return cls(load_faiss().deserialize_index(np.ascontiguousarray(raw)), factory, axis)
+
+    def write(self, path: Path) -> None:
+        """As a file that is not sealed.
+
+        Raises:
+            OSError: the disk is full or refuses.
+        """
+        faiss = load_faiss()
+        try:
+            faiss.write_index(self._index, str(path))
+        except RuntimeError as error:
+            raise OSError(f"faiss cannot write {path} ({_reason(error)}): is the disk full?") from None
+
+    def take(self, path: Path) -> bool:
+        """Takes the rows that another index of the same training has written behind its own; whether faiss can, for
+        this kind. The file is of this very build: another rank's."""
+        other = load_faiss().read_index(str(path))
+        for shift in (len(self), 0):
+            # Inverted lists want to know from where to number; flat codes want to be told nothing.
+            try:
+                self._index.merge_from(other, shift)
+            except RuntimeError:
+                continue
+            return True
+        return False
+
     @classmethod
     def load(
-        cls, file: SealedFile, factory: str, axis: NormAxis | None, dim: int, count: int, *, growing: bool = False
-    ) -> Coarse:
+        cls,
+        file: SealedFile,
+        factory: str,
+        axis: NormAxis | None,
+        dim: int,
+        count: int,
+        *,
+        growing: bool = False,
+        part: slice | None = None,
+    ) -> tuple[Coarse, bool]:
         """Reads a sealed index; the digest, the kind and the sizes are checked before faiss takes memory for it.
 
         Args:
             file: as `save` sealed it.
             factory, axis, dim, count: what the manifest says of it.
             growing: rows are to be added: it is read into memory, not mapped where faiss can.
+            part: of which rows it is wanted, where the kind can be read in part; None for all.
+
+        Returns:
+            the index, and whether it is of that part alone.
 
         Raises:
             CorruptionError: the file is damaged or not the index that the manifest speaks of.
@@ -260,12 +307,17 @@ class Coarse:
                 f"{file.path} holds {facts.count} rows of width {facts.dim}, where {count} of {dim} were expected: "
                 "rebuild_coarse() anew"
             )
+        some = part is not None and facts.codes is not None and part != slice(0, count)
         try:
             with _bounded(faiss, file.info.size):
+                if some and part is not None:
+                    raw, before = part_of_faiss(file.read, file.info.size, facts, part.start, part.stop)
+                    index = faiss.deserialize_index(np.frombuffer(raw, dtype=np.uint8))
+                    return cls(index, factory, axis, before), True
                 index = faiss.read_index(str(file.path), 0 if growing else faiss.IO_FLAG_MMAP_IFC)
         except (RuntimeError, MemoryError) as error:
             raise CorruptionError(f"faiss cannot read {file.path} ({_reason(error)}): rebuild_coarse() anew") from None
-        return cls(index, factory, axis)
+        return cls(index, factory, axis), part == slice(0, count)
 
 
 @contextmanager
@@ -286,14 +338,25 @@ def _bounded(faiss: Any, size: int) -> Iterator[None]:
             getattr(faiss, f"set_deserialization_{name}")(old)
 
 
-def _check_kind(raw: np.ndarray, factory: str) -> None:
-    """Refuses at once what would be refused when it is opened."""
+def _without_first(positions: np.ndarray, scores: np.ndarray, before: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a search found, without the index's first rows, and numbered from behind them."""
+    order = np.argsort(positions < before, axis=1, kind="stable")[:, :count]
+    positions, scores = np.take_along_axis(positions, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    good = positions >= before
+    return np.where(good, positions - before, -1), np.where(good, scores, np.float32(-np.inf))
 
+
+def _reading(raw: np.ndarray) -> Any:
     def read(offset: int, view: memoryview) -> None:
         view[:] = raw[offset : offset + len(view)].data
 
+    return read
+
+
+def _check_kind(raw: np.ndarray, factory: str) -> None:
+    """Refuses at once what would be refused when it is opened."""
     try:
-        facts = check_faiss(read, len(raw))
+        facts = check_faiss(_reading(raw), len(raw))
     except CorruptionError as error:
         raise ConfigError(
             f"coarse={factory!r} makes an index that is not read back ({error}): choose PQ, SQ, Flat, HNSW or RaBitQ, "

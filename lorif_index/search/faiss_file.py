@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,11 +38,63 @@ class Facts:
         dim: width of its vectors.
         count: vectors.
         metric: faiss's number; 0 is the inner product.
+        codes: where its vectors' codes lie, where they simply follow each other.
     """
 
     dim: int
     count: int
     metric: int
+    codes: Codes | None = None
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Where the codes of a flat index lie.
+
+    Attributes:
+        at: of the field before them, which says how many numbers they are.
+        width: bytes of such a number.
+        block, size: so many vectors lie together, in so many bytes.
+        padded: of a field that says how many vectors there is room for, or None.
+    """
+
+    at: int
+    width: int
+    block: int
+    size: int
+    padded: int | None = None
+
+
+def part_of_faiss(read: Read, size: int, facts: Facts, start: int, stop: int) -> tuple[bytearray, int]:
+    """The file that faiss would have written of some of the vectors, [start, stop), of a checked flat index.
+
+    Args:
+        read, size: as for `check_faiss`.
+        facts: what that gave, with codes.
+        start, stop: 0 <= start < stop <= count.
+
+    Returns:
+        the file, and how many vectors before `start` it begins with: blocks stay whole.
+    """
+    codes = facts.codes
+    if codes is None:
+        raise ValueError("an index whose codes do not follow each other cannot be read in part")
+    first, last = start // codes.block, -(-stop // codes.block)
+    begin, held = codes.at + 8, -(-facts.count // codes.block) * codes.size
+    inside = (last - first) * codes.size
+    out = bytearray(begin + inside + size - begin - held)
+    view = memoryview(out)
+    read(0, view[:begin])
+    read(begin + first * codes.size, view[begin : begin + inside])
+    if begin + held < size:
+        read(begin + held, view[begin + inside :])
+    count = stop - first * codes.block
+    # The header's name and width come before the count.
+    struct.pack_into("<q", out, 8, count)
+    struct.pack_into("<q", out, codes.at, inside // codes.width)
+    if codes.padded is not None:
+        struct.pack_into("<q", out, codes.padded, (last - first) * codes.block)
+    return out, start - first * codes.block
 
 
 def check_faiss(read: Read, size: int) -> Facts:
@@ -67,6 +119,7 @@ class _Walk:
     def __init__(self, read: Read, size: int) -> None:
         self._read, self._size = read, size
         self.at, self._depth = 0, 0
+        self._codes: Codes | None = None
 
     def need(self, holds: bool, what: str) -> None:
         if not holds:
@@ -148,7 +201,7 @@ class _Walk:
         facts = self._header()
         kinds[kind](facts)
         self._depth -= 1
-        return facts
+        return replace(facts, codes=self._codes) if self._depth == 0 else facts
 
     def _header(self) -> Facts:
         dim, count = self._int(), self._long()
@@ -159,8 +212,14 @@ class _Walk:
         self.need(0 < dim <= _WIDEST and count < 1 << 40, f"{count} vectors of width {dim}")
         return Facts(dim, count, metric)
 
+    def _vectors(self, count: int, size: int, width: int = 1) -> None:
+        """Passes the codes of a flat index: so many, of so many bytes, in numbers of so many bytes."""
+        if self._depth == 1:
+            self._codes = Codes(self.at, width, 1, size)
+        self._vector(width, count * size // width)
+
     def _flat(self, facts: Facts) -> None:
-        self._vector(4, facts.count * facts.dim)
+        self._vectors(facts.count, 4 * facts.dim, 4)
 
     def _quantizer(self, dim: int) -> tuple[int, int]:
         """A product quantiser's pieces and bits of each."""
@@ -174,7 +233,7 @@ class _Walk:
 
     def _pq(self, facts: Facts) -> None:
         pieces, bits = self._quantizer(facts.dim)
-        self._vector(1, facts.count * _bytes(pieces * bits))
+        self._vectors(facts.count, _bytes(pieces * bits))
         search, _, _ = self._int(), self._flag(), self._int()
         self.need(search == 0, f"search type {search}")
 
@@ -188,14 +247,16 @@ class _Walk:
         return size
 
     def _sq(self, facts: Facts) -> None:
-        size = self._scalar(facts.dim)
-        self._vector(1, facts.count * size)
+        self._vectors(facts.count, self._scalar(facts.dim))
 
     def _fast_scan(self, facts: Facts) -> None:
         pieces, bits = self._quantizer(facts.dim)
         implem, block, queries = self._int(), self._int(), self._int()
+        room = self.at
         padded, even = self._long(), self._long()
         self._fast_scan_block(bits, implem, block, queries, pieces, even)
+        if self._depth == 1:
+            self._codes = Codes(self.at, 1, block, block * even // 2, room)
         self.need(padded == -(-facts.count // block) * block, f"room for {padded} vectors in blocks of {block}")
         self._vector(1, padded * even // 2)
 
@@ -216,8 +277,7 @@ class _Walk:
         return size
 
     def _rabitq(self, facts: Facts) -> None:
-        size = self._rabit(facts)
-        self._vector(1, facts.count * size)
+        self._vectors(facts.count, self._rabit(facts))
         self._vector(4, facts.dim)
         self._query_bits()
 

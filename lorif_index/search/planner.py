@@ -104,7 +104,7 @@ def choose_plan(
         if not has_coarse:
             raise QueryError("exact=False, but this index has no coarse stage: make one with rebuild_coarse()")
         return Plan("candidates", f"candidates, as asked by exact=False{_caveat(reader, damping)}", recall)
-    count = reader.store.live_count
+    count = reader.live_count
     if exact:
         return Plan("scan", "scan of every row, as asked by exact=True", 1.0)
     if not has_coarse:
@@ -148,7 +148,7 @@ def _caveat(reader: Reader, damping: Damping) -> str:
 
 
 def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """(positions (m,), scores (q, m), bytes read) of the live rows of every block of the index."""
+    """(positions (m,), scores (q, m), bytes read) of the live rows of every block that this rank holds."""
     with report.stage("scan", reader.store.live_count) as stage:
         at = 0
         for positions, scores, size in stream_scores(reader.rows, question):
@@ -162,16 +162,22 @@ def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple
 def _by_scan(
     reader: Reader, question: Question, plan: Plan, k: int, largest: bool, report: AbstractContextManager[Reporter]
 ) -> Answer:
-    top, read = TopK(question.count, k, largest=largest), 0
-    began = time.perf_counter()
-    with report as opened:
-        for at, scores, size in scan(reader, question, opened):
-            top.update(at, scores)
-            read += size
-    positions, best = top.result()
-    examined, certain = np.full(question.count, reader.store.live_count), np.ones(question.count)
+    read, began = 0, time.perf_counter()
+
+    def find() -> tuple[np.ndarray, np.ndarray]:
+        nonlocal read
+        top = TopK(question.count, k, largest=largest)
+        with report as opened:
+            for at, scores, size in scan(reader, question, opened):
+                top.update(at, scores)
+                read += size
+        mine, scored = top.result()
+        return reader.team.globally(mine.numpy()), scored.numpy()
+
+    positions, best = reader.team.best(find, k, largest=largest)
+    examined, certain = np.full(question.count, reader.live_count), np.ones(question.count)
     seconds = {"scan": time.perf_counter() - began}
-    return Answer(positions.numpy(), best.numpy(), examined, certain, read, seconds)
+    return Answer(positions, best, examined, certain, read, seconds)
 
 
 def _by_candidates(
@@ -193,6 +199,9 @@ def _by_candidates(
         np.concatenate([getattr(part, name) for part in parts])
         for name in ("positions", "scores", "candidates", "recall")
     )
+    if reader.ranks.size > 1:
+        # Estimates as rank 0 has them.
+        recall = reader.ranks.spread(torch.from_numpy(recall), 0).numpy()
     return Answer(positions, scores, candidates, recall, read, seconds)
 
 

@@ -8,24 +8,21 @@ Rows that several queries share are read once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..errors import NonFiniteError, QueryError
-from ..rows.scratch import SCRATCH
-from ..storage.resident import Resident
 from .calibration import Orders
 from .missed import Missed, Seen, expected_missed
+from .rescoring import Each, Rescorer
 from .scoring import Question, Scorer
 
-# Factors are gathered and scored a block at a time: bounds memory for large batches.
-_GATHER_BYTES = 128 << 20
 # Where a search itself sees less than this share of what may be lost, more rows would be taken blindly.
 _LEAST_LOSS = 0.25
 
@@ -102,16 +99,6 @@ def coordinates(question: Question) -> torch.Tensor:
     return question.x
 
 
-def score_codes(rows: Resident, scorer: Scorer, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Scores by coordinates (m,) float32 of rows for one query, the coordinates' norms (m,), and bytes read for it."""
-    order = np.argsort(positions)
-    codes, read = rows.codes(positions[order])
-    scores, norms = np.empty(len(positions), dtype=np.float32), np.empty(len(positions), dtype=np.float32)
-    scores[order] = scorer.score_codes(codes)[0].cpu().numpy()
-    norms[order] = rows.layout.codes.norms(codes).cpu().numpy()  # type: ignore[union-attr]
-    return scores, norms, read
-
-
 class _State:
     """What is known of one query; scores have their sign turned so that large is wanted.
 
@@ -185,7 +172,7 @@ class Pursuit:
     """The k best rows of each query.
 
     Args:
-        rows: the index's.
+        rows: scores the index's rows.
         coarse: what proposes candidates, over their coordinates.
         question: the queries, with coordinates.
         k: at most the number of rows.
@@ -198,7 +185,7 @@ class Pursuit:
 
     def __init__(
         self,
-        rows: Resident,
+        rows: Rescorer,
         coarse: Proposer,
         question: Question,
         *,
@@ -240,12 +227,16 @@ class Pursuit:
                     wanted = {q: self._states[q].unscored() for q in pending}
                 elif first:
                     best = each(lambda q: self._states[q].first(counts.deep), pending)
-                    wanted = dict(zip(pending, best, strict=True))
+                    wanted, _ = self._rows.settled(dict(zip(pending, best, strict=True)), [])
                 first = False
                 self._score_exactly(wanted, each)
                 with found.timed("check"):
                     further = zip(pending, each(lambda q: self._check(q, recall), pending), strict=True)
                     wanted = {q: places for q, places in further if places is not None}
+                widths = [[q, self._states[q].wide, self._states[q].wider] for q in wanted]
+                wanted, widths = self._rows.settled(wanted, widths)
+                for q, wide, wider in widths:
+                    self._states[q].wide, self._states[q].wider = wide, bool(wider)
                 widen = [q for q in wanted if self._states[q].wider]
                 pending = list(wanted)
         return found
@@ -257,30 +248,31 @@ class Pursuit:
             most = max(state.wide for state in states)
             positions, coarse = self._coarse.search(self._queries[chosen], most, self._tilt)
 
-        def propose(i: int) -> int:
+        def known(i: int) -> tuple[np.ndarray, np.ndarray]:
             state, row, scores = states[i], positions[i, : states[i].wide], coarse[i, : states[i].wide]
             # An index of inverted lists may find fewer than asked for: -1 marks the end.
             good = row >= 0
-            state.complete, state.wider = int(good.sum()) == self._rows.store.live_count, False
+            state.complete, state.wider = int(good.sum()) == self._rows.live_count, False
             if self._without is not None:
                 good &= row != self._without[chosen[i]]
             if len(state.positions):
                 # Equal coarse scores may come in another order the second time: what is known is told by position.
                 good &= ~np.isin(row, state.positions)
-            row, scores = row[good], scores[good]
-            fine, size, read = scores, np.ones_like(scores), 0
-            if self._layout.codes is not None and len(row):
-                fine, norms, read = score_codes(self._rows, state.scorer, row)
-                fine *= self._sign
-                size = state.norm * norms
-            state.propose(row, scores, fine, size)
-            return read
+            return row[good], scores[good]
 
         with self._found.timed("narrow"):
-            self._found.bytes_read += sum(each(propose, range(len(chosen))))
+            fresh = each(known, range(len(chosen)))
+            fine = [(scores, np.ones_like(scores)) for _, scores in fresh]
+            if self._layout.codes is not None:
+                asked = [(state.scorer, row) for state, (row, _) in zip(states, fresh, strict=True)]
+                scored, read = self._rows.by_codes(asked, each)
+                self._found.bytes_read += read
+                fine = [(s[:, 0] * self._sign, state.norm * s[:, 1]) for state, s in zip(states, scored, strict=True)]
+            for state, (row, scores), (exacter, size) in zip(states, fresh, fine, strict=True):
+                state.propose(row, scores, exacter, size)
 
     def _score_exactly(self, wanted: dict[int, np.ndarray], each: Each) -> None:
-        """Exact scores of rows at some places of each query; rows are read once, in rising order, a block at a time."""
+        """Exact scores of rows at some places of each query."""
         states = [self._states[q] for q in wanted]
         if not self._layout.width:
             # Coordinates are all that is stored: their scores are the exact ones.
@@ -289,27 +281,9 @@ class Pursuit:
             return
         # Each query's places in rising order of their positions.
         risen = [p[np.argsort(state.positions[p])] for state, p in zip(states, wanted.values(), strict=True)]
-        at = [state.positions[places] for state, places in zip(states, risen, strict=True)]
-        union = np.unique(np.concatenate(at))
-        scores = [np.empty(len(part), dtype=np.float32) for part in at]
-        step = max(_GATHER_BYTES // self._layout.factor_bytes, 1)
-        for start in range(0, len(union), step):
-            block = union[start : start + step]
-            with self._found.timed("gather"):
-                factors, read = self._rows.factors(block)
-            self._found.bytes_read += read
-
-            def score(i: int, block: np.ndarray = block, factors: torch.Tensor = factors) -> None:
-                low, high = np.searchsorted(at[i], [block[0], block[-1] + 1])
-                if high > low:
-                    places = np.searchsorted(block, at[i][low:high])
-                    # One query that wants the whole block needs no copy of it.
-                    all_of_it = len(places) == len(block)
-                    mine = factors if all_of_it else SCRATCH.select("mine", factors, torch.from_numpy(places))
-                    scores[i][low:high] = states[i].scorer.score_factors(mine)[0].cpu().numpy()
-
-            with self._found.timed("rescore"):
-                each(score, range(len(states)))
+        asked = [(state.scorer, state.positions[places]) for state, places in zip(states, risen, strict=True)]
+        scores, read = self._rows.exactly(asked, each, self._found.timed)
+        self._found.bytes_read += read
         for state, places, out in zip(states, risen, scores, strict=True):
             # Sums in the same order as a scan's: factors, then coordinates.
             fine = state.fine[places] if self._layout.codes is not None else np.float32(0.0)
@@ -346,9 +320,6 @@ class Pursuit:
 
     def _may_widen(self, state: _State) -> bool:
         return state.wide < self._limit and not state.complete
-
-
-Each = Callable[[Callable[[int], Any], Iterable[int]], list[Any]]
 
 
 @contextmanager

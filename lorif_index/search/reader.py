@@ -17,6 +17,7 @@ from ..errors import CorruptionError, FingerprintError, LorifError, StoreError
 from ..fit.eigencodes import EigenCode, EigenSketcher
 from ..fit.query import Preconditioner
 from ..fit.sketch import Sketch, SketchEncoder
+from ..ranks import ALONE, Ranks
 from ..rows.codes import CodeLayout
 from ..rows.layout import RowLayout, Rows
 from ..rows.scratch import CPU
@@ -40,9 +41,12 @@ from .candidates import CandidateSearch
 from .coarse import Coarse, NormAxis, coarse_fingerprint
 from .devices import room_on
 from .flat import FlatSketch
+from .joint import JointProposer
 from .living import LivingRows
 from .pursuit import Proposer
+from .rescoring import Rescorer
 from .scoring import Question, ask
+from .team import Team
 
 # Coordinates wait in so many bits for the coarse code, where that alone is kept in the end.
 _WAITING_BITS = 8
@@ -71,10 +75,12 @@ def row_layout(manifest: Manifest, config: BuildConfig, specs: Mapping[str, Laye
     return RowLayout(specs, config.dtype, factors=store in ("both", "factors"), codes=codes)
 
 
-def shard_writer(folder: Path, manifest: Manifest, layout: RowLayout, config: BuildConfig) -> StoreWriter:
-    """Appends shards to a manifest, under names that it gives."""
-    kind = "shard" if layout.row_bytes else "ids"
-    return StoreWriter(folder, layout, config.shard_bytes, manifest.shards, lambda: manifest.new_name(kind))
+def shard_writer(
+    folder: Path, manifest: Manifest, layout: RowLayout, config: BuildConfig, ranks: Ranks = ALONE
+) -> StoreWriter:
+    """Appends shards to a manifest, under names that it gives; ranks that share a folder never give the same."""
+    names = manifest.naming("shard" if layout.row_bytes else "ids", ranks.rank, ranks.size)
+    return StoreWriter(folder, layout, config.shard_bytes, manifest.shards, names)
 
 
 class Reader:
@@ -88,6 +94,11 @@ class Reader:
         verify: when streamed shards are compared with their digests (`store.VERIFY`).
         damaged: names of shards that are left out.
         lease: keeps the files of this version from being removed, as long as this object lives.
+        ranks: who read the index together, and all make their reader at the same time.
+
+    Attributes:
+        team: which rows this rank holds; `store` and `rows` are those.
+        live_count: rows of all ranks that answers are taken from.
     """
 
     def __init__(
@@ -100,8 +111,9 @@ class Reader:
         verify: str = "first",
         damaged: Collection[str] = (),
         lease: Lease | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.folder, self._lease = folder, lease
+        self.folder, self._lease, self.ranks = folder, lease, ranks
         self.device = device
         self.manifest = manifest
         try:
@@ -113,13 +125,21 @@ class Reader:
         self.specs = {spec.name: spec for spec in manifest.layers}
         self.representation = str(manifest.stored)
         self.layout = row_layout(manifest, self.config, self.specs) if layout is None else layout
-        removed = None if manifest.removed is None else load_removed(folder, manifest.removed)
-        self.store = Store(folder, self.layout, manifest.shards, removed=removed, verify=verify, damaged=damaged)
+        self._removed = None if manifest.removed is None else load_removed(folder, manifest.removed)
+        self.team = Team.of(manifest, ranks)
+        shards = self.team.shards
+        self.store = Store(folder, self.layout, shards, removed=self._removed, verify=verify, damaged=damaged)
         if manifest.curvature is None:
             raise CorruptionError(f"{folder} has no curvature in its manifest: restore it from a copy")
         self.curvature = FittedCurvature(folder, manifest.curvature, self.specs, manifest.curvature_layers)
         self._coarse_file: SealedFile | None = None
+        self._of_part = True
+        self._live = -1 if ranks.size == 1 else ranks.count(self.store.live_count)
         self._kept: tuple[Damping, dict[str, Preconditioner]] | None = None
+
+    @property
+    def live_count(self) -> int:
+        return self.store.live_count if self._live < 0 else self._live
 
     @cached_property
     def projections(self) -> FittedProjections | None:
@@ -158,7 +178,8 @@ class Reader:
 
     @cached_property
     def coarse(self) -> Coarse | None:
-        """The coarse index, checked against what it was made from, or None where there is none.
+        """The coarse index, checked against what it was made from, or None where there is none. Over several ranks: of
+        this rank's rows, or where that kind cannot be read in part, of all in its folder.
 
         Raises:
             FingerprintError: it was made from other rows, curvature or sketch. CorruptionError: it is damaged.
@@ -178,7 +199,11 @@ class Reader:
                 f"{expected[:16]} here): make it anew with rebuild_coarse()"
             )
         self._coarse_file = SealedFile(self.folder, info)
-        return Coarse.load(self._coarse_file, factory, axis, self.sketch.dim, len(self.store))
+        held = sum(shard.rows for shard in self.manifest.shards)
+        coarse, self._of_part = Coarse.load(
+            self._coarse_file, factory, axis, self.sketch.dim, held, part=self.team.own if len(self.store) else None
+        )
+        return coarse
 
     def growing_coarse(self) -> Coarse:
         """A copy of the coarse index that takes further rows.
@@ -189,7 +214,8 @@ class Reader:
         if self.coarse is None or self._coarse_file is None or self.sketch is None:
             raise StoreError("the index has no coarse stage: make one with rebuild_coarse()")
         old = self.coarse
-        return Coarse.load(self._coarse_file, old.factory, old.axis, self.sketch.dim, len(self.store), growing=True)
+        file, dim = self._coarse_file, self.sketch.dim
+        return Coarse.load(file, old.factory, old.axis, dim, len(self.store), growing=True)[0]
 
     def keep_coarse(self, coarse: Coarse) -> dict[str, Any]:
         """Seals a coarse index of all rows; the manifest's entry."""
@@ -206,8 +232,32 @@ class Reader:
         learnt = self.manifest.calibration
         calibration = Calibration.from_json(learnt) if learnt is not None else None
         # The sketch takes its room on the device before the rows do.
-        proposer = self.living(self._proposer(self.coarse))
-        return CandidateSearch(self.rows, proposer, calibration)
+        return CandidateSearch(self.rescorer, self.proposer, calibration)
+
+    @cached_property
+    def proposer(self) -> Proposer:
+        """What proposes candidates among the rows of all ranks that were not removed.
+
+        Raises:
+            StoreError: there is no coarse index.
+        """
+        coarse = self.coarse
+        if coarse is None:
+            raise StoreError("the index has no coarse stage: make one with rebuild_coarse()")
+        if self.ranks.size == 1:
+            return _living(self._proposer(coarse), self.store.dead)
+        inner: Proposer | None = None
+        if self._of_part and len(self.store):
+            inner = _living(self._proposer(coarse), self.store.dead)
+        elif not self._of_part and self.team.firsts:
+            everything = Store(self.folder, self.layout, self.manifest.shards, removed=self._removed)
+            inner = _living(coarse, everything.dead)
+        return JointProposer(inner, self.team, tilts=coarse.tilts, of_folder=not self._of_part)
+
+    @cached_property
+    def rescorer(self) -> Rescorer:
+        """Scores rows of all ranks by their positions."""
+        return Rescorer(self.rows, self.team, self.live_count)
 
     @cached_property
     def rows(self) -> Resident:
@@ -219,11 +269,6 @@ class Reader:
         if not self.layout.row_bytes or 2 * coarse.dim * len(self.store) > room_on(self.device):
             return coarse
         return FlatSketch(self.all_coordinates(), len(self.store), coarse.dim, self.device)
-
-    def living(self, proposer: Proposer) -> Proposer:
-        """A proposer that leaves out removed rows."""
-        dead = self.store.dead
-        return proposer if dead is None else LivingRows(proposer, dead)
 
     def coarse_fingerprint(self, factory: str) -> str:
         """What a coarse index of these rows must be made from."""
@@ -268,6 +313,8 @@ class Reader:
         """
         if self.layout.codes is not None:
             return self.layout.codes.decode(rows.codes)
+        if not len(rows) and self.sketch is not None:
+            return torch.empty(0, self.sketch.dim)
         if self.eigen is not None and self.sketch is not None:
             blocks = rows.factors.split(512)
             return torch.cat([self._sketcher.encode(block) for block in blocks])
@@ -297,9 +344,54 @@ class Reader:
         for _, rows in self.store.stream():
             yield self.coordinates(rows)
 
+    def coordinates_of_folder(self) -> Iterator[torch.Tensor]:
+        """z of all rows in this rank's folder, whoever holds them."""
+        store = Store(self.folder, self.layout, self.manifest.shards)
+        try:
+            for _, rows in store.stream():
+                yield self.coordinates(rows)
+        finally:
+            store.close()
+
+    def positions_of(self, ids: np.ndarray) -> np.ndarray:
+        """Positions of rows by their ids, in the whole index; -1 where there is no such row, or no longer."""
+        local = positions_of(self.store, ids)
+        if self.ranks.size == 1:
+            return local
+        # One rank has it: the sum of what is found, plus one, is that.
+        found = torch.from_numpy(self.team.globally(local) + 1)
+        return self.ranks.sum(found).numpy() - 1
+
+    def ids_at(self, positions: np.ndarray) -> np.ndarray:
+        """Ids of rows at positions (any shape) in the whole index."""
+        if self.ranks.size == 1:
+            return self.store.ids[positions]
+        places, local = self.team.locally(positions.ravel())
+        found = self.team.assembled(lambda: [self.store.ids[local]], [places], [positions.size], dtype=np.int64)
+        return found[0].reshape(positions.shape)
+
+    def payloads_at(self, positions: np.ndarray) -> list[bytes | None]:
+        """Payloads of rows at positions (m,) in the whole index; None where a row has none."""
+        if self.ranks.size == 1:
+            return self.store.payloads(positions)
+        places, local = self.team.locally(positions)
+        mine = [
+            (p, v.decode()) for p, v in zip(places.tolist(), self.store.payloads(local), strict=True) if v is not None
+        ]
+        out: list[bytes | None] = [None] * len(positions)
+        for found in self.ranks.gather_values(mine):
+            for place, value in found:
+                out[place] = value.encode()
+        return out
+
+    @property
+    def has_payloads(self) -> bool:
+        """Whether any row of this folder has a payload."""
+        return any("payload_ends" in shard.sealed.offsets for shard in self.manifest.shards)
+
     def files(self) -> list[SealedFile]:
         """Every file of the index but the manifest."""
-        files = [shard.file for shard in self.store.shards] + [self.curvature.file]
+        files = [SealedFile(self.folder, shard.sealed) for shard in self.manifest.shards] + [self.curvature.file]
         files += [SealedFile(self.folder, SealedInfo.from_json(e["file"])) for e in self.manifest.side_files()]
         return files
 
@@ -315,6 +407,11 @@ class Reader:
             self.projections.file.close()
         if "queries" in self.__dict__ and self.queries is not None:
             self.queries.file.close()
+
+
+def _living(proposer: Proposer, dead: np.ndarray | None) -> Proposer:
+    """A proposer that leaves out removed rows."""
+    return proposer if dead is None else LivingRows(proposer, dead)
 
 
 def _without_rows(shard: ShardInfo) -> Any:
@@ -333,7 +430,7 @@ def _is_named(file: str, fingerprint: str) -> bool:
 
 
 def positions_of(store: Store, wanted: np.ndarray) -> np.ndarray:
-    """Positions of rows by their ids; -1 where there is no such row, or no longer."""
+    """Positions of rows by their ids, in a store; -1 where it has no such row, or no longer."""
     own, dead = store.ids, store.dead
     at = np.searchsorted(own, wanted)
     inside = at < len(own)

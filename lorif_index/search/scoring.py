@@ -18,6 +18,7 @@ from ..fit.curvature import LayerCurvature
 from ..fit.eigencodes import EigenCode
 from ..fit.query import Preconditioner, combined, inside_of, transform
 from ..fit.sketch import Sketch
+from ..ranks import Ranks
 from ..rows.codes import CodeScorer
 from ..rows.layout import Group, RowLayout, Rows
 from ..rows.scratch import CPU, SCRATCH
@@ -164,6 +165,23 @@ def ask(
     for name, g in flat.items():
         queries[name] = preconditioners[name].with_outside(queries[name], g)
     return Question({n: queries[n].reshape(count, s.d_in, s.d_out) for n, s in specs.items()}, x, count)
+
+
+def told(question: Question | None, ranks: Ranks) -> Question:
+    """Rank 0's question, on all ranks; its scale stays behind."""
+    if ranks.size == 1 and question is not None:
+        return question
+    facts, tensors = None, list[torch.Tensor]()
+    if question is not None and ranks.first:
+        parts = {"x": question.x, "eigen": question.eigen} | {f"q {n}": g for n, g in question.queries.items()}
+        there = {name: part.contiguous() for name, part in parts.items() if part is not None}
+        facts, tensors = [question.count, [[n, list(p.shape)] for n, p in there.items()]], list(there.values())
+    count, shapes = ranks.told(facts)
+    if not ranks.first:
+        tensors = [torch.empty(shape) for _, shape in shapes]
+    found = {name: ranks.spread(part, 0) for (name, _), part in zip(shapes, tensors, strict=True)}
+    queries = {name[2:]: part for name, part in found.items() if name.startswith("q ")}
+    return Question(queries, found.get("x"), count, found.get("eigen"))
 
 
 class _Plan:

@@ -6,10 +6,11 @@ Each replacement is a version of the index. What an older one names stays on dis
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ READABLE = (1, 2, 3, 4, 5)
 _BEFORE_3 = {"projection": "random", "curvature": "empirical"}
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
+# Of ranks that build together and do not lead: what each has sealed.
+BUILDING_RANKS = "building-*.json"
 ADDING = "adding.json"
 _LARGEST = 256 << 20
 _RETIRED = "retired-"
@@ -66,6 +69,8 @@ class Manifest:
         removed: the file of removed ids and their count, or None.
         fitted_ids: ids below this were there when the curvature was fitted.
         pending: what an unfinished `add` was given, in its own file only.
+        part: of an index that lies in several folders: the number of this one, how many there are, the rows of all,
+            and what tells the build from others; None where this folder has everything.
     """
 
     fingerprint: dict[str, Any]
@@ -90,6 +95,7 @@ class Manifest:
     removed: dict[str, Any] | None = None
     fitted_ids: int = 0
     pending: dict[str, Any] | None = None
+    part: dict[str, Any] | None = None
 
     def side_files(self) -> list[dict[str, Any]]:
         """The entries that name a file: projections, eigencodes, sketch, coarse index, queries, removed ids."""
@@ -109,6 +115,25 @@ class Manifest:
         """A name for the next shard, or other numbered file, that no file of this index ever had."""
         self.next_file += 1
         return f"{kind}-{self.next_file - 1:06d}.h5"
+
+    def naming(self, kind: str, rank: int = 0, size: int = 1) -> Callable[[], str]:
+        """Gives such names, one after the other. Of `size` ranks that write side by side each takes its own numbers;
+        nothing else may be named meanwhile."""
+        if size == 1:
+            return lambda: self.new_name(kind)
+        numbers = itertools.count(self.next_file + rank, size)
+
+        def name() -> str:
+            self.next_file = next(numbers)
+            return self.new_name(kind)
+
+        return name
+
+    def fits(self) -> list[SealedInfo]:
+        """The files of what all rows share: what was fitted, and calibration queries."""
+        entries = (self.projections, self.eigen, self.sketch, self.queries)
+        files = [SealedInfo.from_json(entry["file"]) for entry in entries if entry is not None]
+        return files if self.curvature is None else [*files, self.curvature]
 
     def digest(self) -> str:
         """SHA-256, in hex, over the fingerprint's fields and the digests of all files: names this exact index."""
@@ -152,6 +177,7 @@ class Manifest:
             "removed": self.removed,
             "fitted_ids": self.fitted_ids,
             "pending": self.pending,
+            "part": self.part,
         }
 
     @classmethod
@@ -188,10 +214,11 @@ class Manifest:
             removed=_entry(data.get("removed")),
             fitted_ids=_count(data.get("fitted_ids", after)),
             pending=_typed(data.get("pending"), dict, none=True),
+            part=_part(data.get("part")),
         )
         if len({spec.name for spec in manifest.layers}) < len(manifest.layers):
             raise ValueError("two layers of one name")
-        if any(a.last_id >= b.first_id for a, b in pairwise(shards)) or after > manifest.next_id:
+        if any(a.last_id >= b.first_id for a, b in itertools.pairwise(shards)) or after > manifest.next_id:
             raise ValueError("ids that do not rise from shard to shard")
         names = [shard.sealed.file for shard in shards] + [e["file"]["file"] for e in manifest.side_files()]
         names += [manifest.curvature.file] if manifest.curvature else []
@@ -223,6 +250,11 @@ class Manifest:
         self.write(folder, MANIFEST)
 
 
+def building_name(rank: int) -> str:
+    """Where a rank that does not lead notes what it has sealed."""
+    return BUILDING_RANKS.replace("*", f"{rank:04d}")
+
+
 def collect(folder: Path) -> list[str]:
     """Removes what no version needs: leftovers of interrupted writers, and files of old versions that nobody reads.
 
@@ -233,11 +265,12 @@ def collect(folder: Path) -> list[str]:
     """
     if (folder / MANIFEST).is_file():
         # A build or an addition that was killed right after its commit.
-        (folder / BUILDING).unlink(missing_ok=True)
+        for path in (folder / BUILDING, *folder.glob(BUILDING_RANKS)):
+            path.unlink(missing_ok=True)
         if (folder / ADDING).is_file() and not _still_adding(folder):
             (folder / ADDING).unlink()
     needed: set[str] = set()
-    for name in (MANIFEST, BUILDING, ADDING):
+    for name in (MANIFEST, BUILDING, ADDING, *(path.name for path in folder.glob(BUILDING_RANKS))):
         if (folder / name).is_file():
             needed |= read_manifest(folder, name).names()
     held: set[str] = set()
@@ -363,6 +396,16 @@ def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
         raise TypeError(f"{str(value)[:80]!r} where a count was expected")
     return value
+
+
+def _part(value: Any) -> dict[str, Any] | None:
+    """{"number", "of", "rows", "build"} of an index that lies in several folders, or None."""
+    if value is None:
+        return None
+    part = {name: _count(_typed(value, dict)[name]) for name in ("number", "of", "rows")}
+    if not part["number"] < part["of"]:
+        raise ValueError(f"part {part['number']} of {part['of']}")
+    return part | {"build": _typed(value["build"], str)}
 
 
 def _entry(value: Any) -> dict[str, Any] | None:

@@ -167,28 +167,53 @@ def seal_file(temporary: Path, final: Path) -> SealedInfo:
     return SealedInfo(final.name, size, digest, {})
 
 
+class Arrival:
+    """A sealed file that comes from elsewhere, in pieces; under its name only when it is complete and as it was sealed.
+
+    Args:
+        folder: where it goes.
+        info: of the file.
+        name: its name there.
+    """
+
+    def __init__(self, folder: Path, info: SealedInfo, name: str) -> None:
+        self._final, self._info = folder / name, info
+        self._temporary = folder / part_name(name)
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+
+    def write(self, offset: int, piece: memoryview) -> None:
+        _write_all(self._fd, piece, offset)
+
+    def seal(self) -> SealedInfo:
+        """Raises CorruptionError where it is not as it was sealed; nothing is left then."""
+        self.close()
+        if file_digest(self._temporary) != self._info.digest:
+            self._temporary.unlink()
+            raise CorruptionError(f"{self._info.file} is not as it was sealed: restore it from a copy")
+        return replace(seal_file(self._temporary, self._final), offsets=self._info.offsets)
+
+    def close(self) -> None:
+        """Gives the file handle back."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 def copy_sealed(source: Path, info: SealedInfo, folder: Path, name: str) -> SealedInfo:
     """Copies a sealed file into another folder, and compares the copy with its digest.
 
     Raises:
         CorruptionError: the file is not as it was sealed.
     """
-    temporary = folder / f".{name}.part"
-    with closing(SealedFile(source, info)) as file:
-        size, at = info.size, 0
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    with closing(SealedFile(source, info)) as file, closing(Arrival(folder, info, name)) as copy:
+        for at in range(0, info.size, _CHUNK):
+            chunk = bytearray(min(_CHUNK, info.size - at))
+            file.read(at, memoryview(chunk))
+            copy.write(at, memoryview(chunk))
         try:
-            while at < size:
-                chunk = bytearray(min(_CHUNK, size - at))
-                file.read(at, memoryview(chunk))
-                _write_all(fd, memoryview(chunk), at)
-                at += len(chunk)
-        finally:
-            os.close(fd)
-    if file_digest(temporary) != info.digest:
-        temporary.unlink()
-        raise CorruptionError(f"{source / info.file} is not as it was sealed: restore it from a copy")
-    return replace(seal_file(temporary, folder / name), offsets=info.offsets)
+            return copy.seal()
+        except CorruptionError:
+            raise CorruptionError(f"{source / info.file} is not as it was sealed: restore it from a copy") from None
 
 
 def _allocate(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str]) -> dict[str, int]:

@@ -46,6 +46,11 @@ class ShardInfo:
     shift: int = 0
     ids_digest: str | None = None
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Ids that no other shard may have: from the first to before the second."""
+        return self.first_id, self.last_id + 1
+
     def to_json(self) -> dict[str, Any]:
         return {
             "sealed": self.sealed.to_json(),

@@ -1,0 +1,80 @@
+"""Representation: what rows will hold, and how wide projections are for it, where the config leaves that open."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+from torch import nn
+
+from ..capture.data import ExampleSource
+from ..capture.gradients import GradientBlock, LayerSpec
+from ..capture.layers import layer_specs
+from ..capture.losses import PerExample
+from ..capture.sources import ModelCapture, ModelGradients
+from ..config import LEAST_FLOOR, BuildConfig
+from ..rows.factors import factorise
+
+# Widths of eigencodes' projections in small models, the widest first, and what the sample's gradients may take on disk
+# meanwhile, once more for probes (`bench.lds`: on the fine-tuned GPT 32, 64 and 128 have .405, .431 and .435).
+_FLOORS = (128, 96, 64, 48)
+_FLOOR_BYTES = 4 << 30
+# Examples of the sample that tell what factors lose.
+_MEASURED = 256
+# Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
+_LOSSLESS = 0.01
+
+
+def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, examples: ExampleSource) -> BuildConfig:
+    """The config with a number for projection_floor: wider for eigencodes, which keep the best directions of all, and
+    so gain by there being more to choose from. What rows will be is told by the first batch.
+
+    Where a row has room for all directions of the least width, it stays: nothing is chosen, and a wider D would only
+    make the same multiple of trace / D a smaller lambda (`bench.lds`: Fashion-MNIST falls from .283 to .248)."""
+    if config.projection_floor != "auto":
+        return config
+    least = dataclasses.replace(config, projection_floor=LEAST_FLOOR)
+    if config.projection != "eigen" or config.curvature_rank != "auto" or config.store not in ("auto", "eigen"):
+        return least
+    taken = ModelCapture(model, least)
+    first = itertools.islice(ModelGradients(taken.capture(loss), examples).blocks(), 1)
+    if representation_of(least, taken.specs, first) != "eigen":
+        return least
+    if sum(spec.dim for spec in taken.specs.values()) <= 8 * config.eigen_bytes:
+        return least
+    for floor in _FLOORS:
+        wider = dataclasses.replace(config, projection_floor=floor)
+        each = sum(spec.dim for spec in layer_specs(taken.layers, wider).values())
+        if 4 * each * min(examples.count, config.curvature_sample) <= _FLOOR_BYTES:
+            return wider
+    return least
+
+
+def representation_is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:
+    """Whether what rows hold depends on the gradients."""
+    if config.store not in ("auto", "both"):
+        return False
+    return config.curvature_rows != "factors" and not all(spec.dense for spec in specs.values())
+
+
+def representation_of(config: BuildConfig, specs: dict[str, LayerSpec], blocks: Iterable[GradientBlock]) -> str:
+    """What rows hold: as the config says, or factors alone where they lose next to nothing of some gradients. The
+    blocks are only walked where that depends on them."""
+    if not representation_is_open(config, specs):
+        return "factors" if config.store in ("auto", "both") else config.store
+    lost = total = 0.0
+    seen = 0
+    for block in blocks:
+        part = block.select(np.arange(min(block.count, _MEASURED - seen)))
+        seen += part.count
+        for name, factors in factorise(part, specs).items():
+            whole = part.layers[name].dense()
+            lost += float((whole - factors.dense()).double().square().sum())
+            total += float(whole.double().square().sum())
+        if seen >= _MEASURED:
+            break
+    if lost <= _LOSSLESS * total:
+        return "factors"
+    return "both" if config.store == "both" else "eigen"

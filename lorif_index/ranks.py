@@ -1,0 +1,325 @@
+"""Ranks: the processes that work on one index together, as torchrun starts them; or this process alone.
+
+Everything goes through torch.distributed, over the process group that the program has (gloo on CPUs, NCCL on GPUs).
+What is not a tensor travels as JSON: nothing is pickled. Each rank does the same steps in the same order; what one does
+by itself is wrapped in `jointly`, so that what fails on one rank is an error on all of them, and none waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from . import errors
+from .errors import ConfigError, DistributedError, LorifError
+
+_Bytes = torch.uint8
+
+
+class Ranks:
+    """A process group, or one process.
+
+    Args:
+        group: None for this process alone.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many there are.
+        sent: stage -> bytes that this rank has sent, by the volume of ring algorithms: 2 (size - 1) / size of a tensor
+            that is summed, size - 1 copies of one that is gathered, one of any other.
+        stage: what is being done, for messages and accounts.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.sent: Counter[str] = Counter()
+        self.stage = "start"
+        nccl = group is not None and "nccl" in str(dist.get_backend(group))
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    @classmethod
+    def of(cls, asked: Any) -> Ranks:
+        """The ranks that `distributed=` names.
+
+        Args:
+            asked: False: this process alone. True: the default process group. None: the default group where one is
+                initialised, else alone. Or a `torch.distributed.ProcessGroup`.
+
+        Raises:
+            ConfigError: no such group, or this process is not in it.
+        """
+        started = dist.is_available() and dist.is_initialized()
+        if asked is False or (asked is None and not started):
+            return cls()
+        if not started:
+            raise ConfigError(
+                f"distributed={asked!r}, but no process group is initialised: start the program with torchrun and call "
+                "torch.distributed.init_process_group() first"
+            )
+        if asked is None or asked is True:
+            return cls(dist.group.WORLD) if dist.get_world_size() > 1 else cls()
+        if not isinstance(asked, dist.ProcessGroup):
+            raise ConfigError(f"distributed must be True, False, None or a ProcessGroup, got {asked!r}")
+        if dist.get_rank(asked) < 0:
+            raise ConfigError("distributed= is a process group that this process is not in: call on its ranks only")
+        return cls(asked) if dist.get_world_size(asked) > 1 else cls()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes and shows what is written and shown once."""
+        return self.rank == 0
+
+    def __repr__(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+    # -- sharing work --------------------------------------------------------------------------------------------
+
+    def share(self, count: int) -> slice:
+        """This rank's contiguous part of `count` things."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """For things of some costs the rank that does each: the largest first, to whoever has least to do."""
+        loads, out = [0.0] * self.size, [0] * len(costs)
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            out[i] = loads.index(min(loads))
+            loads[out[i]] += costs[i]
+        return out
+
+    # -- tensors -------------------------------------------------------------------------------------------------
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, the same on each; in the tensor's own memory where it is on the group's device."""
+        if self.size == 1:
+            return tensor
+        here = tensor.to(self._device).contiguous()
+        with self._talking(here, 2.0 * (self.size - 1) / self.size):
+            dist.all_reduce(here, group=self._group)
+        return here.to(tensor.device)
+
+    def total(self, value: float) -> float:
+        """The sum of a number."""
+        return float(self.sum(torch.tensor(value, dtype=torch.float64)))
+
+    def count(self, value: int) -> int:
+        """The sum of an integer."""
+        return int(self.sum(torch.tensor(value, dtype=torch.int64)))
+
+    def reduced(self, tensor: torch.Tensor, to: int) -> torch.Tensor:
+        """The sum over all ranks, on rank `to`; elsewhere the tensor may hold anything afterwards."""
+        if self.size == 1:
+            return tensor
+        here = tensor.to(self._device).contiguous()
+        with self._talking(here, float(self.rank != to)):
+            dist.reduce(here, self._global(to), group=self._group)
+        return here.to(tensor.device)
+
+    def spread(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """What rank `source` has, on all; the others pass a tensor of its shape and dtype."""
+        if self.size == 1:
+            return tensor
+        here = tensor.to(self._device).contiguous()
+        with self._talking(here, float(self.rank == source)):
+            dist.broadcast(here, self._global(source), group=self._group)
+        return here.to(tensor.device)
+
+    def moved(self, tensor: torch.Tensor, source: int, to: int) -> torch.Tensor:
+        """What rank `source` has, on rank `to`, which passes a tensor of its shape and dtype; others may pass any."""
+        if source == to or self.rank not in (source, to):
+            return tensor
+        here = tensor.to(self._device).contiguous()
+        with self._talking(here, float(self.rank == source)):
+            if self.rank == source:
+                dist.send(here, self._global(to), group=self._group)
+            else:
+                dist.recv(here, self._global(source), group=self._group)
+        return here.to(tensor.device)
+
+    def gather(self, array: np.ndarray | Exception) -> list[np.ndarray]:
+        """Each rank's array, on all; they may differ in their first dimension. What went wrong in making one may be
+        passed in its place: then all ranks raise it, as in `jointly`."""
+        if self.size == 1:
+            if isinstance(array, Exception):
+                raise array
+            return [array]
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = -1 if isinstance(array, Exception) else array.shape[0]
+        counts = self.sum(lengths).tolist()
+        if min(counts) < 0 or isinstance(array, Exception):
+            self.fail(array if isinstance(array, Exception) else None)
+            return []
+        array = np.ascontiguousarray(array)
+        each = int(np.prod(array.shape[1:], dtype=np.int64)) * array.itemsize
+        room = torch.zeros(max(counts) * each, dtype=_Bytes)
+        room[: array.nbytes] = torch.from_numpy(array.reshape(-1).view(np.uint8).copy())
+        room = room.to(self._device)
+        parts = [torch.empty_like(room) for _ in counts]
+        with self._talking(room, self.size - 1.0):
+            if len(room):
+                dist.all_gather(parts, room, group=self._group)
+        return [
+            part[: n * each].cpu().numpy().view(array.dtype).reshape(n, *array.shape[1:])
+            for part, n in zip(parts, counts, strict=True)
+        ]
+
+    def collected(self, array: np.ndarray) -> list[np.ndarray]:
+        """Each rank's array, on rank 0; nothing elsewhere. They may differ in their first dimension."""
+        if self.size == 1:
+            return [array]
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = array.shape[0]
+        counts = self.sum(lengths).tolist()
+        out = []
+        for rank, count in enumerate(counts):
+            mine = array if rank == self.rank else np.empty((count if self.first else 0, *array.shape[1:]), array.dtype)
+            moved = self.moved(torch.from_numpy(np.ascontiguousarray(mine)), rank, 0) if count else None
+            out.append(mine if moved is None else moved.numpy())
+        return out if self.first else []
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def gather_values(self, value: Any) -> list[Any]:
+        """Each rank's JSON value, on all."""
+        if self.size == 1:
+            return [value]
+        found = self.gather(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8))
+        return [json.loads(part.tobytes()) for part in found]
+
+    def told(self, value: Any, source: int = 0) -> Any:
+        """Rank `source`'s JSON value, on all; what the others pass does not matter."""
+        if self.size == 1:
+            return value
+        raw = np.frombuffer(json.dumps(value).encode() if self.rank == source else b"", dtype=np.uint8)
+        size = int(self.spread(torch.tensor(len(raw)), source))
+        room = torch.from_numpy(raw.copy()) if self.rank == source else torch.empty(size, dtype=_Bytes)
+        return json.loads(self.spread(room, source).numpy().tobytes())
+
+    def agree(self, what: str, values: Mapping[str, Any]) -> None:
+        """Checks that all ranks were given the same.
+
+        Args:
+            what: for the message.
+            values: name -> JSON value.
+
+        Raises:
+            DistributedError: naming what differs, on which rank, and both values.
+        """
+        mine = json.loads(json.dumps(dict(values)))
+        for rank, theirs in enumerate(self.gather_values(mine)):
+            for name in mine:
+                if mine[name] != theirs.get(name):
+                    raise DistributedError(
+                        f"{what} must be the same on all ranks, and {name} is {_short(mine[name])} on rank "
+                        f"{self.rank} and {_short(theirs.get(name))} on rank {rank}: start all ranks with the same "
+                        "arguments and data"
+                    )
+
+    def wait(self) -> None:
+        """Waits until all ranks are here."""
+        if self.size > 1:
+            self._meet()
+
+    # -- failing together ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def jointly(self, stage: str | None = None) -> Iterator[None]:
+        """Work that each rank does by itself; if it fails on one, it fails on all of them.
+
+        Raises:
+            LorifError: of the class that another rank raised, naming the rank. DistributedError: another rank raised
+            something else, or did not come in time.
+        """
+        if stage is not None:
+            self.stage = stage
+        if self.size == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        try:
+            self._meet()
+        except DistributedError:
+            if error is not None:
+                raise error from None
+            raise
+        self.fail(error)
+
+    def fail(self, error: Exception | None) -> None:
+        """Raises on all ranks what went wrong on some: each passes its own error, or None."""
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        mine = None if error is None else [type(error).__name__, str(error), isinstance(error, LorifError)]
+        try:
+            found = self.gather_values(mine)
+        except DistributedError:
+            if error is not None:
+                raise error from None
+            raise
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(found):
+            if failure is not None:
+                name, text, ours = failure
+                kind = getattr(errors, name, DistributedError) if ours else DistributedError
+                raise kind(f"rank {rank}: {text}" if ours else f"rank {rank} failed: {name}: {text}")
+
+    def _meet(self) -> None:
+        """A barrier that says who is missing."""
+        if self._device.type != "cpu":
+            with self._talking(torch.empty(0), 0.0):
+                dist.barrier(group=self._group)
+            return
+        try:
+            # Rank 0 hears from each of the others, so that it can say who did not come.
+            dist.monitored_barrier(group=self._group, timeout=_timeout(self._group), wait_all_ranks=True)
+        except RuntimeError as error:
+            raise self._lost(error) from None
+
+    @contextmanager
+    def _talking(self, tensor: torch.Tensor, copies: float) -> Iterator[None]:
+        self.sent[self.stage] += int(copies * tensor.numel() * tensor.element_size())
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, error: RuntimeError) -> DistributedError:
+        text = " ".join(str(error).split())
+        return DistributedError(
+            f"{self} lost touch with the others while doing {self.stage!r} ({text[:400]}): one of them failed, hangs, "
+            "or is slower than the time-out of init_process_group; what was sealed stays, and the same call goes on "
+            "from there, also with another number of ranks"
+        )
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self._group, rank)  # type: ignore[arg-type]
+
+
+ALONE = Ranks()
+
+
+def _timeout(group: dist.ProcessGroup | None) -> timedelta:
+    """The group's own, which torch shows under names of its own only; where they change, torch's default."""
+    backend = getattr(group, "_get_backend", lambda _: None)(torch.device("cpu"))
+    found = getattr(getattr(backend, "options", None), "_timeout", None)
+    return found if isinstance(found, timedelta) else dist.constants.default_pg_timeout
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
