@@ -187,7 +187,7 @@ class Index:
         if not isinstance(config, BuildConfig):
             raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
         asked, ranks = as_model(model), Ranks.of(distributed)
-        with reporter(progress if ranks.first else False) as report:
+        with reporter(progress if ranks.first or callable(progress) else False) as report:
             whole = build_index(
                 folder,
                 model=asked,

@@ -79,7 +79,7 @@ ENGINE = {
     "candidates reader planner",
     "build": "encode coarse_build growth removal sizes spans representation resuming pipeline refit merging repair "
     "estimate",
-    ".": "index",
+    ".": "index launch",
 }
 TEXT_SIDE = {"text": "texts textindex show demo_model demo", ".": "cli"}
 
