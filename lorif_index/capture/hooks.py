@@ -33,6 +33,7 @@ from .sharded import (
     full,
     is_dtensor,
     needs_lockstep,
+    recover,
     settle,
     spread_of,
     uncompiled,
@@ -394,6 +395,9 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         with uncompiled(model):
             yield
+    except BaseException:
+        recover(model)
+        raise
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         settle(model)

@@ -160,6 +160,14 @@ def settle(model: nn.Module) -> None:
             module._parameters[name] = owner._parameters[first]
 
 
+def recover(model: nn.Module) -> None:
+    """Makes FSDP2 forget a pass that an exception ended, where torch can: else the next one would go on with it."""
+    for module in fsdp_modules(model):
+        reset = getattr(module, "reset_iter_state", None)
+        if reset is not None and module._get_fsdp_state()._is_root:
+            reset()
+
+
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     """The module that has a parameter, and the parameter's name in it."""
     path, _, last = name.rpartition(".")
@@ -241,9 +249,9 @@ def data_ranks(model: nn.Module | None) -> DataRanks:
     leader = min(_replicas(unwrapped(model), rank) if model is not None else {rank})
     on_cpu = "cpu:" in torch.distributed.get_backend_config()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-    found = torch.empty(torch.distributed.get_world_size(), dtype=torch.int64, device=device)
-    torch.distributed.all_gather_into_tensor(found, torch.tensor([leader], device=device))
-    leaders = sorted(set(found.tolist()))
+    found = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, torch.tensor([leader], device=device))
+    leaders = sorted({int(one) for one in found})
     return DataRanks(leaders.index(leader), len(leaders), rank == leader)
 
 
