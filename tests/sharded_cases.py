@@ -1,6 +1,6 @@
 """Cases of sharded models, run by `test_sharded` in a process of its own that forks its ranks.
 
-    python sharded_cases.py FOLDER WORLD
+    python sharded_cases.py FOLDER
 
 Each rank writes FOLDER/WORLD.RANK.json: {case: {what: figure}}, or {case: {"raised": message}}. A figure is a relative
 error against the unsharded model, in units of the largest entry, or a truth as 0 (true) or 1.
@@ -29,7 +29,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -182,6 +181,18 @@ def alike(model: nn.Module, plain: nn.Module, data: Any, ids: np.ndarray, **conf
     }
 
 
+def indexed(model: nn.Module, plain: nn.Module, data: Any, path: Path) -> float:
+    """An index of the sharded model, made, and asked; opened with the plain one; against one of the plain model."""
+    config = BuildConfig(coarse=None, store="factors", batch_size=3, **PROJECTED)
+    with Index.build(path, model=model, data=data, config=config) as index:
+        scores = [index.scores(data)]
+    with Index.open(path, model=plain) as index:
+        scores.append(index.scores(data))
+    with Index.build(path.with_suffix(".plain"), model=plain, data=data, config=config) as index:
+        wanted = torch.as_tensor(index.scores(data))
+    return max(apart({"": torch.as_tensor(found)}, {"": wanted}) for found in scores)
+
+
 def mine(rank: int, world: int, count: int) -> np.ndarray:
     """Parts of unlike sizes: the last rank has the least, or nothing."""
     cuts = [0, *[count - world + 1 + r for r in range(world - 1)], count] if world > 2 else [0, count - 1, count]
@@ -206,11 +217,7 @@ def ddp(rank: int, world: int, folder: Path) -> Figures:
     figures["ranks"] = no((found.index, found.count, found.first) == (rank, world, True) and not needs_lockstep(model))
     # One rank alone: nothing waits for the other.
     if rank == 0:
-        path = folder / f"ddp{world}"
-        with Index.build(path, model=model, data=data, config=BuildConfig(coarse=None, store="factors")) as index:
-            wrapped = index.scores(data)
-        with Index.open(path, model=plain) as index:
-            figures["index"] = apart({"": torch.as_tensor(wrapped)}, {"": torch.as_tensor(index.scores(data))})
+        figures["index"] = indexed(model, plain, data, folder / "ddp")
     functional.cross_entropy(model(data[0][rank : rank + 1]), data[1][rank : rank + 1]).backward()
     both = by_autograd(plain, (data[0][:2], data[1][:2]), ["up"])["up"]
     figures["training"] = apart({"": model.module.up.weight.grad.T}, {"": both.mean(dim=0)[:-1]})
@@ -238,6 +245,8 @@ def fsdp(rank: int, world: int, folder: Path) -> Figures:
     figures["as found"] = no(state_of(model) == before and all(p.grad is None for p in model.parameters()))
     found = data_ranks(model)
     figures["ranks"] = no((found.index, found.count, found.first) == (rank, world, True) and needs_lockstep(model))
+    # The same data on both ranks, so that they keep in step through all stages.
+    figures["index"] = indexed(model, plain, data, folder / f"fsdp.{rank}")
     # The second rank may have nothing at all.
     figures["none"] = apart(*(captured(m, data, ids[: 3 * (1 - rank)]) for m in (model, plain)))
     # Trained on: gradients flow, and afterwards capture does not take part in them.
@@ -288,6 +297,7 @@ def tensor_parallel(rank: int, world: int, folder: Path) -> Figures:
     found = data_ranks(model)
     figures["ranks"] = no((found.index, found.count, found.first) == (0, 1, rank == 0) and not needs_lockstep(model))
     figures["as found"] = no(state_of(model) == before)
+    figures["index"] = indexed(model, plain, data, folder / f"tensor.{rank}")
     return figures
 
 
@@ -350,10 +360,9 @@ def transformers_plan(rank: int, world: int, folder: Path) -> Figures:
 
 
 def uneven(rank: int, world: int, folder: Path) -> Figures:
-    """Six columns over four ranks: the last has none."""
-    model = parallelize_module(
-        mlp(), init_device_mesh("cpu", (world,)), {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    )
+    """Six columns over four ranks: the last has none. Between the layers they stay a DTensor, which knows of six."""
+    plan = {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()}
+    model = parallelize_module(mlp(), init_device_mesh("cpu", (world,)), plan)
     return alike(model, mlp(), vectors(), np.arange(7))
 
 
@@ -424,6 +433,6 @@ def run(rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    size = int(sys.argv[2])
-    # Forked after the imports, which take longer than the cases.
-    mp.start_processes(run, args=(size, Path(sys.argv[1])), nprocs=size, start_method="fork")
+    for size in CASES:
+        # Forked after the imports, which take longer than the cases.
+        mp.start_processes(run, args=(size, Path(sys.argv[1])), nprocs=size, start_method="fork")

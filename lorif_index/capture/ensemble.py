@@ -50,7 +50,7 @@ class Ensemble(nn.ModuleList):
 
 
 def _check_devices(members: list[nn.Module]) -> None:
-    places = [sorted({str(p.device) for p in member.parameters()}) for member in members]
+    places = [sorted({str(p.device) for p in member.parameters() if not p.is_meta}) for member in members]
     for number, place in enumerate(places):
         if place != places[0]:
             raise DataError(

@@ -31,6 +31,7 @@ from .sharded import (
     device_of,
     fresh,
     full,
+    half_of,
     is_dtensor,
     needs_lockstep,
     recover,
@@ -87,7 +88,7 @@ class Capture:
         self._called: set[str] = set()
         self.device = device_of(model)
         self._in_step = needs_lockstep(model)
-        half = autocast == "float16" or any(p.dtype == torch.float16 for p in model.parameters())
+        half = autocast == "float16" or half_of(model)
         self._scale = _HALF_LOSS_SCALE if half else 1.0
 
     def gradients(self, ids: np.ndarray, batch: Batch, *, require_all: bool = False) -> GradientBlock:
@@ -181,6 +182,8 @@ class Capture:
     def _one_row(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The loss or measure as (1, n)."""
         losses = self._function(model, batch)
+        if isinstance(losses, torch.Tensor):
+            losses = full(losses)
         if not isinstance(losses, torch.Tensor) or losses.ndim != 1 or losses.shape[0] != self._n:
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise CaptureError(

@@ -236,7 +236,7 @@ def positions(use: Use, x: torch.Tensor) -> torch.Tensor:
         return _unfold(module, x.unsqueeze(2), one_dimensional=True)
     if isinstance(module, nn.Conv2d):
         return _unfold(module, x, one_dimensional=False)
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return _by_position(x)
 
 
 def output_positions(use: Use, dy: torch.Tensor) -> torch.Tensor:
@@ -247,7 +247,12 @@ def output_positions(use: Use, dy: torch.Tensor) -> torch.Tensor:
         if module.groups > 1:
             dy = dy.reshape(*dy.shape[:2], module.groups, -1)
         return dy
-    return dy.reshape(dy.shape[0], -1, dy.shape[-1])
+    return _by_position(dy)
+
+
+def _by_position(x: torch.Tensor) -> torch.Tensor:
+    # A rank of a tensor parallel model may have no features at all.
+    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
 
 
 def _unfold(module: nn.Conv1d | nn.Conv2d, x: torch.Tensor, *, one_dimensional: bool) -> torch.Tensor:

@@ -13,7 +13,7 @@ Nothing of torch.distributed is imported until a model has brought it along.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -139,6 +139,12 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
 
 
+def half_of(model: nn.Module) -> bool:
+    """Whether anything is computed in float16: by the weights' type, or by FSDP2's mixed precision."""
+    policies = [module._get_fsdp_state()._mp_policy.param_dtype for module in fsdp_modules(model)]
+    return torch.float16 in policies or any(p.dtype == torch.float16 for p in model.parameters())
+
+
 def needs_lockstep(model: nn.Module) -> bool:
     """Whether each forward and backward pass of the model is a collective of all ranks that hold a part of it."""
     return bool(fsdp_modules(unwrapped(model)))
@@ -152,12 +158,13 @@ def settle(model: nn.Module) -> None:
     """
     for module in fsdp_modules(model):
         module.reshard()
-    tied = getattr(model, "all_tied_weights_keys", None)
-    for target, source in (tied if isinstance(tied, dict) else {}).items():
-        places = [_place(model, name) for name in (target, source)]
-        if all(place is not None and place[0]._parameters[place[1]].is_meta for place in places):  # type: ignore[union-attr]
-            (module, name), (owner, first) = places  # type: ignore[misc]
-            module._parameters[name] = owner._parameters[first]
+    for module in model.modules():
+        tied = getattr(module, "all_tied_weights_keys", None)
+        for target, source in (tied if isinstance(tied, dict) else {}).items():
+            (owner, name), (other, first) = _place(module, target), _place(module, source)
+            old, new = owner._parameters.get(name), other._parameters.get(first)
+            if old is not None and new is not None and old.is_meta and new.is_meta:
+                owner._parameters[name] = new
 
 
 def recover(model: nn.Module) -> None:
@@ -168,14 +175,13 @@ def recover(model: nn.Module) -> None:
             reset()
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that has a parameter, and the parameter's name in it."""
     path, _, last = name.rpartition(".")
     try:
-        module = model.get_submodule(path)
+        return model.get_submodule(path), last
     except AttributeError:
-        return None
-    return (module, last) if module._parameters.get(last) is not None else None
+        return model, name
 
 
 def lockstep(model: nn.Module, batches: Iterator[T], spare: Callable[[], T]) -> Iterator[tuple[T, bool]]:
@@ -419,17 +425,33 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield plain_name(name), tensor.cpu()
 
 
+def check_weights(model: nn.Module) -> None:
+    """All weights have data, or a hook of accelerate's that brings them in.
+
+    Raises:
+        DataError: naming one that has not.
+    """
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            _brought_in(model, name)
+
+
 def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
-    """A weight that one of accelerate's hooks brings in when its module runs."""
-    path, _, last = name.rpartition(".")
-    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    """A weight that is brought in when its module runs."""
+    found = _brought_in(model, name)[name.rpartition(".")[2]]
+    if not isinstance(found, torch.Tensor):
+        raise DataError(f"parameter {name!r} is offloaded as a {type(found).__name__}, which is no tensor")
+    return found
+
+
+def _brought_in(model: nn.Module, name: str) -> Mapping[str, Any]:
+    """What accelerate's hook on a parameter's module has instead of it, by its names in the module."""
+    hook = getattr(_place(model, name)[0], "_hf_hook", None)
     # Several hooks of one module are kept as one.
     for part in [hook, *getattr(hook, "hooks", ())]:
         weights = getattr(part, "weights_map", None)
-        if weights is not None:
-            found = weights[last]
-            if isinstance(found, torch.Tensor):
-                return found
+        if isinstance(weights, Mapping):
+            return weights
     raise DataError(
         f"parameter {name!r} is on the meta device, without data: load the model's weights, or place it with "
         "device_map=... so that accelerate brings them in"

@@ -22,7 +22,7 @@ from .layers import TrackedLayer, kept_rank, layer_specs
 from .losses import PerExample, default_loss
 from .probes import Probes
 from .projection import Projections
-from .sharded import lockstep, settle, unwrapped, weights_of
+from .sharded import check_weights, lockstep, settle, unwrapped, weights_of
 from .spool import Spool
 
 # Batches beside the first that tell one data set from another.
@@ -182,6 +182,7 @@ class ModelCapture:
             raise DataError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         model = unwrapped(model)
         settle(model)
+        check_weights(model)
         check_device(model, config)
         self.model = model
         self.config = config
