@@ -188,7 +188,7 @@ def indexed(model: nn.Module, plain: nn.Module, data: Any, path: Path) -> float:
         scores = [index.scores(data)]
     with Index.open(path, model=plain) as index:
         scores.append(index.scores(data))
-    with Index.build(path.with_suffix(".plain"), model=plain, data=data, config=config) as index:
+    with Index.build(path.with_name(f"{path.name}.plain"), model=plain, data=data, config=config) as index:
         wanted = torch.as_tensor(index.scores(data))
     return max(apart({"": torch.as_tensor(found)}, {"": wanted}) for found in scores)
 
@@ -433,6 +433,6 @@ def run(rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for size in CASES:
+    for size in [int(a) for a in sys.argv[2:]] or CASES:
         # Forked after the imports, which take longer than the cases.
         mp.start_processes(run, args=(size, Path(sys.argv[1])), nprocs=size, start_method="fork")
