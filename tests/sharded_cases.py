@@ -26,7 +26,7 @@ import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -81,12 +81,12 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
 
 
-def llama() -> nn.Module:
+def llama(tied: bool = False) -> nn.Module:
     torch.manual_seed(2)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-            vocab_size=20, max_position_embeddings=8, attention_bias=True, tie_word_embeddings=False,
+            vocab_size=20, max_position_embeddings=8, attention_bias=True, tie_word_embeddings=tied,
         )
     )  # fmt: skip
 
@@ -343,6 +343,36 @@ def tensor_parallel_llama(rank: int, world: int, folder: Path) -> Figures:
     return alike(model, llama(), tokens(), np.arange(5), layers=EVERYTHING)
 
 
+def tied_again(rank: int, world: int, folder: Path) -> Figures:
+    """Embedding and head are one weight, whose tokens are spread both times: its gradient is the sum of both uses."""
+    model = llama(tied=True)
+    head = ColwiseParallel(use_local_output=False)
+    model = parallelize_module(model, init_device_mesh("cpu", (world,)), plan_of(model, head))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return alike(model, llama(tied=True), tokens(), np.arange(5), layers=EVERYTHING)
+
+
+def positions_in_plain_tensors(rank: int, world: int, folder: Path) -> Figures:
+    """A row-wise layer that gives each rank some of the positions, without saying so: refused, on all ranks."""
+    mesh = init_device_mesh("cpu", (world,))
+    model = parallelize_module(mlp(positions=True), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    down = model.down
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        whole = DTensor.from_local(functional.linear(x, down.weight.to_local()), mesh, [Partial()])
+        return whole.redistribute(placements=[Shard(1)]).to_local()
+
+    down.register_forward_pre_hook(lambda module, args: tuple(a.to_local() for a in args))
+    down._forward_hooks.clear()
+    down.forward = forward
+    model.forward = lambda x: model.head(down(functional.gelu(model.up(x))).mean(dim=1))  # type: ignore[method-assign]
+    try:
+        captured(model, vectors(4, positions=4), np.arange(4))
+    except CaptureError as error:
+        return {"refused": no("'down' has inputs at 4 positions and gradients at 2" in str(error))}
+    return {"refused": no(False)}
+
+
 def transformers_plan(rank: int, world: int, folder: Path) -> Figures:
     """transformers' own tensor parallelism, which works inside of `forward`."""
     path = folder / f"llama{world}"
@@ -406,7 +436,7 @@ Case = Callable[[int, int, Path], Figures]
 CASES: dict[int, list[Case]] = {
     2: [
         ddp, fsdp, fsdp_gpt2, fsdp_refused, tensor_parallel, sequence_parallel, tensor_parallel_llama,
-        transformers_plan,
+        tied_again, positions_in_plain_tensors, transformers_plan,
     ],
     4: [uneven, hsdp, two_dimensional, copies_of_tensor_parallel],
 }  # fmt: skip
@@ -423,13 +453,14 @@ def run(rank: int, world: int, folder: Path) -> None:
         try:
             results[case.__name__] = case(rank, world, folder)
         except Exception:
-            # What comes after it may wait for a rank that has gone on: the first failure ends them all.
             results[case.__name__] = {"raised": traceback.format_exc()}
-            break
-    (folder / f"{world}.{rank}.json").write_text(json.dumps(results))
-    if not any("raised" in figures for figures in results.values()):
-        dist.barrier()
-        dist.destroy_process_group()
+        # Ranks that are out of step may be ended from outside.
+        (folder / f"{world}.{rank}.json").write_text(json.dumps(results))
+        if "raised" in results[case.__name__]:
+            # What comes after it may wait for a rank that has gone on: the first failure ends them all.
+            return
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
