@@ -50,13 +50,19 @@ class Ensemble(nn.ModuleList):
 
 
 def _check_devices(members: list[nn.Module]) -> None:
-    places = [sorted({str(p.device) for p in member.parameters() if not p.is_meta}) for member in members]
+    places = [sorted(_places(member)) for member in members]
     for number, place in enumerate(places):
         if place != places[0]:
             raise DataError(
                 f"model[0] is on {places[0]} and model[{number}] on {place}: move all members to one device with "
                 "model.to(...)"
             )
+
+
+def _places(member: nn.Module) -> set[str]:
+    # Offloaded weights are where the others are while they are used.
+    devices = {p.device for p in member.parameters()}
+    return {str(d) for d in devices if d.type != "meta" or len(devices) == 1}
 
 
 def _check_apart(members: list[nn.Module]) -> None:
