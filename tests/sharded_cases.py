@@ -39,7 +39,7 @@ from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.capture.gradients import GradientBlock
 from lorif_index.capture.probes import Probes
-from lorif_index.capture.sharded import data_ranks, needs_lockstep
+from lorif_index.capture.sharded import data_ranks, evened, needs_lockstep
 from lorif_index.capture.sources import ModelCapture, ModelGradients, ProbedGradients, model_digest
 from lorif_index.errors import CaptureError
 
@@ -184,11 +184,12 @@ def alike(model: nn.Module, plain: nn.Module, data: Any, ids: np.ndarray, **conf
 def indexed(model: nn.Module, plain: nn.Module, data: Any, path: Path) -> float:
     """An index of the sharded model, made, and asked; opened with the plain one; against one of the plain model."""
     config = BuildConfig(coarse=None, store="factors", batch_size=3, **PROJECTED)
-    with Index.build(path, model=model, data=data, config=config) as index:
+    with Index.build(path, model=model, data=data, config=config, distributed=False) as index:
         scores = [index.scores(data)]
-    with Index.open(path, model=plain) as index:
+    with Index.open(path, model=plain, distributed=False) as index:
         scores.append(index.scores(data))
-    with Index.build(path.with_name(f"{path.name}.plain"), model=plain, data=data, config=config) as index:
+    path = path.with_name(f"{path.name}.plain")
+    with Index.build(path, model=plain, data=data, config=config, distributed=False) as index:
         wanted = torch.as_tensor(index.scores(data))
     return max(apart({"": torch.as_tensor(found)}, {"": wanted}) for found in scores)
 
@@ -247,6 +248,14 @@ def fsdp(rank: int, world: int, folder: Path) -> Figures:
     figures["ranks"] = no((found.index, found.count, found.first) == (rank, world, True) and needs_lockstep(model))
     # The same data on both ranks, so that they keep in step through all stages.
     figures["index"] = indexed(model, plain, data, folder / f"fsdp.{rank}")
+    # Spans of the data, more of them on one rank than on the other.
+    spans = [(0, 3), (3, 4)] if rank == 0 else [(4, 7)]
+    whole = ModelCapture(model, BuildConfig(**PROJECTED))
+    source = ModelGradients(whole.capture(None), as_source(data, 2))
+    blocks = (block for span in evened(model, spans, (0, 0)) for block in source.blocks(*span))
+    figures["spans"] = apart(
+        joined(blocks, whole), captured(plain, data, np.arange(4) if rank == 0 else np.arange(4, 7))
+    )
     # The second rank may have nothing at all.
     figures["none"] = apart(*(captured(m, data, ids[: 3 * (1 - rank)]) for m in (model, plain)))
     # Trained on: gradients flow, and afterwards capture does not take part in them.

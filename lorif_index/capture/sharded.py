@@ -13,7 +13,7 @@ Nothing of torch.distributed is imported until a model has brought it along.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -209,14 +209,26 @@ def lockstep(model: nn.Module, batches: Iterator[T], spare: Callable[[], T]) -> 
 
 def agreed(model: nn.Module, flag: bool) -> bool:
     """Whether the flag is set on any rank that shares an FSDP2 model's passes; of other models, the flag itself."""
+    return bool(_greatest(model, int(flag)))
+
+
+def evened(model: nn.Module, things: Sequence[T], nothing: T) -> list[T]:
+    """Things that each take some passes, as many on all ranks that share an FSDP2 model's: `nothing` fills them up.
+
+    Of other models, the things alone.
+    """
+    return [*things, *[nothing] * (_greatest(model, len(things)) - len(things))]
+
+
+def _greatest(model: nn.Module, value: int) -> int:
     meshes = _fsdp_meshes(unwrapped(model))
     if not meshes:
-        return flag
-    seen = torch.tensor(int(flag), device=_mesh_device(meshes[0]))
+        return value
+    seen = torch.tensor(value, device=_mesh_device(meshes[0]))
     for mesh in meshes:
         for dim in range(mesh.ndim):
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
-    return bool(seen.item())
+    return int(seen.item())
 
 
 def _fsdp_meshes(model: nn.Module) -> list[Any]:
