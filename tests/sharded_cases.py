@@ -293,6 +293,16 @@ def fsdp_refused(rank: int, world: int, folder: Path) -> Figures:
     return figures | alike(model, plain, data, np.arange(4))
 
 
+def fsdp_together(rank: int, world: int, folder: Path) -> Figures:
+    """One index, built by all ranks: each gives the gradients of some of the examples."""
+    data, config = vectors(41), BuildConfig(batch_size=3)
+    model = sharded(mlp(), init_device_mesh("cpu", (world,)), [])
+    with Index.build(folder / "together", model=model, data=data, config=config) as index:
+        found = torch.as_tensor(index.scores(data))
+    with Index.build(folder / f"alone.{rank}", model=mlp(), data=data, config=config, distributed=False) as index:
+        return {"index": apart({"": found}, {"": torch.as_tensor(index.scores(data))})}
+
+
 def tensor_parallel(rank: int, world: int, folder: Path) -> Figures:
     plain, data = mlp(), vectors()
     model = parallelize_module(
@@ -444,7 +454,7 @@ def copies_of_tensor_parallel(rank: int, world: int, folder: Path) -> Figures:
 Case = Callable[[int, int, Path], Figures]
 CASES: dict[int, list[Case]] = {
     2: [
-        ddp, fsdp, fsdp_gpt2, fsdp_refused, tensor_parallel, sequence_parallel, tensor_parallel_llama,
+        ddp, fsdp, fsdp_gpt2, fsdp_refused, fsdp_together, tensor_parallel, sequence_parallel, tensor_parallel_llama,
         tied_again, positions_in_plain_tensors, transformers_plan,
     ],
     4: [uneven, hsdp, two_dimensional, copies_of_tensor_parallel],

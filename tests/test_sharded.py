@@ -25,8 +25,8 @@ from lorif_index.errors import ConfigError, DataError
 
 CASES = {
     2: (
-        "ddp fsdp fsdp_gpt2 fsdp_refused tensor_parallel sequence_parallel tensor_parallel_llama tied_again "
-        "positions_in_plain_tensors transformers_plan"
+        "ddp fsdp fsdp_gpt2 fsdp_refused fsdp_together tensor_parallel sequence_parallel tensor_parallel_llama "
+        "tied_again positions_in_plain_tensors transformers_plan"
     ).split(),
     4: "uneven hsdp two_dimensional copies_of_tensor_parallel".split(),
 }
