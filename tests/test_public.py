@@ -70,8 +70,8 @@ CONFIG = (
 # behind. The engine's come first; the text side stands on it, and prints: the engine knows nothing of it.
 ENGINE = {
     "": "version errors ranks damping config progress results",
-    "capture": "gradients projection sampling losses probes data layers ensemble spool hooks subspace eigenbases "
-    "sources",
+    "capture": "gradients projection sampling sharded losses probes data layers ensemble spool hooks subspace "
+    "eigenbases sources",
     "rows": "scratch codes factors layout",
     "fit": "grid curvature query sketch eigencodes",
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
