@@ -32,6 +32,7 @@ from .capture.gradients import GradientBlock, GradientSource, LayerSpec, parse_b
 from .capture.hooks import keep_finite
 from .capture.losses import PerExample
 from .capture.projection import Projections
+from .capture.sharded import is_spread
 from .capture.sources import (
     GivenGradients,
     ModelCapture,
@@ -950,7 +951,8 @@ class Index:
         began = mid = time.perf_counter()
         question: Question | None = None
         with self._ranks.jointly():
-            if self._ranks.first:
+            # A pass of a model that is spread over ranks is one of all of them.
+            if self._ranks.first or (self._model is not None and is_spread(self._model)):
                 gradients = self._query_gradients(query, measure, chosen)
                 mid = time.perf_counter()
                 preconditioners = self._reader.preconditioners(chosen, policy)

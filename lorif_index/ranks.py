@@ -76,6 +76,11 @@ class Ranks:
         return cls(asked) if dist.get_world_size(asked) > 1 else cls()
 
     @property
+    def everyone(self) -> bool:
+        """Whether these are several, and all that the default process group has."""
+        return self.size > 1 and self.size == dist.get_world_size()
+
+    @property
     def first(self) -> bool:
         """Whether this is rank 0, which writes and shows what is written and shown once."""
         return self.rank == 0
@@ -84,10 +89,6 @@ class Ranks:
         return f"rank {self.rank} of {self.size}"
 
     # -- sharing work --------------------------------------------------------------------------------------------
-
-    def share(self, count: int) -> slice:
-        """This rank's contiguous part of `count` things."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def owners(self, costs: Sequence[float]) -> list[int]:
         """For things of some costs the rank that does each: the largest first, to whoever has least to do."""
@@ -320,6 +321,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def share(count: int, index: int, parts: int) -> slice:
+    """Part `index` of `parts` of `count` things: contiguous, and of equal size."""
+    return slice(count * index // parts, count * (index + 1) // parts)
 
 
 def _timeout(group: dist.ProcessGroup | None) -> timedelta:

@@ -1,4 +1,4 @@
-"""Several ranks: what they build and answer together is what one process builds and answers; kills, hangs, bad input."""
+"""Several ranks build and answer together what one process builds and answers; kills, hangs, bad input."""
 
 from __future__ import annotations
 

@@ -273,6 +273,13 @@ def data_ranks(model: nn.Module | None) -> DataRanks:
     return DataRanks(leaders.index(leader), len(leaders), rank == leader)
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether a pass through the model is one of several processes together."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    model = unwrapped(model)
+    return started and (needs_lockstep(model) or len(_replicas(model, torch.distributed.get_rank())) > 1)
+
+
 def _replicas(model: nn.Module, rank: int) -> set[int]:
     """The ranks that must be given the same examples as this one."""
     settle(model)
