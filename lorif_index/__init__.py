@@ -23,6 +23,7 @@ The stages, one module each, in the order in which data flows through them:
     calibration, missed   how many candidates a recall takes; how many answers a search has missed
     pursuit, candidates   proposed, narrowed, rescored, checked, and gone on with; where that begins
     planner               scan or candidates, and why
+    explain               a score taken apart by layer and token
     locks, manifest, reader      what makes a folder an index, one version after another, and its parts put together
     coarse_build, build   how it is made; payloads and encode write the rows
     growth, removal, refit, merging   how it is changed; living answers without removed rows
@@ -43,6 +44,7 @@ from .errors import LorifError
 from .index import Index
 from .progress import ProgressEvent
 from .results import Hits, SearchStats
+from .search.explain import Explanation
 from .version import VERSION
 
 __version__ = VERSION
@@ -54,6 +56,7 @@ __all__ = [
     "CurvatureRows",
     "Damping",
     "Estimate",
+    "Explanation",
     "Hits",
     "Index",
     "LayerSelection",

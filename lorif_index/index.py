@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +50,7 @@ from .fit.curvature import LayerCurvature
 from .progress import ProgressCallback, Reporter, reporter
 from .results import Hits, SearchStats
 from .search.devices import search_device
+from .search.explain import Asked, Explanation, Positions, TrainingData, explain, shown_positions
 from .search.planner import ANSWERS, Plan, choose_plan, scan
 from .search.reader import Reader, positions_of
 from .search.scoring import Question, self_scores
@@ -81,6 +82,8 @@ class Index:
         self._projections = Projections(self._specs, self._config.seed, self._reader.projections)
         self._model = model
         self._loss = loss
+        # (id of the first example, data): what the index was built from, as far as this handle was given it.
+        self._pieces: list[tuple[int, Any]] = []
 
     def _use(self, manifest: Manifest, lease: Lease) -> None:
         """Reads from one version of the index, and keeps hold of it."""
@@ -181,7 +184,9 @@ class Index:
                 fit=fitted,
                 reporter=report,
             )
-        return cls(folder, asked, loss)
+        built = cls(folder, asked, loss)
+        built._pieces += [] if data is None else [(0, data)]
+        return built
 
     @classmethod
     def estimate(
@@ -241,6 +246,7 @@ class Index:
         *,
         model: nn.Module | Sequence[nn.Module] | None = None,
         loss: PerExample | None = None,
+        data: Any = None,
         device: str | torch.device | None = None,
         verify: str = "first",
         damaged: str = "refuse",
@@ -251,6 +257,7 @@ class Index:
             path: its folder.
             model: the model it was built from, or the list of them in the same order; needed for raw queries only.
             loss: the loss it was built with, if that was not the default.
+            data: what it was built from, in the same order, for `explain`; it is not looked at before.
             device: where rows are scored: "cuda", where what fits into half of the free memory stays; "cpu"; None: a
                 GPU where torch and faiss both see one.
             verify: when a shard that is scanned is compared with its digest: "first", before its first use; "always",
@@ -269,6 +276,7 @@ class Index:
         index = cls(Path(path), None, None, device, verify, damaged)
         if model is not None:
             index._attach(as_model(model), loss)
+        index._pieces += [] if data is None else [(0, data)]
         return index
 
     def _attach(self, model: nn.Module, loss: PerExample | None) -> None:
@@ -426,6 +434,67 @@ class Index:
             for _, scores, _ in scan(self._reader, prepared.question, report):
                 out[:, at : at + scores.shape[1]] = scores.numpy()
                 at += scores.shape[1]
+        return out
+
+    def explain(
+        self,
+        query: Any,
+        ids: Hits | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        data: Any = None,
+        measure: PerExample | None = None,
+        damping: Damping | float | None = None,
+        layers: str | Iterable[str] | None = None,
+        query_tokens: bool = True,
+        progress: bool | ProgressCallback | None = False,
+    ) -> list[list[Explanation]]:
+        """Takes scores apart by layer, by module and by token of the training example and of the query.
+
+        The examples' gradients are computed again, and theirs only: the shares sum to the score of the whole gradient,
+        which is shown beside that of the stored row.
+
+        Args:
+            query: as in `search`.
+            ids: the `Hits` of that search, or row ids (q, k), or (k,) for every query.
+            data: what the index was built from, in the same order; by default what `build` or `open` was given.
+            measure, damping, layers, progress: as in `search`.
+            query_tokens: also say where in the query; it costs about as much again.
+
+        Returns:
+            for each query, an `Explanation` for each of its ids, in their order.
+
+        Raises:
+            QueryError: as in `search`; ids that the index does not hold, or that do not fit the queries; an index of
+            gradients, or opened without its model. DataError: no data, or others than were indexed.
+        """
+        self = copy(self)
+        if isinstance(ids, Hits):
+            ids = ids.ids
+        wanted = as_ids(np.asarray(ids).ravel()).reshape(np.shape(ids))
+        if wanted.ndim not in (1, 2) or not wanted.size:
+            raise QueryError(f"ids must be Hits, or ids of shape (q, k) or (k,), got shape {wanted.shape}")
+        self._positions(np.unique(wanted))
+        chosen, policy = self._chosen(layers), self._policy(damping)
+        config = self._query_config()
+        capture = self._model_capture(None).capture(self._loss).trust()
+        pieces = self._pieces if data is None else [(0, data)]
+        if not pieces:
+            raise DataError(
+                "explain computes training examples again, and this index was opened without them: pass data= to it, "
+                "or to Index.open"
+            )
+        examples = TrainingData(pieces, config.batch_size)
+        preconditioners = self._reader.preconditioners(chosen, policy)
+        out: list[list[Explanation]] = []
+        with reporter(progress) as report, report.stage("explain", wanted.size) as stage:
+            for asked in self._asked(query, measure, chosen, query_tokens):
+                at = len(out)
+                if wanted.ndim == 2 and at + asked.count > len(wanted):
+                    raise QueryError(f"ids are for {len(wanted)} queries, and there are at least {at + asked.count}")
+                part = wanted[at : at + asked.count] if wanted.ndim == 2 else np.tile(wanted, (asked.count, 1))
+                out += explain(self._reader, asked, part, at, examples, capture, preconditioners, self._members, stage)
+        if wanted.ndim == 2 and len(out) != len(wanted):
+            raise QueryError(f"ids are for {len(wanted)} queries, and there are {len(out)}")
         return out
 
     def self_influence(
@@ -966,6 +1035,15 @@ class Index:
         self, query: Any, measure: PerExample | None, chosen: tuple[str, ...]
     ) -> dict[str, torch.Tensor]:
         """(q, d_in, d_out) float32 per chosen layer, of the quantity to lower."""
+        parts = list(self._asked(query, measure, chosen, False))
+        if not parts:
+            raise QueryError("the query holds no examples")
+        return {name: torch.cat([part.gradients[name] for part in parts]) for name in chosen}
+
+    def _asked(
+        self, query: Any, measure: PerExample | None, chosen: tuple[str, ...], positions: bool
+    ) -> Iterator[Asked]:
+        """The query's gradients, batch by batch, with what is at its positions where that is wanted."""
         if isinstance(query, Mapping) and query and set(query) <= set(self._specs):
             if measure is not None:
                 raise QueryError(
@@ -974,19 +1052,37 @@ class Index:
             block = parse_block(query, 0)
             specs = {name: self._specs[name] for name in (block.layers if set(chosen) <= set(block.layers) else chosen)}
             check_block(block, specs, "the query")
-            blocks = [self._projections.project(block)]
+            found: Iterator[tuple[GradientBlock, Asked]] = iter([(self._projections.project(block), Asked({}))])
         else:
-            blocks = list(self._captured(query, measure))
-        skipped: list[int] = []
-        try:
-            blocks = [keep_finite(block, "error", skipped) for block in blocks]
-        except NonFiniteError as error:
-            raise NonFiniteError(f"query: {error}") from None
-        if not sum(block.count for block in blocks):
-            raise QueryError("the query holds no examples")
-        return {name: torch.cat([b.layers[name].dense().float().cpu() for b in blocks]) for name in chosen}
+            found = self._captured(query, measure, positions)
+        for block, asked in found:
+            try:
+                block = keep_finite(block, "error", [])
+            except NonFiniteError as error:
+                raise NonFiniteError(f"query: {error}") from None
+            if block.count:
+                yield replace(asked, gradients={n: block.layers[n].dense().float().cpu() for n in chosen})
 
-    def _captured(self, query: Any, measure: PerExample | None) -> Iterator[GradientBlock]:
+    def _captured(
+        self, query: Any, measure: PerExample | None, positions: bool
+    ) -> Iterator[tuple[GradientBlock, Asked]]:
+        taken = self._model_capture(measure)
+        capture = taken.capture(self._loss if measure is None else measure)
+        for ids, batch in _query_batches(query, taken.config.batch_size):
+            kept = Positions() if positions else None
+            block = capture.gradients(ids, batch, watch=kept)
+            if measure is not None:
+                # A measure is to be raised, a loss to be lowered.
+                block = GradientBlock(block.ids, {name: g.negated() for name, g in block.layers.items()})
+            sign = 1.0 if measure is None else -1.0
+            yield block, Asked({}, kept, shown_positions(batch), sign / capture.scale, capture)
+
+    def _model_capture(self, measure: PerExample | None) -> ModelCapture:
+        """Takes gradients of the model that the index was opened with.
+
+        Raises:
+            QueryError: there is none, or, without a measure, it was opened with another loss.
+        """
         if self._manifest.fingerprint["model"] is None:
             raise QueryError("the index was built from gradients: pass the query as {layer: (q, d_in, d_out)}")
         if self._model is None:
@@ -996,16 +1092,7 @@ class Index:
             raise QueryError(
                 f"the index was built with loss {built_with!r}: Index.open(path, model=..., loss={built_with})"
             )
-        config = self._query_config()
-        capture = ModelCapture(self._model, config, self._projections).capture(
-            self._loss if measure is None else measure
-        )
-        for ids, batch in _query_batches(query, config.batch_size):
-            block = capture.gradients(ids, batch)
-            if measure is not None:
-                # A measure is to be raised, a loss to be lowered.
-                block = GradientBlock(block.ids, {name: g.negated() for name, g in block.layers.items()})
-            yield block
+        return ModelCapture(self._model, self._query_config(), self._projections)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ SURFACE = [
     "CurvatureRows",
     "Damping",
     "Estimate",
+    "Explanation",
     "Hits",
     "Index",
     "LayerSelection",
@@ -34,11 +35,12 @@ SURFACE = [
 
 INDEX = {
     "build": "path model data gradients loss curvature config metadata payloads fit progress",
-    "open": "path model loss device verify damaged",
+    "open": "path model loss data device verify damaged",
     "merge": "path indexes progress",
     "estimate": "model data gradients loss config examples batches disk payload_bytes progress",
     "search": "self query k recall rescore measure opponents normalize exact damping layers progress",
     "scores": "self query measure damping layers normalize out progress",
+    "explain": "self query ids data measure damping layers query_tokens progress",
     "self_influence": "self damping layers progress",
     "factors": "self ids",
     "coordinates": "self ids",
@@ -74,7 +76,8 @@ ENGINE = {
     "rows": "scratch codes factors layout",
     "fit": "grid curvature query sketch eigencodes",
     "storage": "sealed shards store resident payloads locks manifest damage fitted",
-    "search": "scoring faiss_file coarse devices flat calibration missed pursuit living candidates reader planner",
+    "search": "scoring faiss_file coarse devices flat calibration missed pursuit living candidates reader "
+    "explain planner",
     "build": "encode coarse_build growth removal sizes pipeline refit merging repair estimate",
     ".": "index",
 }
