@@ -47,10 +47,12 @@ from .config import BuildConfig
 from .damping import Damping, as_damping
 from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
 from .fit.curvature import LayerCurvature
+from .markup import table
 from .progress import ProgressCallback, Reporter, reporter
-from .results import Hits, SearchStats
+from .results import Groups, Hits, SearchStats
 from .search.devices import search_device
 from .search.explain import Asked, Explanation, Positions, TrainingData, explain, shown_positions
+from .search.groups import By, sum_groups
 from .search.planner import ANSWERS, Plan, choose_plan, scan
 from .search.reader import Reader, positions_of
 from .search.scoring import Question, self_scores
@@ -315,6 +317,7 @@ class Index:
         exact: bool | None = None,
         damping: Damping | float | None = None,
         layers: str | Iterable[str] | None = None,
+        group_by: By | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> Hits:
         """The k training examples that lowered (or, with opponents, raised) the query's loss most.
@@ -334,6 +337,8 @@ class Index:
             exact: True scans every row; False rescores candidates, however small the index; None chooses.
             damping: another policy than the build's, or a multiple of trace / D.
             layers: names or glob patterns of the layers whose scores are summed; all by default.
+            group_by: also sums the scores of the whole training set by this field of the payloads, as `groups` does:
+                `hits.groups`. The hits are the same; it takes a scan of every row.
             progress: as in `build`.
 
         Returns:
@@ -351,6 +356,8 @@ class Index:
         if exact and not rescore:
             raise QueryError("exact=True scores every row, and rescore=False none: pass one of them")
         self._check_normalize(normalize)
+        if group_by is not None:
+            self._check_groups(group_by, None)
         chosen, policy = self._chosen(layers), self._policy(damping)
         k = min(int(k), len(self))
         # Before the query's gradients are taken: what cannot be answered is refused at once.
@@ -395,8 +402,44 @@ class Index:
             recall_by_query=answer.recall.tolist(),
             candidates_by_query=answer.candidates.tolist(),
         )
+        groups = None
+        if group_by is not None:
+            with reporter(progress) as report:
+                groups = sum_groups(self._reader, prepared.question, group_by, None, report)
         ids = self._store.ids[answer.positions]
-        return Hits(ids, answer.scores, stats, self._payloads_of(answer.positions))
+        return Hits(ids, answer.scores, stats, self._payloads_of(answer.positions), groups)
+
+    def groups(
+        self,
+        query: Any,
+        by: By,
+        *,
+        measure: PerExample | None = None,
+        damping: Damping | float | None = None,
+        layers: str | Iterable[str] | None = None,
+        k: int | None = None,
+        progress: bool | ProgressCallback | None = False,
+    ) -> Groups:
+        """What whole parts of the training set did to the query: every example's score, summed by source, label, ...
+
+        Args:
+            query, measure, damping, layers, progress: as in `search`.
+            by: a field of the payloads, or a function of an example's payload that gives text, a number, True, False or
+                None. Examples without one form the group None.
+            k: how many groups to keep of each query, of the largest sums; all by default.
+
+        Returns:
+            `Groups`, largest sum first. Rows are scanned as they stream by: memory grows with the number of groups.
+
+        Raises:
+            QueryError: as in `search`; an index without payloads or rows; a field that no payload has; a value that is
+            none of those. CorruptionError: a payload that is damaged.
+        """
+        self = copy(self)
+        self._check_groups(by, k)
+        prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers))
+        with reporter(progress) as report:
+            return sum_groups(self._reader, prepared.question, by, k, report)
 
     def scores(
         self,
@@ -674,6 +717,8 @@ class Index:
                 source, digest, device = given, given.digest, torch.device("cpu")
             kept = None if payloads is None else Payloads(payloads, source.count)
             add_examples(self._reader, source, digest, kept, report, device)
+        if data is not None and self._pieces:
+            self._pieces.append((first, data))
         return self._store.ids[self._store.ids >= first]
 
     def remove(self, ids: Iterable[int] | np.ndarray) -> int:
@@ -924,6 +969,23 @@ class Index:
             lines.append(f"  {len(self._manifest.skipped)} examples skipped for inf or NaN: index.skipped")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        coarse, config = self.coarse, self._config
+        rows = [
+            ("examples", f"{len(self):,}" + (f", {len(self.skipped)} skipped" if self.skipped else "")),
+            ("size", f"{self.bytes_per_example:,} bytes an example, {self.nbytes / 1e6:,.1f} MB in all"),
+            ("stored", f"{self.representation} ({self._stored_dtype()})"),
+            ("coarse", "none" if coarse is None else f"{coarse['factory']} on {coarse['dim']} coordinates"),
+            ("damping", f"{config.damping}, {config.complement}"),
+            ("fingerprint", self.fingerprint),
+        ]
+        facts = table(("index", str(self._path)), rows)
+        layers = [
+            (spec.name, f"{spec.width_in} x {spec.width_out}", f"{spec.d_in} x {spec.d_out}", ", ".join(spec.uses))
+            for spec in self._specs.values()
+        ]
+        return facts + table(("layer", "in x out", "projected", "modules"), layers)
+
     def close(self) -> None:
         """Gives the file handles back; a closed index opens them again when asked, if its version is still there."""
         self._reader.close()
@@ -973,6 +1035,13 @@ class Index:
         if normalize not in NORMALIZATIONS:
             raise QueryError(f"normalize must be one of {NORMALIZATIONS} or None, got {normalize!r}")
         self._need_rows(f"normalize={normalize!r}")
+
+    def _check_groups(self, by: Any, k: Any) -> None:
+        if not isinstance(by, str) and not callable(by):
+            raise QueryError(f"groups are made by a field of the payloads or by function(payload), got {by!r}")
+        if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
+            raise QueryError(f"k must be an integer of at least 1, or None for all groups, got {k!r}")
+        self._need_rows("groups")
 
     def _row_scale(self, policy: Damping, chosen: tuple[str, ...]) -> torch.Tensor:
         """(n,) float32: 1 / the root of each row's self-influence; the last is kept."""
