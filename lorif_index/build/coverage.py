@@ -31,6 +31,8 @@ from ..search.reader import Reader, positions_of
 # Examples whose parameters' gradients are taken, and whose rows are compared; at most one of so many in the index, so
 # that it costs little beside the build.
 _WITH_PARAMETERS, _WITH_ROWS = 8, 64
+# Not names of layers.
+ALL, SCORES = "", " scores"
 _ONE_OF = {_WITH_PARAMETERS: 300, _WITH_ROWS: 40}
 
 
@@ -62,7 +64,11 @@ def measure_coverage(
     counts = {most: min(most, max(len(reader.store) // each, 2)) for most, each in _ONE_OF.items()}
     rows, few = np.sort(there[: counts[_WITH_ROWS]]), np.sort(there[: counts[_WITH_PARAMETERS]])
     capture = taken.capture(loss).trust()
-    blocks = [capture.gradients(ids, batch) for ids, batch in examples.select(rows)]
+    spans, kept = _Spans(taken), _Kept(reader)
+    for ids, batch in examples.select(rows):
+        block = capture.gradients(ids, batch)
+        spans.add(block.select(np.flatnonzero(np.isin(block.ids, few))))
+        kept.add(block)
     found: dict[str, Any] = {"tracked": None, "projection": None}
     layers: dict[str, dict[str, float | None]] = {name: {} for name in reader.specs}
     try:
@@ -71,14 +77,16 @@ def measure_coverage(
         # A diagnosis is not worth the build.
         few = few[:0]
     else:
-        spans = _span_norms(taken, [block.select(np.flatnonzero(np.isin(block.ids, few))) for block in blocks])
         found["tracked"] = _ratio(sum(norms.layers.values()), norms.total)
-        found["projection"] = _ratio(sum(spans.values()), sum(norms.layers.values()))
+        found["projection"] = _ratio(sum(spans.sums.values()), sum(norms.layers.values()))
         for name in layers:
             layers[name]["share"] = _ratio(norms.layers[name], norms.total)
-            layers[name]["projection"] = _ratio(spans[name], norms.layers[name])
-    found |= _rows_kept(reader, blocks, layers)
+            layers[name]["projection"] = _ratio(spans.sums[name], norms.layers[name])
+    for name in layers:
+        layers[name]["rows"] = kept.share(name)
     return found | {
+        "rows": kept.share(ALL),
+        "scores": kept.share(SCORES),
         "layers": layers,
         "parameter_examples": len(few),
         "row_examples": len(rows),
@@ -148,18 +156,19 @@ def _wanted(parameters: list[nn.Parameter], add: Any) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def _span_norms(taken: ModelCapture, blocks: list[GradientBlock]) -> dict[str, float]:
+class _Spans:
     """Layer -> sum of |Q_in^T dW Q_out|^2, of G = R_in^T Q_in^T dW Q_out R_out."""
-    out = dict.fromkeys(taken.specs, 0.0)
-    for name in taken.specs:
-        sides = [_inverse_root(taken, name, side) for side in ("in", "out")]
-        for block in blocks:
-            if block.count:
-                g = block.layers[name].dense().cpu().double()
-                g = g if sides[0] is None else sides[0] @ g
-                g = g if sides[1] is None else g @ sides[1]
-                out[name] += float(g.square().sum())
-    return out
+
+    def __init__(self, taken: ModelCapture) -> None:
+        self.sums = dict.fromkeys(taken.specs, 0.0)
+        self._sides = {name: [_inverse_root(taken, name, side) for side in ("in", "out")] for name in taken.specs}
+
+    def add(self, block: GradientBlock) -> None:
+        for name, (left, right) in self._sides.items() if block.count else ():
+            g = block.layers[name].dense().cpu().double()
+            g = g if left is None else left @ g
+            g = g if right is None else g @ right
+            self.sums[name] += float(g.square().sum())
 
 
 def _inverse_root(taken: ModelCapture, layer: str, side: str) -> torch.Tensor | None:
@@ -175,30 +184,31 @@ def _inverse_root(taken: ModelCapture, layer: str, side: str) -> torch.Tensor | 
     return (vectors[:, kept] / values[kept].sqrt()) @ vectors[:, kept].T
 
 
-def _rows_kept(
-    reader: Reader, blocks: list[GradientBlock], layers: dict[str, dict[str, float | None]]
-) -> dict[str, float | None]:
-    """ "rows" and "scores" of all layers; those of each are put with the layers."""
-    if not reader.layout.row_bytes:
-        return {"rows": None, "scores": None}
-    damping: Damping = reader.config.damping  # type: ignore[assignment]
-    preconditioners = reader.preconditioners(reader.specs, damping)
-    kept = {name: [0.0, 0.0] for name in (*reader.specs, "")}
-    scored = [0.0, 0.0]
-    for block in blocks:
-        stored = _stored(reader, block)
+class _Kept:
+    """What rows keep: of each layer, of `ALL`, and of what `SCORES` weigh."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._sums = {name: [0.0, 0.0] for name in (*reader.specs, ALL, SCORES)}
+
+    def share(self, name: str) -> float | None:
+        return _ratio(*self._sums[name])
+
+    def add(self, block: GradientBlock) -> None:
+        reader = self._reader
+        if not reader.layout.row_bytes:
+            return
+        damping: Damping = reader.config.damping  # type: ignore[assignment]
+        preconditioners = reader.preconditioners(reader.specs, damping)
         products = torch.zeros(2, 3, block.count, dtype=torch.float64)
-        for name, row in stored.items():
+        for name, row in _stored(reader, block).items():
             whole = block.layers[name].flat().cpu()
-            of_layer = _products(whole, row, whole, row)
             turned = [preconditioners[name].apply(g) for g in (whole, row)]
+            of_layer = _products(whole, row, whole, row)
             products += torch.stack([of_layer, _products(whole, row, *turned)])
-            _add(kept[name], of_layer)
-        _add(kept[""], products[0])
-        _add(scored, products[1])
-    for name in reader.specs:
-        layers[name]["rows"] = _ratio(*kept[name])
-    return {"rows": _ratio(*kept[""]), "scores": _ratio(*scored)}
+            _add(self._sums[name], of_layer)
+        _add(self._sums[ALL], products[0])
+        _add(self._sums[SCORES], products[1])
 
 
 def _products(g: torch.Tensor, row: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -147,9 +147,7 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
     summary.add_row("fingerprint", facts["fingerprint"])
     out.print(summary)
     table = Table("layer", box=None, header_style="bold", padding=(0, 1))
-    covered = (facts["coverage"] or {}).get("layers", {})
-    shares = ("share", "projection", "rows") if covered else ()
-    for column in ("in x out", "projected", "c", "r", "trace", "kept", "lambda", *shares):
+    for column in ("in x out", "projected", "c", "r", "trace", "kept", "lambda"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in facts["layers"]:
         name = layer["name"] + (f" (tied: {', '.join(layer['uses'])})" if len(layer["uses"]) > 1 else "")
@@ -162,7 +160,6 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
             f"{layer['trace']:.3g}",
             "" if layer["trace_kept"] is None else f"{layer['trace_kept']:.0%}",
             f"{layer['lambda']:.3g}",
-            *(_percent(covered.get(layer["name"], {}).get(share)) for share in shares),
         )
     out.print(table)
 
@@ -175,11 +172,7 @@ def _kept(coverage: dict[str, Any]) -> str:
         "rows": "of that in rows",
         "scores": "of it as scores weigh it",
     }
-    return ", ".join(f"{_percent(coverage[key])} {what}" for key, what in parts.items() if coverage[key] is not None)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+    return ", ".join(f"{coverage[key]:.1%} {what}" for key, what in parts.items() if coverage[key] is not None)
 
 
 def in_units(count: int) -> str:
