@@ -139,3 +139,13 @@ def test_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = measured(index, case.model, case.data, 4, monkeypatch)
     assert found["tracked"] is None and found["projection"] is None and found["parameter_examples"] == 0
     assert 0 < found["rows"] <= 1
+
+
+def test_examples_are_few_and_skipped_ones_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(700, 6), torch.randint(0, 3, (700,))
+    x[::2] = torch.nan
+    config = BuildConfig(on_nonfinite="skip", coarse=None, curvature="empirical")
+    index = Index.build(tmp_path / "i", model=nn.Linear(6, 3), data=(x, y), config=config, progress=False)
+    found = index.build_report["coverage"]
+    assert (found["parameter_examples"], found["row_examples"], found["tracked"]) == (2, 8, 1.0)

@@ -60,7 +60,8 @@ def measure_coverage(
         return None
     began = time.perf_counter()
     # Damaged gradients were skipped, and have no row.
-    there = shuffled[positions_of(reader.store, shuffled[: 4 * _WITH_ROWS]) >= 0] if len(shuffled) else shuffled
+    there = shuffled[: 4 * _WITH_ROWS]
+    there = there[positions_of(reader.store, there) >= 0]
     counts = {most: min(most, max(len(reader.store) // each, 2)) for most, each in _ONE_OF.items()}
     rows, few = np.sort(there[: counts[_WITH_ROWS]]), np.sort(there[: counts[_WITH_PARAMETERS]])
     capture = taken.capture(loss).trust()
