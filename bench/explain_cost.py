@@ -79,7 +79,7 @@ def time_model(layers: int, width: int, count: int, steps: int, repeats: int, fo
 
 def main() -> None:
     parsed = arguments(__doc__ or "")
-    sizes = [(1, 16, 64, 5, 1)] if parsed.smoke else [(4, 64, 600, 40, 9), (6, 256, 200, 5, 9)]
+    sizes = [(1, 16, 64, 5, 1)] if parsed.smoke else [(4, 64, 200, 20, 9), (6, 256, 100, 3, 7)]
     with tempfile.TemporaryDirectory() as folder:
         models = [time_model(*size, Path(folder)) for size in sizes]
     rows = [["model", "route", "ms", "ratio", "expected"]]

@@ -21,7 +21,7 @@ from ..capture.hooks import Capture
 from ..capture.layers import Use
 from ..capture.sources import data_digest
 from ..errors import DataError
-from ..fit.query import Preconditioner, transform
+from ..fit.query import Preconditioner, transform_precisely
 from ..progress import Stage
 from .reader import Reader, positions_of
 
@@ -234,7 +234,7 @@ def explain(
     Raises:
         DataError: the data do not hold an example, or hold another than was indexed.
     """
-    matrices = {name: g / members for name, g in transform(asked.gradients, preconditioners).items()}
+    matrices = {name: g / members for name, g in transform_precisely(asked.gradients, preconditioners).items()}
     matrices = {name: matrix.to(capture.device) for name, matrix in matrices.items()}
     unique = np.unique(wanted)
     stored = _stored_scores(reader, asked, unique, preconditioners, members)
@@ -325,7 +325,7 @@ def _query_shares(
     if asked.positions is None or asked.capture is None:
         return None
     gradients = {name: block.layers[name].dense().cpu() for name in asked.gradients}
-    turned = transform(gradients, preconditioners)
+    turned = transform_precisely(gradients, preconditioners)
     scale = asked.factor / members
     out: list[list[tuple[str, np.ndarray]]] = [[] for _ in pairs]
     for layer, use, left, right in asked.positions.calls:
