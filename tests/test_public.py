@@ -20,6 +20,9 @@ SURFACE = [
     "CurvatureRows",
     "Damping",
     "Estimate",
+    "Explanation",
+    "Group",
+    "Groups",
     "Hits",
     "Index",
     "LayerSelection",
@@ -34,11 +37,13 @@ SURFACE = [
 
 INDEX = {
     "build": "path model data gradients loss curvature config metadata payloads fit distributed progress",
-    "open": "path model loss device verify damaged distributed",
+    "open": "path model loss data device verify damaged distributed",
     "merge": "path indexes progress",
     "estimate": "model data gradients loss config examples batches disk payload_bytes progress",
-    "search": "self query k recall rescore measure opponents normalize exact damping layers progress",
+    "search": "self query k recall rescore measure opponents normalize exact damping layers group_by progress",
     "scores": "self query measure damping layers normalize out gather progress",
+    "explain": "self query ids data measure damping layers query_tokens progress",
+    "groups": "self query by measure damping layers k progress",
     "self_influence": "self damping layers progress",
     "factors": "self ids",
     "coordinates": "self ids",
@@ -69,16 +74,16 @@ CONFIG = (
 # Folders in the order in which data flow, and each one's modules: a module may import those before it, never those
 # behind. The engine's come first; the text side stands on it, and prints: the engine knows nothing of it.
 ENGINE = {
-    "": "version errors ranks damping config progress results",
+    "": "version errors ranks damping config progress markup results",
     "capture": "gradients projection sampling sharded losses probes data layers ensemble spool hooks subspace "
     "eigenbases sources",
     "rows": "scratch codes factors layout",
     "fit": "grid curvature query sketch eigencodes",
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
     "search": "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint "
-    "candidates reader planner",
-    "build": "encode coarse_build growth removal sizes spans representation resuming pipeline refit merging repair "
-    "estimate",
+    "candidates reader explain planner groups",
+    "build": "encode coverage coarse_build growth removal sizes spans representation resuming pipeline refit merging "
+    "repair estimate",
     ".": "index launch",
 }
 TEXT_SIDE = {"text": "texts textindex show demo_model demo", ".": "cli"}

@@ -34,7 +34,7 @@ from ..capture.gradients import GradientBlock, GradientSource, LayerGradient, La
 from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
 from ..capture.projection import ALGORITHM, Projections
 from ..capture.sampling import drawn
-from ..capture.sharded import DataRanks, data_ranks, evened
+from ..capture.sharded import DataRanks, data_ranks, evened, is_spread
 from ..capture.sources import (
     GivenGradients,
     ModelCapture,
@@ -59,7 +59,7 @@ from ..progress import Reporter, Stage
 from ..ranks import Ranks, share
 from ..rows.layout import RowLayout
 from ..search.coarse import default_factory, faiss_is_installed, load_faiss
-from ..search.reader import Reader, row_layout, shard_writer
+from ..search.reader import Reader, positions_of, row_layout, shard_writer
 from ..search.team import Team
 from ..storage.damage import folder_bytes
 from ..storage.fitted import (
@@ -91,6 +91,7 @@ from ..storage.sealed import SealedInfo, part_name
 from ..storage.shards import Shard, ShardInfo, write_shard
 from ..storage.store import Store
 from .coarse_build import calibrate, lambdas, make_coarse, new_sketch, sketch_of_rows
+from .coverage import EXAMPLES, measure_coverage
 from .encode import RowEncoder, encode_blocks
 from .representation import MEASURED, representation_is_open, representation_of, with_floor
 from .resuming import FITTED, take_fit, unfinished
@@ -853,6 +854,7 @@ class _Build:
             "row_bytes": row_layout(manifest, self.config, self.specs).row_bytes,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "torch": torch.__version__,
+            "coverage": self._coverage(),
         }
         if self.ranks.size > 1:
             # What each rank has sent the others, and how much memory it took.
@@ -866,6 +868,16 @@ class _Build:
             if self.home.leads:
                 manifest.commit(self.path)
                 (self.path / BUILDING).unlink()
+
+    def _coverage(self) -> dict[str, Any] | None:
+        """What rank 0 keeps of gradients of some of its rows; nothing where a pass of the model takes several ranks."""
+        reader, found = self._reader(), None
+        with self.ranks.jointly():
+            if self.ranks.first and not (self.capture is not None and is_spread(self.capture.model)):
+                ids = self._drawn(EXAMPLES * self.ranks.size)
+                here = ids[positions_of(reader.store, ids) >= 0][:EXAMPLES]
+                found = measure_coverage(reader, self.capture, self.loss, self.examples, here)
+        return self.ranks.told(found)
 
     def _sample_ids(self) -> np.ndarray:
         """Sorted ids of the random fitting sample."""
