@@ -41,6 +41,7 @@ INDEX = {
     "scores": "self query measure damping layers normalize out progress",
     "self_influence": "self damping layers progress",
     "factors": "self ids",
+    "gradients": "self ids",
     "coordinates": "self ids",
     "rebuild_coarse": "self coarse progress",
     "calibrate": "self query measure progress",
@@ -78,7 +79,11 @@ ENGINE = {
     "build": "encode coarse_build growth removal sizes pipeline refit merging repair estimate",
     ".": "index",
 }
-TEXT_SIDE = {"text": "texts textindex show demo_model demo", ".": "cli"}
+TEXT_SIDE = {
+    "text": "texts textindex show demo_model demo",
+    "web": "visible charts explorer page export report guard server",
+    ".": "cli",
+}
 
 
 def test_surface_is_frozen() -> None:
