@@ -16,7 +16,7 @@ BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.
 
 
 class Chromium:
-    """One browser with one page. Every request that the page makes is in `requests`, every complaint in `complaints`."""
+    """One browser with one page: the requests that it makes are in `requests`, what goes wrong in `complaints`."""
 
     def __init__(self, folder: Path) -> None:
         ours_read, theirs_write = os.pipe()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os.path
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -54,7 +53,7 @@ def family(source: str) -> str:
 
 
 def bars(values: Mapping[str, float], counts: Mapping[str, int] | None = None, most: int = 12) -> list[Bar]:
-    """The largest values, by size; what is left over is summed in a last bar.
+    """The largest values, by size; what is left over is summed in a last line, without a bar: it would dwarf them.
 
     Args:
         values: label -> finite value.
@@ -64,21 +63,26 @@ def bars(values: Mapping[str, float], counts: Mapping[str, int] | None = None, m
     counts = counts or {}
     order = sorted(values, key=lambda label: (-abs(values[label]), label))
     shown, rest = (order, []) if len(order) <= most else (order[: most - 1], order[most - 1 :])
-    rows = [(label, values[label], counts.get(label, 0)) for label in shown]
+    longest = max((abs(values[label]) for label in shown), default=0.0) or 1.0
+    out = [
+        Bar(label, values[label], round(100 * abs(values[label]) / longest, 2), counts.get(label, 0)) for label in shown
+    ]
     if rest:
-        rows.append((f"{len(rest):,} others", sum(values[r] for r in rest), sum(counts.get(r, 0) for r in rest)))
-    longest = max((abs(value) for _, value, _ in rows), default=0.0) or 1.0
-    return [Bar(label, value, round(100 * abs(value) / longest, 2), count) for label, value, count in rows]
+        out.append(Bar(f"{len(rest):,} others", sum(values[r] for r in rest), 0.0, sum(counts.get(r, 0) for r in rest)))
+    return out
 
 
 def layer_bars(values: Mapping[str, float], most: int = 12) -> list[Bar]:
     """Bars of layers, without the beginning that all their names share."""
     names = list(values)
-    shared = 0 if len(names) < 2 else len(os.path.commonprefix(names))
-    # Whole parts of a dotted name only.
-    start = names[0].rfind(".", 0, shared) + 1 if names else 0
-    cut = {f"…{name[start:]}" if start else name: value for name, value in values.items()}
-    known = {f"…{name[start:]}" if start else name: name for name in names}
+    shared = 0
+    if len(names) > 1:
+        for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+            if len(set(parts)) > 1:
+                break
+            shared += len(parts[0]) + 1
+    known = {f"…{name[shared:]}" if shared else name: name for name in names}
+    cut = {label: values[name] for label, name in known.items()}
     return [replace(bar, full=known.get(bar.label, "")) for bar in bars(cut, most=most)]
 
 

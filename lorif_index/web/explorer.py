@@ -1,4 +1,4 @@
-"""Explorer: what pages ask of an index: a question's two sides, all its scores, shares of tokens, single rows.
+"""Explorer: what pages ask of an index: a question's two sides, all scores, tokens' shares, single rows.
 
 An index of texts with its model at hand answers texts. Any index that stores gradients answers by its own rows: "what is
 like this one".

@@ -1,8 +1,8 @@
-"""Visible: untrusted text as pieces to print, with every character that could hide or reorder others made a mark.
+"""Visible: untrusted text as pieces to print, in which what could hide or reorder characters is a mark.
 
 Escaping keeps text from being markup. It does not keep a right-to-left override from showing words in another order,
-nor a zero-width space from splitting one that a reader looks for ("Trojan Source", Boucher and Anderson, arXiv:2111.00169).
-Such characters are shown by their number, with their name at hand.
+nor a zero-width space from splitting one that a reader looks for ("Trojan Source", Boucher and Anderson,
+arXiv:2111.00169). Such characters are shown by their number, with their name at hand.
 """
 
 from __future__ import annotations
