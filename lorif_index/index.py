@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -47,9 +47,12 @@ from .config import BuildConfig
 from .damping import Damping, as_damping
 from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
 from .fit.curvature import LayerCurvature
+from .markup import table
 from .progress import ProgressCallback, Reporter, reporter
-from .results import Hits, SearchStats
+from .results import Groups, Hits, SearchStats
 from .search.devices import search_device
+from .search.explain import Asked, Explanation, Positions, TrainingData, explain, shown_positions
+from .search.groups import By, sum_groups
 from .search.planner import ANSWERS, Plan, choose_plan, scan
 from .search.reader import Reader, positions_of
 from .search.scoring import Question, self_scores
@@ -81,6 +84,8 @@ class Index:
         self._projections = Projections(self._specs, self._config.seed, self._reader.projections)
         self._model = model
         self._loss = loss
+        # (id of the first example, data): what the index was built from, as far as this handle was given it.
+        self._pieces: list[tuple[int, Any]] = []
 
     def _use(self, manifest: Manifest, lease: Lease) -> None:
         """Reads from one version of the index, and keeps hold of it."""
@@ -181,7 +186,9 @@ class Index:
                 fit=fitted,
                 reporter=report,
             )
-        return cls(folder, asked, loss)
+        built = cls(folder, asked, loss)
+        built._pieces += [] if data is None else [(0, data)]
+        return built
 
     @classmethod
     def estimate(
@@ -241,6 +248,7 @@ class Index:
         *,
         model: nn.Module | Sequence[nn.Module] | None = None,
         loss: PerExample | None = None,
+        data: Any = None,
         device: str | torch.device | None = None,
         verify: str = "first",
         damaged: str = "refuse",
@@ -251,6 +259,7 @@ class Index:
             path: its folder.
             model: the model it was built from, or the list of them in the same order; needed for raw queries only.
             loss: the loss it was built with, if that was not the default.
+            data: what it was built from, in the same order, for `explain`; it is not looked at before.
             device: where rows are scored: "cuda", where what fits into half of the free memory stays; "cpu"; None: a
                 GPU where torch and faiss both see one.
             verify: when a shard that is scanned is compared with its digest: "first", before its first use; "always",
@@ -269,6 +278,7 @@ class Index:
         index = cls(Path(path), None, None, device, verify, damaged)
         if model is not None:
             index._attach(as_model(model), loss)
+        index._pieces += [] if data is None else [(0, data)]
         return index
 
     def _attach(self, model: nn.Module, loss: PerExample | None) -> None:
@@ -307,6 +317,7 @@ class Index:
         exact: bool | None = None,
         damping: Damping | float | None = None,
         layers: str | Iterable[str] | None = None,
+        group_by: By | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> Hits:
         """The k training examples that lowered (or, with opponents, raised) the query's loss most.
@@ -326,6 +337,8 @@ class Index:
             exact: True scans every row; False rescores candidates, however small the index; None chooses.
             damping: another policy than the build's, or a multiple of trace / D.
             layers: names or glob patterns of the layers whose scores are summed; all by default.
+            group_by: also sums the scores of the whole training set by this field of the payloads, as `groups` does:
+                `hits.groups`. The hits are the same; it takes a scan of every row.
             progress: as in `build`.
 
         Returns:
@@ -343,6 +356,8 @@ class Index:
         if exact and not rescore:
             raise QueryError("exact=True scores every row, and rescore=False none: pass one of them")
         self._check_normalize(normalize)
+        if group_by is not None:
+            self._check_groups(group_by, None)
         chosen, policy = self._chosen(layers), self._policy(damping)
         k = min(int(k), len(self))
         # Before the query's gradients are taken: what cannot be answered is refused at once.
@@ -387,8 +402,44 @@ class Index:
             recall_by_query=answer.recall.tolist(),
             candidates_by_query=answer.candidates.tolist(),
         )
+        groups = None
+        if group_by is not None:
+            with reporter(progress) as report:
+                groups = sum_groups(self._reader, prepared.question, group_by, None, report)
         ids = self._store.ids[answer.positions]
-        return Hits(ids, answer.scores, stats, self._payloads_of(answer.positions))
+        return Hits(ids, answer.scores, stats, self._payloads_of(answer.positions), groups)
+
+    def groups(
+        self,
+        query: Any,
+        by: By,
+        *,
+        measure: PerExample | None = None,
+        damping: Damping | float | None = None,
+        layers: str | Iterable[str] | None = None,
+        k: int | None = None,
+        progress: bool | ProgressCallback | None = False,
+    ) -> Groups:
+        """What whole parts of the training set did to the query: every example's score, summed by source, label, ...
+
+        Args:
+            query, measure, damping, layers, progress: as in `search`.
+            by: a field of the payloads, or a function of an example's payload that gives text, a number, True, False or
+                None. Examples without one form the group None.
+            k: how many groups to keep of each query, of the largest sums; all by default.
+
+        Returns:
+            `Groups`, largest sum first. Rows are scanned as they stream by: memory grows with the number of groups.
+
+        Raises:
+            QueryError: as in `search`; an index without payloads or rows; a field that no payload has; a value that is
+            none of those. CorruptionError: a payload that is damaged.
+        """
+        self = copy(self)
+        self._check_groups(by, k)
+        prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers))
+        with reporter(progress) as report:
+            return sum_groups(self._reader, prepared.question, by, k, report)
 
     def scores(
         self,
@@ -426,6 +477,67 @@ class Index:
             for _, scores, _ in scan(self._reader, prepared.question, report):
                 out[:, at : at + scores.shape[1]] = scores.numpy()
                 at += scores.shape[1]
+        return out
+
+    def explain(
+        self,
+        query: Any,
+        ids: Hits | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        data: Any = None,
+        measure: PerExample | None = None,
+        damping: Damping | float | None = None,
+        layers: str | Iterable[str] | None = None,
+        query_tokens: bool = True,
+        progress: bool | ProgressCallback | None = False,
+    ) -> list[list[Explanation]]:
+        """Takes scores apart by layer, by module and by token of the training example and of the query.
+
+        The examples' gradients are computed again, and theirs only: the shares sum to the score of the whole gradient,
+        which is shown beside that of the stored row.
+
+        Args:
+            query: as in `search`.
+            ids: the `Hits` of that search, or row ids (q, k), or (k,) for every query.
+            data: what the index was built from, in the same order; by default what `build` or `open` was given.
+            measure, damping, layers, progress: as in `search`.
+            query_tokens: also say where in the query; it costs about as much again.
+
+        Returns:
+            for each query, an `Explanation` for each of its ids, in their order.
+
+        Raises:
+            QueryError: as in `search`; ids that the index does not hold, or that do not fit the queries; an index of
+            gradients, or opened without its model. DataError: no data, or others than were indexed.
+        """
+        self = copy(self)
+        if isinstance(ids, Hits):
+            ids = ids.ids
+        wanted = as_ids(np.asarray(ids).ravel()).reshape(np.shape(ids))
+        if wanted.ndim not in (1, 2) or not wanted.size:
+            raise QueryError(f"ids must be Hits, or ids of shape (q, k) or (k,), got shape {wanted.shape}")
+        self._positions(np.unique(wanted))
+        chosen, policy = self._chosen(layers), self._policy(damping)
+        config = self._query_config()
+        capture = self._model_capture(None).capture(self._loss).trust()
+        pieces = self._pieces if data is None else [(0, data)]
+        if not pieces:
+            raise DataError(
+                "explain computes training examples again, and this index was opened without them: pass data= to it, "
+                "or to Index.open"
+            )
+        examples = TrainingData(pieces, config.batch_size)
+        preconditioners = self._reader.preconditioners(chosen, policy)
+        out: list[list[Explanation]] = []
+        with reporter(progress) as report, report.stage("explain", wanted.size) as stage:
+            for asked in self._asked(query, measure, chosen, query_tokens):
+                at = len(out)
+                if wanted.ndim == 2 and at + asked.count > len(wanted):
+                    raise QueryError(f"ids are for {len(wanted)} queries, and there are at least {at + asked.count}")
+                part = wanted[at : at + asked.count] if wanted.ndim == 2 else np.tile(wanted, (asked.count, 1))
+                out += explain(self._reader, asked, part, at, examples, capture, preconditioners, self._members, stage)
+        if wanted.ndim == 2 and len(out) != len(wanted):
+            raise QueryError(f"ids are for {len(wanted)} queries, and there are {len(out)}")
         return out
 
     def self_influence(
@@ -629,6 +741,8 @@ class Index:
                 source, digest, device = given, given.digest, torch.device("cpu")
             kept = None if payloads is None else Payloads(payloads, source.count)
             add_examples(self._reader, source, digest, kept, report, device)
+        if data is not None and self._pieces:
+            self._pieces.append((first, data))
         return self._store.ids[self._store.ids >= first]
 
     def remove(self, ids: Iterable[int] | np.ndarray) -> int:
@@ -879,6 +993,23 @@ class Index:
             lines.append(f"  {len(self._manifest.skipped)} examples skipped for inf or NaN: index.skipped")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        coarse, config = self.coarse, self._config
+        rows = [
+            ("examples", f"{len(self):,}" + (f", {len(self.skipped)} skipped" if self.skipped else "")),
+            ("size", f"{self.bytes_per_example:,} bytes an example, {self.nbytes / 1e6:,.1f} MB in all"),
+            ("stored", f"{self.representation} ({self._stored_dtype()})"),
+            ("coarse", "none" if coarse is None else f"{coarse['factory']} on {coarse['dim']} coordinates"),
+            ("damping", f"{config.damping}, {config.complement}"),
+            ("fingerprint", self.fingerprint),
+        ]
+        facts = table(("index", str(self._path)), rows)
+        layers = [
+            (spec.name, f"{spec.width_in} x {spec.width_out}", f"{spec.d_in} x {spec.d_out}", ", ".join(spec.uses))
+            for spec in self._specs.values()
+        ]
+        return facts + table(("layer", "in x out", "projected", "modules"), layers)
+
     def close(self) -> None:
         """Gives the file handles back; a closed index opens them again when asked, if its version is still there."""
         self._reader.close()
@@ -928,6 +1059,13 @@ class Index:
         if normalize not in NORMALIZATIONS:
             raise QueryError(f"normalize must be one of {NORMALIZATIONS} or None, got {normalize!r}")
         self._need_rows(f"normalize={normalize!r}")
+
+    def _check_groups(self, by: Any, k: Any) -> None:
+        if not isinstance(by, str) and not callable(by):
+            raise QueryError(f"groups are made by a field of the payloads or by function(payload), got {by!r}")
+        if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
+            raise QueryError(f"k must be an integer of at least 1, or None for all groups, got {k!r}")
+        self._need_rows("groups")
 
     def _row_scale(self, policy: Damping, chosen: tuple[str, ...]) -> torch.Tensor:
         """(n,) float32: 1 / the root of each row's self-influence; the last is kept."""
@@ -990,6 +1128,15 @@ class Index:
         self, query: Any, measure: PerExample | None, chosen: tuple[str, ...]
     ) -> dict[str, torch.Tensor]:
         """(q, d_in, d_out) float32 per chosen layer, of the quantity to lower."""
+        parts = list(self._asked(query, measure, chosen, False))
+        if not parts:
+            raise QueryError("the query holds no examples")
+        return {name: torch.cat([part.gradients[name] for part in parts]) for name in chosen}
+
+    def _asked(
+        self, query: Any, measure: PerExample | None, chosen: tuple[str, ...], positions: bool
+    ) -> Iterator[Asked]:
+        """The query's gradients, batch by batch, with what is at its positions where that is wanted."""
         if isinstance(query, Mapping) and query and set(query) <= set(self._specs):
             if measure is not None:
                 raise QueryError(
@@ -998,19 +1145,37 @@ class Index:
             block = parse_block(query, 0)
             specs = {name: self._specs[name] for name in (block.layers if set(chosen) <= set(block.layers) else chosen)}
             check_block(block, specs, "the query")
-            blocks = [self._projections.project(block)]
+            found: Iterator[tuple[GradientBlock, Asked]] = iter([(self._projections.project(block), Asked({}))])
         else:
-            blocks = list(self._captured(query, measure))
-        skipped: list[int] = []
-        try:
-            blocks = [keep_finite(block, "error", skipped) for block in blocks]
-        except NonFiniteError as error:
-            raise NonFiniteError(f"query: {error}") from None
-        if not sum(block.count for block in blocks):
-            raise QueryError("the query holds no examples")
-        return {name: torch.cat([b.layers[name].dense().float().cpu() for b in blocks]) for name in chosen}
+            found = self._captured(query, measure, positions)
+        for block, asked in found:
+            try:
+                block = keep_finite(block, "error", [])
+            except NonFiniteError as error:
+                raise NonFiniteError(f"query: {error}") from None
+            if block.count:
+                yield replace(asked, gradients={n: block.layers[n].dense().float().cpu() for n in chosen})
 
-    def _captured(self, query: Any, measure: PerExample | None) -> Iterator[GradientBlock]:
+    def _captured(
+        self, query: Any, measure: PerExample | None, positions: bool
+    ) -> Iterator[tuple[GradientBlock, Asked]]:
+        taken = self._model_capture(measure)
+        capture = taken.capture(self._loss if measure is None else measure)
+        for ids, batch in _query_batches(query, taken.config.batch_size):
+            kept = Positions() if positions else None
+            block = capture.gradients(ids, batch, watch=kept)
+            if measure is not None:
+                # A measure is to be raised, a loss to be lowered.
+                block = GradientBlock(block.ids, {name: g.negated() for name, g in block.layers.items()})
+            sign = 1.0 if measure is None else -1.0
+            yield block, Asked({}, kept, shown_positions(batch), sign / capture.scale, capture)
+
+    def _model_capture(self, measure: PerExample | None) -> ModelCapture:
+        """Takes gradients of the model that the index was opened with.
+
+        Raises:
+            QueryError: there is none, or, without a measure, it was opened with another loss.
+        """
         if self._manifest.fingerprint["model"] is None:
             raise QueryError("the index was built from gradients: pass the query as {layer: (q, d_in, d_out)}")
         if self._model is None:
@@ -1020,16 +1185,7 @@ class Index:
             raise QueryError(
                 f"the index was built with loss {built_with!r}: Index.open(path, model=..., loss={built_with})"
             )
-        config = self._query_config()
-        capture = ModelCapture(self._model, config, self._projections).capture(
-            self._loss if measure is None else measure
-        )
-        for ids, batch in _query_batches(query, config.batch_size):
-            block = capture.gradients(ids, batch)
-            if measure is not None:
-                # A measure is to be raised, a loss to be lowered.
-                block = GradientBlock(block.ids, {name: g.negated() for name, g in block.layers.items()})
-            yield block
+        return ModelCapture(self._model, self._query_config(), self._projections)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,24 @@ class Chromium:
     """One browser with one page: the requests that it makes are in `requests`, what goes wrong in `complaints`."""
 
     def __init__(self, folder: Path) -> None:
-        ours_read, theirs_write = os.pipe()
-        theirs_read, ours_write = os.pipe()
+        self._out, theirs_write = os.pipe()
+        theirs_read, self._in = os.pipe()
         options = (
-            f"--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe "
-            f"--user-data-dir={folder} --no-first-run --disable-background-networking --disable-extensions "
-            f"--disable-component-update --disable-sync --force-color-profile=srgb --hide-scrollbars"
+            "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe --no-first-run "
+            "--disable-background-networking --disable-extensions --disable-component-update --disable-sync "
+            "--force-color-profile=srgb --hide-scrollbars"
         )
-        self._process = subprocess.Popen(
-            ["sh", "-c", f"exec {BINARY} {options} about:blank 3<&{theirs_read} 4>&{theirs_write}"],
-            pass_fds=(theirs_read, theirs_write),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        # It listens at 3 and answers at 4; these may be taken here, so that the ends are moved out of the way first.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs_read, theirs_write)]
+        nowhere = (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)
+        self._process = os.posix_spawn(
+            str(BINARY),
+            [str(BINARY), *options.split(), f"--user-data-dir={folder}", "about:blank"],
+            os.environ,
+            file_actions=[nowhere, *((os.POSIX_SPAWN_DUP2, end, at) for end, at in zip(ends, (3, 4), strict=True))],
         )
-        os.close(theirs_read)
-        os.close(theirs_write)
-        self._in, self._out = ours_write, ours_read
+        for end in (theirs_read, theirs_write, *ends):
+            os.close(end)
         self._number, self._waiting, self._buffer = 0, [], b""
         self.requests: list[str] = []
         self.complaints: list[str] = []
@@ -158,7 +161,7 @@ class Chromium:
         try:
             self._call("Browser.close", session=None)
         except (RuntimeError, OSError, TimeoutError):
-            self._process.kill()
-        self._process.wait(20)
+            os.kill(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
         os.close(self._in)
         os.close(self._out)

@@ -20,6 +20,9 @@ SURFACE = [
     "CurvatureRows",
     "Damping",
     "Estimate",
+    "Explanation",
+    "Group",
+    "Groups",
     "Hits",
     "Index",
     "LayerSelection",
@@ -34,11 +37,13 @@ SURFACE = [
 
 INDEX = {
     "build": "path model data gradients loss curvature config metadata payloads fit progress",
-    "open": "path model loss device verify damaged",
+    "open": "path model loss data device verify damaged",
     "merge": "path indexes progress",
     "estimate": "model data gradients loss config examples batches disk payload_bytes progress",
-    "search": "self query k recall rescore measure opponents normalize exact damping layers progress",
+    "search": "self query k recall rescore measure opponents normalize exact damping layers group_by progress",
     "scores": "self query measure damping layers normalize out progress",
+    "explain": "self query ids data measure damping layers query_tokens progress",
+    "groups": "self query by measure damping layers k progress",
     "self_influence": "self damping layers progress",
     "factors": "self ids",
     "gradients": "self ids",
@@ -70,12 +75,13 @@ CONFIG = (
 # Folders in the order in which data flow, and each one's modules: a module may import those before it, never those
 # behind. The engine's come first; the text side stands on it, and prints: the engine knows nothing of it.
 ENGINE = {
-    "": "version errors damping config progress results",
+    "": "version errors damping config progress markup results",
     "capture": "gradients projection losses probes data layers ensemble spool hooks subspace eigenbases sources",
     "rows": "scratch codes factors layout",
     "fit": "grid curvature query sketch eigencodes",
     "storage": "sealed shards store resident payloads locks manifest damage fitted",
-    "search": "scoring faiss_file coarse devices flat calibration missed pursuit living candidates reader planner",
+    "search": "scoring faiss_file coarse devices flat calibration missed pursuit living candidates reader "
+    "explain planner groups",
     "build": "encode coarse_build growth removal sizes pipeline refit merging repair estimate",
     ".": "index",
 }

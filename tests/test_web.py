@@ -65,7 +65,7 @@ def home(tmp_path_factory):
     for number in range(COUNT - len(HOSTILE)):
         a, b = SENTENCES[number % 10], SENTENCES[number // 10 % 10]
         documents.append(Document(f"{a[:25]} {number} {b}", f"book-{number % 7}.txt:{number}-{number + 1}"))
-    config = BuildConfig(projection_dim=8, store="eigen", curvature_sample=200)
+    config = BuildConfig(projection_dim=8, store="eigen", curvature_sample=200, coarse=None)
     build_text_index(folder / "index", text_model, documents, config=config, progress=False).close()
     return folder
 
@@ -181,7 +181,10 @@ def test_charts():
     assert [(b.label, b.value, b.width, b.count) for b in drawn] == [("a", 3.0, 100.0, 2), ("no source", -1.5, 50.0, 1)]
     many = bars({str(i): float(i) for i in range(1, 31)}, most=4)
     assert [(b.label, b.value) for b in many] == [("30", 30), ("29", 29), ("28", 28), ("27 others", 27 * 14.0)]
-    assert [(b.label, b.full) for b in layer_bars({"m.0.a": 2.0, "m.1.a": 1.0})] == [("…0.a", "m.0.a"), ("…1.a", "m.1.a")]
+    assert [(b.label, b.full) for b in layer_bars({"m.0.a": 2.0, "m.1.a": 1.0})] == [
+        ("…0.a", "m.0.a"),
+        ("…1.a", "m.1.a"),
+    ]
     assert [b.label for b in layer_bars({"a": 2.0, "b.c": 1.0})] == ["a", "b.c"]
     columns = histogram(np.array([-1.0, 0, 0, 3]), np.array([3.0]))
     assert sum(c.count for c in columns) == 4 and [c.count for c in columns if c.found] == [1]
@@ -305,6 +308,7 @@ def test_a_report_without_the_model_says_so(home, tmp_path):
         moved.rename(home / "model")
     assert run.exit_code == 0, run.stderr
     words = harmless((tmp_path / "r.html").read_text())
+    assert 'class="t' not in (tmp_path / "r.html").read_text()
     assert "Tokens are not shaded" in words and "no longer where it was" in words and "What is like passage 7?" in words
     assert "Layers" in words
     assert refused.exit_code == 1 and "--model" in refused.stderr and "id" in refused.stderr
@@ -320,10 +324,11 @@ def test_an_index_of_no_texts_is_reported_too(tmp_path, payloads):
     out = tmp_path / "r.html"
     done = CliRunner().invoke(app, ["report", str(tmp_path / "i"), "--id", "3", "-o", str(out), "-k", "5"])
     assert done.exit_code == 0, done.stderr
-    words = harmless(out.read_text())
+    html = out.read_text()
+    words = harmless(html)
     with Index.open(tmp_path / "i") as index:
         best = [i for i in index.search(index.gradients([3]), 6).ids[0].tolist() if i != 3][:5]
-    assert [int(i) for i in re.findall(r"#(\d+)", words)][:5] == best
+    assert [int(i) for i in re.findall(r"#(\d+)</span>", html)][:5] == best
     assert (f"<i>{best[0]}.png" in words) if payloads else ("No payload is kept" in words)
 
 
@@ -396,7 +401,7 @@ def test_sources_are_filtered_and_answers_exported(site):
 
 
 def test_every_page_is_harmless(site):
-    whole = {"q": HOSTILE[0], "prompt": HOSTILE[1], "k": 1000, "per": 1000}
+    whole = {"q": HOSTILE[0], "prompt": SOURCES[1], "k": 1000, "per": 1000}
     for path, values in [
         ("/", {}),
         ("/search", whole),
@@ -415,24 +420,36 @@ def test_every_page_is_harmless(site):
 
 
 def test_tokens_are_explained_as_json(home, site):
-    with Explorer.open(home / "index", device="cpu").index as index:
-        assert len(index) == COUNT
-    ids = [20, 3]
-    _, text = page(site, "/api/explain", **{"q": ASKED, "id": ids[0]})
-    one = json.loads(text)["explained"][0]
-    assert one["id"] == 20
-    shares = [token["share"] for token in one["tokens"]]
-    assert sum(shares) == pytest.approx(one["score"], rel=1e-3)
-    assert sum(one["layers"].values()) == pytest.approx(one["score"], rel=1e-3)
-    said = "".join(words for token in one["tokens"] for words, _ in token["pieces"])
-    assert said == json.loads(page(site, "/api/search", q=ASKED, k=1000, per=1000)[1])["hits"][0]["text"] or said
-    status, _, text = fetch(site, "/api/explain?q=a+b&" + "&".join(f"id={i}" for i in range(51)))
-    assert status == 400 and "50" in json.loads(text)["error"]
+    asked = TextIndex.open(home / "index", device="cpu")
+    with asked.index:
+        direct = asked.explain([ASKED], [20, 3], query_tokens=False)[0]
+    _, text = fetch(site, f"/api/explain?{urlencode({'q': ASKED})}&id=20&id=3")[1:]
+    explained = json.loads(text)["explained"]
+    assert [one["id"] for one in explained] == [20, 3]
+    for one, known in zip(explained, direct, strict=True):
+        shares = [token["share"] for token in one["tokens"]]
+        assert shares == pytest.approx(known.explanation.tokens.tolist(), rel=1e-3, abs=1e-3)
+        assert one["score"] == pytest.approx(sum(shares), rel=1e-3, abs=1e-3)
+        assert one["layers"] == pytest.approx(known.explanation.layers, rel=1e-3, abs=1e-3)
+        assert "".join(words for token in one["tokens"] for words, _ in token["pieces"]) == known.passage.text
+    # A row that asks is its text.
+    _, text = fetch(site, "/api/explain?row=7&id=20")[1:]
+    assert json.loads(text)["explained"][0]["tokens"]
+    for wrong in ("id=20", f"q=a+b&{'&'.join(f'id={i}' for i in range(51))}", "q=a+b&id=x", "q=a+b&id=5000", "q=a+b"):
+        status, _, text = fetch(site, f"/api/explain?{wrong}")
+        assert status == 400 and json.loads(text)["error"], wrong
 
 
 def test_no_other_site_is_answered(site):
-    for host in ("evil.example", "127.0.0.1.evil.example", "evil.example:80", "", "localhost@evil.example", "127.0.0.2"):
-        status, headers, text = fetch(site, "/", Host=host)
+    for host in (
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "evil.example:80",
+        "",
+        "localhost@evil.example",
+        "127.0.0.2",
+    ):
+        status, _, text = fetch(site, "/", Host=host)
         assert status in (400, 421) and "Which training" not in text, host
     assert fetch(site, "/", Host=None)[0] in (400, 421)
     for host in ("localhost", "LOCALHOST:99", "127.0.0.1:1234", "[::1]:80", "attribution.test"):

@@ -27,6 +27,12 @@ from .projection import Projections
 _REMEDY = "exclude it with LayerSelection(exclude=[...])"
 _HALF_LOSS_SCALE = 2.0**10
 
+Watch = Callable[[str, Use, torch.Tensor, torch.Tensor], None]
+"""Told of one call of a module in the backward pass: layer, use, projected inputs (n, t, d_in) and projected output
+gradients (n, t, d_out), times `Capture.scale`, whose products over t are the projected gradient. Of a convolution with
+groups: inputs (n, t, groups, d_in), and gradients (n, t, groups, outputs per group) that are not projected (see
+`Capture.lifted`)."""
+
 
 @dataclass
 class _Sum:
@@ -69,18 +75,28 @@ class Capture:
         self._active = False
         self._sums: dict[str, _Sum] = {}
         self._called: set[str] = set()
+        self._watch: Watch | None = None
         parameters = list(model.parameters())
         self.device = parameters[0].device if parameters else torch.device("cpu")
         half = autocast == "float16" or any(p.dtype == torch.float16 for p in parameters)
         self._scale = _HALF_LOSS_SCALE if half else 1.0
+        self.half = half or autocast is not None or any(p.dtype == torch.bfloat16 for p in parameters)
 
-    def gradients(self, ids: np.ndarray, batch: Batch, *, require_all: bool = False) -> GradientBlock:
+    @property
+    def scale(self) -> float:
+        """What losses are multiplied by before they are differentiated; gradients are divided by it again."""
+        return self._scale
+
+    def gradients(
+        self, ids: np.ndarray, batch: Batch, *, require_all: bool = False, watch: Watch | None = None
+    ) -> GradientBlock:
         """Projected gradients of the examples of one batch.
 
         Args:
             ids: (n,) int64, kept with the result.
             batch: whatever the loss takes.
             require_all: refuse a tracked layer that no example's loss reaches.
+            watch: is told of every position as it is summed.
 
         Returns:
             float32 gradients on the model's device; inf and NaN are passed on for the caller's policy.
@@ -89,8 +105,23 @@ class Capture:
             CaptureError: rows that cannot be mapped to examples, examples that depend on each other, a layer without
                 gradient; each names the module.
         """
-        (block,) = self._run(ids, batch, self._one_row, require_all)
+        self._watch = watch
+        try:
+            (block,) = self._run(ids, batch, self._one_row, require_all)
+        finally:
+            self._watch = None
         return block
+
+    def trust(self) -> Capture:
+        """Leaves out the check that examples do not depend on each other, for data that has passed it."""
+        self._isolated = True
+        return self
+
+    def lifted(self, layer: str, use: Use, matrix: torch.Tensor) -> torch.Tensor:
+        """Matrix (d_in, d_out) P_out^T of a convolution with groups, as (d_in, groups, outputs per group)."""
+        p_out = self._projections.side(layer, "out", matrix.device, matrix.dtype)
+        wide = matrix if p_out is None else matrix @ p_out.T
+        return wide[:, : use.outputs].reshape(len(matrix), int(getattr(use.module, "groups", 1)), -1)
 
     def several(self, ids: np.ndarray, batch: Batch, functions: PerExample) -> list[GradientBlock]:
         """Gradients of several functions of the same batch, from one forward pass and a backward pass each.
@@ -240,12 +271,16 @@ class Capture:
             dy = output_positions(use, dy.detach().to(left.dtype))
             if left.ndim == 4:
                 # Groups of a convolution: each has its own outputs, all share the inputs' projection.
+                if self._watch is not None:
+                    self._watch(layer, use, left, dy)
                 dense = torch.einsum("nlgi,nlgo->nigo", left, dy).flatten(2)
                 self._add_dense(layer, self._project_output(layer, use, dense))
                 return
             right = self._project_output(layer, use, dy)
             if use.transposed:
                 left, right = right, left
+            if self._watch is not None:
+                self._watch(layer, use, left, right)
             self._add(layer, left, right)
 
     def _add(self, layer: str, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Explorer: what pages ask of an index: a question's two sides, all scores, tokens' shares, single rows.
+"""Explorer: what the pages ask of an index: both sides of a question, all scores, shares of tokens, rows.
 
-An index of texts with its model at hand answers texts. Any index that stores gradients answers by its own rows: "what is
-like this one".
+An index of texts with its model at hand answers texts. Any index that stores gradients answers by its own rows: what is
+like this one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ MOST_EXPLAINED = 50
 """Passages in one call of `Explorer.explain`: each takes a pass through the model."""
 ALL_SCORES_UP_TO = 200_000
 """Rows up to which a question is scored against all of them for the picture of the distribution."""
-_KEPT = 64
+# Answers, scores, losses; and shadings, which are smaller.
+_KEPT, _SHADINGS_KEPT = 64, 1000
 _MOST_LAYER_SCORES = 1_000_000
 _EXAMPLES = 6
 
@@ -91,12 +92,15 @@ class Shading:
         shares: (T,) float.
         layers: layer -> its part of the score.
         score: unfactored; the sum of the shares, and of the layers.
+        asked_tokens, asked_shares: the same of the question's tokens; None where they were not asked for.
     """
 
     tokens: list[str]
     shares: np.ndarray
     layers: dict[str, float]
     score: float
+    asked_tokens: list[str] | None = None
+    asked_shares: np.ndarray | None = None
 
 
 class Explorer:
@@ -116,6 +120,7 @@ class Explorer:
         self.given = list(examples)
         self._lock = threading.Lock()
         self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self._shadings: OrderedDict[Any, Shading] = OrderedDict()
 
     @classmethod
     def open(
@@ -192,21 +197,35 @@ class Explorer:
 
         return self._once(("layers", question, tuple(ids)), take)
 
-    def explain(self, question: Question, ids: Sequence[int]) -> dict[int, Shading]:
+    def explain(self, question: Question, ids: Sequence[int], *, asked_tokens: bool = False) -> dict[int, Shading]:
         """Shares of tokens and layers in the scores of some rows; nothing where there is no model, or no text.
+
+        A row that asks is explained as its text: the shares are of whole gradients, not of what is stored.
 
         Raises:
             QueryError: more than `MOST_EXPLAINED` ids, one that the index does not hold, or a question that cannot be
-            put.
+            put. DataError: no texts are kept, or they cannot be cut as at the build.
         """
         if len(ids) > MOST_EXPLAINED:
             raise QueryError(f"at most {MOST_EXPLAINED} passages are explained at once, got {len(ids)}")
-        return {}
+        asked, words = self.asked, self.text_of(question)
+        if asked is None or words is None:
+            return {}
+        with self._lock:
+            keys = {row: (question, row, asked_tokens) for row in ids}
+            found = {row: self._shadings[key] for row, key in keys.items() if key in self._shadings}
+            # In one call: the question's own gradient is taken once.
+            missing = [row for row in keys if row not in found]
+            if missing:
+                found |= _shadings(asked, words, question.prompt, missing, asked_tokens)
+            for row, key in keys.items():
+                _keep(self._shadings, key, found[row], _SHADINGS_KEPT)
+        return {row: found[row] for row in keys}
 
     @property
     def explains(self) -> bool:
-        """Whether `explain` has anything to say."""
-        return False
+        """Whether `explain` may have something to say."""
+        return self.asked is not None
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -253,9 +272,7 @@ class Explorer:
         """One at a time, since a model's hooks are its own; the last answers are kept."""
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = make()
-                while len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
+                _keep(self._kept, key, make(), _KEPT)
             self._kept.move_to_end(key)
             return self._kept[key]
 
@@ -278,6 +295,33 @@ class Explorer:
         others = [(score, item) for score, item in zip(scores, items, strict=True) if item.id != question.row]
         hits = [Found(rank, score, item) for rank, (score, item) in enumerate(others[:k], start=1)]
         return Side(hits, found.stats)
+
+
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """The last ones only."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
+
+
+def _shadings(
+    asked: TextIndex, words: str, prompt: str | None, rows: list[int], asked_tokens: bool
+) -> dict[int, Shading]:
+    out = {}
+    for one in asked.explain([words], rows, prompt=prompt, query_tokens=asked_tokens)[0]:
+        found = one.explanation
+        shares = np.zeros(len(one.tokens)) if found.tokens is None else found.tokens
+        theirs = found.query_tokens
+        out[found.id] = Shading(
+            tokens=one.tokens,
+            shares=shares,
+            layers=found.layers,
+            score=found.score,
+            asked_tokens=None if theirs is None else one.query_tokens,
+            asked_shares=theirs,
+        )
+    return out
 
 
 def _model_folder(path: Path) -> Path | None:

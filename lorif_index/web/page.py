@@ -10,6 +10,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError
 from .charts import levels
 from .explorer import Shading
@@ -71,8 +73,13 @@ def style_source(css: str) -> str:
 
 
 def shaded(shading: Shading) -> list[dict[str, Any]]:
+    """A passage's tokens with their shares, as `token_values`."""
+    return token_values(shading.tokens, shading.shares)
+
+
+def token_values(tokens: Sequence[str], shares: np.ndarray) -> list[dict[str, Any]]:
     """Tokens with their shares, for the templates and the script: {"share", "level", "title", "pieces"}."""
-    total = float(abs(shading.shares).sum()) or 1.0
+    total = float(abs(shares).sum()) or 1.0
     return [
         {
             "share": float(share),
@@ -80,7 +87,7 @@ def shaded(shading: Shading) -> list[dict[str, Any]]:
             "title": f"{100 * float(share) / total:+.1f}%",
             "pieces": [list(piece) for piece in pieces(token)],
         }
-        for token, share, step in zip(shading.tokens, shading.shares, levels(shading.shares), strict=True)
+        for token, share, step in zip(tokens, shares, levels(shares), strict=True)
     ]
 
 

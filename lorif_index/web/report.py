@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import IndexExistsError
+from ..errors import DataError, IndexExistsError
 from ..version import VERSION
 from .charts import Bar, by_source, histogram, layer_bars
 from .explorer import MOST_EXPLAINED, Explorer, Found, Question, Shading
@@ -45,10 +45,12 @@ def report(
     proponents, opponents = (side.hits for side in sides)
     shown = [hit for hits in (proponents, opponents) for hit in hits[:shade]]
     explained: dict[int, Shading] = {}
-    if explorer.explains:
-        ids = list(dict.fromkeys(hit.item.id for hit in shown))
-        for start in range(0, len(ids), MOST_EXPLAINED):
-            explained |= explorer.explain(question, ids[start : start + MOST_EXPLAINED])
+    why = ""
+    if shade:
+        try:
+            explained = _explained(explorer, question, [hit.item.id for hit in shown])
+        except DataError as error:
+            why = str(error)
     layers, layers_note = _layers(explorer, question, proponents, explained)
     scores = explorer.scores(question)
     found = np.array([hit.score for hits in (proponents, opponents) for hit in hits])
@@ -65,7 +67,7 @@ def report(
         question=question,
         words=words,
         loss=explorer.loss(question),
-        notes=_notes(explorer, shade),
+        notes=_notes(explorer, shade, why),
         proponents=proponents,
         opponents=opponents,
         largest=max((abs(float(s)) for s in found), default=0.0) or 1.0,
@@ -96,12 +98,20 @@ def write_report(path: Path, html: str, *, replace: bool = False) -> None:
         part.unlink(missing_ok=True)
 
 
-def _notes(explorer: Explorer, shade: int) -> list[str]:
-    if explorer.explains or not shade:
+def _explained(explorer: Explorer, question: Question, ids: Sequence[int]) -> dict[int, Shading]:
+    wanted = list(dict.fromkeys(ids))
+    found: dict[int, Shading] = {}
+    for start in range(0, len(wanted), MOST_EXPLAINED):
+        found |= explorer.explain(question, wanted[start : start + MOST_EXPLAINED])
+    return found
+
+
+def _notes(explorer: Explorer, shade: int, why: str) -> list[str]:
+    if not shade:
         return []
     if explorer.asked is None:
         return [f"Tokens are not shaded: that takes the model, and {explorer.why}."]
-    return ["Tokens are not shaded: this index does not say how its passages were cut."]
+    return [f"Tokens are not shaded: {why}."] if why else []
 
 
 def _layers(

@@ -16,10 +16,10 @@ import numpy as np
 from ..errors import ConfigError, DataError, LorifError, NonFiniteError
 from ..version import VERSION
 from .charts import by_source, family, histogram, layer_bars
-from .explorer import MOST_EXPLAINED, MOST_HITS, Explorer, Found, Question, Side
+from .explorer import MOST_EXPLAINED, MOST_HITS, Explorer, Found, Question, Shading, Side
 from .export import answer_csv, answer_json
 from .guard import Guard, allowed_hosts
-from .page import asset, plain_json, render, shaded
+from .page import asset, plain_json, render, shaded, token_values
 
 PER_PAGE = (10, 20, 50, 100, 200, 500, 1000)
 LONGEST_QUESTION = 20_000
@@ -257,7 +257,8 @@ class _Pages:
         explained = None
         notes = []
         if asked is not None and self._explorer.explains:
-            explained = self._explorer.explain(asked.question, [row]).get(row)
+            explained, why = self._explained(asked.question, row)
+            notes += [f"Tokens are not shaded: {why}."] if why else []
         elif asked is not None and self._explorer.asked is None:
             notes.append(f"Tokens are not shaded: that takes the model, and {self._explorer.why}.")
         k = self._k if asked is None else asked.k
@@ -275,10 +276,26 @@ class _Pages:
             back=None if asked is None else asked.address(here),
             shaded=None if explained is None else shaded(explained),
             explained=explained,
+            stored=None if asked is None else self._stored(asked.question, row),
+            asked_shaded=None
+            if explained is None or explained.asked_tokens is None or explained.asked_shares is None
+            else token_values(explained.asked_tokens, explained.asked_shares),
             layers=[] if explained is None else layer_bars(explained.layers, most=40),
             neighbours=_neighbours(row, k),
             asks_text=asks_text,
         )
+
+    def _explained(self, question: Question, row: int) -> tuple[Shading | None, str]:
+        """How a passage's score comes about, or why that cannot be said; the page is there without it."""
+        try:
+            return self._explorer.explain(question, [row], asked_tokens=True).get(row), ""
+        except DataError as error:
+            return None, str(error)
+
+    def _stored(self, question: Question, row: int) -> float | None:
+        """The score that a search gives the row, where all scores are known."""
+        scores = self._explorer.scores(question)
+        return None if scores is None else float(scores[np.searchsorted(self._explorer.index.ids, row)])
 
     # -- for machines ----------------------------------------------------------------------------------------------
 
