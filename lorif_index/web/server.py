@@ -148,6 +148,7 @@ def serve(app: Guard, *, host: str, port: int, started: Callable[[str], None]) -
             proxy_headers=False,
             limit_concurrency=64,
             timeout_keep_alive=30,
+            timeout_graceful_shutdown=1,
             h11_max_incomplete_event_size=65536,
             http="h11",
             ws="none",

@@ -7,12 +7,15 @@
 
   // -- long passages
 
-  for (const text of document.querySelectorAll(".list .text")) {
-    const more = text.parentElement.querySelector("[data-more]");
-    if (text.scrollHeight <= text.clientHeight + 4) {
+  // All are measured before any is changed, so that the page is laid out once.
+  const texts = [...document.querySelectorAll(".list .text")];
+  const fits = texts.map((text) => text.scrollHeight <= text.clientHeight + 4);
+  for (const [at, text] of texts.entries()) {
+    if (fits[at]) {
       text.classList.add("fits");
       continue;
     }
+    const more = text.parentElement.querySelector("[data-more]");
     if (!more) continue;
     more.hidden = false;
     more.addEventListener("click", () => {
