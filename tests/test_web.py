@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import http.client
 import io
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote, urlencode
@@ -35,6 +37,7 @@ from lorif_index.web.export import answer_csv
 from lorif_index.web.guard import HEADERS, allowed_hosts, host_of, is_loopback
 from lorif_index.web.page import asset
 from lorif_index.web.report import report, write_report
+from lorif_index.web.server import make_app
 from lorif_index.web.visible import Piece, pieces, visible
 
 ROOT = Path(__file__).parent.parent
@@ -530,6 +533,101 @@ def test_names_in_the_host_header():
     assert [is_loopback(h) for h in ("localhost", "127.0.0.1", "127.9.9.9", "::1")] == [True] * 4
     assert [is_loopback(h) for h in ("0.0.0.0", "::", "192.168.0.1", "example.org", "localhost.evil")] == [False] * 5
     assert allowed_hosts("[::1]", ["My.Name"]) >= {"::1", "my.name", "localhost"}
+
+
+def test_a_question_is_asked_again_as_it_was(site):
+    words = "\n  two\r\nlines \u202e & </textarea>"
+    _, html = page(site, "/search", q=words, source="\u202e<")
+    field = re.search(r"<textarea[^>]*>\n(.*?)</textarea>", html, re.DOTALL)[1]
+    # As HTML drops the first newline only, it is the text that was sent.
+    assert unescape(field) == words.replace("\r\n", "\n")
+    harmless(html.replace(field, "").replace('value="\u202e&lt;"', ""))
+
+
+# -- the app, without a network between
+
+
+def ask_app(pages, path, *more, host="127.0.0.1", meanwhile=None):
+    """(status, body) of GET requests at once, straight from the app."""
+
+    async def one(path):
+        where, _, query = path.partition("?")
+        scope = {"type": "http", "method": "GET", "path": where, "query_string": query.encode(), "root_path": ""}
+        scope |= {"headers": [(b"host", host.encode())], "scheme": "http", "http_version": "1.1"}
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        await pages(scope, receive, send)
+        return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]).decode()
+
+    async def every():
+        asked = [asyncio.ensure_future(one(p)) for p in (path, *more)]
+        if meanwhile is not None:
+            await asyncio.sleep(0.2)
+            meanwhile(asked)
+        return await asyncio.gather(*asked)
+
+    return asyncio.run(every())
+
+
+def test_a_damaged_index_is_told_without_its_place(home, tmp_path):
+    shutil.copytree(home / "index", tmp_path / "index")
+    shard = next((tmp_path / "index").glob("shard-*"))
+    data = bytearray(shard.read_bytes())
+    for at in range(len(data) // 4, len(data), 64):
+        data[at] ^= 255
+    shard.write_bytes(data)
+    with Index.open(tmp_path / "index") as index:
+        pages = make_app(Explorer(index, None, "nobody brought it"))
+        for path in ("/neighbours?id=7", "/passage?row=9", "/api/search?id=7"):
+            ((status, text),) = ask_app(pages, path)
+            assert status == 500 and "CorruptionError" in text and "lorif verify" in text
+            assert str(tmp_path) not in text and "shard-" not in text
+        ((status, text),) = ask_app(pages, "/search?q=a+b")
+        assert status == 400 and "nobody brought it" in text
+
+
+def test_too_many_at_once_are_told_to_come_again(explorer):
+    pages = make_app(explorer)
+
+    def meanwhile(asked):
+        # Sixteen wait for the model; the rest has its answer.
+        done = [one.result() for one in asked if one.done()]
+        assert len(done) == 4 and all(status == 503 and "again" in text for status, text in done)
+        explorer._lock.release()
+
+    explorer._lock.acquire()
+    paths = [f"/api/search?id={i}&k=2" for i in range(20)]
+    assert sorted(status for status, _ in ask_app(pages, *paths, meanwhile=meanwhile)) == [200] * 16 + [503] * 4
+    assert ask_app(pages, paths[0])[0][0] == 200
+
+
+def test_a_server_for_all_addresses_goes_by_addresses(explorer):
+    pages = make_app(explorer, host="0.0.0.0", names=["Known.test"])
+    for host, status in [
+        *[(h, 200) for h in ("192.168.1.7:8750", "[fe80::1]:8750", "known.test", "localhost")],
+        *[(h, 421) for h in ("evil.example", "192.168.1.7.evil.example", "")],
+    ]:
+        assert ask_app(pages, "/", host=host)[0][0] == status, host
+    assert ask_app(make_app(explorer, host="192.168.1.7"), "/", host="192.168.1.8")[0][0] == 421
+
+
+def test_rows_without_gradients_ask_with_their_words(home, tmp_path):
+    text_model = load_text_model(home / "model", "cpu")
+    config = BuildConfig(projection_dim=8, store="coordinates", coarse=None)
+    documents = [Document(s, str(i)) for i, s in enumerate(SENTENCES)]
+    with build_text_index(tmp_path / "i", text_model, documents, config=config, progress=False) as index:
+        asked = TextIndex(index, text_model)
+        own = [hit.id for hit in asked.ask([SENTENCES[2]], 10)[0].hits]
+        found = Explorer(index, asked).search(Question(row=2), 9)
+        assert [hit.item.id for hit in found.hits] == [i for i in own if i != 2]
+        with pytest.raises(QueryError, match="keeps no gradients"):
+            Explorer(index, None, "away").search(Question(row=2), 9)
 
 
 # -- in a browser

@@ -32,6 +32,7 @@ ALL_SCORES_UP_TO = 200_000
 _KEPT, _SHADINGS_KEPT = 64, 1000
 _MOST_LAYER_SCORES = 1_000_000
 _EXAMPLES = 6
+_WITH_GRADIENTS = ("eigen", "factors", "both")
 
 
 @dataclass(frozen=True)
@@ -277,12 +278,16 @@ class Explorer:
             return self._kept[key]
 
     def _query(self, question: Question) -> Any:
+        words = question.text
         if question.row is not None:
-            return self.index.gradients([question.row])
+            if self.asked is None or self.index.representation in _WITH_GRADIENTS:
+                return self.index.gradients([question.row])
+            # Rows of coordinates are no gradients, but the passage still has words.
+            words = self.text_of(question)
         if self.asked is None:
             raise QueryError(f"a text needs the model, and {self.why}: name it with --model, or ask by a row's id")
         model = self.asked.text_model
-        return [encode_question(question.text or "", model.tokenizer, model.context, prompt=question.prompt)]
+        return [encode_question(words or "", model.tokenizer, model.context, prompt=question.prompt)]
 
     def _search(self, question: Question, k: int, opponents: bool, recall: float, exact: bool) -> Side:
         extra = 0 if question.row is None else 1
