@@ -713,11 +713,16 @@ def test_hostile_passages_in_a_browser(browser, site):
     assert seen == {0, 1, 4}
     assert browser.run("document.scripts.length") == 1 and browser.run("document.images.length") == 0
     own_requests_only(browser, site)
-    # A script in the page would not run, should one get there.
-    browser.run("document.body.append(Object.assign(document.createElement('script'), {className: 'x'}))")
-    blocked = "try { document.body.innerHTML = '<p>'; 'set' } catch (error) { error.name }"
-    assert browser.run(blocked) == "TypeError"
+    # Should anything get into the page, the policy is behind: no markup from strings, no address but its own. (And what
+    # the browser complains of is seen here.)
+    assert browser.run("try { document.body.innerHTML = '<p>'; 'set' } catch (error) { error.name }") == "TypeError"
+    assert browser.run("fetch('http://127.0.0.1:9/').catch(error => error.name)") == "TypeError"
+    handler = "try { document.body.setAttribute('onclick', 'x()'); 'set' } catch (error) { error.name }"
+    assert browser.run(handler) == "TypeError"
+    seen_by_browser = " ".join(browser.complaints)
+    assert "TrustedHTML" in seen_by_browser and "connect-src" in seen_by_browser
     browser.complaints.clear()
+    browser.requests.clear()
 
 
 def test_a_thousand_hits_are_usable(browser, site):
