@@ -7,23 +7,24 @@
 
   // -- long passages
 
-  // All are measured before any is changed, so that the page is laid out once.
-  const texts = [...document.querySelectorAll(".list .text")];
-  const fits = texts.map((text) => text.scrollHeight <= text.clientHeight + 4);
-  for (const [at, text] of texts.entries()) {
-    if (fits[at]) {
-      text.classList.add("fits");
-      continue;
-    }
-    const more = text.parentElement.querySelector("[data-more]");
-    if (!more) continue;
-    more.hidden = false;
-    more.addEventListener("click", () => {
-      const open = text.classList.toggle("open");
-      more.setAttribute("aria-expanded", String(open));
-      more.textContent = open ? "Show less" : "Show all";
+  // Measured as they come into sight: what is out of sight has no layout yet, and a thousand would take seconds.
+  const seen = new IntersectionObserver((entries) => {
+    const near = entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target);
+    const fits = near.map((text) => text.scrollHeight <= text.clientHeight + 4);
+    near.forEach((text, at) => {
+      seen.unobserve(text);
+      const more = text.parentElement.querySelector("[data-more]");
+      text.classList.toggle("fits", fits[at]);
+      if (fits[at] || !more) return;
+      more.hidden = false;
+      more.addEventListener("click", () => {
+        const open = text.classList.toggle("open");
+        more.setAttribute("aria-expanded", String(open));
+        more.textContent = open ? "Show less" : "Show all";
+      });
     });
-  }
+  }, { rootMargin: "300px" });
+  for (const text of document.querySelectorAll(".list .text")) seen.observe(text);
 
   // -- shading
 
