@@ -82,7 +82,7 @@ ENGINE = {
     "storage": "sealed shards store resident payloads locks manifest damage fitted",
     "search": "scoring faiss_file coarse devices flat calibration missed pursuit living candidates reader "
     "explain planner groups",
-    "build": "encode coarse_build growth removal sizes pipeline refit merging repair estimate",
+    "build": "encode coverage coarse_build growth removal sizes pipeline refit merging repair estimate",
     ".": "index",
 }
 TEXT_SIDE = {

@@ -651,7 +651,7 @@ def own_requests_only(browser, *beginnings):
 
 
 def quickest(browser, address, milliseconds):
-    """Opens a page whose first paint takes less than a second; what a script then gives. The best of a few counts, since
+    """Opens a page whose first paint takes less than a second; what a script then gives. The best of a few counts:
     others may keep the machine busy."""
     found = []
     for _ in range(4):

@@ -83,6 +83,7 @@ from ..storage.sealed import SealedInfo, copy_sealed, part_name
 from ..storage.shards import Shard, ShardInfo, write_shard
 from ..storage.store import Store
 from .coarse_build import calibrate, lambdas, make_coarse, new_sketch, sketch_of_rows
+from .coverage import measure_coverage
 from .encode import RowEncoder, encode_blocks
 from .sizes import QUERY_BYTES, curvature_products, curvature_ranks, disk_sizes
 
@@ -668,6 +669,7 @@ class _Build:
             "row_bytes": row_layout(manifest, self.config, self.specs).row_bytes,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "torch": torch.__version__,
+            "coverage": measure_coverage(self._reader(), self.capture, self.loss, self.examples, self._shuffled()),
         }
         manifest.commit(self.path)
         (self.path / BUILDING).unlink()

@@ -7,7 +7,7 @@ so that no parameter-sized gradient is ever formed, and the backward pass skips 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,6 +134,16 @@ class Capture:
             one block a row; raises as `gradients` does.
         """
         return self._run(ids, batch, functions, False)
+
+    def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:
+        """Plain autograd: the gradients of some parameters, times `scale`, for whoever has hooked them."""
+        with _left_as_found(self._model), torch.enable_grad():
+            for p in parameters:
+                p.requires_grad_(True)
+            batch = to_device(batch, self.device)
+            with self._casting():
+                losses = self._function(self._model, batch)
+            (losses.sum() * self._scale).backward()
 
     def look(self, batch: Batch, function: Callable[[nn.Module, Any], None]) -> None:
         """Calls function(model, batch) as the passes do: on the model's device, in eval mode, left as it was found."""

@@ -239,19 +239,20 @@ def explain(
         backwards = _query_shares(asked, block, pairs, preconditioners, members)
         shown = shown_positions(batch)
         for number, (q, rows) in enumerate(pairs):
-            calls = shares.of(number)
+            calls, count = shares.of(number), len(rows)
+            by_layer = _by_layer([(layer, share) for layer, _, share in calls], list(asked.gradients), count)
+            modules = _by_module(calls, list(by_layer), count)
+            backward = None if backwards is None else _by_layer(backwards[number], list(by_layer), count)
             for place, row in enumerate(rows.tolist()):
                 i = int(ids[row])
-                at = int(np.searchsorted(unique, i))
-                parts = [(layer, name, share[place]) for layer, name, share in calls]
                 found[q, i] = _explanation(
                     first + q,
                     i,
-                    float(stored[q, at]),
-                    parts,
-                    list(asked.gradients),
+                    float(stored[q, int(np.searchsorted(unique, i))]),
+                    {layer: share[place] for layer, share in by_layer.items()},
+                    {module: float(share[place]) for module, share in modules.items()},
                     None if shown is None else shown[row],
-                    None if backwards is None else backwards[number][place],
+                    None if backward is None else {layer: share[place] for layer, share in backward.items()},
                     None if asked.shown is None else asked.shown[q],
                 )
             stage.advance(len(rows))
@@ -301,8 +302,8 @@ def _query_shares(
     pairs: list[tuple[int, np.ndarray]],
     preconditioners: Mapping[str, Preconditioner],
     members: int,
-) -> list[list[list[tuple[str, np.ndarray]]]] | None:
-    """For each pair's query, for each of its rows: (layer, (Tq,) float64) of all calls; None without positions.
+) -> list[list[tuple[str, np.ndarray]]] | None:
+    """For each pair's query: (layer, (rows, Tq) float64) of all calls; None without positions.
 
     H^-1 is applied to the examples, a batch of them, and each is asked what it finds at the query's positions.
     """
@@ -311,7 +312,7 @@ def _query_shares(
     gradients = {name: block.layers[name].dense().cpu() for name in asked.gradients}
     turned = transform(gradients, preconditioners)
     scale = asked.factor / members
-    out: list[list[list[tuple[str, np.ndarray]]]] = [[[] for _ in rows] for _, rows in pairs]
+    out: list[list[tuple[str, np.ndarray]]] = [[] for _ in pairs]
     for layer, use, left, right in asked.positions.calls:
         if layer not in turned:
             continue
@@ -321,32 +322,45 @@ def _query_shares(
             if left.ndim == 4:
                 shares = torch.cat([position_shares(asked.capture, layer, use, x, y, matrices[r]) for r in rows])
             else:
-                shares = (torch.matmul(x, matrices[rows]) * y).sum(dim=2)
-            for place, share in enumerate(shares.cpu().double().numpy() * scale):
-                out[number][place].append((layer, share))
+                some = matrices if len(rows) == len(matrices) else matrices[rows]
+                shares = (torch.matmul(x, some) * y).sum(dim=2)
+            out[number].append((layer, shares.cpu().double().numpy() * scale))
     return out
+
+
+def _by_layer(calls: list[tuple[str, np.ndarray]], layers: list[str], count: int) -> dict[str, np.ndarray]:
+    """Layer -> (rows, T) float64, in the index's order: calls of one layer are summed, position by position."""
+    found = {layer: np.zeros((count, 0)) for layer in layers}
+    for layer, share in calls:
+        # Calls of different lengths, position by position from the first.
+        wide, narrow = sorted((found[layer], share), key=lambda part: -part.shape[1])
+        found[layer] = wide.copy()
+        found[layer][:, : narrow.shape[1]] += narrow
+    return found
+
+
+def _by_module(calls: list[tuple[str, str, np.ndarray]], layers: list[str], count: int) -> dict[str, np.ndarray]:
+    """Module -> (rows,) float64, in the order of the layers and of their uses."""
+    found: dict[str, np.ndarray] = {}
+    for layer in layers:
+        # Gradients arrive last module first.
+        for name, share in reversed([(name, share) for of, name, share in calls if of == layer]):
+            found[name] = found.get(name, np.zeros(count)) + share.sum(axis=1)
+    return found
 
 
 def _explanation(
     query: int,
     example: int,
     stored: float,
-    calls: list[tuple[str, str, np.ndarray]],
-    layers: list[str],
+    layers: dict[str, np.ndarray],
+    modules: dict[str, float],
     shown: np.ndarray | None,
-    backwards: list[tuple[str, np.ndarray]] | None,
+    backwards: dict[str, np.ndarray] | None,
     query_shown: np.ndarray | None,
 ) -> Explanation:
-    by_layer = _by_layer([(layer, share) for layer, _, share in calls], layers, shown)
-    modules: dict[str, float] = {}
-    # Gradients arrive last layer first.
-    for layer in layers:
-        for name, share in reversed([(name, share) for of, name, share in calls if of == layer]):
-            modules[name] = modules.get(name, 0.0) + float(share.sum())
-    sums = {layer: float(share.sum()) for layer, share in by_layer.items()}
-    query_tokens = None
-    if backwards is not None:
-        query_tokens = _total(_by_layer(backwards, layers, query_shown))
+    sums = {layer: float(share.sum()) for layer, share in layers.items()}
+    layers = _without_padding(layers, shown)
     return Explanation(
         query=query,
         id=example,
@@ -354,26 +368,10 @@ def _explanation(
         stored=stored,
         layers=sums,
         modules=modules,
-        tokens=_total(by_layer),
-        layer_tokens={layer: share.astype(np.float32) for layer, share in by_layer.items()},
-        query_tokens=query_tokens,
+        tokens=_total(layers),
+        layer_tokens={layer: share.astype(np.float32) for layer, share in layers.items()},
+        query_tokens=None if backwards is None else _total(_without_padding(backwards, query_shown)),
     )
-
-
-def _by_layer(
-    calls: list[tuple[str, np.ndarray]], layers: list[str], shown: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    """Layer -> (T,) float64, in the index's order: calls of one layer are summed, position by position."""
-    found: dict[str, np.ndarray] = {}
-    for layer, share in calls:
-        before = found.get(layer, np.zeros(0))
-        # Calls of different lengths, position by position from the first.
-        longest = np.zeros(max(len(before), len(share)))
-        longest[: len(before)] += before
-        longest[: len(share)] += share
-        found[layer] = longest
-    ordered = {layer: found.get(layer, np.zeros(0)) for layer in layers}
-    return _without_padding(ordered, shown)
 
 
 def _without_padding(layers: dict[str, np.ndarray], shown: np.ndarray | None) -> dict[str, np.ndarray]:
