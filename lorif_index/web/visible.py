@@ -7,6 +7,7 @@ arXiv:2111.00169). Such characters are shown by their number, with their name at
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from typing import NamedTuple
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 # Letters that show nothing; they are assigned as letters or marks.
 _BLANK = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
+# All others can be seen.
+_SPECIAL = re.compile(r"[^ -~\n\t]")
 # These join and part letters of some scripts and emoji, where they belong.
 _JOINERS = {"\u200c", "\u200d"}
 
@@ -34,7 +37,8 @@ def pieces(text: str) -> list[Piece]:
     text = text.replace("\r\n", "\n")
     found: list[Piece] = []
     start = 0
-    for at, char in enumerate(text):
+    for match in _SPECIAL.finditer(text):
+        at, char = match.start(), match[0]
         if not _hidden(text, at, char):
             continue
         if at > start:
@@ -47,13 +51,11 @@ def pieces(text: str) -> list[Piece]:
 
 
 def visible(text: str) -> str:
-    """The same as one string, for attributes, titles and exports that take no markup: hidden characters as ⟨U+202E⟩."""
+    """The same as one string, for attributes and titles, which take no markup: hidden characters as ⟨U+202E⟩."""
     return "".join(f"⟨{piece.text}⟩" if piece.name else piece.text for piece in pieces(text))
 
 
 def _hidden(text: str, at: int, char: str) -> bool:
-    if " " <= char <= "~" or char in "\n\t":
-        return False
     code = ord(char)
     if char in _JOINERS:
         # Between ASCII, or at an end, they join nothing.
