@@ -18,6 +18,7 @@ from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.capture.projection import projection_matrix
 from lorif_index.errors import DataError, QueryError
 from lorif_index.search.explain import Explanation
+from lorif_index.storage.store import Store
 from lorif_index.text.textindex import TextIndex, build_text_index, load_text_model
 from lorif_index.text.texts import Document, token_strings
 
@@ -271,7 +272,7 @@ def test_every_store_shows_what_it_scores(store: str, tmp_path: Path) -> None:
     assert np.allclose(stored, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_added_examples_and_reopened_indexes(tmp_path: Path) -> None:
+def test_added_examples_and_reopened_indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data, query = loop_case(1)
     later = (torch.randn(9, 4, 6), torch.randint(0, 3, (9,)))
     index = Index.build(tmp_path / "i", model=model, data=data, config=BuildConfig(batch_size=4), progress=False)
@@ -294,6 +295,11 @@ def test_added_examples_and_reopened_indexes(tmp_path: Path) -> None:
     shuffled = tuple(t.flip(0) for t in everything)
     with pytest.raises(DataError, match=r"example 3 of the data has a squared gradient norm .* was indexed"):
         reopened.explain(query, [3, 7], data=shuffled)
+    # An index of a version that kept no norms knows its data by their digest.
+    monkeypatch.setattr(Store, "energies_at", lambda self, positions: None)
+    assert reopened.explain(query, [3], data=data)[0][0].score == pytest.approx(both[0][0].score, rel=1e-5)
+    with pytest.raises(DataError, match="the data have the digest"):
+        reopened.explain(query, [3], data=shuffled)
 
 
 def test_what_does_not_fit_is_refused(built: tuple[Case, Index], tmp_path: Path) -> None:

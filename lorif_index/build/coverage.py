@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..capture.data import ExampleSource
+from ..capture.data import Batch, ExampleSource, one_of
 from ..capture.gradients import GradientBlock, LayerGradient
 from ..capture.hooks import Capture
 from ..capture.losses import PerExample
@@ -65,17 +65,18 @@ def measure_coverage(
     counts = {most: min(most, max(len(reader.store) // each, 2)) for most, each in _ONE_OF.items()}
     rows, few = np.sort(there[: counts[_WITH_ROWS]]), np.sort(there[: counts[_WITH_PARAMETERS]])
     capture = taken.capture(loss).trust()
-    spans, kept = _Spans(taken), _Kept(reader)
+    spans, kept, norms = _Spans(taken), _Kept(reader), _Norms(taken)
+    # One walk: data without random access are walked through to find some.
     for ids, batch in examples.select(rows):
         block = capture.gradients(ids, batch)
-        spans.add(block.select(np.flatnonzero(np.isin(block.ids, few))))
         kept.add(block)
+        mine = np.flatnonzero(np.isin(ids, few))
+        spans.add(block.select(mine))
+        for place in mine.tolist():
+            norms.add(capture, one_of(batch, place))
     found: dict[str, Any] = {"tracked": None, "projection": None}
     layers: dict[str, dict[str, float | None]] = {name: {} for name in reader.specs}
-    try:
-        norms = _parameter_norms(taken, capture, examples, few)
-    except RuntimeError:
-        # A diagnosis is not worth the build.
+    if norms.failed:
         few = few[:0]
     else:
         found["tracked"] = _ratio(sum(norms.layers.values()), norms.total)
@@ -100,42 +101,44 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 class _Norms:
-    """Sums of squares over examples: of all parameters, and of each layer's."""
+    """Squared norms of the gradients of parameters, of those that are trained and those that are tracked.
 
-    def __init__(self, layers: list[str]) -> None:
-        self.total = 0.0
-        self.layers = dict.fromkeys(layers, 0.0)
+    Attributes:
+        total: of all of them, over the examples.
+        layers: of each layer's.
+        failed: autograd could not give them; a diagnosis is not worth the build.
+    """
 
+    def __init__(self, taken: ModelCapture) -> None:
+        self.total, self.failed = 0.0, False
+        self.layers = {layer.name: 0.0 for layer in taken.layers}
+        self._owner: dict[int, str] = {}
+        for layer in taken.layers:
+            for use in layer.uses:
+                self._owner[id(use.module.weight)] = layer.name
+                if use.bias:
+                    self._owner[id(use.module.bias)] = layer.name
+        parameters = [p for p in taken.model.parameters() if p.is_floating_point()]
+        trained = [p for p in parameters if p.requires_grad or id(p) in self._owner]
+        # A model that was frozen to be asked says nothing of what was trained.
+        self._parameters = trained if any(p.requires_grad for p in parameters) else parameters
 
-def _parameter_norms(taken: ModelCapture, capture: Capture, examples: ExampleSource, ids: np.ndarray) -> _Norms:
-    """Squared norms of the gradients of parameters that are trained, and of those that are tracked."""
-    owner: dict[int, str] = {}
-    for layer in taken.layers:
-        for use in layer.uses:
-            owner[id(use.module.weight)] = layer.name
-            if use.bias:
-                owner[id(use.module.bias)] = layer.name
-    parameters = [p for p in taken.model.parameters() if p.is_floating_point()]
-    trained = [p for p in parameters if p.requires_grad or id(p) in owner] if _any(parameters) else parameters
-    norms = _Norms([layer.name for layer in taken.layers])
+    def add(self, capture: Capture, batch: Batch) -> None:
+        """Adds a batch of one."""
 
-    def add(parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            square = float(torch.linalg.vector_norm(parameter.grad.float()).double().square()) / capture.scale**2
-            norms.total += square
-            if id(parameter) in owner:
-                norms.layers[owner[id(parameter)]] += square
-            parameter.grad = None
+        def on_gradient(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                square = float(torch.linalg.vector_norm(parameter.grad.float()).double().square()) / capture.scale**2
+                self.total += square
+                if id(parameter) in self._owner:
+                    self.layers[self._owner[id(parameter)]] += square
+                parameter.grad = None
 
-    for number in ids:
-        for _, batch in examples.select(np.array([number])):
-            with _wanted(trained, add):
-                capture.differentiate(batch, trained)
-    return norms
-
-
-def _any(parameters: list[nn.Parameter]) -> bool:
-    return any(p.requires_grad for p in parameters)
+        try:
+            with _wanted(self._parameters, on_gradient):
+                capture.differentiate(batch, self._parameters)
+        except RuntimeError:
+            self.failed = True
 
 
 @contextmanager

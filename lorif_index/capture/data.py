@@ -232,6 +232,11 @@ def batch_count(batch: Batch) -> int:
     return counts.pop()
 
 
+def one_of(batch: Batch, i: int) -> Batch:
+    """A batch of its example i alone, padded as it was."""
+    return _map(batch, lambda t: t[i : i + 1] if t.ndim else t)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return _map(batch, lambda t: t.to(device))
 

@@ -19,6 +19,7 @@ from ..capture.data import Batch, ExampleSource, as_source
 from ..capture.gradients import GradientBlock, energies
 from ..capture.hooks import Capture
 from ..capture.layers import Use
+from ..capture.sources import data_digest
 from ..errors import DataError
 from ..fit.query import Preconditioner, transform
 from ..progress import Stage
@@ -89,6 +90,14 @@ class TrainingData:
 
     def __init__(self, pieces: Sequence[tuple[int, Any]], batch_size: int) -> None:
         self._pieces: list[tuple[int, ExampleSource]] = [(first, as_source(data, batch_size)) for first, data in pieces]
+        self._digest: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """The digest of the first piece, as a build takes it."""
+        if self._digest is None:
+            self._digest = data_digest(self._pieces[0][1])
+        return self._digest
 
     def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
         """(ids, batch) of examples (sorted, unique).
@@ -235,7 +244,7 @@ def explain(
         pairs = [(q, rows) for q, rows in pairs if len(rows)]
         shares = _Shares(capture, matrices, pairs)
         block = capture.gradients(ids, batch, watch=shares)
-        _check_examples(reader, block, capture.half)
+        _check_examples(reader, data, block, capture.half)
         backwards = _query_shares(asked, block, pairs, preconditioners, members)
         shown = shown_positions(batch)
         for number, (q, rows) in enumerate(pairs):
@@ -275,7 +284,7 @@ def _stored_scores(
     return scores
 
 
-def _check_examples(reader: Reader, block: GradientBlock, half: bool) -> None:
+def _check_examples(reader: Reader, data: TrainingData, block: GradientBlock, half: bool) -> None:
     """Compares examples with what was indexed under their ids, by their squared gradient norms.
 
     Raises:
@@ -283,7 +292,13 @@ def _check_examples(reader: Reader, block: GradientBlock, half: bool) -> None:
     """
     stored = reader.store.energies_at(positions_of(reader.store, block.ids))
     if stored is None:
-        # Written before norms were kept.
+        # Written before norms were kept: the data as a whole tell.
+        built = reader.manifest.fingerprint.get("data")
+        if built != data.digest:
+            raise DataError(
+                f"the data have the digest {data.digest}, and {reader.folder} was built from {built}: pass as data= "
+                "what the index was built from, in the same form and order"
+            )
         return
     found, tolerance = energies(block), _HALF_TOLERANCE if half else _TOLERANCE
     fits = np.abs(found - stored) <= tolerance * np.maximum(found, stored)
