@@ -32,6 +32,7 @@ The stages, one module each, in the order in which data flows through them:
     index                 the user's handle
 
 The command line stands on them: texts, textindex, demo_model, demo, show, cli.
+Its pages in the browser: visible, charts, explorer, page, export, report, guard, server.
 """
 
 from __future__ import annotations

@@ -663,6 +663,30 @@ class Index:
                 out[name] = (part.left.transpose(1, 2), part.right.transpose(1, 2))
         return {name: out[name] for name in self._specs}
 
+    def gradients(self, ids: Iterable[int] | np.ndarray) -> dict[str, torch.Tensor]:
+        """What stored rows say of their examples' projected gradients, to be put as a query without the model.
+
+        Args:
+            ids: row ids, in the order wanted (mind the memory). Rows are checked against their checksums.
+
+        Returns:
+            Layer -> (n, d_in, d_out) float32. Of eigencodes, what their few bits stand for.
+
+        Raises:
+            QueryError: an id that the index does not hold, or rows of coordinates alone. CorruptionError: a row that is
+            damaged.
+        """
+        if self._reader.eigen is not None:
+            rows = self._store.gather(self._positions(ids))
+            dense = self._reader.eigen.dense(rows.factors, self._curvature)
+            return {name: dense[name].reshape(-1, spec.d_in, spec.d_out) for name, spec in self._specs.items()}
+        if not self._layout.groups:
+            raise QueryError(
+                f"the index keeps no gradients (store={self.representation!r}): build it with store='eigen', 'factors' "
+                "or 'both', or ask with the model"
+            )
+        return {name: left @ right.transpose(1, 2) for name, (left, right) in self.factors(ids).items()}
+
     def coordinates(self, ids: Iterable[int] | np.ndarray | None = None) -> np.ndarray:
         """Coordinates z, (n, k) float32, whose inner products approximate influence: stored, or computed from the rows.
 

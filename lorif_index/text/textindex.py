@@ -439,6 +439,15 @@ class TextIndex:
             answers.append(Answer(text, tokens, self._loss(item), hits, found.stats))
         return answers
 
+    def loss(self, text: str, *, prompt: str | None = None) -> tuple[int, float]:
+        """(tokens of a text that have a loss, the model's loss on them in nats, summed).
+
+        Raises:
+            QueryError: as `encode_question`.
+        """
+        item = encode_question(text, self.text_model.tokenizer, self.text_model.context, prompt=prompt)
+        return int((item["labels"][1:] != IGNORE).sum()), self._loss(item)
+
     def explain(
         self,
         texts: list[str],
