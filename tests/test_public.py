@@ -33,10 +33,10 @@ SURFACE = [
 ]
 
 INDEX = {
-    "build": "path model data gradients loss curvature config metadata payloads fit distributed progress",
-    "open": "path model loss device verify damaged distributed",
+    "build": "path model data gradients loss curvature config metadata payloads fit tokenizer distributed progress",
+    "open": "path model loss device verify damaged tokenizer distributed",
     "merge": "path indexes progress",
-    "estimate": "model data gradients loss config examples batches disk payload_bytes progress",
+    "estimate": "model data gradients loss config examples batches disk payload_bytes tokenizer progress",
     "search": "self query k recall rescore measure opponents normalize exact damping layers progress",
     "scores": "self query measure damping layers normalize out gather progress",
     "self_influence": "self damping layers progress",
@@ -44,7 +44,7 @@ INDEX = {
     "coordinates": "self ids",
     "rebuild_coarse": "self coarse progress",
     "calibrate": "self query measure progress",
-    "add": "self data gradients payloads progress",
+    "add": "self data gradients payloads tokenizer progress",
     "remove": "self ids",
     "compact": "self progress",
     "refit": "self progress",
@@ -79,9 +79,10 @@ ENGINE = {
     "candidates reader planner",
     "build": "encode coarse_build growth removal sizes spans representation resuming pipeline refit merging repair "
     "estimate",
+    "huggingface": "chat encoding documents tokenised",
     ".": "index",
 }
-TEXT_SIDE = {"text": "texts textindex show demo_model demo", ".": "cli"}
+TEXT_SIDE = {"huggingface": "callback", "text": "texts textindex show demo_model demo", ".": "cli"}
 
 
 def test_surface_is_frozen() -> None:
@@ -143,7 +144,20 @@ def test_imports_point_one_way() -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    heavy = {"transformers", "datasets", "tokenizers", "sklearn", "matplotlib", "faiss", "pandas", "rich", "typer"}
+    heavy = {
+        "transformers",
+        "peft",
+        "accelerate",
+        "jinja2",
+        "datasets",
+        "tokenizers",
+        "sklearn",
+        "matplotlib",
+        "faiss",
+        "pandas",
+        "rich",
+        "typer",
+    }
     for path in PACKAGE.rglob("*.py"):
         allowed = {"rich", "typer"} if path.stem in (*" ".join(TEXT_SIDE.values()).split(), "__main__") else set()
         # The adapter alone, when a function of it is called.

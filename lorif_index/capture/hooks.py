@@ -69,6 +69,7 @@ class Capture:
         self._active = False
         self._sums: dict[str, _Sum] = {}
         self._called: set[str] = set()
+        self._graded: set[str] = set()
         parameters = list(model.parameters())
         self.device = parameters[0].device if parameters else torch.device("cpu")
         half = autocast == "float16" or any(p.dtype == torch.float16 for p in parameters)
@@ -115,7 +116,7 @@ class Capture:
         if self._n != len(ids):
             raise CaptureError(f"the batch holds {self._n} examples where {len(ids)} were expected")
         blocks = []
-        self._called = set()
+        self._called, self._graded = set(), set()
         try:
             with self._hooked():
                 with self._casting():
@@ -127,6 +128,7 @@ class Capture:
                     self._sums = {layer.name: _Sum() for layer in self._layers}
                     if row.requires_grad:
                         (row.sum() * self._scale).backward(retain_graph=number + 1 < len(rows))
+                    self._check_graded()
                     if require_all:
                         self._check_reached(row)
                     results = {layer.name: self._result(layer.name) for layer in self._layers}
@@ -171,7 +173,11 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
             self._called.add(layer)
             if not torch.is_grad_enabled():
+                # A reentrant checkpoint calls again, with gradients, in the backward pass. (One that is not reentrant
+                # also calls again, to fill in what it did not save: no gradient reaches those outputs, so that nothing
+                # is counted twice.)
                 return None
+            self._graded.add(layer)
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
                 raise CaptureError(f"module {use.name!r} was called without a tensor input or output: {_REMEDY}")
@@ -297,6 +303,16 @@ class Capture:
                 f"module {use.name!r}: the loss of one example has a gradient in rows of others, so its rows cannot be "
                 "mapped to examples (batch not in the first dimension, examples that interact, or a loss that is "
                 f"averaged over the batch?): {_REMEDY}, or mend the loss"
+            )
+
+    def _check_graded(self) -> None:
+        """Gradients of a layer that was called without them would be zeros, and look like an answer."""
+        without = sorted(self._called - self._graded)
+        if without:
+            raise CaptureError(
+                f"layers {without[:4]} are called with gradients switched off only: under no_grad, or in a checkpoint with "
+                "use_reentrant=True whose inputs need no gradient. Pass use_reentrant=False, switch checkpointing off, "
+                f"or: {_REMEDY}"
             )
 
     def _check_reached(self, losses: torch.Tensor) -> None:
