@@ -25,9 +25,9 @@ MARKED = (
 
 
 def decoder_tokenizer() -> Any:
-    """Byte-level BPE; no padding token, 32 tokens at most."""
+    """Byte-level BPE; no padding token, 60 tokens at most."""
     tokenizer = tiny_tokenizer()
-    tokenizer.model_max_length = 32
+    tokenizer.model_max_length = 60
     return tokenizer
 
 
