@@ -25,8 +25,8 @@ LEAST_FLOOR = 32
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSelection:
-    """Which linear maps are tracked. Default: every supported one but embeddings and a language model's head; in a model
-    with adapters of peft, the adapters alone.
+    """Which linear maps are tracked. Default: every supported one but embeddings and a language model's head; in a
+    model with adapters of peft, the adapters alone.
 
     Attributes:
         include: glob patterns (`fnmatch`) on module names; a module named by one is taken, embeddings and head too.
@@ -36,8 +36,8 @@ class LayerSelection:
         head: also track a causal language model's output head.
         bias: track the bias as one more input, of ones.
         adapters: of a peft model: "only" the linear maps that it trains (LoRA's A and B of active adapters, and whole
-            modules of `modules_to_save`), "include" them beside the base model's, or "exclude" them; "auto": "only" where
-            there are some, and what `include` names.
+            modules of `modules_to_save`), "include" them beside the base model's, or "exclude" them; "auto": "only"
+            where there are some, and what `include` names.
     """
 
     include: tuple[str, ...] = ()

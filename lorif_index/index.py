@@ -158,8 +158,8 @@ class Index:
                 several seeds, makes one index whose scores are the mean over them: layer "w" of the first is called
                 "0.w" in the index (and in `layers=` of a search); the config's `layers` are of a model's own names.
             data: a torch Dataset, a DataLoader that does not shuffle, a Hugging Face Dataset, or a tuple or dict of
-                tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded. For a model of
-                transformers also texts, chats, prompts with completions, and packed rows (see
+                tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded. For a model
+                of transformers also texts, chats, prompts with completions, and packed rows (see
                 `huggingface.TokenisedData`).
             gradients: instead of model and data: an iterable of blocks {layer: (n, d_in, d_out) array}, or of factor
                 pairs {layer: ((n, d_in, m), (n, d_out, m))}. An iterator that is used up by one walk is kept on disk
@@ -215,7 +215,7 @@ class Index:
                 loss=loss,
                 curvature=curvature,
                 config=config,
-                metadata=known if metadata is None else {**known, **metadata} if known else metadata,
+                metadata=known | metadata if isinstance(metadata, dict) else known if metadata is None else metadata,
                 payloads=payloads,
                 fit=fitted,
                 reporter=report,
@@ -366,8 +366,8 @@ class Index:
 
         Args:
             query: one batch of the kind the index was built from, or gradients {layer: (q, d_in, d_out)} or factor
-                pairs, of a quantity to lower. Where the tokenizer is known, a text, a chat (a list of messages), a list of
-                either, or rows such as {"prompt", "completion"}.
+                pairs, of a quantity to lower. Where the tokenizer is known, a text, a chat (a list of messages), a list
+                of either, or rows such as {"prompt", "completion"}.
             k: how many; above n it gives n.
             recall: the share of the exact k best that is to be found, in (0, 1]; 1 scans every row.
             rescore: False answers from the coarse index alone, with approximate scores.

@@ -93,7 +93,13 @@ def test_an_index_of_adapters_from_folders(tmp_path: Path) -> None:
     assert hits.ids[:, 0].tolist() == [2, 3, 4]
     # Products of the whole gradients of A and B, from autograd: so large a damping leaves nothing else.
     plain = BuildConfig(
-        batch_size=4, coarse=None, projection_dim=None, rank=None, store="factors", dtype="float32", curvature="empirical"
+        batch_size=4,
+        coarse=None,
+        projection_dim=None,
+        rank=None,
+        store="factors",
+        dtype="float32",
+        curvature="empirical",
     )
     exact = Index.build(tmp_path / "exact", model=model, data=SENTENCES, tokenizer=tokenizer, config=plain)
     examples = TokenisedData(SENTENCES, tokenizer, model=model)

@@ -1,4 +1,4 @@
-"""Texts, chats, prompts, tokens and packed rows as data and as questions: what is tokenised, what has a loss, what is refused."""
+"""Texts, chats, prompts, tokens and packed rows as data and as questions: what has a loss, and what is refused."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def test_a_text_hides_the_same_words_whenever_it_comes() -> None:
         words = len(item["input_ids"]) - 2
         assert len(hidden) == -(-words * 15 // 100)
         assert all(item["input_ids"][t] == tokenizer.mask_token_id for t in hidden)
-        restored = [label if label != -100 else token for token, label in zip(item["input_ids"], item["labels"], strict=True)]
+        restored = [
+            label if label != -100 else token for token, label in zip(item["input_ids"], item["labels"], strict=True)
+        ]
         assert restored == tokenizer(SENTENCES[i])["input_ids"]
 
 
@@ -125,13 +127,17 @@ def test_questions_in_words(index: Index, gpt2: Any, bpe: Any) -> None:
     ids = {s: torch.tensor([bpe(s)["input_ids"]]) for s in SENTENCES}
     by_hand = index.scores({"input_ids": ids[SENTENCES[4]]})
     assert np.array_equal(index.scores(SENTENCES[4]), by_hand)
-    assert np.array_equal(index.scores([SENTENCES[4]]), by_hand) and np.array_equal(index.scores({"text": SENTENCES[4]}), by_hand)
+    assert np.array_equal(index.scores([SENTENCES[4]]), by_hand) and np.array_equal(
+        index.scores({"text": SENTENCES[4]}), by_hand
+    )
     hits = index.search(SENTENCES[4:6], k=1, normalize="cosine")
     assert hits.ids[:, 0].tolist() == [4, 5] and hits.payloads[0][0] == SENTENCES[4]
     talk = TALK[:2]
     data = TokenisedData([{"messages": talk}], bpe, model=gpt2)
     expected = index.scores(data.collate_examples([data[0]]))
-    assert np.allclose(index.scores(talk), expected) and np.allclose(index.scores([talk, talk])[1], expected[0], rtol=1e-4)
+    assert np.allclose(index.scores(talk), expected) and np.allclose(
+        index.scores([talk, talk])[1], expected[0], rtol=1e-4
+    )
     prompt = {"prompt": ["The", "A"], "completion": [" cat sat", " dog"]}
     assert index.scores(prompt).shape == (2, 10) and index.calibrate.__name__
     tokens = index.scores({"input_ids": ids[SENTENCES[4]][0].tolist()})
@@ -157,10 +163,15 @@ def test_a_question_that_cannot_be_asked(index: Index, gpt2: Any, bpe: Any) -> N
 
 def test_an_index_is_estimated_and_grows_in_words(gpt2: Any, bpe: Any, tmp_path: Path) -> None:
     config = BuildConfig(batch_size=4, coarse=None)
-    assert Index.estimate(model=gpt2, data=SENTENCES, tokenizer=bpe, config=BuildConfig(batch_size=64), batches=1).examples == 10
+    assert (
+        Index.estimate(model=gpt2, data=SENTENCES, tokenizer=bpe, config=BuildConfig(batch_size=64), batches=1).examples
+        == 10
+    )
     stream = datasets.Dataset.from_dict({"text": SENTENCES}).to_iterable_dataset()
     index = Index.build(tmp_path / "a", model=gpt2, data=stream, tokenizer=bpe, config=config)
-    whole = Index.build(tmp_path / "b", model=gpt2, data=SENTENCES, tokenizer=bpe, config=config, curvature=SENTENCES[:8])
+    whole = Index.build(
+        tmp_path / "b", model=gpt2, data=SENTENCES, tokenizer=bpe, config=config, curvature=SENTENCES[:8]
+    )
     assert len(index) == len(whole) == 10
     bare = Index.open(tmp_path / "a", model=gpt2)
     assert bare.add(SENTENCES[:2], tokenizer=bpe).tolist() == [10, 11]
@@ -171,8 +182,16 @@ def test_an_index_is_estimated_and_grows_in_words(gpt2: Any, bpe: Any, tmp_path:
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        (["fine and good", "and " * 90, "and " * 80], DataError, r"2 of 3 examples have more than 60 tokens.*example 1"),
-        (["fine and good", "", "a"], DataError, r"2 of 3 examples have no token that has a loss \(the first is example 1\)"),
+        (
+            ["fine and good", "and " * 90, "and " * 80],
+            DataError,
+            r"2 of 3 examples have more than 60 tokens.*example 1",
+        ),
+        (
+            ["fine and good", "", "a"],
+            DataError,
+            r"2 of 3 examples have no token that has a loss \(the first is example 1\)",
+        ),
         ([{"messages": TALK[:1]}], DataError, "no token that has a loss"),
         ([{"messages": "hello"}], DataError, "example 0: a conversation must be a list"),
         ([{"text": None}], DataError, "text must be a string"),
@@ -197,6 +216,8 @@ def test_what_else_is_refused(gpt2: Any, bpe: Any, index: Index) -> None:
         Index.build(index.path, model=gpt2, data=SENTENCES, tokenizer=bpe)
     with pytest.raises(ConfigError, match="above the model's context of 60"):
         TokenisedData(SENTENCES, bpe, model=gpt2, max_length=62)
+    with pytest.raises(DataError, match="a classifier of tokens"):
+        TokenisedData(SENTENCES, encoder_tokenizer(), model=make_model("bert-tags"))
     bare = decoder_tokenizer()
     with pytest.raises(DataError, match="no chat template"):
         TokenisedData([{"messages": TALK}], bare)
@@ -205,7 +226,9 @@ def test_what_else_is_refused(gpt2: Any, bpe: Any, index: Index) -> None:
         TokenisedData([{"messages": TALK}], bare)
     for label, message in ((3, "3 classes"), (0.5, "no integer"), ("odd", "none of the model's"), (None, "no label")):
         with pytest.raises(DataError, match=message):
-            TokenisedData([{"text": "The cat", "label": label}], encoder_tokenizer(), model=make_model("bert-classifier"))
+            TokenisedData(
+                [{"text": "The cat", "label": label}], encoder_tokenizer(), model=make_model("bert-classifier")
+            )
 
 
 def test_cutting_is_said(gpt2: Any, bpe: Any) -> None:

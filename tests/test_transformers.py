@@ -24,7 +24,10 @@ pytest.importorskip("transformers")
 CLASSES = [{"text": s, "label": i % 3} for i, s in enumerate(SENTENCES)]
 CASES: dict[str, tuple[bool, list[str]]] = {
     "gpt2": (True, ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"]),
-    "llama": (True, ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.gate_proj", "model.layers.0.self_attn.o_proj"]),
+    "llama": (
+        True,
+        ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.gate_proj", "model.layers.0.self_attn.o_proj"],
+    ),
     "bert": (False, ["bert.encoder.layer.0.attention.self.query", "cls.predictions.transform.dense"]),
     "roberta": (False, ["roberta.encoder.layer.0.attention.self.value", "roberta.encoder.layer.1.output.dense"]),
     "bert-classifier": (False, ["bert.encoder.layer.1.output.dense", "bert.pooler.dense", "classifier"]),
@@ -74,7 +77,10 @@ def hits_of(index: Index, item: dict[str, Any]) -> np.ndarray:
 
 def test_token_classifiers_are_not_shifted() -> None:
     model = make_model("bert-tags")
-    rows = [{"input_ids": [2, 9, 11, 3], "labels": [-100, 1, 2, -100]}, {"input_ids": [2, 8, 3], "labels": [-100, 0, -100]}]
+    rows = [
+        {"input_ids": [2, 9, 11, 3], "labels": [-100, 1, 2, -100]},
+        {"input_ids": [2, 8, 3], "labels": [-100, 0, -100]},
+    ]
     found = captured(model, rows)
     item = {k: torch.tensor(v) for k, v in rows[0].items()}
     item["attention_mask"] = torch.ones(4, dtype=torch.long)
@@ -92,13 +98,19 @@ def test_padding_on_the_left_and_its_token_move_nothing() -> None:
     alone = default_loss(model, {k: v[None] for k, v in item.items()})
     assert torch.allclose(default_loss(model, padded), alone, rtol=1e-4)
     logits, _ = default_logits(model, {k: v[None] for k, v in item.items()})
-    assert torch.allclose(logits[0], model(**{k: v[None] for k, v in item.items() if k != "labels"}).logits[0], atol=1e-5)
+    assert torch.allclose(
+        logits[0], model(**{k: v[None] for k, v in item.items() if k != "labels"}).logits[0], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "batch", "message"),
     [
-        ({"problem_type": "regression"}, {"labels": torch.tensor([0.5])}, r"float32 \(the model's problem_type is 'regr"),
+        (
+            {"problem_type": "regression"},
+            {"labels": torch.tensor([0.5])},
+            r"float32 \(the model's problem_type is 'regr",
+        ),
         ({"problem_type": "multi_label_classification"}, {"labels": torch.ones(1, 3).long()}, "multi_label"),
         ({}, {}, "one prediction an example, and the batch has no labels"),
     ],
@@ -162,7 +174,10 @@ def test_checkpoints_in_eval_mode_count_once(reentrant: bool, first: bool, tmp_p
 def test_a_checkpoint_that_lets_no_gradient_through_is_refused() -> None:
     model = Checkpointed(True, False)
     data = (torch.randn(4, 5), torch.randint(0, 3, (4,)))
-    with pytest.warns(UserWarning, match="requires_grad"), pytest.raises(CaptureError, match=r"block.0.*use_reentrant=False"):
+    with (
+        pytest.warns(UserWarning, match="requires_grad"),
+        pytest.raises(CaptureError, match=r"block.0.*use_reentrant=False"),
+    ):
         captured(model, data)
 
 

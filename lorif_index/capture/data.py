@@ -213,7 +213,8 @@ def collate(items: Sequence[Any]) -> Batch:
                 batch["attention_mask"] = _padded(key, [torch.ones_like(c) for c in columns])
     if not batch:
         raise DataError(
-            f"items have no columns of numbers, only {sorted(map(str, first))}: tokenise the text first, or pass tokenizer="
+            f"items have no columns of numbers, only {sorted(map(str, first))}: tokenise the text first, "
+            "or pass tokenizer="
         )
     return batch
 

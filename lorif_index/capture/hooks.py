@@ -310,9 +310,9 @@ class Capture:
         without = sorted(self._called - self._graded)
         if without:
             raise CaptureError(
-                f"layers {without[:4]} are called with gradients switched off only: under no_grad, or in a checkpoint with "
-                "use_reentrant=True whose inputs need no gradient. Pass use_reentrant=False, switch checkpointing off, "
-                f"or: {_REMEDY}"
+                f"layers {without[:4]} are called with gradients switched off only: under no_grad, or in a checkpoint "
+                "with use_reentrant=True whose inputs need no gradient. Pass use_reentrant=False, switch checkpointing "
+                f"off, or: {_REMEDY}"
             )
 
     def _check_reached(self, losses: torch.Tensor) -> None:

@@ -86,6 +86,13 @@ def _key(module: nn.Module) -> int:
     return id(module) if weight is None else id(weight)
 
 
+def _stored(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor):
+        raise CaptureError(f"{type(module).__name__}.weight is not a tensor")
+    return weight
+
+
 def _stored_inputs_first(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or is_conv1d_of_transformers(module)
 
@@ -93,14 +100,13 @@ def _stored_inputs_first(module: nn.Module) -> bool:
 def _describe(name: str, module: nn.Module, bias: bool) -> Use:
     if isinstance(module, nn.Linear) or is_quantised_linear(module):
         # By name: a weight in four bits is packed, and has another shape.
-        inputs, outputs = module.in_features, module.out_features
+        inputs, outputs = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     elif _stored_inputs_first(module):
-        inputs, outputs = module.weight.shape
+        inputs, outputs = _stored(module).shape
     else:
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        outputs, inputs = weight.shape[0], weight[0].numel()
+        outputs, inputs = _stored(module).shape[0], _stored(module)[0].numel()
     has_bias = bias and getattr(module, "bias", None) is not None
-    return Use(name, module, False, int(inputs), int(outputs), has_bias)
+    return Use(name, module, False, inputs, outputs, has_bias)
 
 
 def _refuse_unsupported_settings(use: Use) -> None:
@@ -202,8 +208,8 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
     adapters = _adapters(model)[0] if selection.adapters != "auto" else set[int]()
     if selection.adapters == "only" and not adapters:
         raise ConfigError(
-            "LayerSelection(adapters='only'), but the model has no active adapters of peft: leave adapters out, or pass "
-            "the peft model"
+            "LayerSelection(adapters='only'), but the model has no active adapters of peft: leave adapters out, or "
+            "pass the peft model"
         )
     chosen: set[int] = set()
     for name, module in candidates.items():

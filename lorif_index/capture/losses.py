@@ -200,7 +200,8 @@ def base_model(model: nn.Module) -> nn.Module:
 def offset_positions(model: nn.Module) -> int | None:
     """The first position of models that count from behind their padding's index (RoBERTa's kind); None for others.
 
-    They are known by a position embedding with a padding index, and find the positions themselves, from what is padding.
+    They are known by a position embedding with a padding index, and find the positions themselves, from what is
+    padding.
     """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:

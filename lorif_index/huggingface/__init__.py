@@ -1,4 +1,4 @@
-"""The part for users of transformers, datasets and peft: texts, chats and packed rows as examples; a trainer's callback.
+"""For users of transformers, datasets and peft: texts, chats and packed rows as examples; a trainer's callback.
 
 `Index.build(model=..., data=..., tokenizer=...)` uses the first two by itself; the names here are for more say.
 """

@@ -30,9 +30,9 @@ WHEN = ("end", "save")
 class IndexCallback:
     """A `transformers.TrainerCallback` that builds an index of the training data under the model as it is then.
 
-    Training goes on as if nothing had happened: train and eval mode, gradients, `requires_grad` and the states of random
-    generators are put back. What could fail only after hours is tried at the beginning of the training: the folder, the
-    data, and the gradients of the first batch.
+    Training goes on as if nothing had happened: train and eval mode, gradients, `requires_grad` and the states of
+    random generators are put back. What could fail only after hours is tried at the beginning of the training: the
+    folder, the data, and the gradients of the first batch.
 
     Args:
         path: with when="end", the index's folder; else of one folder for each index, `checkpoint-<step>`.
@@ -47,8 +47,8 @@ class IndexCallback:
         built: folders of the indexes that were built, in order.
 
     Raises:
-        ConfigError: another `when`. At the beginning of training: IndexExistsError, or what `Index.build` raises of data
-        and model; ConfigError where the model is sharded over processes.
+        ConfigError: another `when`. At the beginning of training: IndexExistsError, or what `Index.build` raises of
+        data and model; ConfigError where the model is sharded over processes.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> IndexCallback:
@@ -86,8 +86,8 @@ class IndexCallback:
         sharded = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
         if sharded:
             raise ConfigError(
-                f"IndexCallback needs the whole model in one process, and training uses {sharded[0]}: build the index from "
-                "a saved checkpoint instead"
+                f"IndexCallback needs the whole model in one process, and training uses {sharded[0]}: build the index "
+                "from a saved checkpoint instead"
             )
         if not state.is_world_process_zero:
             return

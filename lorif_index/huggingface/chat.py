@@ -88,8 +88,8 @@ def _template(tokenizer: Any) -> str:
         template = template.get("default")
     if not isinstance(template, str):
         raise DataError(
-            "the data holds conversations, and the tokenizer has no chat template: set tokenizer.chat_template, or pass "
-            "a column of text"
+            "the data holds conversations, and the tokenizer has no chat template: set tokenizer.chat_template, or "
+            "pass a column of text"
         )
     return template
 
@@ -104,8 +104,8 @@ def _labelled(text: str, spans: list[tuple[int, int]], tokenizer: Any, *, specia
     the end behind one."""
     if not tokenizer.is_fast:
         raise DataError(
-            f"{type(tokenizer).__name__} tells no places of its tokens, so that prompts cannot be left out of the loss: "
-            "load the fast tokenizer, or pass tokenised columns input_ids and labels"
+            f"{type(tokenizer).__name__} tells no places of its tokens, so that prompts cannot be left out of the "
+            "loss: load the fast tokenizer, or pass tokenised columns input_ids and labels"
         )
     found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     ids, labels, inside = list(found["input_ids"]), [], False

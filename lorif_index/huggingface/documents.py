@@ -2,8 +2,8 @@
 
 A packed row holds several documents, which a model keeps apart by attention masks that are block-diagonal and by
 positions that begin anew. A document alone, with the positions that it had, is then the same computation: its loss and
-its gradient are exactly its part of the row's. (Where documents could see each other, packing is no packing but one long
-text: pass that without document_ids.) The one term that belongs to no document is left out: the first token of a
+its gradient are exactly its part of the row's. (Where documents could see each other, packing is no packing but one
+long text: pass that without document_ids.) The one term that belongs to no document is left out: the first token of a
 document as predicted from the last of the one before.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ _COLUMNS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position
 class UnpackedDocuments:
     """The documents of a data set of packed rows, as a map-style dataset of dicts of (length,) int64 tensors.
 
-    Rows are dicts with `input_ids` and `document_ids`, each (T,): a document is where the id stays the same, and negative
-    ids and what `attention_mask` hides are padding; or without document_ids, `position_ids` that begin anew at 0. Other
-    columns of tokens are taken apart with them; position_ids are kept.
+    Rows are dicts with `input_ids` and `document_ids`, each (T,): a document is where the id stays the same, and
+    negative ids and what `attention_mask` hides are padding; or without document_ids, `position_ids` that begin anew at
+    0. Other columns of tokens are taken apart with them; position_ids are kept.
 
     Args:
         rows: a map-style dataset, such as a Hugging Face Dataset; or a dict of (n, T) tensors. Walked once to find the
@@ -99,7 +100,7 @@ def _borders(row: Any, number: int) -> list[tuple[int, int]]:
         raise DataError(f"packed row {number} has neither document_ids nor position_ids, only {sorted(map(str, row))}")
     edges = np.flatnonzero((begins | (shown[1:] != shown[:-1])).numpy()) + 1
     cuts = [0, *edges.tolist(), len(ids)]
-    pairs = [(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b and bool(shown[a])]
+    pairs = [(a, b) for a, b in pairwise(cuts) if a < b and bool(shown[a])]
     if "document_ids" in parts:
         seen = [int(names[a]) for a, _ in pairs]
         if len(set(seen)) != len(seen):

@@ -67,7 +67,8 @@ class Needs:
         inside = None if model is None else base_model(model)
         name, config = type(inside).__name__, getattr(inside, "config", None)
         labelled = "ForSequenceClassification" in name
-        inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+        find = getattr(config, "get_text_config", None)
+        inner = find() if callable(find) else config
         pad = getattr(inner, "pad_token_id", None)
         if labelled and pad is None:
             raise DataError(
@@ -79,6 +80,7 @@ class Needs:
         classes = getattr(config, "num_labels", None) if labelled else None
         names = getattr(config, "label2id", None) if labelled else None
         other = any(part in name for part in ("TokenClassification", "QuestionAnswering", "MultipleChoice"))
+        other = other or bool(getattr(config, "is_encoder_decoder", False))
         return cls(
             labelled,
             "ForMaskedLM" in name,
@@ -150,7 +152,10 @@ class Encoder:
         if kind != "tokens" and tokenizer is None:
             raise DataError(f"the data has {' and '.join(KINDS[kind])} to be tokenised: pass tokenizer=")
         if kind == "text" and not (needs.labelled or needs.masked or needs.shifted):
-            raise DataError("the model takes a label for each token: pass tokenised columns input_ids and labels")
+            raise DataError(
+                "the model's labels are not to be had from a text alone (a classifier of tokens, or an encoder-decoder): "
+                "pass tokenised columns, labels among them"
+            )
         self.kind, self.needs, self.max_length, self.too_long = kind, needs, max_length or needs.context, too_long
         self._tokenizer = tokenizer
         self._label = next((name for name in LABELS if name in columns), None)
@@ -241,8 +246,8 @@ class Encoder:
         value = given.item() if isinstance(given, torch.Tensor) and given.numel() == 1 else given
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise DataError(
-                f"label {given!r:.60} is no integer: for a regression or several labels an example pass loss=fn, and data "
-                "that is collated for it"
+                f"label {given!r:.60} is no integer: for a regression or several labels an example pass loss=fn, and "
+                "data that is collated for it"
             )
         number, classes = int(value), self.needs.classes
         if number != IGNORE and (number < 0 or (classes is not None and number >= classes)):
@@ -254,8 +259,8 @@ class Encoder:
         hidden = getattr(self._tokenizer, "mask_token_id", None)
         if hidden is None:
             raise DataError(
-                "a masked language model has a loss on hidden tokens, and there is no tokenizer with a mask token to hide "
-                "some: pass it, or columns input_ids and labels"
+                "a masked language model has a loss on hidden tokens, and there is no tokenizer with a mask token to "
+                "hide some: pass it, or columns input_ids and labels"
             )
         special = set(self._tokenizer.all_special_ids)
         places = [t for t, token in enumerate(ids) if token not in special and mask[t]]
@@ -277,7 +282,7 @@ class Encoder:
         """Whether any token of an example, or its label, counts."""
         if self.needs.labelled:
             return bool(item["input_ids"]) and item.get("labels", IGNORE) != IGNORE
-        counted = item.get("labels", item["input_ids"])
+        counted = item["labels"] if "labels" in item else item["input_ids"]
         shown = [value != IGNORE and on for value, on in zip(counted, item["attention_mask"], strict=True)]
         return any(shown[1:] if self.needs.shifted else shown)
 
@@ -301,7 +306,7 @@ class Encoder:
         return {name: shortened(values) for name, values in item.items()}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch: rows filled up on the right, `labels` with -100, tokens with the model's padding, all else with 0."""
+        """A batch: rows filled up on the right, `labels` with -100, tokens with the model's padding, others with 0."""
         longest = max(len(item["input_ids"]) for item in items)
         fill = {"input_ids": self.needs.pad, "labels": IGNORE}
         names = [name for name in items[0] if all(name in item for item in items)]
@@ -316,7 +321,7 @@ class Encoder:
         return batch
 
 
-def _ints(values: Any, name: Any) -> list[int]:
+def _ints(values: Any, name: str | None) -> list[int]:
     listed = values.tolist() if hasattr(values, "tolist") else list(values)
     if not all(isinstance(v, int) for v in listed):
         raise DataError(f"{name} must be integers, one a token, got {listed!r:.60}")

@@ -44,9 +44,9 @@ class _Faults:
         """Raises DataError where something is wrong that was not allowed."""
         if self.too_long and encoder.too_long == "refuse":
             raise DataError(
-                f"{len(self.too_long)} of {count} examples have more than {encoder.max_length} tokens, which is what the "
-                f"model takes (the longest {self.longest}; the first is example {self.too_long[0]}): shorten them, or "
-                "pass data=TokenisedData(data, tokenizer, model=model, too_long='truncate')"
+                f"{len(self.too_long)} of {count} examples have more than {encoder.max_length} tokens, which is what "
+                f"the model takes (the longest {self.longest}; the first is example {self.too_long[0]}): shorten them, "
+                "or pass data=TokenisedData(data, tokenizer, model=model, too_long='truncate')"
             )
         if self.silent:
             wanted = f"label (a column {' or '.join(map(repr, LABELS[:2]))})" if encoder.needs.labelled else "token"
@@ -67,8 +67,9 @@ class TokenisedData:
     - `prompt` and `completion`, texts or chats; the completion has a loss;
     - `text`.
 
-    A sequence classifier's `labels` or `label` is an integer or a label's name. Of a text, a masked language model gets 15%
-    of the tokens hidden, the same ones whenever the text comes. Whatever its tokenizer does, rows are filled up on the right.
+    A sequence classifier's `labels` or `label` is an integer or a label's name. Of a text, a masked language model gets
+    15% of the tokens hidden, the same ones whenever the text comes. Whatever its tokenizer does, rows are filled up on
+    the right.
 
     Args:
         data: a map-style dataset (a Hugging Face Dataset, a list); `data[i]` must be the same each time.
@@ -142,7 +143,7 @@ class TokenisedData:
 
 
 class TokenisedStream:
-    """The same for a data set that can only be walked: problems are found on the way. Arguments as for `TokenisedData`."""
+    """The same of a data set that can only be walked; problems are found on the way. Arguments: see `TokenisedData`."""
 
     def __init__(self, stream: Iterable[Any], tokenizer: Any, model: nn.Module | None) -> None:
         self._stream = stream
@@ -178,8 +179,8 @@ def _encoder(first: Any, tokenizer: Any, needs: Needs, max_length: int | None, t
         got = sorted(map(str, row)) if isinstance(row, Mapping) else type(first).__name__
         known = "; ".join(" and ".join(columns) for columns in KINDS.values())
         raise DataError(
-            f"the data has none of the columns that are known ({known}; of a sequence classifier or masked language model "
-            f"only text or input_ids), but {got}: rename one, as with dataset.rename_column"
+            f"the data has none of the columns that are known ({known}; of a sequence classifier or masked language "
+            f"model only text or input_ids), but {got}: rename one, as with dataset.rename_column"
         )
     return Encoder(kind, row, tokenizer, needs, max_length, too_long)
 
@@ -223,7 +224,7 @@ def prepared(data: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool
         positions = "position_ids" in row and not needs.labelled and not has_foreign_columns(row, member)
         if not streaming and ("document_ids" in row or positions):
             return TokenisedData(UnpackedDocuments(data), tokenizer, model=member, strict=strict)
-        ours = ours and not has_foreign_columns(row, member)
+        ours = ours and not has_foreign_columns(row, member) and not _has_decoder(member)
         ours = ours and (needs.labelled or tokenizer is not None or hasattr(data, "column_names"))
     elif kind is None:
         ours = tokenizer is not None and any(isinstance(value, str) for value in row.values()) and not _numbers(row)
@@ -235,6 +236,11 @@ def prepared(data: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool
     if streaming:
         return TokenisedStream(data, tokenizer, member)
     return TokenisedData(data, tokenizer, model=member, strict=strict)
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    """Whether labels are a second text, beside the input."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _is_packed_batch(batch: Mapping[str, Any]) -> bool:
@@ -314,7 +320,7 @@ TOKENIZER = "tokenizer"
 
 
 def tokenizer_digest(tokenizer: Any) -> dict[str, str] | None:
-    """What an index remembers of its tokenizer: its class, and XXH3-128, in hex, of its vocabulary and chat template."""
+    """What an index remembers of its tokenizer: class, and XXH3-128, in hex, of its vocabulary and chat template."""
     if tokenizer is None:
         return None
     digest = xxhash.xxh3_128()
@@ -333,6 +339,6 @@ def check_tokenizer(known: Any, tokenizer: Any, place: str) -> None:
     given = tokenizer_digest(tokenizer)
     if given is not None and isinstance(known, Mapping) and known.get("digest") != given["digest"]:
         raise FingerprintError(
-            f"{place} was built with tokenizer {dict(known)}, and {given} was given (vocabulary or chat template): pass "
-            "the one that it was built with"
+            f"{place} was built with tokenizer {dict(known)}, and {given} was given (vocabulary or chat template): "
+            "pass the one that it was built with"
         )
