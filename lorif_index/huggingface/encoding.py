@@ -153,7 +153,7 @@ class Encoder:
             raise DataError(f"the data has {' and '.join(KINDS[kind])} to be tokenised: pass tokenizer=")
         if kind == "text" and not (needs.labelled or needs.masked or needs.shifted):
             raise DataError(
-                "the model's labels are not to be had from a text alone (a classifier of tokens, or an encoder-decoder): "
+                "the model's labels are not to be had from text alone (a classifier of tokens, or an encoder-decoder): "
                 "pass tokenised columns, labels among them"
             )
         self.kind, self.needs, self.max_length, self.too_long = kind, needs, max_length or needs.context, too_long
