@@ -128,6 +128,8 @@ class IndexCallback:
                 metadata={"step": int(state.global_step), "epoch": state.epoch, **self._metadata},
                 payloads=self._payloads,
                 tokenizer=self._tokenizer_of(given),
+                # The other processes are not called.
+                distributed=False,
                 progress=self._progress,
             )
             index.close()
