@@ -19,6 +19,7 @@ from .config import BuildConfig
 from .damping import Damping, damping_from_json
 from .errors import CorruptionError, LorifError
 from .index import Index
+from .launch import joined
 from .storage.damage import damage_message, find_damage
 from .storage.manifest import read_manifest
 from .text.demo import QUESTION, run_demo, show_demo
@@ -161,9 +162,12 @@ def build(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     device: Device = "auto",
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that a process waits for the others, where torchrun started several.")
+    ] = 1800.0,
     json: Json = False,
 ) -> None:
-    """Index the texts that a model was trained on."""
+    """Index the texts that a model was trained on; by several processes, where torchrun starts it."""
     settings = _settings(
         projection_dim=projection_dim,
         rank=rank,
@@ -180,7 +184,7 @@ def build(
         batch_size=batch_size,
         seed=seed,
     )
-    with reported_errors():
+    with reported_errors(), joined(timeout) as speaks:
         config = BuildConfig(**settings)
         documents = read_documents(data, text_field=text_field, source_field=source_field)
         text_model = load_text_model(model, device)
@@ -194,6 +198,8 @@ def build(
             origin={"data": str(data), "text_field": text_field, "source_field": source_field},
         )
         with index:
+            if not speaks:
+                return
             if json:
                 write_json(index_json(index))
                 return

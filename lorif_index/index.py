@@ -206,7 +206,7 @@ class Index:
             # Before much is read: texts are walked once to find what cannot be used.
             check_free(folder)
             data, curvature = prepared(data, asked, tokenizer), prepared_rows(curvature, asked, tokenizer)
-        with reporter(progress if ranks.first else False) as report:
+        with reporter(progress if ranks.first or callable(progress) else False) as report:
             whole = build_index(
                 folder,
                 model=asked,

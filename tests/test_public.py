@@ -70,8 +70,8 @@ CONFIG = (
 # behind. The engine's come first; the text side stands on it, and prints: the engine knows nothing of it.
 ENGINE = {
     "": "version errors ranks damping config progress results",
-    "capture": "gradients projection sampling losses probes data layers ensemble spool hooks subspace eigenbases "
-    "sources",
+    "capture": "gradients projection sampling sharded losses probes data layers ensemble spool hooks subspace "
+    "eigenbases sources",
     "rows": "scratch codes factors layout",
     "fit": "grid curvature query sketch eigencodes",
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
@@ -80,7 +80,7 @@ ENGINE = {
     "build": "encode coarse_build growth removal sizes spans representation resuming pipeline refit merging repair "
     "estimate",
     "huggingface": "chat encoding documents tokenised",
-    ".": "index",
+    ".": "index launch",
 }
 TEXT_SIDE = {"huggingface": "callback", "text": "texts textindex show demo_model demo", ".": "cli"}
 

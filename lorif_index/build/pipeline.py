@@ -692,6 +692,8 @@ class _Build:
         writer = shard_writer(self.path, manifest, layout, self.config, self.ranks)
 
         def on_sealed() -> None:
+            # What is left may lie between what was sealed before.
+            manifest.shards.sort(key=lambda shard: shard.first_id)
             manifest.skipped = sorted(skipped)
             manifest.write(self.path, name)
 

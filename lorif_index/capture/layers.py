@@ -19,6 +19,7 @@ from torch.nn import functional
 from ..config import BuildConfig, LayerSelection
 from ..errors import CaptureError, ConfigError
 from .gradients import LayerSpec
+from .sharded import plain_name
 
 _HEAD_NAMES = ("lm_head", "embed_out", "output_embeddings")
 
@@ -57,7 +58,8 @@ class TrackedLayer:
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
     """transformers' `Conv1D`: a linear map whose weight is stored (inputs, outputs). Known by name: never imported."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    # Of all bases: `fully_shard` puts a class of its own before them.
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
 def is_quantised_linear(module: nn.Module) -> bool:
@@ -93,18 +95,27 @@ def _stored(module: nn.Module) -> torch.Tensor:
     return weight
 
 
-def _stored_inputs_first(module: nn.Module) -> bool:
+def _packed(module: nn.Module) -> bool:
+    """Whether it is an `nn.Linear` whose weight is kept in a form of its own, as bitsandbytes' in four bits is."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module.weight
+    return not weight.is_floating_point() or (weight.shape[-1] == 1 and module.in_features != 1)
+
+
+def stored_inputs_first(module: nn.Module) -> bool:
+    """Whether the weight is (inputs, outputs), and not (outputs, inputs)."""
     return isinstance(module, nn.Embedding) or is_conv1d_of_transformers(module)
 
 
 def _describe(name: str, module: nn.Module, bias: bool) -> Use:
-    if isinstance(module, nn.Linear) or is_quantised_linear(module):
-        # By name: a weight in four bits is packed, and has another shape.
+    if is_quantised_linear(module) or _packed(module):
+        # By name: a weight in four bits has another shape.
         inputs, outputs = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    elif _stored_inputs_first(module):
+    elif stored_inputs_first(module):
         inputs, outputs = _stored(module).shape
     else:
-        outputs, inputs = _stored(module).shape[0], _stored(module)[0].numel()
+        outputs, inputs = _stored(module).shape[0], _stored(module).shape[1:].numel()
     has_bias = bias and getattr(module, "bias", None) is not None
     return Use(name, module, False, inputs, outputs, has_bias)
 
@@ -123,7 +134,7 @@ def _refuse_unsupported_settings(use: Use) -> None:
 def _default_exclusions(model: nn.Module, selection: LayerSelection) -> set[int]:
     """ids of modules that the default leaves out: embeddings, a language model's head, and what bypasses hooks."""
     out: set[int] = set()
-    modules = dict(model.named_modules())
+    modules = {plain_name(name): m for name, m in model.named_modules()}
     embedding_weights = {_key(m) for m in modules.values() if isinstance(m, nn.Embedding)}
     head = _output_embeddings(model)
     adapters, idle = _adapters(model)
@@ -196,7 +207,7 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
         ConfigError: a pattern or type that matches nothing; the message lists the candidates.
         CaptureError: a selected module with settings that cannot be honoured, or tied weights with unlike biases.
     """
-    candidates = {name: m for name, m in model.named_modules() if supported(m)}
+    candidates = {plain_name(name): m for name, m in model.named_modules() if supported(m)}
     for pattern in selection.include:
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise ConfigError(f"layer pattern {pattern!r} matches none of the supported modules {_listed(candidates)}")
@@ -247,8 +258,8 @@ def _tie(uses: list[Use]) -> TrackedLayer:
             f"modules {[u.name for u in uses]} share a weight but have different biases: exclude one of them, or track "
             "no biases with LayerSelection(bias=False)"
         )
-    orientation = _stored_inputs_first(first.module)
-    uses = [replace(use, transposed=_stored_inputs_first(use.module) != orientation) for use in uses]
+    orientation = stored_inputs_first(first.module)
+    uses = [replace(use, transposed=stored_inputs_first(use.module) != orientation) for use in uses]
     # A tied use the other way round brings its bias's column of ones on the output side.
     bias_in = any(use.bias and not use.transposed for use in uses)
     bias_out = any(use.bias and use.transposed for use in uses)
@@ -300,7 +311,7 @@ def positions(use: Use, x: torch.Tensor) -> torch.Tensor:
         return _unfold(module, x.unsqueeze(2), one_dimensional=True)
     if isinstance(module, nn.Conv2d):
         return _unfold(module, x, one_dimensional=False)
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return _by_position(x)
 
 
 def output_positions(use: Use, dy: torch.Tensor) -> torch.Tensor:
@@ -311,7 +322,12 @@ def output_positions(use: Use, dy: torch.Tensor) -> torch.Tensor:
         if module.groups > 1:
             dy = dy.reshape(*dy.shape[:2], module.groups, -1)
         return dy
-    return dy.reshape(dy.shape[0], -1, dy.shape[-1])
+    return _by_position(dy)
+
+
+def _by_position(x: torch.Tensor) -> torch.Tensor:
+    # A rank of a tensor parallel model may have no features at all.
+    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
 
 
 def _unfold(module: nn.Conv1d | nn.Conv2d, x: torch.Tensor, *, one_dimensional: bool) -> torch.Tensor:

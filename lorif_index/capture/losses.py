@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import DataError
+from .sharded import full
 
 PerExample = Callable[[nn.Module, Any], torch.Tensor]
 """loss(model, batch) or measure(model, batch) -> (n,) tensor that depends on the model differentiably."""
@@ -94,7 +95,7 @@ def checked_logits(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
         DataError: anything else than (logits (n, ..., C), labels (n, ...)).
     """
     if isinstance(found, tuple) and len(found) == 2 and all(isinstance(part, torch.Tensor) for part in found):
-        logits, labels = found
+        logits, labels = full(found[0]), found[1]
         if logits.ndim >= 2 and logits.shape[:-1] == labels.shape and not labels.is_floating_point():
             return logits, labels
         got = f"shapes {tuple(logits.shape)} and {tuple(labels.shape)}, labels {labels.dtype}"
@@ -118,7 +119,8 @@ def _logits(output: Any) -> torch.Tensor:
         logits = logits.get("logits")
     if not isinstance(logits, torch.Tensor):
         raise DataError(f"the model's output has no logits ({type(output).__name__}): pass loss=fn")
-    return logits
+    # A head that is tensor parallel may leave classes where they were computed.
+    return full(logits)
 
 
 def _pair_logits(logits: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
