@@ -170,7 +170,7 @@ class Capture:
                     # them an output says how it is spread, and its gradient likewise.
                     handle = use.module.register_forward_hook(
                         self._forward_hook(layer.name, use),
-                        prepend=is_dtensor(use.module.weight),
+                        prepend=is_dtensor(getattr(use.module, "weight", None)),
                         with_kwargs=True,
                     )
                     stack.callback(handle.remove)
@@ -376,7 +376,11 @@ class Capture:
 
 
 def _spread(use: Use) -> Spread:
-    return spread_of(use.module.weight, inputs_first=stored_inputs_first(use.module))  # type: ignore[arg-type]
+    # Some quantised modules have none of that name.
+    weight = getattr(use.module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return Spread()
+    return spread_of(weight, inputs_first=stored_inputs_first(use.module))
 
 
 def _inputs(use: Use, x: torch.Tensor, spread: Spread) -> Columns:
