@@ -36,7 +36,7 @@ INDEX = {
     "build": "path model data gradients loss curvature config metadata payloads fit distributed progress",
     "open": "path model loss device verify damaged distributed",
     "merge": "path indexes progress",
-    "estimate": "model data gradients loss config examples batches disk payload_bytes progress",
+    "estimate": "model data gradients loss config examples batches disk payload_bytes world_size progress",
     "search": "self query k recall rescore measure opponents normalize exact damping layers progress",
     "scores": "self query measure damping layers normalize out gather progress",
     "self_influence": "self damping layers progress",
@@ -77,8 +77,8 @@ ENGINE = {
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
     "search": "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint "
     "candidates reader planner",
-    "build": "encode coarse_build growth removal sizes spans representation resuming pipeline refit merging repair "
-    "estimate",
+    "build": "encode coarse_build growth removal sizes memory traffic spans representation resuming pipeline refit "
+    "merging repair estimate",
     ".": "index",
 }
 TEXT_SIDE = {"text": "texts textindex show demo_model demo", ".": "cli"}
