@@ -16,11 +16,14 @@ _FIRST_GUESS, _GUESSED_TILT = 1000, 0.05
 # Queries searched for together, at most, and what their scorers may take.
 _TOGETHER, _SCORERS_BYTES = 128, 256 << 20
 _LEAST_WIDE, _LEAST_DEEP, _LEAST_LIMIT = 256, 64, 20_000
+# A quarter of a million rows, which is as far as `bench.search_at_scale` has followed: calibration, which looks at that
+# many for each of its queries, would else take memory by N.
+_MOST_LIMIT = 1 << 18
 
 
 def most_proposed(rows: int) -> int:
     """Rows that are proposed for a query at most, of so many; beyond, a scan is the better way."""
-    return min(max(rows // 4, _LEAST_LIMIT), rows)
+    return min(max(min(rows // 4, _MOST_LIMIT), _LEAST_LIMIT), rows)
 
 
 def guessed(k: int) -> tuple[int, int]:
