@@ -14,12 +14,13 @@ from ..capture.subspace import GROUP_BYTES, SubspaceFit
 from ..config import BuildConfig
 from ..search.candidates import most_proposed
 from ..search.coarse import TRAIN_ROWS
+from ..search.joint import BYTES_ORDERED, ORDERED_BYTES
 from ..storage.resident import CODE_BYTES
 from .coarse_build import TILT_QUERIES
 from .sizes import code_bytes, curvature_bytes, disk_sizes, fit_sizes, fitted_ranks, query_count
 
-# Of a proposed row: its position and score; and what putting those of several ranks in order takes for each.
-_PROPOSED, _ORDERED = 12, 60
+# Of a proposed row: its position and score.
+_PROPOSED = 12
 _ID_BYTES = 8
 
 
@@ -76,7 +77,9 @@ def stage_memory(
 
 def _proposals(count: int, own: int, ranks: int, queries: int) -> int:
     """Of rows that are proposed to some queries together, as many as may be proposed at all."""
-    most = min(most_proposed(count), own)
+    whole = 2 * _PROPOSED * queries * most_proposed(count)
     if ranks == 1:
-        return 2 * _PROPOSED * queries * most
-    return queries * most * (2 * _PROPOSED + _ORDERED * ranks)
+        return whole
+    own = min(most_proposed(count), own)
+    together = min(max(ORDERED_BYTES, BYTES_ORDERED * ranks * own), BYTES_ORDERED * ranks * own * queries)
+    return whole + _PROPOSED * queries * own + together

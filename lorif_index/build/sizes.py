@@ -24,8 +24,9 @@ _ID_BYTES, _CHECKSUM_BYTES = 8 + 4, 8
 # Of a payload: where it ends, and its checksum.
 PAYLOAD_EXTRA = 16
 # What HDF5 puts around a file's arrays, and the manifest says of it.
-ENTRY_BYTES = 700
-FILE_BYTES = 4096 + ENTRY_BYTES
+FILE_BYTES = 4096 + 700
+ENTRY_BYTES = 400
+"""Of the manifest, for each shard."""
 # Of the coarse index's codebooks: 16 centroids of float32 for each coordinate.
 _COARSE_FIXED = 64
 
