@@ -70,7 +70,9 @@ def stage_memory(
                 + 2 * 4 * wide * queries
                 + _proposals(count, own, ranks, min(queries, TILT_QUERIES))
             )
-    coordinates = min(own * (dim * config.coordinate_bits // 8 + 4), CODE_BYTES) if stored == "both" else 0
+    coordinates = (
+        min(own * (dim * config.coordinate_bits // 8 + 4), CODE_BYTES) if stored in ("both", "coordinates") else 0
+    )
     found["search"] = sizes.fit + own * (_ID_BYTES + (code_bytes(dim) if coarse else 0)) + coordinates
     return found
 
