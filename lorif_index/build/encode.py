@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ def encode_blocks(
     payloads: Payloads | None = None,
     shift: int = 0,
 ) -> None:
-    """Writes the rows of all blocks, and seals them.
+    """Writes the rows of all blocks, and seals them: a shard while the gradients of the next one are taken.
 
     Args:
         blocks: with the examples' places in the data as ids.
@@ -81,22 +82,32 @@ def encode_blocks(
         payloads: of the data's examples, or None.
         shift: added to an example's place to give its id.
     """
-    for block in blocks:
-        rows = encoder.encode(block)
-        kept = None if payloads is None else payloads.encode(block.ids.tolist())
-        sealed = writer.append(rows, block.ids + shift, energies(block), kept)
-        if sealed:
-            on_sealed()
-        stage.advance(block.count, block.count * encoder.layout.row_bytes)
-    writer.flush()
+    noted = len(writer.sealed)
+    try:
+        with writer.aside():
+            for block in blocks:
+                rows = encoder.encode(block)
+                kept = None if payloads is None else payloads.encode(block.ids.tolist())
+                if writer.append(rows, block.ids + shift, energies(block), kept):
+                    noted = len(writer.sealed)
+                    on_sealed()
+                stage.advance(block.count, block.count * encoder.layout.row_bytes)
+            writer.flush()
+    except BaseException:
+        # The shard that was being written meanwhile is whole, or is not there.
+        if len(writer.sealed) > noted:
+            with suppress(OSError):
+                on_sealed()
+        raise
 
 
 def energies(block: GradientBlock) -> np.ndarray:
     """(n,) float32: squared norms of the examples' gradients, over all layers."""
-    total = torch.zeros(block.count, dtype=torch.float64)
+    total = torch.zeros(())
     for gradient in block.layers.values():
-        total += _squared_norms(gradient).double().cpu()
-    return total.clamp(max=torch.finfo(torch.float32).max).float().numpy()
+        # Summed where they are: a GPU is waited for once.
+        total = total.to(gradient.device) + _squared_norms(gradient).double()
+    return total.cpu().clamp(max=torch.finfo(torch.float32).max).float().numpy()
 
 
 def _squared_norms(gradient: LayerGradient) -> torch.Tensor:

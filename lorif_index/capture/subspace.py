@@ -91,6 +91,7 @@ class SubspaceFit:
         self._key = key
         self._seed = seed
         self.trace = 0.0
+        self._squares = torch.zeros((), dtype=torch.float64)
         self._basis: torch.Tensor | None = None
         self._sketch: torch.Tensor | None = None
         self._core: torch.Tensor | None = None
@@ -140,7 +141,8 @@ class SubspaceFit:
     def add(self, g: torch.Tensor) -> None:
         """Takes rows (b, D)."""
         if self._tracing:
-            self.trace += float(torch.linalg.vector_norm(g.double(), dim=1).square().sum())
+            # Summed where the rows are, so that a GPU is not waited for at each block.
+            self._squares = self._squares.to(g.device) + torch.linalg.vector_norm(g.double(), dim=1).square().sum()
         if self.exact:
             self._hold(g)
             return
@@ -171,7 +173,8 @@ class SubspaceFit:
     def close(self, ranks: Ranks, owner: int) -> None:
         """Ends a walk: what all ranks have seen comes together on the owner."""
         self._add_held()
-        self._tracing = False
+        self.trace += float(self._squares)
+        self._squares, self._tracing = torch.zeros((), dtype=torch.float64), False
         if self._last:
             self._core = ranks.reduced(self._core, owner)  # type: ignore[arg-type]
         else:
