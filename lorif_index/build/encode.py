@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -82,23 +81,13 @@ def encode_blocks(
         payloads: of the data's examples, or None.
         shift: added to an example's place to give its id.
     """
-    noted = len(writer.sealed)
-    try:
-        with writer.aside():
-            for block in blocks:
-                rows = encoder.encode(block)
-                kept = None if payloads is None else payloads.encode(block.ids.tolist())
-                if writer.append(rows, block.ids + shift, energies(block), kept):
-                    noted = len(writer.sealed)
-                    on_sealed()
-                stage.advance(block.count, block.count * encoder.layout.row_bytes)
-            writer.flush()
-    except BaseException:
-        # The shard that was being written meanwhile is whole, or is not there.
-        if len(writer.sealed) > noted:
-            with suppress(OSError):
-                on_sealed()
-        raise
+    with writer.aside(on_sealed):
+        for block in blocks:
+            rows = encoder.encode(block)
+            kept = None if payloads is None else payloads.encode(block.ids.tolist())
+            writer.append(rows, block.ids + shift, energies(block), kept)
+            stage.advance(block.count, block.count * encoder.layout.row_bytes)
+        writer.flush()
 
 
 def energies(block: GradientBlock) -> np.ndarray:

@@ -170,10 +170,9 @@ def estimate_build(
         sizes = disk_sizes(
             config, seen.specs, stored, count, coarse=coarse, payload_bytes=payload_bytes, curvature_rows=rows
         )
-        # Of one process; ranks take theirs of it.
-        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         with report.stage("estimate") as stage:
             lines = _miniatures(seen, stored, coarse, Path(place), stage.advance)
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Estimate(
             examples=count,
             stored=stored,

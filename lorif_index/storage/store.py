@@ -58,19 +58,24 @@ class StoreWriter:
         self._filled = 0
         self._pool: ThreadPoolExecutor | None = None
         self._written: Future[ShardInfo] | None = None
+        self._on_sealed: Callable[[], None] | None = None
         # Of the shard before: room for the one after.
         self._spare: tuple[Rows, np.ndarray, np.ndarray | None] | None = None
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self, on_sealed: Callable[[], None]) -> Iterator[None]:
         """Inside, another thread writes a full shard while the caller makes the rows of the next one; never more than
         one. A shard counts as sealed when it is there, at the latest on leaving, whatever ended the work.
+
+        Args:
+            on_sealed: called by the caller's thread whenever a shard was sealed, while none is being written: files
+                are touched in one order, as if there were one thread.
 
         Raises:
             OSError: what went wrong in writing, at the next call that waits for it.
         """
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorif-write") as pool:
-            self._pool = pool
+            self._pool, self._on_sealed = pool, on_sealed
             try:
                 yield
             except BaseException:
@@ -81,7 +86,7 @@ class StoreWriter:
             else:
                 self._settle()
             finally:
-                self._pool = self._written = None
+                self._pool = self._written = self._on_sealed = None
 
     def append(
         self,
@@ -119,8 +124,9 @@ class StoreWriter:
         """Seals what has been collected."""
         self._settle()
         if self._filled:
-            self.sealed.append(self._collected()())
+            shard = self._collected()()
             self._empty()
+            self._add(shard)
 
     def _hand_over(self) -> None:
         """Seals what has been collected, or has it sealed."""
@@ -162,7 +168,12 @@ class StoreWriter:
         if self._written is not None:
             shard = self._written.result()
             self._written = None
-            self.sealed.append(shard)
+            self._add(shard)
+
+    def _add(self, shard: ShardInfo) -> None:
+        self.sealed.append(shard)
+        if self._on_sealed is not None:
+            self._on_sealed()
 
     def _grow(self, needed: int) -> None:
         # Grown by doubling: a small index need not hold a whole shard's memory.
