@@ -23,14 +23,18 @@ The stages, one module each, in the order in which data flows through them:
     calibration, missed   how many candidates a recall takes; how many answers a search has missed
     pursuit, candidates   proposed, narrowed, rescored, checked, and gone on with; where that begins
     planner               scan or candidates, and why
+    explain, groups       a score taken apart by layer and token; scores summed by source or label
     locks, manifest, reader      what makes a folder an index, one version after another, and its parts put together
-    coarse_build, build   how it is made; payloads and encode write the rows
+    coarse_build, build   how it is made; payloads and encode write the rows, coverage says what they keep
     growth, removal, refit, merging   how it is changed; living answers without removed rows
     damage, repair        bad bytes are found, and mended where that can be
     sizes, estimate       what a build will take
+    chat, encoding, documents, tokenised   texts, chats and packed rows as examples (huggingface/)
     index                 the user's handle
+    callback              a trainer of transformers builds the index
 
 The command line stands on them: texts, textindex, demo_model, demo, show, cli.
+Its pages in the browser: visible, charts, explorer, page, export, report, guard, server.
 """
 
 from __future__ import annotations
@@ -42,7 +46,8 @@ from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping, Re
 from .errors import LorifError
 from .index import Index
 from .progress import ProgressEvent
-from .results import Hits, SearchStats
+from .results import Group, Groups, Hits, SearchStats
+from .search.explain import Explanation
 from .version import VERSION
 
 __version__ = VERSION
@@ -54,6 +59,9 @@ __all__ = [
     "CurvatureRows",
     "Damping",
     "Estimate",
+    "Explanation",
+    "Group",
+    "Groups",
     "Hits",
     "Index",
     "LayerSelection",

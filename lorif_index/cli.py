@@ -1,5 +1,6 @@
 """Command line: `lorif demo`, `estimate`, `build`, `search`, `info`; `add`, `remove`, `refit`, `compact` and `merge`
-change an index; `verify` and `repair` look after it. Answers on stdout, progress and errors on stderr.
+change an index; `verify` and `repair` look after it; `report` and `serve` show it in a browser. Answers on stdout,
+progress and errors on stderr.
 
 Exit codes: 0 done, 1 an error of the user's or of the files, in one line, 2 usage, 130 interrupted.
 """
@@ -19,6 +20,7 @@ from .config import BuildConfig
 from .damping import Damping, damping_from_json
 from .errors import CorruptionError, LorifError
 from .index import Index
+from .launch import joined
 from .storage.damage import damage_message, find_damage
 from .storage.manifest import read_manifest
 from .text.demo import QUESTION, run_demo, show_demo
@@ -37,6 +39,12 @@ from .text.show import (
 from .text.textindex import TextIndex, build_text_index, estimate_text_index, load_text_model
 from .text.texts import read_documents
 from .version import VERSION
+from .web.explorer import Explorer, Question
+from .web.guard import is_loopback
+from .web.report import report as report_page
+from .web.report import write_report
+from .web.server import make_app
+from .web.server import serve as serve_app
 
 app = typer.Typer(
     name="lorif",
@@ -161,9 +169,12 @@ def build(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     device: Device = "auto",
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that a process waits for the others, where torchrun started several.")
+    ] = 1800.0,
     json: Json = False,
 ) -> None:
-    """Index the texts that a model was trained on."""
+    """Index the texts that a model was trained on; by several processes, where torchrun starts it."""
     settings = _settings(
         projection_dim=projection_dim,
         rank=rank,
@@ -180,7 +191,7 @@ def build(
         batch_size=batch_size,
         seed=seed,
     )
-    with reported_errors():
+    with reported_errors(), joined(timeout) as speaks:
         config = BuildConfig(**settings)
         documents = read_documents(data, text_field=text_field, source_field=source_field)
         text_model = load_text_model(model, device)
@@ -194,6 +205,8 @@ def build(
             origin={"data": str(data), "text_field": text_field, "source_field": source_field},
         )
         with index:
+            if not speaks:
+                return
             if json:
                 write_json(index_json(index))
                 return
@@ -468,6 +481,67 @@ def repair(index: Annotated[Path, typer.Argument(help="An index.")], json: Json 
             )
         if done["rebuilt"]:
             screen.print(f"made again: {', '.join(done['rebuilt'])}")
+
+
+@app.command()
+def report(
+    index: Annotated[Path, typer.Argument(help="An index.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page: a new .html file.")],
+    query: Annotated[str | None, typer.Option(help="The text whose origin is asked for.")] = None,
+    row: Annotated[
+        int | None, typer.Option("--id", min=0, help="Or a row's id: what is like it? Needs no model.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text that comes before, and is not itself to be explained.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Passages on each side.")] = 20,
+    recall: Annotated[float, typer.Option(help="Share of the best passages to be found, above 0.")] = 0.99,
+    exact: Annotated[bool, typer.Option("--exact", help="Score every passage.")] = False,
+    shade: Annotated[int, typer.Option(min=0, help="Passages on each side whose tokens are shaded.")] = 10,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over a page that is there.")] = False,
+    model: Annotated[Path | None, typer.Option(help="The model's folder, if it was moved since the build.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Write one page, to keep or to send: a text's proponents and opponents, and how they were found."""
+    if (query is None) == (row is None):
+        raise typer.BadParameter("pass either --query or --id")
+    with reported_errors():
+        explorer = Explorer.open(index, model=model, device=device)
+        with explorer.index:
+            question = Question(query, prompt, row)
+            html = report_page(explorer, question, k=k, recall=recall, exact=exact, shade=shade)
+            write_report(out, html, replace=replace)
+    console().print(excerpt(f"{out}: {len(html.encode()) / 1000:,.0f} kB"))
+
+
+@app.command()
+def serve(
+    index: Annotated[Path, typer.Argument(help="An index.")],
+    host: Annotated[str, typer.Option(help="What to bind to; another than loopback lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8750,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A further name that requests may call this server by; may be repeated.")
+    ] = None,
+    example: Annotated[
+        list[str] | None, typer.Option(help="A question to offer on the first page; may be repeated.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Passages that a search finds.")] = 50,
+    shade: Annotated[int, typer.Option(min=0, max=1000, help="Passages of a page that are shaded by themselves.")] = 10,
+    model: Annotated[Path | None, typer.Option(help="The model's folder, if it was moved since the build.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Explore an index in the browser, on this machine alone unless another host is named."""
+    with reported_errors():
+        explorer = Explorer.open(index, model=model, device=device, examples=example or ())
+        with explorer.index:
+            pages = make_app(explorer, host=host, names=allow_host or (), k=k, shade=shade)
+            if not is_loopback(host):
+                typer.echo(
+                    f"lorif: warning: whoever can reach {host} can ask this index and read its training texts; there "
+                    "is no password and no encryption",
+                    err=True,
+                )
+            serve_app(pages, host=host, port=port, started=lambda address: typer.echo(address))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from .build.coarse_build import rebuild, recalibrate
 from .build.estimate import Estimate, estimate_build
 from .build.growth import add_examples, check_addition
 from .build.merging import merge_indexes
-from .build.pipeline import build_index, loss_name
+from .build.pipeline import build_index, check_free, loss_name
 from .build.refit import refit_index
 from .build.removal import as_ids, compact_rows, remove_examples
 from .build.repair import repair_index
@@ -32,6 +32,7 @@ from .capture.gradients import GradientBlock, GradientSource, LayerSpec, parse_b
 from .capture.hooks import keep_finite
 from .capture.losses import PerExample
 from .capture.projection import Projections
+from .capture.sharded import is_spread
 from .capture.sources import (
     GivenGradients,
     ModelCapture,
@@ -47,12 +48,23 @@ from .config import BuildConfig
 from .damping import Damping, as_damping
 from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
 from .fit.curvature import LayerCurvature
+from .huggingface.tokenised import (
+    TOKENIZER,
+    check_tokenizer,
+    prepared,
+    prepared_query,
+    prepared_rows,
+    tokenizer_digest,
+)
+from .markup import table
 from .progress import ProgressCallback, Reporter, reporter
 from .ranks import ALONE, Ranks
-from .results import Hits, SearchStats
+from .results import Groups, Hits, SearchStats
 from .search.devices import search_device
+from .search.explain import Asked, Explanation, Positions, TrainingData, explain, shown_positions
+from .search.groups import By, sum_groups
 from .search.planner import ANSWERS, Plan, choose_plan, scan
-from .search.reader import Reader, positions_of
+from .search.reader import Reader
 from .search.scoring import Question, self_scores, told
 from .storage.damage import damage_message, damaged_shards, find_damage, folder_bytes
 from .storage.locks import Lease, WriterLock
@@ -75,14 +87,18 @@ class Index:
         verify: str = "first",
         damaged: str = "refuse",
         ranks: Ranks = ALONE,
+        tokenizer: Any = None,
     ) -> None:
         self._path, self._ranks = path, ranks
+        self._tokenizer = tokenizer
         self._device = search_device(device)
         self._verify, self._damaged = verify, damaged
         self._use(*open_version(path))
         self._projections = Projections(self._specs, self._config.seed, self._reader.projections)
         self._model = model
         self._loss = loss
+        # (id of the first example, data): what the index was built from, as far as this handle was given it.
+        self._pieces: list[tuple[int, Any]] = []
 
     def _use(self, manifest: Manifest, lease: Lease) -> None:
         """Reads from one version of the index, and keeps hold of it."""
@@ -133,6 +149,7 @@ class Index:
         metadata: dict[str, Any] | None = None,
         payloads: Values | None = None,
         fit: Index | str | os.PathLike[str] | None = None,
+        tokenizer: Any = None,
         distributed: Any = None,
         progress: bool | ProgressCallback | None = None,
     ) -> Index:
@@ -147,7 +164,9 @@ class Index:
                 several seeds, makes one index whose scores are the mean over them: layer "w" of the first is called
                 "0.w" in the index (and in `layers=` of a search); the config's `layers` are of a model's own names.
             data: a torch Dataset, a DataLoader that does not shuffle, a Hugging Face Dataset, or a tuple or dict of
-                tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded.
+                tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded. For a model
+                of transformers also texts, chats, prompts with completions, and packed rows (see
+                `huggingface.TokenisedData`).
             gradients: instead of model and data: an iterable of blocks {layer: (n, d_in, d_out) array}, or of factor
                 pairs {layer: ((n, d_in, m), (n, d_out, m))}. An iterator that is used up by one walk is kept on disk
                 meanwhile.
@@ -160,6 +179,7 @@ class Index:
                 own id for it), as a list or anything with a length and integer keys.
             fit: another index, whose projections, curvature and directions are taken instead of fitted: such indexes
                 can be merged. Its config is the default then.
+            tokenizer: of transformers, for data and questions of text; a digest of it is kept in the metadata.
             distributed: None: all ranks of the default process group build together, where one is initialised; False:
                 this process alone; or a `ProcessGroup`. Where the ranks do not see one folder under `path`, each
                 folder gets a part, an index of its own with ids in the whole, and the parts are searched together
@@ -187,7 +207,12 @@ class Index:
         if not isinstance(config, BuildConfig):
             raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
         asked, ranks = as_model(model), Ranks.of(distributed)
-        with reporter(progress if ranks.first else False) as report:
+        known = {} if tokenizer is None else {TOKENIZER: tokenizer_digest(tokenizer)}
+        with ranks.jointly("data"):
+            # Before much is read: texts are walked once to find what cannot be used.
+            check_free(folder)
+            data, curvature = prepared(data, asked, tokenizer), prepared_rows(curvature, asked, tokenizer)
+        with reporter(progress if ranks.first or callable(progress) else False) as report:
             whole = build_index(
                 folder,
                 model=asked,
@@ -196,13 +221,15 @@ class Index:
                 loss=loss,
                 curvature=curvature,
                 config=config,
-                metadata={} if metadata is None else metadata,
+                metadata=known | metadata if isinstance(metadata, dict) else known if metadata is None else metadata,
                 payloads=payloads,
                 fit=fitted,
                 reporter=report,
                 ranks=ranks,
             )
-        return cls(folder, asked, loss, ranks=ALONE if whole else ranks)
+        built = cls(folder, asked, loss, ranks=ALONE if whole else ranks, tokenizer=tokenizer)
+        built._pieces += [] if data is None else [(0, data)]
+        return built
 
     @classmethod
     def estimate(
@@ -218,12 +245,13 @@ class Index:
         disk: int | None = None,
         payload_bytes: float = 0.0,
         world_size: int = 1,
+        tokenizer: Any = None,
         progress: bool | ProgressCallback | None = None,
     ) -> Estimate:
         """Disk, memory and time of a build before it starts. Nothing is kept.
 
         Args:
-            model, data, gradients, loss, config, progress: as in `build`.
+            model, data, gradients, loss, config, tokenizer, progress: as in `build`.
             examples: N, where `data` is only a part; by default what there is.
             batches: whose gradients are taken and timed.
             disk: bytes that there are for the index: says which choices fit.
@@ -245,9 +273,10 @@ class Index:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
         with reporter(progress) as report:
+            asked = as_model(model)
             return estimate_build(
-                model=as_model(model),
-                data=data,
+                model=asked,
+                data=prepared(data, asked, tokenizer),
                 gradients=gradients,
                 loss=loss,
                 config=config,
@@ -267,9 +296,11 @@ class Index:
         *,
         model: nn.Module | Sequence[nn.Module] | None = None,
         loss: PerExample | None = None,
+        data: Any = None,
         device: str | torch.device | None = None,
         verify: str = "first",
         damaged: str = "refuse",
+        tokenizer: Any = None,
         distributed: Any = False,
     ) -> Index:
         """Opens a finished index, as it is now: what writers do later is seen after `refresh`.
@@ -278,12 +309,14 @@ class Index:
             path: its folder.
             model: the model it was built from, or the list of them in the same order; needed for raw queries only.
             loss: the loss it was built with, if that was not the default.
+            data: what it was built from, in the same order, for `explain`; it is not looked at before.
             device: where rows are scored: "cuda", where what fits into half of the free memory stays; "cpu"; None: a
                 GPU where torch and faiss both see one.
             verify: when a shard that is scanned is compared with its digest: "first", before its first use; "always",
                 before every scan; "never". Rows read singly, and all other files, are always checked.
             damaged: "refuse" raises `CorruptionError` where a search meets damage; "skip" looks at every shard now, and
                 answers without the examples of damaged ones (`SearchStats.skipped` counts them).
+            tokenizer: the one it was built with, to ask in words and to add texts.
             distributed: True: all ranks of the default process group open the index together, or the parts of it that
                 lie in their folders; or a `ProcessGroup`. Each holds a part of the rows and of the coarse index, all
                 call the same methods at the same time, rank 0's query counts (others may pass None), and all get the
@@ -291,7 +324,7 @@ class Index:
 
         Raises:
             NotAnIndexError, FormatVersionError, CorruptionError: the folder. FingerprintError: another model or loss
-            than it was built from; the message names what differs.
+            than it was built from, or another tokenizer; the message names what differs.
         """
         if verify not in VERIFY:
             raise ConfigError(f"verify must be one of {VERIFY}, got {verify!r}")
@@ -300,9 +333,12 @@ class Index:
         ranks = Ranks.of(distributed)
         with ranks.jointly("open"):
             read_manifest(Path(path))
-        index = cls(Path(path), None, None, device, verify, damaged, ranks)
+        index = cls(Path(path), None, None, device, verify, damaged, ranks, tokenizer)
+        check_tokenizer(index.metadata.get(TOKENIZER), tokenizer, str(path))
         if model is not None:
             index._attach(as_model(model), loss)
+            data = prepared(data, index._model, tokenizer)
+        index._pieces += [] if data is None else [(0, data)]
         return index
 
     def _attach(self, model: nn.Module, loss: PerExample | None) -> None:
@@ -341,13 +377,15 @@ class Index:
         exact: bool | None = None,
         damping: Damping | float | None = None,
         layers: str | Iterable[str] | None = None,
+        group_by: By | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> Hits:
         """The k training examples that lowered (or, with opponents, raised) the query's loss most.
 
         Args:
             query: one batch of the kind the index was built from, or gradients {layer: (q, d_in, d_out)} or factor
-                pairs, of a quantity to lower.
+                pairs, of a quantity to lower. Where the tokenizer is known, a text, a chat (a list of messages), a list
+                of either, or rows such as {"prompt", "completion"}.
             k: how many; above n it gives n.
             recall: the share of the exact k best that is to be found, in (0, 1]; 1 scans every row.
             rescore: False answers from the coarse index alone, with approximate scores.
@@ -360,6 +398,8 @@ class Index:
             exact: True scans every row; False rescores candidates, however small the index; None chooses.
             damping: another policy than the build's, or a multiple of trace / D.
             layers: names or glob patterns of the layers whose scores are summed; all by default.
+            group_by: also sums the scores of the whole training set by this field of the payloads, as `groups` does:
+                `hits.groups`. The hits are the same; it takes a scan of every row.
             progress: as in `build`.
 
         Returns:
@@ -377,6 +417,8 @@ class Index:
         if exact and not rescore:
             raise QueryError("exact=True scores every row, and rescore=False none: pass one of them")
         self._check_normalize(normalize)
+        if group_by is not None:
+            self._check_groups(group_by, None)
         chosen, policy = self._chosen(layers), self._policy(damping)
         k = min(int(k), len(self))
         # Before the query's gradients are taken: what cannot be answered is refused at once.
@@ -424,8 +466,44 @@ class Index:
             recall_by_query=answer.recall.tolist(),
             candidates_by_query=answer.candidates.tolist(),
         )
+        groups = None
+        if group_by is not None:
+            with reporter(progress) as report:
+                groups = sum_groups(self._reader, prepared.question, group_by, None, report)
         ids = self._reader.ids_at(answer.positions)
-        return Hits(ids, answer.scores, stats, self._payloads_of(answer.positions))
+        return Hits(ids, answer.scores, stats, self._payloads_of(answer.positions), groups)
+
+    def groups(
+        self,
+        query: Any,
+        by: By,
+        *,
+        measure: PerExample | None = None,
+        damping: Damping | float | None = None,
+        layers: str | Iterable[str] | None = None,
+        k: int | None = None,
+        progress: bool | ProgressCallback | None = False,
+    ) -> Groups:
+        """What whole parts of the training set did to the query: every example's score, summed by source, label, ...
+
+        Args:
+            query, measure, damping, layers, progress: as in `search`.
+            by: a field of the payloads, or a function of an example's payload that gives text, a number, True, False or
+                None. Examples without one form the group None.
+            k: how many groups to keep of each query, of the largest sums; all by default.
+
+        Returns:
+            `Groups`, largest sum first. Rows are scanned as they stream by: memory grows with the number of groups.
+
+        Raises:
+            QueryError: as in `search`; an index without payloads or rows; a field that no payload has; a value that is
+            none of those. CorruptionError: a payload that is damaged.
+        """
+        self = copy(self)
+        self._check_groups(by, k)
+        prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers))
+        with reporter(progress) as report:
+            return sum_groups(self._reader, prepared.question, by, k, report)
 
     def scores(
         self,
@@ -480,6 +558,67 @@ class Index:
         order = np.argsort(np.concatenate(self._ranks.gather(self._store.live_ids)), kind="stable")
         return np.concatenate(self._ranks.gather(values))[order]
 
+    def explain(
+        self,
+        query: Any,
+        ids: Hits | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        data: Any = None,
+        measure: PerExample | None = None,
+        damping: Damping | float | None = None,
+        layers: str | Iterable[str] | None = None,
+        query_tokens: bool = True,
+        progress: bool | ProgressCallback | None = False,
+    ) -> list[list[Explanation]]:
+        """Takes scores apart by layer, by module and by token of the training example and of the query.
+
+        The examples' gradients are computed again, and theirs only: the shares sum to the score of the whole gradient,
+        which is shown beside that of the stored row.
+
+        Args:
+            query: as in `search`.
+            ids: the `Hits` of that search, or row ids (q, k), or (k,) for every query.
+            data: what the index was built from, in the same order; by default what `build` or `open` was given.
+            measure, damping, layers, progress: as in `search`.
+            query_tokens: also say where in the query; it costs about as much again.
+
+        Returns:
+            for each query, an `Explanation` for each of its ids, in their order.
+
+        Raises:
+            QueryError: as in `search`; ids that the index does not hold, or that do not fit the queries; an index of
+            gradients, or opened without its model. DataError: no data, or others than were indexed.
+        """
+        self = copy(self)
+        if isinstance(ids, Hits):
+            ids = ids.ids
+        wanted = as_ids(np.asarray(ids).ravel()).reshape(np.shape(ids))
+        if wanted.ndim not in (1, 2) or not wanted.size:
+            raise QueryError(f"ids must be Hits, or ids of shape (q, k) or (k,), got shape {wanted.shape}")
+        self._positions(np.unique(wanted))
+        chosen, policy = self._chosen(layers), self._policy(damping)
+        config = self._query_config()
+        capture = self._model_capture(None).capture(self._loss).trust()
+        pieces = self._pieces if data is None else [(0, prepared(data, self._model, self._tokenizer))]
+        if not pieces:
+            raise DataError(
+                "explain computes training examples again, and this index was opened without them: pass data= to it, "
+                "or to Index.open"
+            )
+        examples = TrainingData(pieces, config.batch_size)
+        preconditioners = self._reader.preconditioners(chosen, policy)
+        out: list[list[Explanation]] = []
+        with reporter(progress) as report, report.stage("explain", wanted.size) as stage:
+            for asked in self._asked(query, measure, chosen, query_tokens):
+                at = len(out)
+                if wanted.ndim == 2 and at + asked.count > len(wanted):
+                    raise QueryError(f"ids are for {len(wanted)} queries, and there are at least {at + asked.count}")
+                part = wanted[at : at + asked.count] if wanted.ndim == 2 else np.tile(wanted, (asked.count, 1))
+                out += explain(self._reader, asked, part, at, examples, capture, preconditioners, self._members, stage)
+        if wanted.ndim == 2 and len(out) != len(wanted):
+            raise QueryError(f"ids are for {len(wanted)} queries, and there are {len(out)}")
+        return out
+
     def self_influence(
         self,
         *,
@@ -526,7 +665,10 @@ class Index:
         Raises:
             QueryError: an id that the index does not hold. CorruptionError: a payload that is damaged.
         """
-        return [decode(payload) for payload in self._store.payloads(self._positions(ids))]
+        if ids is None:
+            ids = self.ids
+        wanted = as_ids(ids)
+        return [decode(payload) for payload in self._reader.payloads_at(self._found(wanted))]
 
     def factors(self, ids: Iterable[int] | np.ndarray | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Stored factors, as float32: layer -> (U (n, d_in, c), V (n, d_out, c)), the stored gradient being U V^T.
@@ -551,6 +693,30 @@ class Index:
             else:
                 out[name] = (part.left.transpose(1, 2), part.right.transpose(1, 2))
         return {name: out[name] for name in self._specs}
+
+    def gradients(self, ids: Iterable[int] | np.ndarray) -> dict[str, torch.Tensor]:
+        """What stored rows say of their examples' projected gradients, to be put as a query without the model.
+
+        Args:
+            ids: row ids, in the order wanted (mind the memory). Rows are checked against their checksums.
+
+        Returns:
+            Layer -> (n, d_in, d_out) float32. Of eigencodes, what their few bits stand for.
+
+        Raises:
+            QueryError: an id that the index does not hold, or rows of coordinates alone. CorruptionError: a row that is
+            damaged.
+        """
+        if self._reader.eigen is not None:
+            rows = self._store.gather(self._positions(ids))
+            dense = self._reader.eigen.dense(rows.factors, self._curvature)
+            return {name: dense[name].reshape(-1, spec.d_in, spec.d_out) for name, spec in self._specs.items()}
+        if not self._layout.groups:
+            raise QueryError(
+                f"the index keeps no gradients (store={self.representation!r}): build it with store='eigen', 'factors' "
+                "or 'both', or ask with the model"
+            )
+        return {name: left @ right.transpose(1, 2) for name, (left, right) in self.factors(ids).items()}
 
     def coordinates(self, ids: Iterable[int] | np.ndarray | None = None) -> np.ndarray:
         """Coordinates z, (n, k) float32, whose inner products approximate influence: stored, or computed from the rows.
@@ -621,6 +787,7 @@ class Index:
         *,
         gradients: Iterable[Any] | None = None,
         payloads: Values | None = None,
+        tokenizer: Any = None,
         progress: bool | ProgressCallback | None = None,
     ) -> np.ndarray:
         """Indexes further examples, which can be found at once. The same call on an interrupted one goes on with it.
@@ -632,6 +799,7 @@ class Index:
             data: as in `build`; the index must have been opened with its model, and its loss.
             gradients: instead of data, as in `build`.
             payloads: as in `build`, of the new examples.
+            tokenizer: for data of text, if the index was opened without; the one that it was built with.
             progress: as in `build`.
 
         Returns:
@@ -649,6 +817,8 @@ class Index:
                 f"the model that is to give gradients for {self._path}",
                 "open the index with the model and loss that it was built from",
             )
+            check_tokenizer(self.metadata.get(TOKENIZER), tokenizer, str(self._path))
+            data = prepared(data, self._model, self._tokenizer if tokenizer is None else tokenizer)
         with self._changing(progress) as report, ExitStack() as stack:
             first = self._manifest.next_id
             source: GradientSource
@@ -667,6 +837,8 @@ class Index:
                 source, digest, device = given, given.digest, torch.device("cpu")
             kept = None if payloads is None else Payloads(payloads, source.count)
             add_examples(self._reader, source, digest, kept, report, device)
+        if data is not None and self._pieces:
+            self._pieces.append((first, data))
         return self._store.ids[self._store.ids >= first]
 
     def remove(self, ids: Iterable[int] | np.ndarray) -> int:
@@ -929,6 +1101,23 @@ class Index:
             lines.append(f"  {len(self._manifest.skipped)} examples skipped for inf or NaN: index.skipped")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        coarse, config = self.coarse, self._config
+        rows = [
+            ("examples", f"{len(self):,}" + (f", {len(self.skipped)} skipped" if self.skipped else "")),
+            ("size", f"{self.bytes_per_example:,} bytes an example, {self.nbytes / 1e6:,.1f} MB in all"),
+            ("stored", f"{self.representation} ({self._stored_dtype()})"),
+            ("coarse", "none" if coarse is None else f"{coarse['factory']} on {coarse['dim']} coordinates"),
+            ("damping", f"{config.damping}, {config.complement}"),
+            ("fingerprint", self.fingerprint),
+        ]
+        facts = table(("index", str(self._path)), rows)
+        layers = [
+            (spec.name, f"{spec.width_in} x {spec.width_out}", f"{spec.d_in} x {spec.d_out}", ", ".join(spec.uses))
+            for spec in self._specs.values()
+        ]
+        return facts + table(("layer", "in x out", "projected", "modules"), layers)
+
     def close(self) -> None:
         """Gives the file handles back; a closed index opens them again when asked, if its version is still there."""
         self._reader.close()
@@ -955,7 +1144,8 @@ class Index:
         began = mid = time.perf_counter()
         question: Question | None = None
         with self._ranks.jointly():
-            if self._ranks.first:
+            # A pass of a model that is spread over ranks is one of all of them.
+            if self._ranks.first or (self._model is not None and is_spread(self._model)):
                 gradients = self._query_gradients(query, measure, chosen)
                 mid = time.perf_counter()
                 preconditioners = self._reader.preconditioners(chosen, policy)
@@ -983,6 +1173,13 @@ class Index:
             raise QueryError(f"normalize must be one of {NORMALIZATIONS} or None, got {normalize!r}")
         self._need_rows(f"normalize={normalize!r}")
 
+    def _check_groups(self, by: Any, k: Any) -> None:
+        if not isinstance(by, str) and not callable(by):
+            raise QueryError(f"groups are made by a field of the payloads or by function(payload), got {by!r}")
+        if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
+            raise QueryError(f"k must be an integer of at least 1, or None for all groups, got {k!r}")
+        self._need_rows("groups")
+
     def _row_scale(self, policy: Damping, chosen: tuple[str, ...]) -> torch.Tensor:
         """(n,) float32: 1 / the root of each row's self-influence; the last is kept."""
         key = (json.dumps(policy.to_json(), sort_keys=True), chosen)
@@ -1000,10 +1197,16 @@ class Index:
             )
 
     def _positions(self, ids: Iterable[int] | np.ndarray | None) -> np.ndarray:
-        if ids is None:
-            return self._store.live
-        wanted = as_ids(ids)
-        positions = positions_of(self._store, wanted)
+        if self._ranks.size > 1:
+            raise QueryError(
+                "this is asked of an index that one process has opened, and several ranks hold this one: "
+                "Index.open(path), without distributed="
+            )
+        return self._store.live if ids is None else self._found(as_ids(ids))
+
+    def _found(self, wanted: np.ndarray) -> np.ndarray:
+        """Positions in the whole index of the rows with some ids; QueryError where there is none."""
+        positions = self._reader.positions_of(wanted)
         if len(wanted) and positions.min() < 0:
             raise QueryError(f"the index has no row with id {int(wanted[positions < 0][0])}: ids are in index.ids")
         return positions
@@ -1044,6 +1247,15 @@ class Index:
         self, query: Any, measure: PerExample | None, chosen: tuple[str, ...]
     ) -> dict[str, torch.Tensor]:
         """(q, d_in, d_out) float32 per chosen layer, of the quantity to lower."""
+        parts = list(self._asked(query, measure, chosen, False))
+        if not parts:
+            raise QueryError("the query holds no examples")
+        return {name: torch.cat([part.gradients[name] for part in parts]) for name in chosen}
+
+    def _asked(
+        self, query: Any, measure: PerExample | None, chosen: tuple[str, ...], positions: bool
+    ) -> Iterator[Asked]:
+        """The query's gradients, batch by batch, with what is at its positions where that is wanted."""
         if isinstance(query, Mapping) and query and set(query) <= set(self._specs):
             if measure is not None:
                 raise QueryError(
@@ -1052,19 +1264,38 @@ class Index:
             block = parse_block(query, 0)
             specs = {name: self._specs[name] for name in (block.layers if set(chosen) <= set(block.layers) else chosen)}
             check_block(block, specs, "the query")
-            blocks = [self._projections.project(block)]
+            found: Iterator[tuple[GradientBlock, Asked]] = iter([(self._projections.project(block), Asked({}))])
         else:
-            blocks = list(self._captured(query, measure))
-        skipped: list[int] = []
-        try:
-            blocks = [keep_finite(block, "error", skipped) for block in blocks]
-        except NonFiniteError as error:
-            raise NonFiniteError(f"query: {error}") from None
-        if not sum(block.count for block in blocks):
-            raise QueryError("the query holds no examples")
-        return {name: torch.cat([b.layers[name].dense().float().cpu() for b in blocks]) for name in chosen}
+            found = self._captured(query, measure, positions)
+        for block, asked in found:
+            try:
+                block = keep_finite(block, "error", [])
+            except NonFiniteError as error:
+                raise NonFiniteError(f"query: {error}") from None
+            if block.count:
+                yield replace(asked, gradients={n: block.layers[n].dense().float().cpu() for n in chosen})
 
-    def _captured(self, query: Any, measure: PerExample | None) -> Iterator[GradientBlock]:
+    def _captured(
+        self, query: Any, measure: PerExample | None, positions: bool
+    ) -> Iterator[tuple[GradientBlock, Asked]]:
+        taken = self._model_capture(measure)
+        query = prepared_query(query, self._model, self._tokenizer, strict=measure is None)
+        capture = taken.capture(self._loss if measure is None else measure)
+        for ids, batch in _query_batches(query, taken.config.batch_size):
+            kept = Positions() if positions else None
+            block = capture.gradients(ids, batch, watch=kept)
+            if measure is not None:
+                # A measure is to be raised, a loss to be lowered.
+                block = GradientBlock(block.ids, {name: g.negated() for name, g in block.layers.items()})
+            sign = 1.0 if measure is None else -1.0
+            yield block, Asked({}, kept, shown_positions(batch), sign / capture.scale, capture)
+
+    def _model_capture(self, measure: PerExample | None) -> ModelCapture:
+        """Takes gradients of the model that the index was opened with.
+
+        Raises:
+            QueryError: there is none, or, without a measure, it was opened with another loss.
+        """
         if self._manifest.fingerprint["model"] is None:
             raise QueryError("the index was built from gradients: pass the query as {layer: (q, d_in, d_out)}")
         if self._model is None:
@@ -1074,16 +1305,7 @@ class Index:
             raise QueryError(
                 f"the index was built with loss {built_with!r}: Index.open(path, model=..., loss={built_with})"
             )
-        config = self._query_config()
-        capture = ModelCapture(self._model, config, self._projections).capture(
-            self._loss if measure is None else measure
-        )
-        for ids, batch in _query_batches(query, config.batch_size):
-            block = capture.gradients(ids, batch)
-            if measure is not None:
-                # A measure is to be raised, a loss to be lowered.
-                block = GradientBlock(block.ids, {name: g.negated() for name, g in block.layers.items()})
-            yield block
+        return ModelCapture(self._model, self._query_config(), self._projections)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.sent: Counter[str] = Counter()
         self.stage = "start"
-        nccl = group is not None and "nccl" in str(dist.get_backend(group))
-        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        # "cpu:gloo,cuda:nccl", or one of the two: what is on a device that the group does not serve is moved.
+        serves = "cpu:" if group is None else dist.get_backend_config(group)
+        self._cpu, self._gpu = "cpu:" in serves, "cuda:nccl" in serves
 
     @classmethod
     def of(cls, asked: Any) -> Ranks:
@@ -75,6 +76,11 @@ class Ranks:
         return cls(asked) if dist.get_world_size(asked) > 1 else cls()
 
     @property
+    def everyone(self) -> bool:
+        """Whether these are several, and all that the default process group has."""
+        return self.size > 1 and self.size == dist.get_world_size()
+
+    @property
     def first(self) -> bool:
         """Whether this is rank 0, which writes and shows what is written and shown once."""
         return self.rank == 0
@@ -84,10 +90,6 @@ class Ranks:
 
     # -- sharing work --------------------------------------------------------------------------------------------
 
-    def share(self, count: int) -> slice:
-        """This rank's contiguous part of `count` things."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
     def owners(self, costs: Sequence[float]) -> list[int]:
         """For things of some costs the rank that does each: the largest first, to whoever has least to do."""
         return shared_out(costs, self.size)
@@ -95,10 +97,10 @@ class Ranks:
     # -- tensors -------------------------------------------------------------------------------------------------
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, the same on each; in the tensor's own memory where it is on the group's device."""
+        """The sum over all ranks, the same on each; the tensor itself may have become it."""
         if self.size == 1:
             return tensor
-        here = tensor.to(self._device).contiguous()
+        here = self._served(tensor)
         with self._talking(here, 2.0 * (self.size - 1) / self.size):
             dist.all_reduce(here, group=self._group)
         return here.to(tensor.device)
@@ -115,7 +117,7 @@ class Ranks:
         """The sum over all ranks, on rank `to`; elsewhere the tensor may hold anything afterwards."""
         if self.size == 1:
             return tensor
-        here = tensor.to(self._device).contiguous()
+        here = self._served(tensor)
         with self._talking(here, float(self.rank != to)):
             dist.reduce(here, self._global(to), group=self._group)
         return here.to(tensor.device)
@@ -124,7 +126,7 @@ class Ranks:
         """What rank `source` has, on all; the others pass a tensor of its shape and dtype."""
         if self.size == 1:
             return tensor
-        here = tensor.to(self._device).contiguous()
+        here = self._served(tensor)
         with self._talking(here, float(self.rank == source)):
             dist.broadcast(here, self._global(source), group=self._group)
         return here.to(tensor.device)
@@ -133,7 +135,7 @@ class Ranks:
         """What rank `source` has, on rank `to`, which passes a tensor of its shape and dtype; others may pass any."""
         if source == to or self.rank not in (source, to):
             return tensor
-        here = tensor.to(self._device).contiguous()
+        here = self._served(tensor)
         with self._talking(here, float(self.rank == source)):
             if self.rank == source:
                 dist.send(here, self._global(to), group=self._group)
@@ -158,7 +160,7 @@ class Ranks:
         each = int(np.prod(array.shape[1:], dtype=np.int64)) * array.itemsize
         room = torch.zeros(max(counts) * each, dtype=_Bytes)
         room[: array.nbytes] = torch.from_numpy(array.reshape(-1).view(np.uint8).copy())
-        room = room.to(self._device)
+        room = self._served(room)
         parts = [torch.empty_like(room) for _ in counts]
         with self._talking(room, self.size - 1.0):
             if len(room):
@@ -276,9 +278,9 @@ class Ranks:
 
     def _meet(self) -> None:
         """A barrier that says who is missing."""
-        if self._device.type != "cpu":
+        if not self._cpu:
             with self._talking(torch.empty(0), 0.0):
-                dist.barrier(group=self._group)
+                dist.barrier(group=self._group, device_ids=[torch.cuda.current_device()])
             return
         try:
             # Rank 0 hears from each of the others, so that it can say who did not come.
@@ -302,6 +304,14 @@ class Ranks:
             "from there, also with another number of ranks"
         )
 
+    def _served(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On a device that the group serves."""
+        if tensor.device.type == "cpu" and not self._cpu:
+            tensor = tensor.to(torch.device("cuda", torch.cuda.current_device()))
+        elif tensor.device.type != "cpu" and not self._gpu:
+            tensor = tensor.cpu()
+        return tensor.contiguous()
+
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self._group, rank)  # type: ignore[arg-type]
 
@@ -316,6 +326,11 @@ def shared_out(costs: Sequence[float], size: int) -> list[int]:
         out[i] = loads.index(min(loads))
         loads[out[i]] += costs[i]
     return out
+
+
+def share(count: int, index: int, parts: int) -> slice:
+    """Part `index` of `parts` of `count` things: contiguous, and of equal size."""
+    return slice(count * index // parts, count * (index + 1) // parts)
 
 
 def _timeout(group: dist.ProcessGroup | None) -> timedelta:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .errors import ConfigError
+from .markup import table
+
+if TYPE_CHECKING:
+    import pandas
+
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,92 @@ class SearchStats:
 
 
 @dataclass(frozen=True)
+class Group:
+    """What the training examples with one value do to a query.
+
+    Attributes:
+        value: of the payload's field; None also stands for examples that have none.
+        sum: of the scores; sum / N estimates, to first order, the change of the query's loss, in nats, if all of them
+            were left out.
+        count: examples.
+        positive, negative: the sum's two parts, of proponents and of opponents.
+    """
+
+    value: str | int | float | bool | None
+    sum: float
+    count: int
+    positive: float
+    negative: float
+
+    @property
+    def mean(self) -> float:
+        """sum / count."""
+        return self.sum / self.count
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The whole training set's scores, summed by a field of the payloads; `groups[0]` are those of the first query.
+
+    Attributes:
+        by: the field, or the name of the function.
+        queries: for each query its groups, largest sum first.
+        examples: how many were summed.
+        found: how many groups there are, where `k` has cut the lists.
+    """
+
+    by: str
+    queries: list[list[Group]]
+    examples: int
+    found: int
+
+    def __len__(self) -> int:
+        """Number of queries."""
+        return len(self.queries)
+
+    def __getitem__(self, query: int) -> list[Group]:
+        return self.queries[query]
+
+    def __iter__(self) -> Iterator[list[Group]]:
+        return iter(self.queries)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        queries = [[asdict(group) | {"mean": group.mean} for group in groups] for groups in self.queries]
+        return {"by": self.by, "examples": self.examples, "found": self.found, "queries": queries}
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a query and group: query, the field's name or "value", sum, count, mean, positive, negative.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        columns = ("value", "sum", "count", "mean", "positive", "negative")
+        rows = [
+            {"query": q} | {name: getattr(group, name) for name in columns}
+            for q, groups in enumerate(self.queries)
+            for group in groups
+        ]
+        return _pandas().DataFrame(rows, columns=["query", *columns])
+
+    def _repr_html_(self) -> str:
+        parts = []
+        for q, groups in enumerate(self.queries[:_SHOWN]):
+            rows = [(g.value, g.sum, g.count, g.mean, g.positive, g.negative) for g in groups[:_SHOWN]]
+            header = (self.by, "sum", "examples", "mean", "positive", "negative")
+            parts.append(table(header, rows, f"query {q}: {self.found:,} groups of {self.examples:,} examples"))
+        return "".join(parts)
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise ConfigError("to_pandas needs pandas, which is not installed: pip install pandas") from None
+    return pandas
+
+
+@dataclass(frozen=True)
 class Hits:
     """The k best rows of each query, best first.
 
@@ -63,12 +158,14 @@ class Hits:
             out. Positive: a proponent.
         stats: how they were found.
         payloads: for each query those of its hits, as they were given to `build` or `add`; None where there are none.
+        groups: the whole training set's groups, where the search was asked for them (`group_by=`).
     """
 
     ids: np.ndarray
     scores: np.ndarray
     stats: SearchStats
     payloads: list[list[Any]] | None = None
+    groups: Groups | None = None
 
     def __len__(self) -> int:
         """Number of queries."""
@@ -85,3 +182,44 @@ class Hits:
         if q > 3:
             lines.append("  ...")
         return "\n".join(lines)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a hit: query, rank (from 1), id, score, then the payloads: a column for each of their fields, or one
+        called "payload" where they have none. A field with the name of another column gets "payload." before it.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        fixed = ["query", "rank", "id", "score"]
+        fields = self._fields()
+        names = [f"payload.{key}" if key in fixed else key for key in fields]
+        rows = [(*row[:4], *self._values(row[4], fields)) for row in self._rows(len(self), self.ids.shape[1])]
+        return _pandas().DataFrame(rows, columns=[*fixed, *names])
+
+    def _repr_html_(self) -> str:
+        fields = self._fields()
+        rows = [(*row[:4], *self._values(row[4], fields)) for row in self._rows(_SHOWN, _SHOWN)]
+        queries, k = self.ids.shape
+        caption = f"{queries} queries x {k} hits of {self.stats.total:,} examples; {self.stats.plan}"
+        groups = "" if self.groups is None else self.groups._repr_html_()
+        return table(("query", "rank", "id", "score", *fields), rows, caption) + groups
+
+    def _rows(self, queries: int, k: int) -> Iterator[tuple[int, int, int, float, Any]]:
+        """(query, rank, id, score, payload) of the first hits of the first queries."""
+        for q, (ids, scores) in enumerate(
+            zip(self.ids[:queries].tolist(), self.scores[:queries].tolist(), strict=True)
+        ):
+            for place, (i, score) in enumerate(zip(ids[:k], scores[:k], strict=True)):
+                yield q, place + 1, i, score, None if self.payloads is None else self.payloads[q][place]
+
+    def _fields(self) -> list[str]:
+        """The payloads' fields, in order of appearance; ["payload"] where one is no object."""
+        payloads = [p for row in self.payloads or [] for p in row if p is not None]
+        if not all(isinstance(p, dict) for p in payloads):
+            return ["payload"]
+        return list(dict.fromkeys(key for p in payloads for key in p))
+
+    def _values(self, payload: Any, fields: list[str]) -> list[Any]:
+        if isinstance(payload, dict) and fields != ["payload"]:
+            return [payload.get(key) for key in fields]
+        return [payload] if fields == ["payload"] else [None] * len(fields)

@@ -46,6 +46,68 @@ def example_gradients(
     return {layer: np.stack(parts) for layer, parts in out.items()}
 
 
+def position_gradients(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    layers: dict[str, list[tuple[str, bool]]],
+    biases: dict[str, bool],
+) -> dict[str, dict[str, np.ndarray]]:
+    """One example's gradient position by position: layer -> module -> (T, inputs [+ 1 for the bias], outputs), float64.
+
+    A module is run again on its own input, and its output's gradient goes back from one position at a time.
+
+    Args:
+        batch: of one.
+        layers: layer -> the modules that use its weight, and whether they store it inputs first.
+        biases: layer -> whether its bias is tracked.
+    """
+    model = copy.deepcopy(model).double().eval()
+    modules = dict(model.named_modules())
+    calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    handles = []
+    for uses in layers.values():
+        for name, _ in uses:
+
+            def hook(module: nn.Module, args: Any, output: torch.Tensor, name: str = name) -> torch.Tensor:
+                output.retain_grad()
+                calls.setdefault(name, []).append((args[0].detach().clone(), output))
+                # What follows may change its input in place.
+                return output.clone()
+
+            handles.append(modules[name].register_forward_hook(hook))
+    loss(model, batch).sum().backward()
+    for handle in handles:
+        handle.remove()
+    out: dict[str, dict[str, np.ndarray]] = {}
+    for layer, uses in layers.items():
+        out[layer] = {}
+        for name, inputs_first in uses:
+            module, total = modules[name], 0.0
+            for x, output in calls[name]:
+                assert output.grad is not None
+                spatial = isinstance(module, (nn.Conv1d, nn.Conv2d))
+                # Positions last for convolutions, before the features elsewhere.
+                dy = output.grad.flatten(2) if spatial else output.grad.reshape(1, -1, output.grad.shape[-1])
+                rows = []
+                for t in range(dy.shape[2 if spatial else 1]):
+                    only = torch.zeros_like(dy)
+                    if spatial:
+                        only[:, :, t] = dy[:, :, t]
+                    else:
+                        only[:, t] = dy[:, t]
+                    wanted = [module.weight, *([module.bias] if biases[layer] else [])]
+                    with torch.enable_grad():
+                        grads = torch.autograd.grad(module(x), wanted, only.reshape(output.shape))
+                    matrix = (grads[0] if inputs_first else grads[0].flatten(1).T).numpy()
+                    if biases[layer]:
+                        matrix = np.concatenate([matrix, grads[1].numpy()[None]])
+                    rows.append(matrix)
+                total = total + np.stack(rows)
+            out[layer][name] = np.asarray(total)
+    return out
+
+
 def project(g: np.ndarray, p_in: np.ndarray, p_out: np.ndarray) -> np.ndarray:
     return np.einsum("ia,nij,jb->nab", p_in.astype(np.float64), g, p_out.astype(np.float64))
 

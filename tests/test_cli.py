@@ -99,6 +99,9 @@ def test_info_for_people(home):
     made = json.loads((home / "made.json").read_text())
     for shown in ("10", made["fingerprint"], "transformer.h.0.mlp.c_fc", "float32", "relative 0.1"):
         assert shown in out
+    kept = document("info", home / "index")["coverage"]
+    assert 0 < kept["tracked"] < 1 and 0 < kept["rows"] <= 1
+    assert f"{kept['tracked']:.1%} of the squared gradient norm in the tracked" in " ".join(out.split())
 
 
 def test_build_for_people_from_a_folder_of_texts(home, tmp_path):

@@ -167,8 +167,8 @@ def test_zero_gradients_are_named(tmp_path: Path) -> None:
 def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, plain = gpt2(), mlp()
     monkeypatch.setattr("lorif_index.config.LEAST_FLOOR", 6)
-    monkeypatch.setattr("lorif_index.build.pipeline.LEAST_FLOOR", 6)
-    monkeypatch.setattr("lorif_index.build.pipeline._FLOORS", (10, 7))
+    monkeypatch.setattr("lorif_index.build.representation.LEAST_FLOOR", 6)
+    monkeypatch.setattr("lorif_index.build.representation._FLOORS", (10, 7))
 
     def floor(name: str, case: Any = made, **settings: Any) -> Any:
         index = Index.build(tmp_path / name, model=case.model, data=case.data, config=BuildConfig(**settings))
@@ -188,5 +188,5 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
     assert floor("random", eigen_bytes=32, projection="random") == 6
     # One position an example: factors lose nothing.
     assert floor("positions", case=plain, eigen_bytes=1) == 6
-    monkeypatch.setattr("lorif_index.build.pipeline._FLOOR_BYTES", 1)
+    monkeypatch.setattr("lorif_index.build.representation._FLOOR_BYTES", 1)
     assert floor("bytes", eigen_bytes=32) == 6

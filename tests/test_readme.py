@@ -33,6 +33,19 @@ def test_the_life_of_an_index_runs(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "1400 300 1700"
 
 
+def test_the_explanation_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "explain.md").read_text()
+    found = re.search(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert found
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("[('eights', "), done.stdout
+    assert done.stdout.splitlines()[-1] == str([(4, 2)] * 5), done.stdout
+
+
 def test_the_example_runs(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,11 +30,11 @@ def tiny_tokenizer():
     return train_tokenizer([Document(s, "") for s in SENTENCES], TINY.vocabulary)
 
 
-def tiny_model_folder(folder: Path, seed: int = 0) -> Path:
+def tiny_model_folder(folder: Path, seed: int = 0, context: int = TINY.context) -> Path:
     """A GPT-2-architecture model with random weights, and its tokenizer, as save_pretrained writes them."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
-    new_model(TINY, len(tokenizer)).save_pretrained(folder)
+    new_model(replace(TINY, context=context), len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
+from ..capture.gradients import GradientBlock, LayerSpec, energies
 from ..errors import NonFiniteError
 from ..fit.eigencodes import EigenEncoder
 from ..fit.sketch import SketchEncoder
@@ -88,24 +88,6 @@ def encode_blocks(
             writer.append(rows, block.ids + shift, energies(block), kept)
             stage.advance(block.count, block.count * encoder.layout.row_bytes)
         writer.flush()
-
-
-def energies(block: GradientBlock) -> np.ndarray:
-    """(n,) float32: squared norms of the examples' gradients, over all layers."""
-    total = torch.zeros(())
-    for gradient in block.layers.values():
-        # Summed where they are: a GPU is waited for once.
-        total = total.to(gradient.device) + _squared_norms(gradient).double()
-    return total.cpu().clamp(max=torch.finfo(torch.float32).max).float().numpy()
-
-
-def _squared_norms(gradient: LayerGradient) -> torch.Tensor:
-    pair = gradient.pair
-    if pair is None or pair[0].shape[2] >= min(gradient.shape):
-        return gradient.flat().square().sum(dim=1)
-    # |L R^T|^2 = <L^T L, R^T R>, without the product of many by many features.
-    left, right = (torch.bmm(part.transpose(1, 2), part) for part in pair)
-    return (left * right).sum(dim=(1, 2)).clamp(min=0.0)
 
 
 def _stored(rows: torch.Tensor, ids: np.ndarray, layout: RowLayout) -> tuple[torch.Tensor, int]:

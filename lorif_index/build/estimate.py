@@ -27,6 +27,7 @@ from ..capture.ensemble import probes_of
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
 from ..capture.projection import Projections
+from ..capture.sharded import device_of
 from ..capture.sources import (
     GivenGradients,
     ModelCapture,
@@ -293,7 +294,7 @@ class _Handful:
 
 
 def _device(capture: ModelCapture) -> torch.device:
-    return next(capture.model.parameters()).device
+    return device_of(capture.model)
 
 
 def _logits(config: BuildConfig, loss: PerExample | None) -> LogitsOf | None:

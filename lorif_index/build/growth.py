@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..capture.gradients import GradientSource
+from ..capture.gradients import GradientSource, energies
 from ..capture.sources import finite_blocks
 from ..errors import CorruptionError, DataError, StoreError
 from ..fit.eigencodes import EigenEncoder
@@ -21,7 +21,7 @@ from ..search.coarse import load_faiss
 from ..search.reader import Reader, shard_writer
 from ..storage.manifest import ADDING, Manifest, read_manifest
 from ..storage.payloads import Payloads
-from .encode import RowEncoder, encode_blocks, energies
+from .encode import RowEncoder, encode_blocks
 
 
 def check_addition(data: Any, gradients: Any, model: Any, from_model: bool) -> None:

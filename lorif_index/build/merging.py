@@ -30,7 +30,8 @@ def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[i
         report: is told.
 
     Returns:
-        for each part what was added to its ids.
+        for each part what was added to its ids: nothing to those of the folders of one build over several ranks, whose
+        ids are in the whole.
 
     Raises:
         ConfigError: fewer than two parts, or ones that keep the coarse code alone. FingerprintError: another fit; the
@@ -54,6 +55,8 @@ def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[i
                 f"the fit of {parts[0]} and {part}",
                 "merge indexes that were built with the same fit=",
             )
+        if first.part is not None:
+            _check_parts(parts, manifests)
         with WriterLock(path):
             return _write(path, parts, manifests, report)
     finally:
@@ -74,6 +77,21 @@ def _fit(manifest: Manifest) -> dict[str, Any]:
     return facts | digests | {"rows hold": manifest.stored, "curvature": manifest.curvature.digest}
 
 
+def _check_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    """Folders of one build: all of them, once.
+
+    Raises:
+        ConfigError: some are missing, twice there, or of another build.
+    """
+    parts = [manifest.part or {} for manifest in manifests]
+    numbers, of = sorted(part.get("number", -1) for part in parts), parts[0]["of"]
+    if len({part.get("build") for part in parts}) > 1 or numbers != list(range(of)):
+        raise ConfigError(
+            f"{folders[0]} is one of {of} folders of one build, whose ids are in the whole: merge all of them and "
+            f"nothing else (given were numbers {numbers})"
+        )
+
+
 def _write(path: Path, parts: Sequence[Path], manifests: Sequence[Manifest], report: Reporter) -> list[int]:
     first = manifests[0]
     merged = dataclasses.replace(
@@ -89,8 +107,12 @@ def _write(path: Path, parts: Sequence[Path], manifests: Sequence[Manifest], rep
         next_id=0,
         next_file=0,
         fitted_ids=0,
+        part=None,
         fingerprint=first.fingerprint | {"data": [m.fingerprint.get("data") for m in manifests], "examples": 0},
     )
+    whole = first.part is not None
+    if whole:
+        merged.fingerprint = dict(first.fingerprint)
     # An empty index being built: a merge that is interrupted leaves what the next one clears away.
     Manifest({}, {}, []).write(path, BUILDING)
     collect(path)
@@ -98,7 +120,7 @@ def _write(path: Path, parts: Sequence[Path], manifests: Sequence[Manifest], rep
     shifts, removed = [], []
     with report.stage("merge", sum(shard.rows for m in manifests for shard in m.shards)) as stage:
         for part, manifest in zip(parts, manifests, strict=True):
-            shifts.append(merged.next_id)
+            shifts.append(0 if whole else merged.next_id)
             for shard in manifest.shards:
                 sealed = copy_sealed(part, shard.sealed, path, merged.new_name("shard"))
                 merged.shards.append(
@@ -114,7 +136,9 @@ def _write(path: Path, parts: Sequence[Path], manifests: Sequence[Manifest], rep
             merged.skipped += [i + shifts[-1] for i in manifest.skipped]
             if manifest.removed is not None:
                 removed.append(load_removed(part, manifest.removed) + shifts[-1])
-            merged.next_id += manifest.next_id
+            merged.next_id = first.next_id if whole else merged.next_id + manifest.next_id
+    merged.shards.sort(key=lambda shard: shard.first_id)
+    merged.skipped = sorted(set(merged.skipped))
     # Of the first part alone it is known whether its examples were fitted on.
     merged.fitted_ids = first.fitted_ids
     merged.fingerprint["examples"] = merged.next_id

@@ -18,7 +18,7 @@ import json
 import resource
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ..capture.gradients import GradientBlock, GradientSource, LayerGradient, La
 from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
 from ..capture.projection import ALGORITHM, Projections
 from ..capture.sampling import drawn
+from ..capture.sharded import DataRanks, data_ranks, evened, is_spread
 from ..capture.sources import (
     GivenGradients,
     ModelCapture,
@@ -55,10 +56,10 @@ from ..fit.eigencodes import EigenEncoder, fit_eigencode
 from ..fit.query import Preconditioner
 from ..fit.sketch import SketchEncoder, half_whitened
 from ..progress import Reporter, Stage
-from ..ranks import Ranks
+from ..ranks import Ranks, share
 from ..rows.layout import RowLayout
 from ..search.coarse import default_factory, faiss_is_installed, load_faiss
-from ..search.reader import Reader, row_layout, shard_writer
+from ..search.reader import Reader, positions_of, row_layout, shard_writer
 from ..search.team import Team
 from ..storage.damage import folder_bytes
 from ..storage.fitted import (
@@ -90,8 +91,9 @@ from ..storage.sealed import SealedInfo, part_name
 from ..storage.shards import Shard, ShardInfo, write_shard
 from ..storage.store import Store
 from .coarse_build import calibrate, lambdas, make_coarse, new_sketch, sketch_of_rows
+from .coverage import EXAMPLES, measure_coverage
 from .encode import RowEncoder, encode_blocks
-from .representation import representation_is_open, representation_of, with_floor
+from .representation import MEASURED, representation_is_open, representation_of, with_floor
 from .resuming import FITTED, take_fit, unfinished
 from .sizes import QUERY_BYTES, curvature_products, curvature_ranks, disk_sizes
 from .spans import some_of, unsealed, within, without_overlaps
@@ -205,6 +207,10 @@ class _Build:
     ) -> None:
         self.path, self.config, self.loss, self.reporter, self.stack = path, config, loss, reporter, stack
         self.ranks = ranks
+        # Which part of the examples is this rank's, and whether it speaks for the ranks that take the same.
+        self.data = DataRanks(ranks.rank, ranks.size, True)
+        if model is not None and ranks.everyone:
+            self.data = data_ranks(model)
         self._home: Home | None = None
         self.lock = WriterLock(path)
         stack.callback(self.lock.release)
@@ -448,7 +454,11 @@ class _Build:
         sides = eigenbases.fitted_sides(self.specs, layers)
         if not sides:
             return
-        walk = self._walk_sides(ids, sides)
+        given = self._walk_sides(ids, sides)
+
+        def walk(sink: eigenbases.Sink) -> None:
+            given(sink if self.data.first else lambda _, rows: None)
+
         with self._stage("projections") as stage:
             found = eigenbases.fit_eigenbases(
                 walk, self.specs, sides, self.config.seed, self._device(), stage, self.ranks
@@ -487,10 +497,11 @@ class _Build:
         and "both" are factors alone."""
         if not representation_is_open(self.config, self.specs):
             return representation_of(self.config, self.specs, ())
-        rows, found = self._sample()[0], None
+        found = None
         with self.ranks.jointly():
-            if self.ranks.first:
-                found = representation_of(self.config, self.specs, rows())
+            # All ranks take the same gradients: passes of a sharded model are one of all of them.
+            few = self.source.sample(self._sample_ids()[:MEASURED])
+            found = representation_of(self.config, self.specs, list(finite_blocks(few, self.config.on_nonfinite, [])))
         return str(self.ranks.told(found))
 
     def _sample(self) -> tuple[RowPass, int]:
@@ -523,13 +534,13 @@ class _Build:
 
         def walk() -> Iterator[GradientBlock]:
             skipped.clear()
-            return finite_blocks(source.sample(wanted), self.config.on_nonfinite, skipped)
+            return self._spoken_for(finite_blocks(source.sample(wanted), self.config.on_nonfinite, skipped))
 
         need = len(wanted) * each * sum(spec.dim for spec in self.specs.values()) * 4
         # Given gradients are there to be walked again; a part of them is found faster in a copy.
         sharing = self.home.leaders.count(self.home.leader)
         most = min(self.config.spool_bytes, shutil.disk_usage(self.path).free // 2 // sharing)
-        if need > most or (everything and isinstance(source, GivenGradients)):
+        if self.ranks.count(int(need > most)) or (everything and isinstance(source, GivenGradients)):
             with self.ranks.jointly("sample"):
                 count = sum(block.count for block in walk())
             return walk, self.ranks.count(count), None, skipped
@@ -551,7 +562,13 @@ class _Build:
 
     def _own(self, ids: np.ndarray) -> np.ndarray:
         """This rank's part of some ids."""
-        return ids[self.ranks.share(len(ids))]
+        return ids[share(len(ids), self.data.index, self.data.count)]
+
+    def _spoken_for(self, blocks: Iterable[GradientBlock]) -> Iterator[GradientBlock]:
+        """Blocks, of one of the ranks that take the same; the others take them, since a pass is one of all."""
+        for block in blocks:
+            if self.data.first:
+                yield block
 
     def _fit_from_rows(self) -> None:
         """Curvature from the user's rows, from probes, or from unfactored gradients of a random sample."""
@@ -686,12 +703,17 @@ class _Build:
         # What is not sealed anywhere, and this rank's part of it.
         sealed = [span for spans in self.ranks.gather_values([s.span for s in manifest.shards]) for span in spans]
         left = unsealed(sealed, self.source.count)
-        mine = some_of(left, self.ranks.share(sum(stop - start for start, stop in left)))
+        total = sum(stop - start for start, stop in left)
+        mine = some_of(left, share(total, self.data.index, self.data.count))
+        if self.capture is not None and self._spool is None:
+            mine = evened(self.capture.model, mine, (0, 0))
         skipped = [i for i in manifest.skipped if self._spool is not None or not within(left, i)]
         name, base = BUILDING if self.home.leads else building_name(self.ranks.rank), manifest.next_file
         writer = shard_writer(self.path, manifest, layout, self.config, self.ranks)
 
         def on_sealed() -> None:
+            # What is left may lie between what was sealed before.
+            manifest.shards.sort(key=lambda shard: shard.first_id)
             manifest.skipped = sorted(skipped)
             manifest.write(self.path, name)
 
@@ -699,7 +721,7 @@ class _Build:
             for start, stop in mine:
                 source: GradientSource = self.source if self._spool is None else self._spool
                 blocks = finite_blocks(source.blocks(start, stop), self.config.on_nonfinite, skipped)
-                encode_blocks(blocks, encoder, writer, stage, on_sealed, payloads=self.payloads)
+                encode_blocks(self._spoken_for(blocks), encoder, writer, stage, on_sealed, payloads=self.payloads)
             on_sealed()
         self._vanished += self.ranks.count(encoder.vanished)
         self._bring_together(skipped, base)
@@ -804,7 +826,8 @@ class _Build:
         chosen = self._own(np.sort(others if len(others) == most else drawn[:most]))
         ids, parts = [np.empty(0, np.int64)], []
         with self.ranks.jointly():
-            for block in finite_blocks(self.source.sample(chosen), self.config.on_nonfinite, []):
+            taken = finite_blocks(self.source.sample(chosen), self.config.on_nonfinite, [])
+            for block in self._spoken_for(taken):
                 ids.append(block.ids)
                 parts.append({name: g.dense().float().cpu() for name, g in block.layers.items()})
         empty = {name: torch.empty(0, spec.d_in, spec.d_out) for name, spec in self.specs.items()}
@@ -831,6 +854,7 @@ class _Build:
             "row_bytes": row_layout(manifest, self.config, self.specs).row_bytes,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "torch": torch.__version__,
+            "coverage": self._coverage(),
         }
         if self.ranks.size > 1:
             # What each rank has sent the others, and how much memory it took.
@@ -844,6 +868,16 @@ class _Build:
             if self.home.leads:
                 manifest.commit(self.path)
                 (self.path / BUILDING).unlink()
+
+    def _coverage(self) -> dict[str, Any] | None:
+        """What rank 0 keeps of gradients of some of its rows; nothing where a pass of the model takes several ranks."""
+        reader, found = self._reader(), None
+        with self.ranks.jointly():
+            if self.ranks.first and not (self.capture is not None and is_spread(self.capture.model)):
+                ids = self._drawn(EXAMPLES * self.ranks.size)
+                here = ids[positions_of(reader.store, ids) >= 0][:EXAMPLES]
+                found = measure_coverage(reader, self.capture, self.loss, self.examples, here)
+        return self.ranks.told(found)
 
     def _sample_ids(self) -> np.ndarray:
         """Sorted ids of the random fitting sample."""

@@ -22,7 +22,7 @@ from ..rows.factors import factorise
 _FLOORS = (128, 96, 64, 48)
 _FLOOR_BYTES = 4 << 30
 # Examples of the sample that tell what factors lose.
-_MEASURED = 256
+MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
 _LOSSLESS = 0.01
 
@@ -67,13 +67,13 @@ def representation_of(config: BuildConfig, specs: dict[str, LayerSpec], blocks: 
     lost = total = 0.0
     seen = 0
     for block in blocks:
-        part = block.select(np.arange(min(block.count, _MEASURED - seen)))
+        part = block.select(np.arange(min(block.count, MEASURED - seen)))
         seen += part.count
         for name, factors in factorise(part, specs).items():
             whole = part.layers[name].dense()
             lost += float((whole - factors.dense()).double().square().sum())
             total += float(whole.double().square().sum())
-        if seen >= _MEASURED:
+        if seen >= MEASURED:
             break
     if lost <= _LOSSLESS * total:
         return "factors"

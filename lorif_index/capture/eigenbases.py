@@ -24,6 +24,7 @@ from .hooks import Capture
 from .layers import TrackedLayer
 from .losses import PerExample
 from .projection import Projections
+from .sharded import lockstep
 from .subspace import SubspaceFit, fit_in_groups
 
 Side = tuple[str, str]
@@ -111,6 +112,10 @@ def fit_eigenbases(
     return found
 
 
+def _nowhere(side: Side, rows: torch.Tensor) -> None:
+    pass
+
+
 class _Sides(Capture):
     """Hands inputs and output gradients at their own widths to a sink, instead of making gradients of them."""
 
@@ -159,8 +164,9 @@ def walk_model(
     capture = _Sides(model, layers, wide, Projections(wide, 0), loss, autocast)
 
     def walk(sink: Sink) -> None:
-        capture.sink = sink
-        for part, batch in examples.select(ids):
+        batches = lockstep(model, examples.select(ids), lambda: next(iter(examples.batches())))
+        for (part, batch), counts in batches:
+            capture.sink = sink if counts else _nowhere
             capture.gradients(part, batch)
 
     return walk

@@ -21,6 +21,7 @@ from ..errors import DataError, LorifError
 from .layers import TrackedLayer, select_layers, supported
 from .losses import LogitsOf, PerExample
 from .probes import Probes
+from .sharded import unwrapped
 
 
 class Ensemble(nn.ModuleList):
@@ -35,7 +36,7 @@ class Ensemble(nn.ModuleList):
     """
 
     def __init__(self, members: Iterable[Any]) -> None:
-        members = list(members)
+        members = [unwrapped(member) for member in members]
         if not members:
             raise DataError("model is an empty list: pass one trained model, or a list of at least one")
         for number, member in enumerate(members):
@@ -49,13 +50,19 @@ class Ensemble(nn.ModuleList):
 
 
 def _check_devices(members: list[nn.Module]) -> None:
-    places = [sorted({str(p.device) for p in member.parameters()}) for member in members]
+    places = [sorted(_places(member)) for member in members]
     for number, place in enumerate(places):
         if place != places[0]:
             raise DataError(
                 f"model[0] is on {places[0]} and model[{number}] on {place}: move all members to one device with "
                 "model.to(...)"
             )
+
+
+def _places(member: nn.Module) -> set[str]:
+    # Offloaded weights are where the others are while they are used.
+    devices = {p.device for p in member.parameters()}
+    return {str(d) for d in devices if d.type != "meta" or len(devices) == 1}
 
 
 def _check_apart(members: list[nn.Module]) -> None:
@@ -71,12 +78,12 @@ def _check_apart(members: list[nn.Module]) -> None:
 
 
 def as_model(model: Any) -> Any:
-    """A list or tuple of models as an `Ensemble`; anything else as it is.
+    """A list or tuple of models as an `Ensemble`, a wrapped model without its wrapper; anything else as it is.
 
     Raises:
         DataError: as `Ensemble` does.
     """
-    return Ensemble(model) if isinstance(model, (list, tuple)) else model
+    return Ensemble(model) if isinstance(model, (list, tuple)) else unwrapped(model)
 
 
 def members_of(model: nn.Module) -> list[nn.Module]:

@@ -202,6 +202,23 @@ class GradientBlock:
         return GradientBlock(self.ids[rows], {k: g.select(index.to(g.device)) for k, g in self.layers.items()})
 
 
+def energies(block: GradientBlock) -> np.ndarray:
+    """(n,) float32: squared norms of the examples' gradients, over all layers."""
+    total = torch.zeros(block.count, dtype=torch.float64)
+    for gradient in block.layers.values():
+        total += _squared_norms(gradient).double().cpu()
+    return total.clamp(max=torch.finfo(torch.float32).max).float().numpy()
+
+
+def _squared_norms(gradient: LayerGradient) -> torch.Tensor:
+    pair = gradient.pair
+    if pair is None or pair[0].shape[2] >= min(gradient.shape):
+        return gradient.flat().square().sum(dim=1)
+    # |L R^T|^2 = <L^T L, R^T R>, without the product of many by many features.
+    left, right = (torch.bmm(part.transpose(1, 2), part) for part in pair)
+    return (left * right).sum(dim=(1, 2)).clamp(min=0.0)
+
+
 class GradientSource(Protocol):
     """Something that can be walked more than once and gives projected gradients, in the order of their ids."""
 

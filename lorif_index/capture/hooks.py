@@ -7,7 +7,7 @@ so that no parameter-sized gradient is ever formed, and the backward pass skips 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +20,34 @@ from torch.nn import functional
 from ..errors import CaptureError, NonFiniteError
 from .data import Batch, batch_count, to_device
 from .gradients import GradientBlock, LayerGradient, LayerSpec
-from .layers import TrackedLayer, Use, output_positions, positions
+from .layers import TrackedLayer, Use, output_positions, positions, stored_inputs_first
 from .losses import PerExample
 from .projection import Projections
+from .sharded import (
+    Columns,
+    Spread,
+    agreed,
+    columns_of,
+    device_of,
+    fresh,
+    full,
+    half_of,
+    is_dtensor,
+    needs_lockstep,
+    recover,
+    settle,
+    spread_of,
+    uncompiled,
+)
 
 _REMEDY = "exclude it with LayerSelection(exclude=[...])"
 _HALF_LOSS_SCALE = 2.0**10
+
+Watch = Callable[[str, Use, torch.Tensor, torch.Tensor], None]
+"""Told of one call of a module in the backward pass: layer, use, projected inputs (n, t, d_in) and projected output
+gradients (n, t, d_out), times `Capture.scale`, whose products over t are the projected gradient. Of a convolution with
+groups: inputs (n, t, groups, d_in), and gradients (n, t, groups, outputs per group) that are not projected (see
+`Capture.lifted`)."""
 
 
 @dataclass
@@ -40,7 +62,8 @@ class Capture:
     """Takes per-example gradients of one model under one loss or measure.
 
     Args:
-        model: left exactly as it was found after every call, also after an exception.
+        model: left exactly as it was found after every call, also after an exception; FSDP2's modules are left
+            sharded. Where it is sharded, calls are collectives (see `sharded`).
         layers: what to track, from `select_layers`.
         specs: their projected widths and ranks.
         projections: the shared projections.
@@ -57,7 +80,7 @@ class Capture:
         function: PerExample,
         autocast: str | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
         self._layers = layers
         self._specs = specs
         self._projections = projections
@@ -69,18 +92,29 @@ class Capture:
         self._active = False
         self._sums: dict[str, _Sum] = {}
         self._called: set[str] = set()
-        parameters = list(model.parameters())
-        self.device = parameters[0].device if parameters else torch.device("cpu")
-        half = autocast == "float16" or any(p.dtype == torch.float16 for p in parameters)
+        self._watch: Watch | None = None
+        self._graded: set[str] = set()
+        self.device = device_of(model)
+        self._in_step = needs_lockstep(model)
+        half = autocast == "float16" or half_of(model)
         self._scale = _HALF_LOSS_SCALE if half else 1.0
+        self.half = half or autocast is not None or any(p.dtype == torch.bfloat16 for p in model.parameters())
 
-    def gradients(self, ids: np.ndarray, batch: Batch, *, require_all: bool = False) -> GradientBlock:
+    @property
+    def scale(self) -> float:
+        """What losses are multiplied by before they are differentiated; gradients are divided by it again."""
+        return self._scale
+
+    def gradients(
+        self, ids: np.ndarray, batch: Batch, *, require_all: bool = False, watch: Watch | None = None
+    ) -> GradientBlock:
         """Projected gradients of the examples of one batch.
 
         Args:
             ids: (n,) int64, kept with the result.
             batch: whatever the loss takes.
             require_all: refuse a tracked layer that no example's loss reaches.
+            watch: is told of every position as it is summed.
 
         Returns:
             float32 gradients on the model's device; inf and NaN are passed on for the caller's policy.
@@ -89,8 +123,23 @@ class Capture:
             CaptureError: rows that cannot be mapped to examples, examples that depend on each other, a layer without
                 gradient; each names the module.
         """
-        (block,) = self._run(ids, batch, self._one_row, require_all)
+        self._watch = watch
+        try:
+            (block,) = self._run(ids, batch, self._one_row, require_all)
+        finally:
+            self._watch = None
         return block
+
+    def trust(self) -> Capture:
+        """Leaves out the check that examples do not depend on each other, for data that has passed it."""
+        self._isolated = True
+        return self
+
+    def lifted(self, layer: str, use: Use, matrix: torch.Tensor) -> torch.Tensor:
+        """Matrix (d_in, d_out) P_out^T of a convolution with groups, as (d_in, groups, outputs per group)."""
+        p_out = self._projections.side(layer, "out", matrix.device, matrix.dtype)
+        wide = matrix if p_out is None else matrix @ p_out.T
+        return wide[:, : use.outputs].reshape(len(matrix), int(getattr(use.module, "groups", 1)), -1)
 
     def several(self, ids: np.ndarray, batch: Batch, functions: PerExample) -> list[GradientBlock]:
         """Gradients of several functions of the same batch, from one forward pass and a backward pass each.
@@ -104,10 +153,20 @@ class Capture:
         """
         return self._run(ids, batch, functions, False)
 
+    def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:
+        """Plain autograd: the gradients of some parameters, times `scale`, for whoever has hooked them."""
+        with _left_as_found(self.model), torch.enable_grad():
+            for p in parameters:
+                p.requires_grad_(True)
+            batch = to_device(batch, self.device)
+            with self._casting():
+                losses = self._function(self.model, batch)
+            (losses.sum() * self._scale).backward()
+
     def look(self, batch: Batch, function: Callable[[nn.Module, Any], None]) -> None:
         """Calls function(model, batch) as the passes do: on the model's device, in eval mode, left as it was found."""
-        with _left_as_found(self._model), self._casting():
-            function(self._model, to_device(batch, self.device))
+        with _left_as_found(self.model), self._casting():
+            function(self.model, to_device(batch, self.device))
 
     def _run(self, ids: np.ndarray, batch: Batch, functions: PerExample, require_all: bool) -> list[GradientBlock]:
         batch = to_device(batch, self.device)
@@ -115,18 +174,19 @@ class Capture:
         if self._n != len(ids):
             raise CaptureError(f"the batch holds {self._n} examples where {len(ids)} were expected")
         blocks = []
-        self._called = set()
+        self._called, self._graded = set(), set()
         try:
             with self._hooked():
                 with self._casting():
-                    rows = functions(self._model, batch)
-                if not self._isolated and self._n > 1:
+                    rows = functions(self.model, batch)
+                if not self._isolated and (agreed(self.model, self._n > 1) if self._in_step else self._n > 1):
                     self._check_isolation(rows.sum(dim=0))
                 self._active = True
                 for number, row in enumerate(rows):
                     self._sums = {layer.name: _Sum() for layer in self._layers}
                     if row.requires_grad:
                         (row.sum() * self._scale).backward(retain_graph=number + 1 < len(rows))
+                    self._check_graded()
                     if require_all:
                         self._check_reached(row)
                     results = {layer.name: self._result(layer.name) for layer in self._layers}
@@ -143,11 +203,17 @@ class Capture:
     def _hooked(self) -> Iterator[None]:
         """Eval mode, no parameter gradients, hooks in place; everything put back afterwards."""
         with ExitStack() as stack:
-            stack.enter_context(_left_as_found(self._model))
+            stack.enter_context(_left_as_found(self.model))
             stack.enter_context(torch.enable_grad())
             for layer in self._layers:
                 for use in layer.uses:
-                    handle = use.module.register_forward_hook(self._forward_hook(layer.name, use), with_kwargs=True)
+                    # Tensor parallelism brings outputs into the form that the model wants by hooks of its own. Before
+                    # them an output says how it is spread, and its gradient likewise.
+                    handle = use.module.register_forward_hook(
+                        self._forward_hook(layer.name, use),
+                        prepend=is_dtensor(getattr(use.module, "weight", None)),
+                        with_kwargs=True,
+                    )
                     stack.callback(handle.remove)
             yield
 
@@ -159,6 +225,8 @@ class Capture:
     def _one_row(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The loss or measure as (1, n)."""
         losses = self._function(model, batch)
+        if isinstance(losses, torch.Tensor):
+            losses = full(losses)
         if not isinstance(losses, torch.Tensor) or losses.ndim != 1 or losses.shape[0] != self._n:
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise CaptureError(
@@ -171,24 +239,28 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
             self._called.add(layer)
             if not torch.is_grad_enabled():
+                # A reentrant checkpoint calls again, with gradients, in the backward pass. (One that is not reentrant
+                # also calls again, to fill in what it did not save: no gradient reaches those outputs, so that nothing
+                # is counted twice.)
                 return None
+            self._graded.add(layer)
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
                 raise CaptureError(f"module {use.name!r} was called without a tensor input or output: {_REMEDY}")
             self._check_rows(use, x, "input")
-            replaced = None
-            if not output.requires_grad:
-                # The first tracked module of the graph: nothing before it needs gradients. A clone, since a leaf that
-                # requires gradients could not be changed in place by the model.
-                replaced = output.detach().requires_grad_().clone()
+            # The first tracked module of the graph: nothing before it needs gradients.
+            replaced = None if output.requires_grad else fresh(output)
             target = output if replaced is None else replaced
+            spread = _spread(use)
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                x = x.detach()
+                padded = None
+                if isinstance(module, nn.Embedding):
+                    x = full(x)
+                    padded = None if module.padding_idx is None else torch.eq(x, module.padding_idx)
                 # Projected now: the model may change its input in place later, and the projection is smaller.
-                left = self._project_input(layer, use, positions(use, x.detach()), output.dtype)
-            padded = None
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                padded = torch.eq(x.detach(), module.padding_idx)
-            target.register_hook(lambda dy: self._collect(layer, use, left, padded, dy))
+                left = self._project_input(layer, use, _inputs(use, x, spread), output.dtype)
+            target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
             return replaced
 
         return hook
@@ -201,56 +273,80 @@ class Capture:
                 f"so its rows cannot be mapped to examples (flattened batch, routed experts, shared input?): {_REMEDY}"
             )
 
-    def _project_input(self, layer: str, use: Use, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _project_input(self, layer: str, use: Use, x: Columns, dtype: torch.dtype) -> torch.Tensor:
         """X P as (n, positions, d) or (n, positions, groups, d); on the output side's projection where transposed."""
         side = "out" if use.transposed else "in"
         spec = self._specs[layer]
         width = spec.width_out if use.transposed else spec.width_in
         work = torch.float64 if dtype == torch.float64 else torch.float32
-        matrix = self._projections.side(layer, side, x.device, work)
+        matrix = self._projections.side(layer, side, x.local.device, work)
         if isinstance(use.module, nn.Embedding):
-            return matrix[x] if matrix is not None else functional.one_hot(x, width).to(work)
+            return matrix[x.local] if matrix is not None else functional.one_hot(x.local, width).to(work)
         x = x.to(work)
         if matrix is None:
-            extra = width - use.inputs
-            return functional.pad(x, (0, extra), value=1.0 if use.bias else 0.0) if extra else x
-        projected = torch.matmul(x, matrix[: use.inputs])
+            extra, whole = width - use.inputs, x.whole()
+            return functional.pad(whole, (0, extra), value=1.0 if use.bias else 0.0) if extra else whole
+        projected = x.times(matrix[: use.inputs])
         return projected + matrix[use.inputs] if use.bias else projected
 
-    def _project_output(self, layer: str, use: Use, dy: torch.Tensor) -> torch.Tensor:
+    def _project_output(self, layer: str, use: Use, dy: Columns) -> torch.Tensor:
         side = "in" if use.transposed else "out"
         spec = self._specs[layer]
         width = spec.width_in if use.transposed else spec.width_out
-        matrix = self._projections.side(layer, side, dy.device, dy.dtype)
+        matrix = self._projections.side(layer, side, dy.local.device, dy.local.dtype)
         if matrix is None:
             # A tied use may carry a bias this one has not: its column stays empty here.
-            extra = width - use.outputs
-            return functional.pad(dy, (0, extra)) if extra else dy
-        return torch.matmul(dy, matrix[: use.outputs])
+            extra, whole = width - use.outputs, dy.whole()
+            return functional.pad(whole, (0, extra)) if extra else whole
+        return dy.times(matrix[: use.outputs])
 
-    def _collect(self, layer: str, use: Use, left: torch.Tensor, padded: torch.Tensor | None, dy: torch.Tensor) -> None:
+    def _collect(
+        self,
+        layer: str,
+        use: Use,
+        left: torch.Tensor,
+        padded: torch.Tensor | None,
+        spread: Spread,
+        dy: torch.Tensor,
+    ) -> None:
         if self._probing is not None:
             self._check_isolated_rows(use, dy)
         if not self._active:
             return
         self._check_rows(use, dy, "output gradient")
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            part = _outputs(use, dy.detach(), spread).to(left.dtype)
             if padded is not None:
-                dy = dy.masked_fill(padded.unsqueeze(-1), 0.0)
-            dy = output_positions(use, dy.detach().to(left.dtype))
+                part = part.map(lambda own: own.masked_fill(padded.unsqueeze(-1), 0.0))
+            part = part.map(lambda own: output_positions(use, own))
+            if left.device != part.local.device:
+                left = left.to(part.local.device)
             if left.ndim == 4:
                 # Groups of a convolution: each has its own outputs, all share the inputs' projection.
-                dense = torch.einsum("nlgi,nlgo->nigo", left, dy).flatten(2)
-                self._add_dense(layer, self._project_output(layer, use, dense))
+                if self._watch is not None:
+                    self._watch(layer, use, left, part.whole())
+                dense = torch.einsum("nlgi,nlgo->nigo", left, part.local).flatten(2)
+                self._add_dense(layer, self._project_output(layer, use, Columns(dense, 0, dense.shape[-1])))
                 return
-            right = self._project_output(layer, use, dy)
+            right = self._project_output(layer, use, part)
+            if left.shape[1] != right.shape[1]:
+                raise CaptureError(
+                    f"module {use.name!r} has inputs at {left.shape[1]} positions and gradients at {right.shape[1]} on "
+                    "this rank (positions spread over ranks in plain tensors?): shard it with the styles of "
+                    f"torch.distributed.tensor.parallel, or {_REMEDY}"
+                )
             if use.transposed:
                 left, right = right, left
+            if self._watch is not None:
+                self._watch(layer, use, left, right)
             self._add(layer, left, right)
 
     def _add(self, layer: str, left: torch.Tensor, right: torch.Tensor) -> None:
         """left (n, t, d_in), right (n, t, d_out)."""
         total = self._sums[layer]
+        if right.device != self.device:
+            # A model on several devices: they are small by now, and the uses of a tied weight meet.
+            left, right = left.to(self.device), right.to(self.device)
         held = sum(pair[0].shape[1] for pair in total.pairs) + left.shape[1]
         spec = self._specs[layer]
         if total.dense is None and held <= spec.rank and held * (spec.d_in + spec.d_out) <= spec.dim:
@@ -261,6 +357,7 @@ class Capture:
     def _add_dense(self, layer: str, gradient: torch.Tensor) -> None:
         """gradient (n, d_in, d_out); pairs held so far join it."""
         total = self._sums[layer]
+        gradient = gradient.to(self.device)
         for pair in total.pairs:
             gradient = gradient + torch.bmm(pair[0].transpose(1, 2), pair[1])
         total.pairs.clear()
@@ -291,12 +388,22 @@ class Capture:
 
     def _check_isolated_rows(self, use: Use, dy: torch.Tensor) -> None:
         self._check_rows(use, dy, "output gradient")
-        others = dy.detach()[: self._probing].abs().amax()
-        if bool(others > 0):
+        others = full(dy.detach())[: self._probing]
+        if others.numel() and bool(others.abs().amax() > 0):
             raise CaptureError(
                 f"module {use.name!r}: the loss of one example has a gradient in rows of others, so its rows cannot be "
                 "mapped to examples (batch not in the first dimension, examples that interact, or a loss that is "
                 f"averaged over the batch?): {_REMEDY}, or mend the loss"
+            )
+
+    def _check_graded(self) -> None:
+        """Gradients of a layer that was called without them would be zeros, and look like an answer."""
+        without = sorted(self._called - self._graded)
+        if without:
+            raise CaptureError(
+                f"layers {without[:4]} are called with gradients switched off only: under no_grad, or in a checkpoint "
+                "with use_reentrant=True whose inputs need no gradient. Pass use_reentrant=False, switch checkpointing "
+                f"off, or: {_REMEDY}"
             )
 
     def _check_reached(self, losses: torch.Tensor) -> None:
@@ -313,11 +420,40 @@ class Capture:
                 raise CaptureError(f"layer {layer.name!r} got no gradient: it {how}: {_REMEDY}")
 
 
+def _spread(use: Use) -> Spread:
+    # Some quantised modules have none of that name.
+    weight = getattr(use.module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return Spread()
+    return spread_of(weight, inputs_first=stored_inputs_first(use.module))
+
+
+def _inputs(use: Use, x: torch.Tensor, spread: Spread) -> Columns:
+    """A module's input as (n, positions, this rank's inputs)."""
+    if isinstance(use.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
+        # Indices, or patches that take more than the last dimension.
+        return Columns(positions(use, full(x)), 0, use.inputs)
+    return columns_of(x, use.inputs, spread.inputs, f"the input of module {use.name!r}").map(
+        lambda own: positions(use, own)
+    )
+
+
+def _outputs(use: Use, dy: torch.Tensor, spread: Spread) -> Columns:
+    """The gradient at a module's output: this rank's columns."""
+    if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
+        return Columns(full(dy), 0, use.outputs)
+    return columns_of(dy, use.outputs, spread.outputs, f"the output of module {use.name!r}")
+
+
 @contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
     """Eval mode and no parameter gradients inside; train flags and requires_grad put back one by one."""
+    settle(model)
     flags = [(module, module.training) for module in model.modules()]
     needed = [(p, p.requires_grad) for p in model.parameters()]
+    offloaded = [
+        (m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None and p.is_meta
+    ]
     # torch's fused transformer layers would bypass the hooks.
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -325,9 +461,17 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
         model.eval()
         for p, _ in needed:
             p.requires_grad_(False)
-        yield
+        with uncompiled(model):
+            yield
+    except BaseException:
+        recover(model)
+        raise
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        settle(model)
+        for module, name, p in offloaded:
+            # Brought in for a pass, and taken away again as another parameter.
+            module._parameters[name] = p
         for module, training in flags:
             module.training = training
         for p, flag in needed:

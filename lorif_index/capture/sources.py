@@ -22,6 +22,7 @@ from .layers import TrackedLayer, kept_rank, layer_specs
 from .losses import PerExample, default_loss
 from .probes import Probes
 from .projection import Projections
+from .sharded import check_weights, lockstep, settle, unwrapped, weights_of
 from .spool import Spool
 
 # Batches beside the first that tell one data set from another.
@@ -29,7 +30,10 @@ _SAMPLED_BATCHES = 5
 
 
 class ModelGradients:
-    """Gradients of a model over a source of examples."""
+    """Gradients of a model over a source of examples.
+
+    Where the model's passes are collectives, all ranks walk to the end of their examples together (see `lockstep`).
+    """
 
     def __init__(self, capture: Capture, examples: ExampleSource) -> None:
         self._capture = capture
@@ -39,18 +43,28 @@ class ModelGradients:
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
         stop = self.count if stop is None else stop
+        for ids, block in self._blocks(self._span(start, stop)):
+            # A batch may begin before `start` and end after `stop`: it is computed whole, so that its rows depend
+            # neither on where an interrupted build went on nor on how many ranks share the data.
+            yield block.select(np.flatnonzero((ids >= start) & (ids < stop)))
+
+    def _span(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, Any]]:
         if start >= stop:
             return
         for ids, batch in self._examples.batches(start):
-            # A batch may begin before `start` and end after `stop`: it is computed whole, so that its rows depend
-            # neither on where an interrupted build went on nor on how many ranks share the data.
-            yield self._take(ids, batch).select(np.flatnonzero((ids >= start) & (ids < stop)))
+            yield ids, batch
             if ids[-1] >= stop - 1 and stop < self.count:
                 return
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
-        for part, batch in self._examples.select(ids):
-            yield self._take(part, batch)
+        for _, block in self._blocks(self._examples.select(ids)):
+            yield block
+
+    def _blocks(self, batches: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[np.ndarray, GradientBlock]]:
+        for (ids, batch), counts in lockstep(self._capture.model, batches, lambda: _first(self._examples)):
+            block = self._take(ids, batch)
+            if counts:
+                yield ids, block
 
     def _take(self, ids: np.ndarray, batch: Any) -> GradientBlock:
         # The first batch must reach every tracked layer; later ones may leave out a conditional branch.
@@ -67,19 +81,25 @@ class ProbedGradients:
         self._examples = examples
         self.probes = probes
         self.count = examples.count
-        _, first = next(iter(examples.batches()))
-        capture.look(first, probes.prepare)
+        capture.look(_first(examples)[1], probes.prepare)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
         yield from self.sample(np.arange(start, self.count if stop is None else stop, dtype=np.int64))
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         """The rows of the examples with these ids; blocks of the same examples follow each other."""
-        for part, batch in self._examples.select(ids):
-            yield from self._capture.several(part, batch, self._functions(part))
+        batches = lockstep(self._capture.model, self._examples.select(ids), lambda: _first(self._examples))
+        for (part, batch), counts in batches:
+            blocks = self._capture.several(part, batch, self._functions(part))
+            if counts:
+                yield from blocks
 
     def _functions(self, ids: np.ndarray) -> PerExample:
         return lambda model, batch: self.probes(model, batch, ids)
+
+
+def _first(examples: ExampleSource) -> tuple[np.ndarray, Any]:
+    return next(iter(examples.batches()))
 
 
 class GivenGradients:
@@ -152,7 +172,7 @@ class ModelCapture:
     """What is needed to take gradients of a model: its tracked layers, their specs, and the shared projections.
 
     Args:
-        model: on one device; or an `Ensemble`.
+        model: on devices of one type, or sharded over processes (see `sharded`); or an `Ensemble`.
         config: layers, widths and seed.
         projections: an index's own; by default new ones, which are random.
     """
@@ -160,6 +180,9 @@ class ModelCapture:
     def __init__(self, model: nn.Module, config: BuildConfig, projections: Projections | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise DataError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        model = unwrapped(model)
+        settle(model)
+        check_weights(model)
         check_device(model, config)
         self.model = model
         self.config = config
@@ -187,8 +210,8 @@ class ModelCapture:
 
 
 def check_device(model: nn.Module, config: BuildConfig) -> None:
-    """The model must be on one device, and on the one that was asked for."""
-    devices = {p.device for p in model.parameters()}
+    """The model must be on devices of the type that was asked for; weights without data are brought to them."""
+    devices = {p.device for p in model.parameters() if not p.is_meta}
     if config.device is not None and devices and {torch.device(config.device).type} != {d.type for d in devices}:
         raise ConfigError(
             f"device={config.device!r}, but the model's parameters are on {sorted(map(str, devices))}: move the model "
@@ -284,11 +307,15 @@ def finite_blocks(blocks: Iterable[GradientBlock], policy: str, skipped: list[in
 
 
 def model_digest(model: nn.Module) -> str:
-    """XXH3-128, in hex, over names, shapes, dtypes and bytes of all parameters and buffers, in order."""
+    """XXH3-128, in hex, over names, shapes, dtypes and bytes of all parameters and buffers, in order.
+
+    However the model is wrapped, sharded or placed, it is that of the plain model; where it is sharded, this is a
+    collective, which gathers one parameter at a time.
+    """
     digest = xxhash.xxh3_128()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in weights_of(model):
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-        data = tensor.detach().cpu().contiguous()
+        data = tensor.contiguous()
         if data.numel():
             digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return str(digest.hexdigest())

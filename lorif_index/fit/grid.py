@@ -50,6 +50,10 @@ class Grid:
     def to(self, device: torch.device) -> Grid:
         return replace(self, left=self.left.to(device), right=self.right.to(device), chosen=self.chosen.to(device))
 
+    def double(self) -> Grid:
+        """The same with its sides in float64."""
+        return replace(self, left=self.left.double(), right=self.right.double())
+
     def turned(self, flat: torch.Tensor) -> torch.Tensor:
         """<G, u_a w_b^T> of all products, (n, D), of gradients (n, D) float32."""
         gradients = flat.reshape(-1, len(self.left), len(self.right))

@@ -127,6 +127,9 @@ class CandidateSearch:
         """The k best by coarse score: positions, approximate scores (q, k), and the recall learnt for that."""
         sign = np.float32(1.0 if largest else -1.0)
         positions, scores = self._coarse.search(coordinates(question).numpy() * sign, k)
+        # Codes are few: of equal scores the earlier row comes first, however many ranks have searched.
+        order = np.lexsort((positions, -scores), axis=1)
+        positions, scores = np.take_along_axis(positions, order, axis=1), np.take_along_axis(scores, order, axis=1)
         orders = self._orders(largest)
         return positions, scores * sign, orders.recall_alone(k) if orders else float("nan")
 

@@ -24,6 +24,8 @@ from .sealed import SealedFile, SealedInfo, write_sealed
 
 # bfloat16 has no HDF5 type of its own: its bits are stored as unsigned integers, and the attribute `dtype` says so.
 _MOST = 1 << 62
+# Of payloads, at a time; one may be longer.
+_READ_BYTES = 1 << 20
 _VIEWS = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "uint8": "u1"}
 
 
@@ -235,14 +237,24 @@ class Shard:
             # Last: another thread may see it.
             self._ends = ends
         out = []
-        for position in positions.tolist():
+        held, first, last = memoryview(b""), 0, 0
+        wanted = positions.tolist()
+        for number, position in enumerate(wanted):
             begin, end = int(self._ends[position - 1]) if position else 0, int(self._ends[position])
-            data = bytearray(end - begin)
-            self.file.read(self._offset + begin, memoryview(data))
+            if begin < first or end > last:
+                # Those that follow each other are read together.
+                run = number + 1
+                while run < len(wanted) and wanted[run] == wanted[run - 1] + 1:
+                    run += 1
+                most = np.searchsorted(self._ends, begin + _READ_BYTES, side="right")
+                first, last = begin, int(self._ends[max(min(wanted[run - 1], int(most) - 1), position)])
+                held = memoryview(bytearray(last - first))
+                self.file.read(self._offset + first, held)
+            data = bytes(held[begin - first : end - first])
             if xxhash.xxh3_64_intdigest(data) != int(self._sums[position]):
                 raise CorruptionError(
                     f"the payload of row {position} of {self.file.path} does not match its checksum: restore the file "
                     "from a copy"
                 )
-            out.append(bytes(data))
+            out.append(data)
         return out

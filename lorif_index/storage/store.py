@@ -373,6 +373,18 @@ class Store:
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if parts and len(known) == len(parts) else None
 
+    def energies_at(self, positions: np.ndarray) -> np.ndarray | None:
+        """(m,) float32: squared norms of some examples' gradients; None where a shard of theirs has none."""
+        out = np.empty(len(positions), dtype=np.float32)
+        owners = np.searchsorted(self._starts, positions, side="right") - 1
+        for owner in np.unique(owners).tolist():
+            found = self.shards[owner].energies()
+            if found is None:
+                return None
+            places = np.flatnonzero(owners == owner)
+            out[places] = found[positions[places] - self._starts[owner]]
+        return out
+
     def _check(self, shard: Shard) -> None:
         """Compares a shard with its digest before it is streamed, as often as it was said."""
         if self._verify == "always":

@@ -121,6 +121,7 @@ def index_json(index: Index) -> dict[str, Any]:
         "coarse": index.coarse,
         "config": index.config.to_json(),
         "layers": layers,
+        "coverage": index.build_report.get("coverage"),
         "build_report": index.build_report,
         "metadata": index.metadata,
     }
@@ -153,6 +154,8 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
             f"{coarse['factory']} on {coarse['dim']} coordinates ({coarse['energy']:.0%} of the whitened gradients), "
             f"{coarse['bytes_per_example']:.0f} bytes per example",
         )
+    if facts["coverage"] is not None:
+        summary.add_row("keeps", _kept(facts["coverage"]))
     summary.add_row("damping", " ".join(str(v) for v in config["damping"].values()) + f", {config['complement']}")
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.get("seconds", {}).items())
     summary.add_row("built", seconds or "unknown")
@@ -178,6 +181,17 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
             f"{layer['lambda']:.3g}",
         )
     out.print(table)
+
+
+def _kept(coverage: dict[str, Any]) -> str:
+    """The shares of squared gradient norms that an index keeps, stage by stage."""
+    parts = {
+        "tracked": "of the squared gradient norm in the tracked layers",
+        "projection": "of theirs in the projections",
+        "rows": "of that in rows",
+        "scores": "of it as scores weigh it",
+    }
+    return ", ".join(f"{coverage[key]:.1%} {what}" for key, what in parts.items() if coverage[key] is not None)
 
 
 def in_units(count: int) -> str:

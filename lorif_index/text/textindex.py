@@ -7,7 +7,7 @@ downloaded, and only safetensors weights are read.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,19 @@ from ..errors import ConfigError, DataError, IndexExistsError, QueryError
 from ..index import Index
 from ..progress import ProgressCallback, reporter
 from ..results import Hits, SearchStats
+from ..search.explain import Explanation
 from ..storage.manifest import MANIFEST
-from .texts import LEAST_TOKENS, Document, Passage, PassageSpool, TokenWindows, cut, read_passages
+from .texts import (
+    LEAST_TOKENS,
+    Document,
+    Passage,
+    PassageSpool,
+    TokenWindows,
+    cut,
+    read_passages,
+    token_strings,
+    unlike,
+)
 
 METADATA = "text"
 """The key under which an index's metadata holds what is remembered here."""
@@ -88,6 +99,66 @@ class Answer:
     loss: float
     hits: list[Hit]
     stats: SearchStats
+
+
+@dataclass(frozen=True)
+class TextExplanation:
+    """The score of a passage taken apart, with the texts of the tokens that the shares are of.
+
+    Attributes:
+        explanation: the shares.
+        passage: None where the index does not keep them.
+        tokens: (T,), the text that each token of the passage adds, beside `explanation.tokens`.
+        query_tokens: (Tq,), the same of the question with its prompt, beside `explanation.query_tokens`.
+    """
+
+    explanation: Explanation
+    passage: Passage | None
+    tokens: list[str]
+    query_tokens: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The explanation's values, with "texts" and "query_texts" of the tokens, and the passage's source and text."""
+        passage = self.passage
+        return self.explanation.to_json() | {
+            "source": None if passage is None else passage.source,
+            "text": None if passage is None else passage.text,
+            "texts": list(self.tokens),
+            "query_texts": list(self.query_tokens),
+        }
+
+
+def _passage(payload: Any) -> Passage | None:
+    if not isinstance(payload, dict) or not {"text", "source"} <= set(payload):
+        return None
+    return Passage(str(payload["text"]), str(payload["source"]))
+
+
+class _StoredPassages:
+    """The passages of an index as its examples, by their ids: {"input_ids", "attention_mask"}, as at the build."""
+
+    def __init__(self, index: Index, payloads: dict[int, Any], tokenizer: Any) -> None:
+        self.payloads, self._tokenizer = payloads, tokenizer
+        self._count = int(index.ids[-1]) + 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def tokens(self, i: int) -> list[int]:
+        """Of one passage.
+
+        Raises:
+            DataError: the index does not keep its text.
+        """
+        payload = self.payloads.get(i)
+        if not isinstance(payload, dict) or not isinstance(payload.get("text"), str):
+            raise DataError(f"the index keeps no text of example {i}: pass data=, what it was built from")
+        kept = payload.get("tokens")
+        return list(self._tokenizer(payload["text"], verbose=False)["input_ids"] if kept is None else kept)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = torch.tensor(self.tokens(i), dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def load_text_model(folder: Path, device: str = "auto") -> TextModel:
@@ -246,8 +317,8 @@ def _tokenise(
         for pieces in cut(documents, text_model.tokenizer, max_length=max_length, stride=stride):
             count += 1
             empty += not pieces
-            for passage, ids in pieces:
-                passages.append(passage)
+            for (passage, ids), other in zip(pieces, unlike(pieces, text_model.tokenizer), strict=True):
+                passages.append(passage, ids if other else None)
                 windows.append(ids)
             stage.advance(len(pieces))
     if not len(windows):
@@ -370,6 +441,72 @@ class TextIndex:
             answers.append(Answer(text, tokens, self._loss(item), hits, found.stats))
         return answers
 
+    def loss(self, text: str, *, prompt: str | None = None) -> tuple[int, float]:
+        """(tokens of a text that have a loss, the model's loss on them in nats, summed).
+
+        Raises:
+            QueryError: as `encode_question`.
+        """
+        item = encode_question(text, self.text_model.tokenizer, self.text_model.context, prompt=prompt)
+        return int((item["labels"][1:] != IGNORE).sum()), self._loss(item)
+
+    def explain(
+        self,
+        texts: list[str],
+        ids: Hits | list[Answer] | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        prompt: str | None = None,
+        damping: Damping | float | None = None,
+        layers: list[str] | None = None,
+        query_tokens: bool = True,
+        progress: bool | ProgressCallback | None = False,
+    ) -> list[list[TextExplanation]]:
+        """Takes the scores of passages apart by layer and by token (see `Index.explain`), from the stored texts.
+
+        Args:
+            texts: the questions.
+            ids: what `ask` answered them with, or row ids as for `Index.explain`.
+            prompt: as it was for `ask`.
+            damping, layers, query_tokens, progress: as for `Index.explain`.
+
+        Raises:
+            DataError: the index does not keep the texts, or they are tokenised otherwise than at the build. Else as
+            `ask` and `Index.explain`.
+        """
+        tokenizer, context = self.text_model.tokenizer, self.text_model.context
+        items = [encode_question(text, tokenizer, context, prompt=prompt) for text in texts]
+        if isinstance(ids, Hits):
+            ids = ids.ids
+        elif isinstance(ids, list) and ids and all(isinstance(answer, Answer) for answer in ids):
+            ids = np.array([[hit.id for hit in answer.hits] for answer in ids])
+        wanted = sorted({int(i) for i in np.asarray(ids).ravel()})
+        data = _StoredPassages(self.index, self._payloads(wanted), tokenizer)
+        found = self.index.explain(
+            items,
+            ids,  # type: ignore[arg-type]
+            data=data,
+            damping=damping,
+            layers=layers,
+            query_tokens=query_tokens,
+            progress=progress,
+        )
+        strings = {i: token_strings(data.tokens(i), tokenizer) for i in wanted}
+        asked = [token_strings(item["input_ids"].tolist(), tokenizer) for item in items]
+        passages = {i: _passage(data.payloads[i]) for i in wanted}
+        return [
+            [TextExplanation(one, passages[one.id], strings[one.id], asked[q]) for one in row]
+            for q, row in enumerate(found)
+        ]
+
+    def _payloads(self, ids: list[int]) -> dict[int, Any]:
+        """The payloads of rows; of an index of format version 4 or older, from the file beside it."""
+        payloads = dict(zip(ids, self.index.payloads(ids), strict=True))
+        known = self._facts.get("passages")
+        if isinstance(known, dict) and "digest" in known and all(p is None for p in payloads.values()):
+            found = read_passages(self.index.path, known, ids)
+            payloads |= {i: {"source": p.source, "text": p.text} for i, p in found.items()}
+        return payloads
+
     def add(self, documents: Iterable[Document], *, progress: bool | ProgressCallback | None = None) -> np.ndarray:
         """Indexes further documents, cut as those of the build were.
 
@@ -402,11 +539,8 @@ class TextIndex:
                 return {}
             return read_passages(self.index.path, known, found.ids.ravel().tolist())
         pairs = zip(found.ids.ravel().tolist(), (p for row in found.payloads for p in row), strict=True)
-        return {
-            i: Passage(str(payload["text"]), str(payload["source"]))
-            for i, payload in pairs
-            if isinstance(payload, dict) and {"text", "source"} <= set(payload)
-        }
+        passages = {i: _passage(payload) for i, payload in pairs}
+        return {i: passage for i, passage in passages.items() if passage is not None}
 
     def _loss(self, item: dict[str, torch.Tensor]) -> float:
         model = self.text_model.model

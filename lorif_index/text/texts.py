@@ -2,6 +2,8 @@
 
 read_documents   a .txt or .jsonl file, a folder of them, or a saved `datasets` folder -> documents with a source
 cut              documents -> passages, each the text of one window of tokens
+unlike           passages whose text alone would give other tokens
+token_strings    tokens -> the text that each adds
 TokenWindows     the windows, as a map-style dataset
 PassageSpool     the passages on their way to be payloads, so that hits can be shown
 """
@@ -31,6 +33,8 @@ LEAST_TOKENS = 2
 """A window of fewer tokens has no next token to predict, so no loss."""
 
 _AT_ONCE = 256
+# Tokens that are decoded with the next one, so that it looks as it does among others.
+_BEFORE = 4
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,36 @@ def _line(newlines: list[int], position: int) -> int:
     return bisect_right(newlines, position - 1) + 1
 
 
+def unlike(pieces: list[tuple[Passage, list[int]]], tokenizer: Any) -> list[bool]:
+    """Of each passage, whether its text, tokenised by itself, gives other tokens than it has: a window in the middle of
+    a document may lack special tokens, or begin where no word does."""
+    if not pieces:
+        return []
+    again = tokenizer([passage.text for passage, _ in pieces], return_attention_mask=False, verbose=False)["input_ids"]
+    return [list(found) != ids for (_, ids), found in zip(pieces, again, strict=True)]
+
+
+def token_strings(ids: list[int], tokenizer: Any) -> list[str]:
+    """What each token adds to the text, so that they join to it; a token that ends within a character adds nothing, and
+    the one that completes it all of it.
+
+    Args:
+        ids: of the tokens.
+        tokenizer: of transformers.
+    """
+    strings, begun = [], 0
+    for end in range(1, len(ids) + 1):
+        # A few tokens before, for tokenizers whose spaces depend on what precedes.
+        start = max(begun - _BEFORE, 0)
+        before, whole = (tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False) for stop in (begun, end))
+        if whole.endswith("\ufffd") and end < len(ids):
+            strings.append("")
+            continue
+        strings.append(whole[len(before) :])
+        begun = end
+    return strings
+
+
 class TokenWindows:
     """Windows of tokens as a map-style dataset: {"input_ids", "attention_mask"}, each (length,) int64, unpadded.
 
@@ -261,7 +295,8 @@ class TokenWindows:
 
 
 class PassageSpool:
-    """Passages kept in a temporary file until the index has them: a sequence of payloads {"source", "text"}.
+    """Passages kept in a temporary file until the index has them: a sequence of payloads {"source", "text"}, with
+    "tokens" where those of the text would be others.
 
     A context manager: the file is removed at the end.
 
@@ -274,8 +309,9 @@ class PassageSpool:
         self._ends = array("q", [0])
         self._flushed = True
 
-    def append(self, passage: Passage) -> None:
-        data = json.dumps({"source": passage.source, "text": passage.text}).encode()
+    def append(self, passage: Passage, tokens: list[int] | None = None) -> None:
+        payload: dict[str, Any] = {"source": passage.source, "text": passage.text}
+        data = json.dumps(payload if tokens is None else payload | {"tokens": tokens}).encode()
         self._file.write(data)
         self._ends.append(self._ends[-1] + len(data))
         self._flushed = False
@@ -288,7 +324,7 @@ class PassageSpool:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, i: int) -> dict[str, str]:
+    def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
             raise IndexError(f"passage {i} of {len(self)}")
         if not self._flushed:

@@ -1,0 +1,259 @@
+"""Coverage: which share of the gradients' squared norm an index keeps, stage by stage, on some of its sample.
+
+tracked      of all parameters' gradients, what the tracked layers hold
+projection   of theirs, what lies in the span of the projections: with P = Q R, |Q_in^T dW Q_out|^2 / |dW|^2
+rows         of the projected gradients', what the stored rows keep: the squared cosine between G and what its row says
+scores       the same under H^-1, in whose inner product scores are taken
+
+The first two need gradients of parameters, one example's and one parameter's at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..capture.data import Batch, ExampleSource, one_of
+from ..capture.gradients import GradientBlock, LayerGradient
+from ..capture.hooks import Capture
+from ..capture.losses import PerExample
+from ..capture.sources import ModelCapture
+from ..damping import Damping
+from ..fit.sketch import SketchEncoder
+from ..search.reader import Reader, positions_of
+
+# Examples whose parameters' gradients are taken, and whose rows are compared; at most one of so many in the index, so
+# that it costs little beside the build.
+_WITH_PARAMETERS, _WITH_ROWS = 8, 64
+# Of so many random examples those are taken that have rows.
+EXAMPLES = 4 * _WITH_ROWS
+# Not names of layers.
+ALL, SCORES = "", " scores"
+_ONE_OF = {_WITH_PARAMETERS: 300, _WITH_ROWS: 40}
+
+
+def measure_coverage(
+    reader: Reader,
+    taken: ModelCapture | None,
+    loss: PerExample | None,
+    examples: ExampleSource | None,
+    shuffled: np.ndarray,
+) -> dict[str, Any] | None:
+    """What an index that was just built keeps; None where it was not built from a model.
+
+    Args:
+        reader: the index.
+        taken, loss, examples: what it was built from.
+        shuffled: ids in random order.
+
+    Returns:
+        shares of the squared norm, as plain JSON values: {"tracked", "projection", "rows", "scores", "layers": {name:
+        {"share": of all parameters', "projection", "rows"}}, "parameter_examples", "row_examples", "seconds"}. A
+        share that is not known is None: those of rows where none are stored, those of parameters where autograd cannot
+        give their gradients (out of memory, parameters that are quantised).
+    """
+    if taken is None or examples is None:
+        return None
+    began = time.perf_counter()
+    # Damaged gradients were skipped, and have no row.
+    there = shuffled[:EXAMPLES]
+    there = there[positions_of(reader.store, there) >= 0]
+    counts = {most: min(most, max(len(reader.store) // each, 2)) for most, each in _ONE_OF.items()}
+    rows, few = np.sort(there[: counts[_WITH_ROWS]]), np.sort(there[: counts[_WITH_PARAMETERS]])
+    capture = taken.capture(loss).trust()
+    spans, kept, norms = _Spans(taken), _Kept(reader), _Norms(taken)
+    # One walk: data without random access are walked through to find some.
+    for ids, batch in examples.select(rows):
+        block = capture.gradients(ids, batch)
+        kept.add(block)
+        mine = np.flatnonzero(np.isin(ids, few))
+        spans.add(block.select(mine))
+        for place in mine.tolist() if not norms.failed else ():
+            norms.add(capture, one_of(batch, place))
+    found: dict[str, Any] = {"tracked": None, "projection": None}
+    layers: dict[str, dict[str, float | None]] = {name: {} for name in reader.specs}
+    if norms.failed:
+        few = few[:0]
+    else:
+        found["tracked"] = _ratio(sum(norms.layers.values()), norms.total)
+        found["projection"] = _ratio(sum(spans.sums.values()), sum(norms.layers.values()))
+        for name in layers:
+            layers[name]["share"] = _ratio(norms.layers[name], norms.total)
+            layers[name]["projection"] = _ratio(spans.sums[name], norms.layers[name])
+    for name in layers:
+        layers[name]["rows"] = kept.share(name)
+    return found | {
+        "rows": kept.share(ALL),
+        "scores": kept.share(SCORES),
+        "layers": layers,
+        "parameter_examples": len(few),
+        "row_examples": len(rows),
+        "seconds": round(time.perf_counter() - began, 6),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return round(min(part / whole, 1.0), 6) if whole > 0 else None
+
+
+class _Norms:
+    """Squared norms of the gradients of parameters, of those that are trained and those that are tracked.
+
+    Attributes:
+        total: of all of them, over the examples.
+        layers: of each layer's.
+        failed: autograd could not give them; a diagnosis is not worth the build.
+    """
+
+    def __init__(self, taken: ModelCapture) -> None:
+        self.total, self.failed = 0.0, False
+        self.layers = {layer.name: 0.0 for layer in taken.layers}
+        self._owner: dict[int, str] = {}
+        for layer in taken.layers:
+            for use in layer.uses:
+                weight = getattr(use.module, "weight", None)
+                if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+                    # Quantised: its gradient is no parameter's.
+                    self.failed = True
+                    continue
+                self._owner[id(weight)] = layer.name
+                if use.bias:
+                    self._owner[id(use.module.bias)] = layer.name
+        parameters = [p for p in taken.model.parameters() if p.is_floating_point()]
+        trained = [p for p in parameters if p.requires_grad or id(p) in self._owner]
+        # A model that was frozen to be asked says nothing of what was trained.
+        self._parameters = trained if any(p.requires_grad for p in parameters) else parameters
+
+    def add(self, capture: Capture, batch: Batch) -> None:
+        """Adds a batch of one."""
+
+        def on_gradient(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                square = float(torch.linalg.vector_norm(parameter.grad.float()).double().square()) / capture.scale**2
+                self.total += square
+                if id(parameter) in self._owner:
+                    self.layers[self._owner[id(parameter)]] += square
+                parameter.grad = None
+
+        try:
+            with _wanted(self._parameters, on_gradient):
+                capture.differentiate(batch, self._parameters)
+        except RuntimeError:
+            self.failed = True
+
+
+@contextmanager
+def _wanted(parameters: list[nn.Parameter], add: Any) -> Iterator[None]:
+    """Gradients of some parameters go to `add`, which clears them; what was there is put back."""
+    before, flags = [p.grad for p in parameters], [p.requires_grad for p in parameters]
+    handles = []
+    try:
+        for p in parameters:
+            p.grad = None
+            # Hooks are for what requires a gradient.
+            handles.append(p.requires_grad_(True).register_post_accumulate_grad_hook(add))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, grad, flag in zip(parameters, before, flags, strict=True):
+            p.grad = grad
+            p.requires_grad_(flag)
+
+
+class _Spans:
+    """Layer -> sum of |Q_in^T dW Q_out|^2, of G = R_in^T Q_in^T dW Q_out R_out."""
+
+    def __init__(self, taken: ModelCapture) -> None:
+        self.sums = dict.fromkeys(taken.specs, 0.0)
+        self._sides = {name: [_inverse_root(taken, name, side) for side in ("in", "out")] for name in taken.specs}
+
+    def add(self, block: GradientBlock) -> None:
+        for name, (left, right) in self._sides.items() if block.count else ():
+            g = block.layers[name].dense().cpu().double()
+            g = g if left is None else left @ g
+            g = g if right is None else g @ right
+            self.sums[name] += float(g.square().sum())
+
+
+def _inverse_root(taken: ModelCapture, layer: str, side: str) -> torch.Tensor | None:
+    """(P^T P)^-1/2, (d, d) float64, on P's range; None where P is orthonormal, or there is none."""
+    matrix = taken.projections.side(layer, side, torch.device("cpu"), torch.float64)
+    if matrix is None:
+        return None
+    gram = matrix.T @ matrix
+    if bool((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max() < 1e-4):
+        return None
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > 1e-9 * values[-1]
+    return (vectors[:, kept] / values[kept].sqrt()) @ vectors[:, kept].T
+
+
+class _Kept:
+    """What rows keep: of each layer, of `ALL`, and of what `SCORES` weigh."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._sums = {name: [0.0, 0.0] for name in (*reader.specs, ALL, SCORES)}
+
+    def share(self, name: str) -> float | None:
+        return _ratio(*self._sums[name])
+
+    def add(self, block: GradientBlock) -> None:
+        reader = self._reader
+        if not reader.layout.row_bytes:
+            return
+        damping: Damping = reader.config.damping  # type: ignore[assignment]
+        preconditioners = reader.preconditioners(reader.specs, damping)
+        products = torch.zeros(2, 3, block.count, dtype=torch.float64)
+        for name, row in _stored(reader, block).items():
+            whole = block.layers[name].flat().cpu()
+            turned = [preconditioners[name].apply(g) for g in (whole, row)]
+            of_layer = _products(whole, row, whole, row)
+            products += torch.stack([of_layer, _products(whole, row, *turned)])
+            _add(self._sums[name], of_layer)
+        _add(self._sums[ALL], products[0])
+        _add(self._sums[SCORES], products[1])
+
+
+def _products(g: torch.Tensor, row: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(3, n) float64: <g, left>, <row, right>, <g, right>."""
+    pairs = ((g, left), (row, right), (g, right))
+    return torch.stack([(a.double() * b.double()).sum(dim=1) for a, b in pairs])
+
+
+def _add(sums: list[float], products: torch.Tensor) -> None:
+    """Adds |g|^2 cos^2 and |g|^2."""
+    own, others, both = products
+    cosine = torch.where(others > 0, both.clamp(min=0).square() / others.clamp(min=torch.finfo(others.dtype).tiny), 0.0)
+    sums[0] += float(cosine.sum())
+    sums[1] += float(own.sum())
+
+
+def _stored(reader: Reader, block: GradientBlock) -> Mapping[str, torch.Tensor]:
+    """Layer -> (n, D) float32, the gradients that the rows of a block's examples stand for."""
+    rows = reader.store.gather(positions_of(reader.store, block.ids))
+    if reader.eigen is not None:
+        return reader.eigen.dense(rows.factors, reader.curvature)
+    dense = {}
+    if reader.layout.groups:
+        dense = {name: f.dense().flatten(1) for name, f in reader.layout.unpack(rows).items()}
+    if reader.layout.codes is None or reader.sketch is None:
+        return dense
+    # G~ = U V^T + V (S + lambda)^1/2 W (z - z_f)
+    z = reader.layout.codes.decode(rows.codes)
+    if dense:
+        factors = {n: LayerGradient.from_dense(g.unsqueeze(1)) for n, g in dense.items()}
+        z = z - SketchEncoder(reader.sketch, reader.curvature).encode(factors)
+    out = {}
+    for name, part in reader.sketch.layers.items():
+        count, layer = len(part.weights), reader.curvature[name]
+        inside = (z @ part.weights.T) * part.whitening(layer)
+        out[name] = layer.expanded(inside @ layer.core[:, :count].T) + (dense[name] if dense else 0.0)
+    return out

@@ -1,0 +1,116 @@
+"""Groups: the scores of the whole training set, summed by a field of the payloads while they stream by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..errors import QueryError
+from ..progress import Reporter
+from ..ranks import Ranks
+from ..results import Group, Groups
+from ..storage.payloads import decode
+from .planner import scan
+from .reader import Reader
+from .scoring import Question
+
+By = str | Callable[[Any], Any]
+"""A field of payloads that are objects, or a function of the payload that gives a JSON scalar."""
+
+# Payloads that are in memory together.
+_AT_ONCE = 1024
+
+
+class _Numbered:
+    """Numbers for values as they appear; 1, 1.0 and True are three, as they are in JSON."""
+
+    def __init__(self, by: By) -> None:
+        self._by = by
+        self._numbers: dict[tuple[type, Any], int] = {}
+        self.values: list[Any] = []
+        self.fields: set[str] = set()
+
+    def number(self, payload: Any, example: int) -> int:
+        """The number of the payload's value; QueryError where that is no JSON scalar."""
+        if isinstance(self._by, str):
+            value = payload.get(self._by) if isinstance(payload, dict) else None
+            if value is None and isinstance(payload, dict) and len(self.fields) < 20:
+                self.fields |= set(payload)
+        else:
+            value = self._by(payload)
+        if not isinstance(value, (str, int, float, bool, type(None))) or value != value:
+            raise QueryError(
+                f"example {example} has the group {value!r} of type {type(value).__name__}: groups are text, numbers, "
+                "true, false or null; pass by=function(payload) that gives one"
+            )
+        key = (type(value), value)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.values)
+            self.values.append(value)
+        return self._numbers[key]
+
+
+def sum_groups(reader: Reader, question: Question, by: By, k: int | None, report: Reporter) -> Groups:
+    """The groups of every query, in one streamed pass over the live rows. Memory grows with the number of groups.
+
+    Args:
+        reader: the index; it has rows.
+        question: the queries.
+        by: what makes a group.
+        k: how many groups of a query to keep, of the largest sums; None: all.
+
+    Raises:
+        QueryError: no payload has the field, or a value is no JSON scalar.
+    """
+    ranks = reader.ranks
+    if not any(ranks.gather_values(reader.has_payloads)):
+        raise QueryError("groups are made by payloads, and this index has none: build it with payloads=")
+    numbered, queries = _Numbered(by), question.count
+    counts, sums = np.zeros(0, dtype=np.int64), np.zeros((2, queries, 0))
+    with ranks.jointly():
+        for positions, scores, _ in scan(reader, question, report):
+            at, ids = positions.numpy(), reader.store.ids
+            numbers = np.empty(len(at), dtype=np.int64)
+            for start in range(0, len(at), _AT_ONCE):
+                part = at[start : start + _AT_ONCE]
+                found = zip(part.tolist(), reader.store.payloads(part), strict=True)
+                numbers[start : start + len(part)] = [numbered.number(decode(p), int(ids[i])) for i, p in found]
+            more = len(numbered.values) - len(counts)
+            counts = np.pad(counts, (0, more)) + np.bincount(numbers, minlength=len(numbered.values))
+            sums = np.pad(sums, ((0, 0), (0, 0), (0, more)))
+            for q, row in enumerate(scores.double().numpy()):
+                for sign, half in enumerate((np.maximum(row, 0), np.minimum(row, 0))):
+                    sums[sign, q] += np.bincount(numbers, weights=half, minlength=len(counts))
+    if ranks.size > 1:
+        numbered, counts, sums = _together(ranks, numbered, counts, sums)
+    if isinstance(by, str) and numbered.values == [None]:
+        known = sorted(map(str, numbered.fields))
+        raise QueryError(f"no payload has a field {by!r}, but {known}: name one of them, or pass by=function(payload)")
+    name = by if isinstance(by, str) else getattr(by, "__name__", type(by).__name__)
+    lists = [_ranked(numbered.values, counts, sums[0, q], sums[1, q], k) for q in range(queries)]
+    return Groups(name, lists, int(counts.sum()), len(counts))
+
+
+def _together(
+    ranks: Ranks, numbered: _Numbered, counts: np.ndarray, sums: np.ndarray
+) -> tuple[_Numbered, np.ndarray, np.ndarray]:
+    """The groups that all ranks have seen, in the order of the ranks."""
+    found = ranks.gather_values([numbered.values, sorted(numbered.fields), counts.tolist(), sums.tolist()])
+    whole = _Numbered(lambda value: value)
+    numbers = [[whole.number(value, -1) for value in values] for values, *_ in found]
+    total, added = np.zeros(len(whole.values), np.int64), np.zeros((*sums.shape[:2], len(whole.values)))
+    for places, (_, fields, each, parts) in zip(numbers, found, strict=True):
+        whole.fields |= set(fields)
+        total[places] += np.array(each, dtype=np.int64)
+        added[:, :, places] += np.array(parts).reshape(*sums.shape[:2], len(places))
+    return whole, total, added
+
+
+def _ranked(
+    values: list[Any], counts: np.ndarray, positive: np.ndarray, negative: np.ndarray, k: int | None
+) -> list[Group]:
+    total = positive + negative
+    order = np.argsort(-total, kind="stable")[:k].tolist()
+    return [Group(values[i], float(total[i]), int(counts[i]), float(positive[i]), float(negative[i])) for i in order]

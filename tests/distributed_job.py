@@ -1,0 +1,249 @@
+"""What each rank does in the tests of several ranks, and the model and data that they have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Dataset
+
+from lorif_index import BuildConfig, Index
+
+COUNT, WORDS, LENGTH = 1400, 40, 10
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = nn.Embedding(WORDS, 24), nn.Linear(24, 32)
+        self.down, self.head = nn.Linear(32, 24), nn.Linear(24, WORDS)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.down(torch.relu(self.up(self.embed(words))))))
+
+
+def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    logits, wanted = model(batch[:, :-1]), batch[:, 1:]
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+    return losses.view(len(batch), -1).sum(1)
+
+
+def make_model() -> Model:
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def sequences(count: int = COUNT) -> torch.Tensor:
+    return torch.randint(0, WORDS, (count, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def settings(**changes: Any) -> BuildConfig:
+    usual = {
+        "curvature": "empirical",
+        "curvature_sample": 400,
+        "shard_bytes": 40_000,
+        "projection_dim": 12,
+        "calibration_queries": 8,
+        "batch_size": 32,
+    }
+    return BuildConfig(**usual | changes)
+
+
+class Slow(Dataset):
+    """The sequences, each batch of which takes a while; from one place on, it fails or waits for ever."""
+
+    def __init__(self, seconds: float = 0.0, hangs_at: int | None = None, bad: int | None = None) -> None:
+        self.data, self.seconds, self.hangs_at, self.bad = sequences(), seconds, hangs_at, bad
+        self.armed = False
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        return self.data[place]
+
+    def __getitems__(self, places: list[int]) -> list[torch.Tensor]:
+        time.sleep(self.seconds)
+        if self.armed and self.hangs_at in places:
+            time.sleep(600)
+        return [self.data[place] for place in places]
+
+
+def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out: str) -> None:
+    """A rank's life: joins the others, does `what`, and writes what came of it."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": options.get("host", "127.0.0.1"), "MASTER_PORT": str(port)}
+    wait = timedelta(seconds=options.get("timeout", 60))
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=wait)
+    said: dict[str, Any] = {}
+    try:
+        said["result"] = JOBS[what](rank, size, **options.get("given", {}))
+    except Exception as error:
+        said["error"] = [type(error).__name__, str(error)]
+    Path(f"{out}-{rank}.json").write_text(json.dumps(said))
+    if "error" not in said:
+        dist.destroy_process_group()
+    # Without waiting for threads of a group whose other ranks are gone.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def answers(index: Index, query: Any) -> dict[str, np.ndarray]:
+    """All that is asked of an index, as arrays."""
+    found: dict[str, np.ndarray] = {}
+    if index.representation != "coarse":
+        hits = index.search(query, k=12, exact=True)
+        found |= {"scan ids": hits.ids, "scan scores": hits.scores, "scores": index.scores(query)}
+        found |= {"self": index.self_influence(), "ids": index.ids}
+        worst = index.search(query, k=12, opponents=True, normalize="relatif")
+        found |= {"opponent ids": worst.ids, "opponent scores": worst.scores}
+    if index.coarse is not None:
+        hits = index.search(query, k=12, exact=None if index.representation == "coarse" else False)
+        found |= {"candidate ids": hits.ids, "candidate scores": hits.scores}
+        found["candidates"] = np.array(hits.stats.candidates_by_query)
+    return found
+
+
+def build_and_ask(
+    rank: int, size: int, folder: str, kinds: list[str], fits: dict[str, str], apart: bool = False, **config: Any
+) -> dict[str, Any]:
+    """Builds an index of each kind, alone or with a fit; asks it; keeps the answers of rank 0."""
+    told: dict[str, Any] = {}
+    for kind in kinds:
+        model, place = make_model(), Path(folder) / (f"{kind}-{rank}" if apart else kind)
+        index = Index.build(
+            place,
+            model=model,
+            data=sequences(),
+            loss=loss,
+            config=settings(store=kind, **config),
+            payloads=[{"place": i} for i in range(COUNT)],
+            fit=fits.get(kind),
+        )
+        index.close()
+        query = sequences()[:4] if rank == 0 else None
+        with Index.open(place, model=model, loss=loss, distributed=True) as together:
+            found = answers(together, query)
+            hits = together.search(query, k=3)
+            whole = together.groups(query, by=lambda payload: payload["place"] % 3) if "ids" in found else None
+            if whole is not None and rank == 0:
+                found["group sums"] = np.array(
+                    [[g.sum for g in sorted(q, key=lambda g: g.value)] for q in whole.queries]
+                )
+            if hits.payloads != [[{"place": int(i)} for i in row] for row in hits.ids]:
+                raise RuntimeError(f"payloads {hits.payloads} of {hits.ids}")
+            if "ids" in found:
+                mine = together.scores(query, gather=False)
+                held = np.isin(found["ids"], together.held_ids)
+                np.testing.assert_array_equal(mine, found["scores"][:, held])
+            told[kind] = {"held": len(together.held_ids), "rows": len(together)}
+            if rank == 0:
+                np.savez(Path(folder) / f"{kind}.npz", **found)
+                told[kind]["report"] = index.build_report
+    return told
+
+
+def slow_build(rank: int, size: int, folder: str, seconds: float, kind: str = "eigen", apart: bool = False) -> int:
+    place = Path(folder) / (f"part-{rank}" if apart else "index")
+    data = Slow(seconds)
+    config = settings(store=kind, shard_bytes=8000, batch_size=16, coarse=None)
+    index = Index.build(place, model=make_model(), data=data, loss=loss, config=config)
+    return len(index)
+
+
+def hang(rank: int, size: int, folder: str) -> None:
+    data = Slow(hangs_at=1300)
+
+    def arm(event: Any) -> None:
+        data.armed = rank == 1 and event.stage == "encode"
+
+    Index.build(Path(folder) / "index", model=make_model(), data=data, loss=loss, config=settings(), progress=arm)
+
+
+def bad_example(rank: int, size: int, folder: str) -> None:
+    model, bad = make_model(), sequences()[1111]
+
+    def poisoned(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return loss(model, batch) * torch.where((batch == bad).all(dim=1), float("nan"), 1.0)
+
+    Index.build(
+        Path(folder) / "index", model=model, data=sequences(), loss=poisoned, config=settings(projection="random")
+    )
+
+
+def disagree(rank: int, size: int, folder: str) -> None:
+    Index.build(
+        Path(folder) / "index",
+        model=make_model(),
+        data=sequences(),
+        loss=loss,
+        config=settings(seed=rank // (size - 1)),
+    )
+
+
+def open_part(rank: int, size: int, folder: str, parts: list[str]) -> int:
+    with Index.open(Path(folder) / parts[rank], distributed=True) as index:
+        return len(index)
+
+
+def memory(rank: int, size: int, folder: str, count: int) -> int:
+    """Peak resident memory of a build from gradients made on the spot, in bytes above what it began with."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Index.build(
+        Path(folder) / f"index-{count}",
+        model=make_model(),
+        data=sequences(count),
+        loss=loss,
+        config=settings(coarse=None, curvature_sample=200, spool_bytes=1 << 20),
+    )
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def hosts(rank: int, size: int, folder: str, seconds: float, interface: str) -> dict[str, Any]:
+    """A build on two machines with a folder each, and a search by both: the best ids, and what went over the wire."""
+
+    def sent() -> int:
+        return int(Path(f"/sys/class/net/{interface}{rank}/statistics/tx_bytes").read_text())
+
+    model, place, before = make_model(), Path(folder) / f"host-{rank}", sent()
+    config = settings(store="eigen", shard_bytes=8000, batch_size=16)
+    built = Index.build(place, model=model, data=Slow(seconds), loss=loss, config=config)
+    moved = sent() - before
+    hits = built.search(sequences()[:4] if rank == 0 else None, k=12, exact=True)
+    near = built.search(sequences()[:4] if rank == 0 else None, k=12, exact=False)
+    account = sum(built.build_report["ranks"]["sent_bytes"][rank].values())
+    return {
+        "rows": len(built),
+        "held": len(built.held_ids),
+        "ids": hits.ids.tolist(),
+        "near": near.ids.tolist(),
+        "account": account,
+        "moved": moved,
+    }
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    "build_and_ask": build_and_ask,
+    "slow_build": slow_build,
+    "hang": hang,
+    "bad_example": bad_example,
+    "disagree": disagree,
+    "open_part": open_part,
+    "memory": memory,
+    "hosts": hosts,
+}
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]), sys.argv[6])
