@@ -137,6 +137,8 @@ def _passage(payload: Any) -> Passage | None:
 class _StoredPassages:
     """The passages of an index as its examples, by their ids: {"input_ids", "attention_mask"}, as at the build."""
 
+    ready = True
+
     def __init__(self, index: Index, payloads: dict[int, Any], tokenizer: Any) -> None:
         self.payloads, self._tokenizer = payloads, tokenizer
         self._count = int(index.ids[-1]) + 1
