@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_module
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,17 +18,16 @@ ROOT = Path(__file__).parent.parent
 BENCHES = (
     "build_cost explain_cost scan_cost sample_size search_at_scale fidelity coarse_choices sketch_choices "
     "lds curvature_choices tail_patch frontier ensembles mislabelled duplicates other_libraries "
-    "estimate_accuracy"
+    "estimate_accuracy scaling"
 ).split()
 
 
 def smoke(kept: Path, *command: str) -> tuple[dict[str, Any], str]:
     """What a benchmark keeps and prints in its tiny size."""
     pytest.importorskip("transformers")
-    line = [sys.executable, "-m", *command, "--smoke", "--json", str(kept)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(kept.read_text()), done.stdout
+    code, printed = run_module([*command, "--smoke", "--json", str(kept)], ROOT, kept.with_suffix(".txt"))
+    assert code == 0, printed
+    return json.loads(kept.read_text()), printed
 
 
 @pytest.mark.parametrize("name", BENCHES)
