@@ -303,7 +303,7 @@ def finetuned(smoke: bool = False) -> Task:
 def scratch(smoke: bool = False) -> Task:
     _, train, queries = passages(*(160, 16) if smoke else (2048, 256))
     recipe = Recipe(1 if smoke else 10, 16, 2e-3, 0.01, "adamw")
-    return Task("scratch", train, queries, gpt, recipe, 3 if smoke else 64, 1)
+    return Task("scratch", train, queries, gpt, recipe, 3 if smoke else 64, 1 if smoke else 2)
 
 
 TASKS: dict[str, Callable[..., Task]] = {
