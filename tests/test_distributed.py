@@ -246,9 +246,9 @@ def test_torchrun_builds_on_the_command_line(tmp_path: Path) -> None:
     dice = random.Random(0)
     texts.write_text("\n".join(json.dumps({"text": " ".join(dice.choices(words, k=30))}) for _ in range(300)))
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2"),
         *("--monitor-interval=0.2", "--master-port", str(free_port()), "-m", "lorif_index", "build", str(place)),
-        *("--model", str(model), "--data", str(texts), "--batch-size", "4", "--timeout", "60", "--json"),
+        *("--model", str(model), "--data", str(texts), "--batch-size", "4", "--timeout", "180", "--json"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
