@@ -16,6 +16,7 @@ PROJECTIONS = ("eigen", "random")
 CURVATURES = ("auto", "mixed", "ggn", "empirical")
 REPRESENTATIONS = ("eigen", "both", "factors", "coordinates", "coarse")
 STORES = ("auto", *REPRESENTATIONS)
+ADAPTERS = ("auto", "only", "include", "exclude")
 BITS = (1, 2, 4, 8)
 """Widths of codes' coordinates."""
 # What projection_floor="auto" is where nothing asks for more.
@@ -24,7 +25,8 @@ LEAST_FLOOR = 32
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSelection:
-    """Which linear maps are tracked. Default: every supported one but embeddings and a language model's head.
+    """Which linear maps are tracked. Default: every supported one but embeddings and a language model's head; in a
+    model with adapters of peft, the adapters alone.
 
     Attributes:
         include: glob patterns (`fnmatch`) on module names; a module named by one is taken, embeddings and head too.
@@ -33,6 +35,9 @@ class LayerSelection:
         embeddings: also track `nn.Embedding`.
         head: also track a causal language model's output head.
         bias: track the bias as one more input, of ones.
+        adapters: of a peft model: "only" the linear maps that it trains (LoRA's A and B of active adapters, and whole
+            modules of `modules_to_save`), "include" them beside the base model's, or "exclude" them; "auto": "only"
+            where there are some, and what `include` names.
     """
 
     include: tuple[str, ...] = ()
@@ -41,6 +46,7 @@ class LayerSelection:
     embeddings: bool = False
     head: bool = False
     bias: bool = True
+    adapters: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "types"):
@@ -51,6 +57,8 @@ class LayerSelection:
             if not all(isinstance(t, str) and t for t in names):
                 raise ConfigError(f"LayerSelection.{name} takes names or glob patterns, got {given!r}")
             object.__setattr__(self, name, names)
+        if self.adapters not in ADAPTERS:
+            raise ConfigError(f"LayerSelection.adapters must be one of {ADAPTERS}, got {self.adapters!r}")
 
     @classmethod
     def of(cls, value: Any) -> LayerSelection:

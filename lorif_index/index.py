@@ -22,7 +22,7 @@ from .build.coarse_build import rebuild, recalibrate
 from .build.estimate import Estimate, estimate_build
 from .build.growth import add_examples, check_addition
 from .build.merging import merge_indexes
-from .build.pipeline import build_index, loss_name
+from .build.pipeline import build_index, check_free, loss_name
 from .build.refit import refit_index
 from .build.removal import as_ids, compact_rows, remove_examples
 from .build.repair import repair_index
@@ -48,6 +48,14 @@ from .config import BuildConfig
 from .damping import Damping, as_damping
 from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
 from .fit.curvature import LayerCurvature
+from .huggingface.tokenised import (
+    TOKENIZER,
+    check_tokenizer,
+    prepared,
+    prepared_query,
+    prepared_rows,
+    tokenizer_digest,
+)
 from .markup import table
 from .progress import ProgressCallback, Reporter, reporter
 from .ranks import ALONE, Ranks
@@ -79,8 +87,10 @@ class Index:
         verify: str = "first",
         damaged: str = "refuse",
         ranks: Ranks = ALONE,
+        tokenizer: Any = None,
     ) -> None:
         self._path, self._ranks = path, ranks
+        self._tokenizer = tokenizer
         self._device = search_device(device)
         self._verify, self._damaged = verify, damaged
         self._use(*open_version(path))
@@ -139,6 +149,7 @@ class Index:
         metadata: dict[str, Any] | None = None,
         payloads: Values | None = None,
         fit: Index | str | os.PathLike[str] | None = None,
+        tokenizer: Any = None,
         distributed: Any = None,
         progress: bool | ProgressCallback | None = None,
     ) -> Index:
@@ -153,7 +164,9 @@ class Index:
                 several seeds, makes one index whose scores are the mean over them: layer "w" of the first is called
                 "0.w" in the index (and in `layers=` of a search); the config's `layers` are of a model's own names.
             data: a torch Dataset, a DataLoader that does not shuffle, a Hugging Face Dataset, or a tuple or dict of
-                tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded.
+                tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded. For a model
+                of transformers also texts, chats, prompts with completions, and packed rows (see
+                `huggingface.TokenisedData`).
             gradients: instead of model and data: an iterable of blocks {layer: (n, d_in, d_out) array}, or of factor
                 pairs {layer: ((n, d_in, m), (n, d_out, m))}. An iterator that is used up by one walk is kept on disk
                 meanwhile.
@@ -166,6 +179,7 @@ class Index:
                 own id for it), as a list or anything with a length and integer keys.
             fit: another index, whose projections, curvature and directions are taken instead of fitted: such indexes
                 can be merged. Its config is the default then.
+            tokenizer: of transformers, for data and questions of text; a digest of it is kept in the metadata.
             distributed: None: all ranks of the default process group build together, where one is initialised; False:
                 this process alone; or a `ProcessGroup`. Where the ranks do not see one folder under `path`, each
                 folder gets a part, an index of its own with ids in the whole, and the parts are searched together
@@ -193,6 +207,11 @@ class Index:
         if not isinstance(config, BuildConfig):
             raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
         asked, ranks = as_model(model), Ranks.of(distributed)
+        known = {} if tokenizer is None else {TOKENIZER: tokenizer_digest(tokenizer)}
+        with ranks.jointly("data"):
+            # Before much is read: texts are walked once to find what cannot be used.
+            check_free(folder)
+            data, curvature = prepared(data, asked, tokenizer), prepared_rows(curvature, asked, tokenizer)
         with reporter(progress if ranks.first or callable(progress) else False) as report:
             whole = build_index(
                 folder,
@@ -202,13 +221,13 @@ class Index:
                 loss=loss,
                 curvature=curvature,
                 config=config,
-                metadata={} if metadata is None else metadata,
+                metadata=known | metadata if isinstance(metadata, dict) else known if metadata is None else metadata,
                 payloads=payloads,
                 fit=fitted,
                 reporter=report,
                 ranks=ranks,
             )
-        built = cls(folder, asked, loss, ranks=ALONE if whole else ranks)
+        built = cls(folder, asked, loss, ranks=ALONE if whole else ranks, tokenizer=tokenizer)
         built._pieces += [] if data is None else [(0, data)]
         return built
 
@@ -225,12 +244,13 @@ class Index:
         batches: int = 4,
         disk: int | None = None,
         payload_bytes: float = 0.0,
+        tokenizer: Any = None,
         progress: bool | ProgressCallback | None = None,
     ) -> Estimate:
         """Disk, memory and time of a build before it starts. Nothing is kept.
 
         Args:
-            model, data, gradients, loss, config, progress: as in `build`.
+            model, data, gradients, loss, config, tokenizer, progress: as in `build`.
             examples: N, where `data` is only a part; by default what there is.
             batches: whose gradients are taken and timed.
             disk: bytes that there are for the index: says which choices fit.
@@ -249,9 +269,10 @@ class Index:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
         with reporter(progress) as report:
+            asked = as_model(model)
             return estimate_build(
-                model=as_model(model),
-                data=data,
+                model=asked,
+                data=prepared(data, asked, tokenizer),
                 gradients=gradients,
                 loss=loss,
                 config=config,
@@ -274,6 +295,7 @@ class Index:
         device: str | torch.device | None = None,
         verify: str = "first",
         damaged: str = "refuse",
+        tokenizer: Any = None,
         distributed: Any = False,
     ) -> Index:
         """Opens a finished index, as it is now: what writers do later is seen after `refresh`.
@@ -289,6 +311,7 @@ class Index:
                 before every scan; "never". Rows read singly, and all other files, are always checked.
             damaged: "refuse" raises `CorruptionError` where a search meets damage; "skip" looks at every shard now, and
                 answers without the examples of damaged ones (`SearchStats.skipped` counts them).
+            tokenizer: the one it was built with, to ask in words and to add texts.
             distributed: True: all ranks of the default process group open the index together, or the parts of it that
                 lie in their folders; or a `ProcessGroup`. Each holds a part of the rows and of the coarse index, all
                 call the same methods at the same time, rank 0's query counts (others may pass None), and all get the
@@ -296,7 +319,7 @@ class Index:
 
         Raises:
             NotAnIndexError, FormatVersionError, CorruptionError: the folder. FingerprintError: another model or loss
-            than it was built from; the message names what differs.
+            than it was built from, or another tokenizer; the message names what differs.
         """
         if verify not in VERIFY:
             raise ConfigError(f"verify must be one of {VERIFY}, got {verify!r}")
@@ -305,9 +328,11 @@ class Index:
         ranks = Ranks.of(distributed)
         with ranks.jointly("open"):
             read_manifest(Path(path))
-        index = cls(Path(path), None, None, device, verify, damaged, ranks)
+        index = cls(Path(path), None, None, device, verify, damaged, ranks, tokenizer)
+        check_tokenizer(index.metadata.get(TOKENIZER), tokenizer, str(path))
         if model is not None:
             index._attach(as_model(model), loss)
+            data = prepared(data, index._model, tokenizer)
         index._pieces += [] if data is None else [(0, data)]
         return index
 
@@ -354,7 +379,8 @@ class Index:
 
         Args:
             query: one batch of the kind the index was built from, or gradients {layer: (q, d_in, d_out)} or factor
-                pairs, of a quantity to lower.
+                pairs, of a quantity to lower. Where the tokenizer is known, a text, a chat (a list of messages), a list
+                of either, or rows such as {"prompt", "completion"}.
             k: how many; above n it gives n.
             recall: the share of the exact k best that is to be found, in (0, 1]; 1 scans every row.
             rescore: False answers from the coarse index alone, with approximate scores.
@@ -568,7 +594,7 @@ class Index:
         chosen, policy = self._chosen(layers), self._policy(damping)
         config = self._query_config()
         capture = self._model_capture(None).capture(self._loss).trust()
-        pieces = self._pieces if data is None else [(0, data)]
+        pieces = self._pieces if data is None else [(0, prepared(data, self._model, self._tokenizer))]
         if not pieces:
             raise DataError(
                 "explain computes training examples again, and this index was opened without them: pass data= to it, "
@@ -756,6 +782,7 @@ class Index:
         *,
         gradients: Iterable[Any] | None = None,
         payloads: Values | None = None,
+        tokenizer: Any = None,
         progress: bool | ProgressCallback | None = None,
     ) -> np.ndarray:
         """Indexes further examples, which can be found at once. The same call on an interrupted one goes on with it.
@@ -767,6 +794,7 @@ class Index:
             data: as in `build`; the index must have been opened with its model, and its loss.
             gradients: instead of data, as in `build`.
             payloads: as in `build`, of the new examples.
+            tokenizer: for data of text, if the index was opened without; the one that it was built with.
             progress: as in `build`.
 
         Returns:
@@ -784,6 +812,8 @@ class Index:
                 f"the model that is to give gradients for {self._path}",
                 "open the index with the model and loss that it was built from",
             )
+            check_tokenizer(self.metadata.get(TOKENIZER), tokenizer, str(self._path))
+            data = prepared(data, self._model, self._tokenizer if tokenizer is None else tokenizer)
         with self._changing(progress) as report, ExitStack() as stack:
             first = self._manifest.next_id
             source: GradientSource
@@ -1244,6 +1274,7 @@ class Index:
         self, query: Any, measure: PerExample | None, positions: bool
     ) -> Iterator[tuple[GradientBlock, Asked]]:
         taken = self._model_capture(measure)
+        query = prepared_query(query, self._model, self._tokenizer, strict=measure is None)
         capture = taken.capture(self._loss if measure is None else measure)
         for ids, batch in _query_batches(query, taken.config.batch_size):
             kept = Positions() if positions else None

@@ -135,6 +135,11 @@ def build_and_ask(
         with Index.open(place, model=model, loss=loss, distributed=True) as together:
             found = answers(together, query)
             hits = together.search(query, k=3)
+            whole = together.groups(query, by=lambda payload: payload["place"] % 3) if "ids" in found else None
+            if whole is not None and rank == 0:
+                found["group sums"] = np.array(
+                    [[g.sum for g in sorted(q, key=lambda g: g.value)] for q in whole.queries]
+                )
             if hits.payloads != [[{"place": int(i)} for i in row] for row in hits.ids]:
                 raise RuntimeError(f"payloads {hits.payloads} of {hits.ids}")
             if "ids" in found:
@@ -206,6 +211,29 @@ def memory(rank: int, size: int, folder: str, count: int) -> int:
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
+def hosts(rank: int, size: int, folder: str, seconds: float, interface: str) -> dict[str, Any]:
+    """A build on two machines with a folder each, and a search by both: the best ids, and what went over the wire."""
+
+    def sent() -> int:
+        return int(Path(f"/sys/class/net/{interface}{rank}/statistics/tx_bytes").read_text())
+
+    model, place, before = make_model(), Path(folder) / f"host-{rank}", sent()
+    config = settings(store="eigen", shard_bytes=8000, batch_size=16)
+    built = Index.build(place, model=model, data=Slow(seconds), loss=loss, config=config)
+    moved = sent() - before
+    hits = built.search(sequences()[:4] if rank == 0 else None, k=12, exact=True)
+    near = built.search(sequences()[:4] if rank == 0 else None, k=12, exact=False)
+    account = sum(built.build_report["ranks"]["sent_bytes"][rank].values())
+    return {
+        "rows": len(built),
+        "held": len(built.held_ids),
+        "ids": hits.ids.tolist(),
+        "near": near.ids.tolist(),
+        "account": account,
+        "moved": moved,
+    }
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "build_and_ask": build_and_ask,
     "slow_build": slow_build,
@@ -214,4 +242,8 @@ JOBS: dict[str, Callable[..., Any]] = {
     "disagree": disagree,
     "open_part": open_part,
     "memory": memory,
+    "hosts": hosts,
 }
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]), sys.argv[6])

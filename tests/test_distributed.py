@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def test_with_one_fit_ranks_build_and_answer_the_same(size: int, alone: Any, tmp
     said = together(size, "build_and_ask", tmp_path / "said", folder=str(tmp_path), kinds=KINDS, fits=fits)
     for kind, (_, expected) in alone.items():
         found = dict(np.load(tmp_path / f"{kind}.npz"))
+        if kind != "coarse":
+            sums = [expected["scores"][:, part::3].sum(axis=1, dtype=np.float64) for part in range(3)]
+            np.testing.assert_allclose(found.pop("group sums"), np.transpose(sums), rtol=1e-4, atol=1e-2)
         assert_same(exact(found), exact(expected), 1e-5)
         assert sum(one[kind]["held"] for one in said) == COUNT
         assert {one[kind]["rows"] for one in said} == {COUNT}
@@ -137,6 +141,7 @@ def test_folders_of_their_own(alone: Any, tmp_path: Path) -> None:
     together(2, "build_and_ask", tmp_path / "said", folder=str(tmp_path), kinds=kinds, fits=fits, apart=True)
     for kind in kinds:
         found = dict(np.load(tmp_path / f"{kind}.npz"))
+        found.pop("group sums", None)
         assert_same(exact(found), exact(alone[kind][1]), 1e-5)
         assert (found["candidate ids"][:, 0] == np.arange(4)).all()
     first, second = tmp_path / "eigen-0", tmp_path / "eigen-1"
@@ -242,6 +247,78 @@ def test_torchrun_builds_on_the_command_line(tmp_path: Path) -> None:
     assert facts["examples"] > 100
     with Index.open(tmp_path / "index") as index:
         assert index.build_report["ranks"]["size"] == 2 and len(index) == facts["examples"]
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[tuple[list[str], str, str]]:
+    """Two network namespaces joined by a cable: names, the cable's ends but for the number, the first one's address."""
+    names, cable = [f"lorif-{os.getpid()}-{i}" for i in range(2)], f"lo{os.getpid() % 100000}v"
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(f"ip link add {cable}0 netns {names[0]} type veth peer name {cable}1 netns {names[1]}")
+    for i, name in enumerate(names):
+        commands += [f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev {cable}{i}", f"ip -n {name} link set lo up"]
+        commands.append(f"ip -n {name} link set {cable}{i} up")
+    try:
+        for command in commands:
+            try:
+                subprocess.run(command.split(), check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"network namespaces cannot be made here: {error} {getattr(error, 'stderr', '')}")
+        yield names, cable, "10.77.0.1"
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_two_hosts_build_are_killed_resume_and_search(two_hosts: Any, alone: Any, tmp_path: Path) -> None:
+    names, cable, address = two_hosts
+
+    def on_hosts(out: Path, seconds: float) -> list[subprocess.Popen[bytes]]:
+        given = {"folder": str(tmp_path), "seconds": seconds, "interface": cable}
+        options = json.dumps({"host": address, "given": given})
+        script = str(Path(__file__).with_name("distributed_job.py"))
+        return [
+            subprocess.Popen(
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    name,
+                    sys.executable,
+                    script,
+                    str(rank),
+                    "2",
+                    "29500",
+                    "hosts",
+                    options,
+                    str(out),
+                ],
+                env=os.environ | {"GLOO_SOCKET_IFNAME": f"{cable}{rank}", "OMP_NUM_THREADS": "1"},
+            )
+            for rank, name in enumerate(names)
+        ]
+
+    first = on_hosts(tmp_path / "first", 0.05)
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and not list((tmp_path / "host-1").glob("shard-*.h5")):
+        time.sleep(0.02)
+    # `ip netns exec` becomes the program that it starts.
+    first[1].send_signal(signal.SIGKILL)
+    assert [process.wait(60) for process in first] == [0, -signal.SIGKILL]
+    said = json.loads((tmp_path / "first-0.json").read_text())
+    assert said["error"][0] == "DistributedError", said
+    before = {path.stat().st_ino for path in (tmp_path / "host-1").glob("shard-*.h5")}
+    assert before
+    assert [process.wait(120) for process in on_hosts(tmp_path / "second", 0.0)] == [0, 0]
+    ours, theirs = (json.loads((tmp_path / f"second-{rank}.json").read_text())["result"] for rank in range(2))
+    assert before & {path.stat().st_ino for path in (tmp_path / "host-1").glob("shard-*.h5")}
+    assert ours["rows"] == theirs["rows"] == ours["held"] + theirs["held"] == COUNT
+    expected = alone["eigen"][1]["scan ids"]
+    assert ours["ids"] == theirs["ids"] and np.mean(np.array(ours["ids"]) == expected) > 0.9
+    assert np.mean(np.array(ours["near"])[:, 0] == expected[:, 0]) == 1.0
+    # The account of what was sent is what went over the cable, but for headers and barriers.
+    for said in (ours, theirs):
+        assert 0.9 * said["account"] < said["moved"] < 1.3 * said["account"] + 500_000, said
 
 
 def test_memory_of_a_rank_does_not_grow_with_the_data(tmp_path: Path) -> None:

@@ -36,10 +36,10 @@ SURFACE = [
 ]
 
 INDEX = {
-    "build": "path model data gradients loss curvature config metadata payloads fit distributed progress",
-    "open": "path model loss data device verify damaged distributed",
+    "build": "path model data gradients loss curvature config metadata payloads fit tokenizer distributed progress",
+    "open": "path model loss data device verify damaged tokenizer distributed",
     "merge": "path indexes progress",
-    "estimate": "model data gradients loss config examples batches disk payload_bytes progress",
+    "estimate": "model data gradients loss config examples batches disk payload_bytes tokenizer progress",
     "search": "self query k recall rescore measure opponents normalize exact damping layers group_by progress",
     "scores": "self query measure damping layers normalize out gather progress",
     "explain": "self query ids data measure damping layers query_tokens progress",
@@ -50,7 +50,7 @@ INDEX = {
     "coordinates": "self ids",
     "rebuild_coarse": "self coarse progress",
     "calibrate": "self query measure progress",
-    "add": "self data gradients payloads progress",
+    "add": "self data gradients payloads tokenizer progress",
     "remove": "self ids",
     "compact": "self progress",
     "refit": "self progress",
@@ -85,9 +85,11 @@ ENGINE = {
     "candidates reader explain planner groups",
     "build": "encode coverage coarse_build growth removal sizes spans representation resuming pipeline refit merging "
     "repair estimate",
+    "huggingface": "chat encoding documents tokenised",
     ".": "index launch",
 }
 TEXT_SIDE = {
+    "huggingface": "callback",
     "text": "texts textindex show demo_model demo",
     "web": "visible charts explorer page export report guard server",
     "cli": "app options settings making shares asking keeping browsing benches",
@@ -153,6 +155,7 @@ def test_imports_point_one_way() -> None:
 def test_nothing_heavy_is_imported() -> None:
     heavy = {"transformers", "datasets", "tokenizers", "sklearn", "matplotlib", "faiss", "pandas", "rich", "typer"}
     heavy |= {"starlette", "uvicorn", "jinja2", "markupsafe", "yaml"}
+    heavy |= {"peft", "accelerate"}
     for path in PACKAGE.rglob("*.py"):
         allowed = {"rich", "typer"} if path.stem in (*" ".join(TEXT_SIDE.values()).split(), "__main__") else set()
         # The adapter alone, when a function of it is called.

@@ -74,7 +74,7 @@ def measure_coverage(
         kept.add(block)
         mine = np.flatnonzero(np.isin(ids, few))
         spans.add(block.select(mine))
-        for place in mine.tolist():
+        for place in mine.tolist() if not norms.failed else ():
             norms.add(capture, one_of(batch, place))
     found: dict[str, Any] = {"tracked": None, "projection": None}
     layers: dict[str, dict[str, float | None]] = {name: {} for name in reader.specs}
@@ -117,7 +117,12 @@ class _Norms:
         self._owner: dict[int, str] = {}
         for layer in taken.layers:
             for use in layer.uses:
-                self._owner[id(use.module.weight)] = layer.name
+                weight = getattr(use.module, "weight", None)
+                if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+                    # Quantised: its gradient is no parameter's.
+                    self.failed = True
+                    continue
+                self._owner[id(weight)] = layer.name
                 if use.bias:
                     self._owner[id(use.module.bias)] = layer.name
         parameters = [p for p in taken.model.parameters() if p.is_floating_point()]

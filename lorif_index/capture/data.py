@@ -51,9 +51,9 @@ def as_source(data: Any, batch_size: int) -> ExampleSource:
     elif isinstance(data, DataLoader):
         source = LoaderSource(data)
     elif isinstance(data, IterableDataset) or _is_streaming(data):
-        source = StreamSource(data, batch_size)
+        source = StreamSource(data, batch_size, _collate_of(data))
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, Mapping)):
-        source = MapSource(data, collate, batch_size)
+        source = MapSource(data, _collate_of(data), batch_size)
     else:
         raise DataError(
             "data must be a torch Dataset, a DataLoader, a Hugging Face Dataset, or a tuple or dict of tensors, got "
@@ -62,6 +62,11 @@ def as_source(data: Any, batch_size: int) -> ExampleSource:
     if source.count == 0:
         raise DataError("the data holds no examples")
     return source
+
+
+def _collate_of(data: Any) -> Any:
+    """How a dataset's items become a batch: its own `collate_examples`, or `collate`."""
+    return getattr(data, "collate_examples", collate)
 
 
 def _all_tensors(data: Any) -> bool:
@@ -117,8 +122,9 @@ class MapSource:
 class StreamSource:
     """An iterable dataset that gives the same items in the same order each time it is walked."""
 
-    def __init__(self, stream: Iterable[Any], batch_size: int) -> None:
+    def __init__(self, stream: Iterable[Any], batch_size: int, collate_fn: Any) -> None:
         self._stream = stream
+        self._collate = collate_fn
         self._batch_size = batch_size
         self.count = sum(1 for _ in stream)
         self.random_access = False
@@ -127,7 +133,7 @@ class StreamSource:
         at = _aligned(start, self._batch_size)
         items = islice(iter(self._stream), at, None)
         while part := list(islice(items, self._batch_size)):
-            yield np.arange(at, at + len(part), dtype=np.int64), collate(part)
+            yield np.arange(at, at + len(part), dtype=np.int64), self._collate(part)
             at += len(part)
         _same_length(self.count, at)
 
@@ -137,7 +143,7 @@ class StreamSource:
         for part in _chunks(ids, self._batch_size):
             items = list(islice(chosen, len(part)))
             _same_length(len(part), len(items))
-            yield part, collate(items)
+            yield part, self._collate(items)
 
 
 class LoaderSource:
@@ -206,7 +212,10 @@ def collate(items: Sequence[Any]) -> Batch:
             if key == "input_ids" and "attention_mask" not in first:
                 batch["attention_mask"] = _padded(key, [torch.ones_like(c) for c in columns])
     if not batch:
-        raise DataError(f"items have no columns of numbers, only {sorted(map(str, first))}: tokenise the text first")
+        raise DataError(
+            f"items have no columns of numbers, only {sorted(map(str, first))}: tokenise the text first, "
+            "or pass tokenizer="
+        )
     return batch
 
 

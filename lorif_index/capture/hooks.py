@@ -93,6 +93,7 @@ class Capture:
         self._sums: dict[str, _Sum] = {}
         self._called: set[str] = set()
         self._watch: Watch | None = None
+        self._graded: set[str] = set()
         self.device = device_of(model)
         self._in_step = needs_lockstep(model)
         half = autocast == "float16" or half_of(model)
@@ -173,7 +174,7 @@ class Capture:
         if self._n != len(ids):
             raise CaptureError(f"the batch holds {self._n} examples where {len(ids)} were expected")
         blocks = []
-        self._called = set()
+        self._called, self._graded = set(), set()
         try:
             with self._hooked():
                 with self._casting():
@@ -185,6 +186,7 @@ class Capture:
                     self._sums = {layer.name: _Sum() for layer in self._layers}
                     if row.requires_grad:
                         (row.sum() * self._scale).backward(retain_graph=number + 1 < len(rows))
+                    self._check_graded()
                     if require_all:
                         self._check_reached(row)
                     results = {layer.name: self._result(layer.name) for layer in self._layers}
@@ -209,7 +211,7 @@ class Capture:
                     # them an output says how it is spread, and its gradient likewise.
                     handle = use.module.register_forward_hook(
                         self._forward_hook(layer.name, use),
-                        prepend=is_dtensor(use.module.weight),
+                        prepend=is_dtensor(getattr(use.module, "weight", None)),
                         with_kwargs=True,
                     )
                     stack.callback(handle.remove)
@@ -237,7 +239,11 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
             self._called.add(layer)
             if not torch.is_grad_enabled():
+                # A reentrant checkpoint calls again, with gradients, in the backward pass. (One that is not reentrant
+                # also calls again, to fill in what it did not save: no gradient reaches those outputs, so that nothing
+                # is counted twice.)
                 return None
+            self._graded.add(layer)
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
                 raise CaptureError(f"module {use.name!r} was called without a tensor input or output: {_REMEDY}")
@@ -390,6 +396,16 @@ class Capture:
                 f"averaged over the batch?): {_REMEDY}, or mend the loss"
             )
 
+    def _check_graded(self) -> None:
+        """Gradients of a layer that was called without them would be zeros, and look like an answer."""
+        without = sorted(self._called - self._graded)
+        if without:
+            raise CaptureError(
+                f"layers {without[:4]} are called with gradients switched off only: under no_grad, or in a checkpoint "
+                "with use_reentrant=True whose inputs need no gradient. Pass use_reentrant=False, switch checkpointing "
+                f"off, or: {_REMEDY}"
+            )
+
     def _check_reached(self, losses: torch.Tensor) -> None:
         if not losses.requires_grad:
             raise CaptureError(
@@ -405,7 +421,11 @@ class Capture:
 
 
 def _spread(use: Use) -> Spread:
-    return spread_of(use.module.weight, inputs_first=stored_inputs_first(use.module))  # type: ignore[arg-type]
+    # Some quantised modules have none of that name.
+    weight = getattr(use.module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return Spread()
+    return spread_of(weight, inputs_first=stored_inputs_first(use.module))
 
 
 def _inputs(use: Use, x: torch.Tensor, spread: Spread) -> Columns:

@@ -2,7 +2,8 @@
 
 Every supported module is a linear map applied at each position t of an example: the gradient of its weight is
 sum_t x_t dy_t^T, shape (inputs, outputs). Convolutions are unfolded (Grosse and Martens, arXiv:1602.01407),
-embeddings have one-hot inputs, a bias is one more input that is always one.
+embeddings have one-hot inputs, a bias is one more input that is always one. Only inputs and output gradients are looked
+at, never the weight's values: a quantised linear map is tracked as if its weight were not.
 """
 
 from __future__ import annotations
@@ -61,15 +62,45 @@ def is_conv1d_of_transformers(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
+def is_quantised_linear(module: nn.Module) -> bool:
+    """A linear map of some library's own class, over a weight in integers: a leaf with `in_features`, `out_features`,
+    tensors of integers, and no `weight` of floating point. Known by these, never imported."""
+    if isinstance(module, nn.Linear) or next(module.children(), None) is not None:
+        return False
+    widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if not all(isinstance(width, int) and width > 0 for width in widths):
+        return False
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    weight = getattr(module, "weight", None)
+    whole = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    return not whole and any(not t.is_floating_point() and not t.is_complex() and t.ndim for t in tensors)
+
+
 def supported(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)) or is_conv1d_of_transformers(module)
+    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding))
+    return plain or is_conv1d_of_transformers(module) or is_quantised_linear(module)
 
 
-def _weight(module: nn.Module) -> torch.Tensor:
+def _key(module: nn.Module) -> int:
+    """What modules with one weight share: its id; the module's own where the weight is no stored parameter (a quantised
+    one of another name, or one computed anew at each look, whose id means nothing)."""
+    weight = module._parameters.get("weight")
+    return id(module) if weight is None else id(weight)
+
+
+def _stored(module: nn.Module) -> torch.Tensor:
     weight = module.weight
     if not isinstance(weight, torch.Tensor):
         raise CaptureError(f"{type(module).__name__}.weight is not a tensor")
     return weight
+
+
+def _packed(module: nn.Module) -> bool:
+    """Whether it is an `nn.Linear` whose weight is kept in a form of its own, as bitsandbytes' in four bits is."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module.weight
+    return not weight.is_floating_point() or (weight.shape[-1] == 1 and module.in_features != 1)
 
 
 def stored_inputs_first(module: nn.Module) -> bool:
@@ -78,13 +109,15 @@ def stored_inputs_first(module: nn.Module) -> bool:
 
 
 def _describe(name: str, module: nn.Module, bias: bool) -> Use:
-    weight = _weight(module)
-    if stored_inputs_first(module):
-        inputs, outputs = weight.shape
+    if is_quantised_linear(module) or _packed(module):
+        # By name: a weight in four bits has another shape.
+        inputs, outputs = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    elif stored_inputs_first(module):
+        inputs, outputs = _stored(module).shape
     else:
-        outputs, inputs = weight.shape[0], weight.shape[1:].numel()
+        outputs, inputs = _stored(module).shape[0], _stored(module).shape[1:].numel()
     has_bias = bias and getattr(module, "bias", None) is not None
-    return Use(name, module, False, int(inputs), int(outputs), has_bias)
+    return Use(name, module, False, inputs, outputs, has_bias)
 
 
 def _refuse_unsupported_settings(use: Use) -> None:
@@ -102,10 +135,19 @@ def _default_exclusions(model: nn.Module, selection: LayerSelection) -> set[int]
     """ids of modules that the default leaves out: embeddings, a language model's head, and what bypasses hooks."""
     out: set[int] = set()
     modules = {plain_name(name): m for name, m in model.named_modules()}
-    embedding_weights = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    embedding_weights = {_key(m) for m in modules.values() if isinstance(m, nn.Embedding)}
     head = _output_embeddings(model)
+    adapters, idle = _adapters(model)
+    only = selection.adapters == "only" or (selection.adapters == "auto" and bool(adapters))
     for name, module in modules.items():
-        if isinstance(module, nn.Embedding):
+        if id(module) in idle or (id(module) in adapters and selection.adapters == "exclude"):
+            out.add(id(module))
+        elif id(module) in adapters:
+            # A classifier's head that is trained with them, too.
+            continue
+        elif only and supported(module):
+            out.add(id(module))
+        elif isinstance(module, nn.Embedding):
             if not selection.embeddings and nn.Embedding.__name__ not in selection.types:
                 out.add(id(module))
         elif isinstance(module, nn.MultiheadAttention):
@@ -113,9 +155,34 @@ def _default_exclusions(model: nn.Module, selection: LayerSelection) -> set[int]
             out.update(id(child) for child in module.modules())
         elif supported(module):
             named = name.rpartition(".")[2] in _HEAD_NAMES
-            if not selection.head and (module is head or named or id(_weight(module)) in embedding_weights):
+            if not selection.head and (module is head or named or _key(module) in embedding_weights):
                 out.add(id(module))
     return out
+
+
+def _adapters(model: nn.Module) -> tuple[set[int], set[int]]:
+    """ids of the modules that peft trains, and of those that it leaves uncalled: idle adapters, replaced originals.
+
+    Known by the attributes of peft's layers (`adapter_layer_names`, `modules_to_save`), never imported.
+    """
+    trained: set[int] = set()
+    idle: set[int] = set()
+    for module in model.modules():
+        names = getattr(module, "adapter_layer_names", None)
+        if isinstance(names, tuple) and isinstance(getattr(module, "base_layer", None), nn.Module):
+            parts = [part for name in names if isinstance(part := getattr(module, name, None), nn.ModuleDict)]
+        elif isinstance(getattr(module, "original_module", None), nn.Module):
+            parts = [p for p in [getattr(module, "modules_to_save", None)] if isinstance(p, nn.ModuleDict)]
+            off = bool(getattr(module, "disable_adapters", False))
+            unused = parts if off else [module.original_module]
+            idle.update(id(m) for part in unused for m in part.modules())  # type: ignore[union-attr]
+        else:
+            continue
+        active = getattr(module, "active_adapters", ())
+        for part in parts:
+            for name, adapter in part.items():
+                (trained if name in active else idle).update(id(m) for m in adapter.modules())
+    return trained - idle, idle
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -149,18 +216,26 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
         if not any(wanted in names for names in bases.values()):
             raise ConfigError(f"layer type {wanted!r} matches none of the supported modules {_listed(candidates)}")
     excluded = _default_exclusions(model, selection)
+    adapters = _adapters(model)[0] if selection.adapters != "auto" else set[int]()
+    if selection.adapters == "only" and not adapters:
+        raise ConfigError(
+            "LayerSelection(adapters='only'), but the model has no active adapters of peft: leave adapters out, or "
+            "pass the peft model"
+        )
     chosen: set[int] = set()
     for name, module in candidates.items():
         named = any(fnmatchcase(name, p) for p in selection.include)
         wanted_type = not selection.types or bool(bases[name] & set(selection.types))
         by_default = not selection.include and id(module) not in excluded
         dropped = any(fnmatchcase(name, p) for p in selection.exclude)
+        if selection.adapters in ("only", "exclude"):
+            dropped |= (id(module) in adapters) == (selection.adapters == "exclude")
         if (named or by_default) and wanted_type and not dropped:
-            chosen.add(id(_weight(module)))
+            chosen.add(_key(module))
     groups: dict[int, list[Use]] = {}
     for name, module in candidates.items():
-        if id(_weight(module)) in chosen:
-            groups.setdefault(id(_weight(module)), []).append(_describe(name, module, selection.bias))
+        if _key(module) in chosen:
+            groups.setdefault(_key(module), []).append(_describe(name, module, selection.bias))
     layers = [_tie(uses) for uses in groups.values()]
     if not layers:
         raise ConfigError(f"the selection leaves no layer to track: supported modules are {_listed(candidates)}")

@@ -22,6 +22,10 @@ PerExample = Callable[[nn.Module, Any], torch.Tensor]
 
 IGNORE = -100
 
+# In names of transformers' classes whose labels are of the inputs' own positions.
+_UNSHIFTED = ("MaskedLM", "TokenClassification")
+# What collators call the borders of documents in a packed row.
+_PACKED = {"document_ids", "cu_seq_lens_q", "cu_seqlens"}
 
 LogitsOf = Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor]]
 """logits(model, batch) -> (logits, labels): (n, C) with (n,), or (n, ..., C) with (n, ...); -100 counts nothing."""
@@ -35,7 +39,7 @@ def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     - dict with `labels` (n,): cross-entropy of the classifier's logits (n, C).
     - dict with `input_ids` (n, T): next-token cross-entropy, summed over tokens; labels are `labels`, or the inputs;
       -100 and positions that `attention_mask` hides contribute nothing. Encoder-decoder and masked language models
-      are taken unshifted.
+      and token classifiers are taken unshifted.
 
     Raises:
         DataError: a batch or logits of another form.
@@ -147,12 +151,29 @@ def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tens
     if labels is None:
         labels = inputs
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        raise DataError("labels must be an integer tensor for the default loss: pass loss=fn")
+        got = str(labels.dtype) if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise DataError(
+            f"labels must be an integer tensor for the default loss, got {got}{_problem(model)}: for a regression or "
+            "several labels an example pass loss=fn with fn(model, batch) -> (n,)"
+        )
+    _refuse_packed(batch)
     logits = _logits(model(**_model_inputs(model, batch)))
+    if logits.shape[-1] == 1:
+        raise DataError(
+            f"logits {tuple(logits.shape)} have a single class, of which the cross-entropy is always zero"
+            f"{_problem(model)}: pass loss=fn with fn(model, batch) -> (n,)"
+        )
+    if batch.get("labels") is None and logits.ndim == 2:
+        raise DataError(
+            f"{type(base_model(model)).__name__} gives one prediction an example, and the batch has no labels, only "
+            f"{sorted(map(str, batch))}: pass labels (n,), or another measure"
+        )
     if labels.ndim == 1:
         return _pair_logits(logits, labels)
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-        raise DataError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}: pass loss=fn")
+        raise DataError(
+            f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}{_problem(model)}: pass loss=fn"
+        )
     if mask is not None and mask.shape == labels.shape:
         labels = labels.masked_fill(mask == 0, IGNORE)
     if _next_token(model):
@@ -164,17 +185,72 @@ def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tens
 
 
 def _next_token(model: nn.Module) -> bool:
-    """Whether labels are the inputs' next tokens: yes, but for encoder-decoder and masked language models."""
-    config = getattr(model, "config", None)
-    return not getattr(config, "is_encoder_decoder", False) and "MaskedLM" not in type(model).__name__
+    """Whether labels are the inputs' next tokens: yes, but for encoder-decoder and masked language models, and for
+    classifiers of tokens."""
+    model = base_model(model)
+    config, name = getattr(model, "config", None), type(model).__name__
+    return not getattr(config, "is_encoder_decoder", False) and not any(part in name for part in _UNSHIFTED)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a model of peft, which has another class and forward; any other as it is."""
+    inside = getattr(model, "get_base_model", None)
+    found = inside() if callable(inside) else model
+    return found if isinstance(found, nn.Module) else model
+
+
+def offset_positions(model: nn.Module) -> int | None:
+    """The first position of models that count from behind their padding's index (RoBERTa's kind); None for others.
+
+    They are known by a position embedding with a padding index, and find the positions themselves, from what is
+    padding.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return None
+
+
+def restarts(positions: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """Where another document begins in a row: position 0 right after something else that is shown; (n, T - 1) bool."""
+    return (positions[:, 1:] == 0) & shown[:, 1:] & shown[:, :-1]
+
+
+def _refuse_packed(batch: Mapping[str, Any]) -> None:
+    """Rows of several documents are no examples.
+
+    Raises:
+        DataError: the batch says that its rows are packed.
+    """
+    packed = sorted(_PACKED & set(batch))
+    positions, mask, inputs = batch.get("position_ids"), batch.get("attention_mask"), batch.get("input_ids")
+    if not packed and isinstance(positions, torch.Tensor) and isinstance(inputs, torch.Tensor):
+        if positions.ndim != 2 or inputs.ndim != 2:
+            return
+        shown = mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == positions.shape else positions >= 0
+        if bool(restarts(positions, shown).any()):
+            packed = ["position_ids that restart at 0"]
+    if packed:
+        raise DataError(
+            f"the batch is packed ({', '.join(packed)}): its rows hold several documents, which are the examples. Pass "
+            "the dataset itself as data=, with a column document_ids or position_ids, and it is unpacked"
+        )
+
+
+def _problem(model: nn.Module) -> str:
+    """What a model's config says that it does, for messages."""
+    problem = getattr(getattr(base_model(model), "config", None), "problem_type", None)
+    return f" (the model's problem_type is {problem!r})" if isinstance(problem, str) else ""
 
 
 def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch without its labels, and without what the model's forward does not name."""
+    model = base_model(model)
     named = inspect.signature(model.forward).parameters
     inputs = {k: v for k, v in batch.items() if k in named and k != "labels"}
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if "position_ids" in named and "position_ids" not in batch and isinstance(ids, torch.Tensor):
+    wanted = "position_ids" in named and "position_ids" not in batch and offset_positions(model) is None
+    if wanted and isinstance(ids, torch.Tensor):
         # Positions counted over what the mask shows: padding on the left then moves nothing. One row per example, so
         # that a tracked position embedding sees whose position it is.
         shown = torch.ones_like(ids) if mask is None else mask.long()

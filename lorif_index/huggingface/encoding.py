@@ -1,0 +1,328 @@
+"""Encoding: rows of text, chat or tokens to what a model of transformers takes, and those to padded batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from ..capture.losses import IGNORE, base_model, offset_positions
+from ..capture.projection import keyed_generator
+from ..errors import ConfigError, DataError
+from .chat import chat_tokens, completion_tokens
+
+KINDS = {
+    "tokens": ("input_ids",),
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""Forms of rows, the first that fits, and the columns that make them."""
+
+TOO_LONG = ("refuse", "truncate")
+LABELS = ("labels", "label", "label_ids")
+
+_TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+# Columns by which trainers say which tokens have a loss.
+_MASKS = ("assistant_masks", "completion_mask")
+# Of a text's tokens, hidden from a masked language model (Devlin et al., arXiv:1810.04805).
+_HIDDEN_PERCENT = 15
+_MASK_SEED = 0
+_NO_LIMIT = 1 << 30
+
+Encoded = dict[str, Any]
+"""Columns of one example: lists of ints of one length, and of a classifier `labels`, an int."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model wants of its examples.
+
+    Attributes:
+        labelled: one label an example (a sequence classifier).
+        masked: labels are of hidden tokens (a masked language model).
+        shifted: labels are the next tokens; False also for other models that are neither.
+        context: the longest input, in tokens; None where nothing says.
+        pad: the token that fills rows up.
+        classes: how many a classifier has.
+        label_ids: names of labels to their numbers.
+    """
+
+    labelled: bool
+    masked: bool
+    shifted: bool
+    context: int | None
+    pad: int
+    classes: int | None
+    label_ids: dict[str, int]
+
+    @classmethod
+    def of(cls, model: nn.Module | None, tokenizer: Any) -> Needs:
+        """From a model's class and config, and its tokenizer; without a model, a causal language model's."""
+        inside = None if model is None else base_model(model)
+        name, config = type(inside).__name__, getattr(inside, "config", None)
+        labelled = "ForSequenceClassification" in name
+        find = getattr(config, "get_text_config", None)
+        inner = find() if callable(find) else config
+        pad = getattr(inner, "pad_token_id", None)
+        if labelled and pad is None:
+            raise DataError(
+                f"{name} finds the end of a text by its padding, and its config has no pad_token_id: set "
+                "model.config.pad_token_id as it was trained"
+            )
+        if pad is None:
+            pad = getattr(tokenizer, "pad_token_id", None)
+        classes = getattr(config, "num_labels", None) if labelled else None
+        names = getattr(config, "label2id", None) if labelled else None
+        other = any(part in name for part in ("TokenClassification", "QuestionAnswering", "MultipleChoice"))
+        other = other or bool(getattr(config, "is_encoder_decoder", False))
+        return cls(
+            labelled,
+            "ForMaskedLM" in name,
+            not labelled and "ForMaskedLM" not in name and not other,
+            _context(inside, inner, tokenizer),
+            0 if pad is None else int(pad),
+            classes if isinstance(classes, int) else None,
+            dict(names) if isinstance(names, Mapping) else {},
+        )
+
+
+def _context(model: nn.Module | None, config: Any, tokenizer: Any) -> int | None:
+    found = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
+    first = None if model is None else offset_positions(model)
+    if first is not None and isinstance(found[1], int):
+        found[1] -= first
+    limits = [int(n) for n in found if isinstance(n, (int, float)) and 0 < n < _NO_LIMIT]
+    return min(limits, default=None)
+
+
+def has_foreign_columns(row: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether rows have inputs of the model that no `Encoder` knows: pictures, boxes, a decoder's tokens."""
+    named = inspect.signature(base_model(model).forward).parameters
+    return bool(set(row) & set(named) - {*_TOKEN_COLUMNS, *LABELS})
+
+
+def kind_of(columns: Collection[Any], needs: Needs) -> str | None:
+    """Which of `KINDS` rows with such columns are; None: none of them."""
+    for kind, wanted in KINDS.items():
+        if all(name in columns for name in wanted) and (kind in ("tokens", "text") or needs.shifted):
+            return kind
+    return None
+
+
+class Encoder:
+    """Rows of one kind to examples of a model.
+
+    Args:
+        kind: of `KINDS`.
+        columns: that rows have.
+        tokenizer: of transformers; None for rows of tokens.
+        needs: of the model.
+        max_length: tokens of an example at most; default: the context.
+        too_long: "refuse", or "truncate".
+
+    Raises:
+        ConfigError: max_length beyond the context, or unknown words. DataError: no tokenizer where one is needed.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        columns: Collection[str],
+        tokenizer: Any,
+        needs: Needs,
+        max_length: int | None = None,
+        too_long: str = "refuse",
+    ) -> None:
+        if too_long not in TOO_LONG:
+            raise ConfigError(f"too_long must be one of {TOO_LONG}, got {too_long!r}")
+        if max_length is not None and (
+            isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
+        ):
+            raise ConfigError(f"max_length must be an integer of at least 1, got {max_length!r}")
+        if max_length is not None and needs.context is not None and max_length > needs.context:
+            raise ConfigError(
+                f"max_length={max_length} is above the model's context of {needs.context} tokens: pass at most that"
+            )
+        if kind != "tokens" and tokenizer is None:
+            raise DataError(f"the data has {' and '.join(KINDS[kind])} to be tokenised: pass tokenizer=")
+        if kind == "text" and not (needs.labelled or needs.masked or needs.shifted):
+            raise DataError(
+                "the model's labels are not to be had from text alone (a classifier of tokens, or an encoder-decoder): "
+                "pass tokenised columns, labels among them"
+            )
+        self.kind, self.needs, self.max_length, self.too_long = kind, needs, max_length or needs.context, too_long
+        self._tokenizer = tokenizer
+        self._label = next((name for name in LABELS if name in columns), None)
+        self._mask = next((name for name in _MASKS if name in columns), None)
+
+    @property
+    def columns(self) -> list[str]:
+        """What is looked at of a row."""
+        extra = [*_TOKEN_COLUMNS, *(name for name in [self._mask] if name)] if self.kind == "tokens" else []
+        label = [self._label] if self._label and (self.needs.labelled or self.kind == "tokens") else []
+        return list(dict.fromkeys([*KINDS[self.kind], *extra, *label]))
+
+    def encode(self, rows: Sequence[Any], ids: Sequence[int]) -> list[Encoded]:
+        """Examples of some rows, not yet cut to the longest length.
+
+        Args:
+            rows: dicts.
+            ids: their numbers, for messages.
+
+        Raises:
+            DataError: naming the row.
+        """
+        if self.kind == "text":
+            return self._texts(rows, ids)
+        out = []
+        for row, i in zip(rows, ids, strict=True):
+            try:
+                out.append(self._one(row))
+            except (DataError, KeyError, TypeError, ValueError) as error:
+                raise DataError(f"example {i}: {error}") from error
+        return out
+
+    def _one(self, row: Any) -> Encoded:
+        if self.kind == "tokens":
+            return self._tokens(row)
+        if self.kind == "messages":
+            ids, labels = chat_tokens(row["messages"], self._tokenizer)
+        else:
+            ids, labels = completion_tokens(row["prompt"], row["completion"], self._tokenizer)
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    def _texts(self, rows: Sequence[Any], ids: Sequence[int]) -> list[Encoded]:
+        texts = [row["text"] for row in rows]
+        for text, i in zip(texts, ids, strict=True):
+            if not isinstance(text, str):
+                raise DataError(f"example {i}: text must be a string, got {type(text).__name__}")
+        found = self._tokenizer(texts, verbose=False)
+        out = []
+        for at, (row, i) in enumerate(zip(rows, ids, strict=True)):
+            item: Encoded = {name: list(found[name][at]) for name in _TOKEN_COLUMNS if name in found}
+            item.setdefault("attention_mask", [1] * len(item["input_ids"]))
+            try:
+                self._give_labels(item, row)
+            except DataError as error:
+                raise DataError(f"example {i}: {error}") from None
+            out.append(item)
+        return out
+
+    def _tokens(self, row: Any) -> Encoded:
+        item: Encoded = {name: _ints(row[name], name) for name in _TOKEN_COLUMNS if row.get(name) is not None}
+        item.setdefault("attention_mask", [1] * len(item["input_ids"]))
+        given = None if self._label is None else row.get(self._label)
+        if not self.needs.labelled and given is not None:
+            item["labels"] = _ints(given, self._label)
+        elif self._mask is not None and self.needs.shifted:
+            pairs = zip(item["input_ids"], _ints(row[self._mask], self._mask), strict=True)
+            item["labels"] = [token if own else IGNORE for token, own in pairs]
+        else:
+            self._give_labels(item, row)
+        for name, values in item.items():
+            if isinstance(values, list) and len(values) != len(item["input_ids"]):
+                raise DataError(f"{name} has {len(values)} values where input_ids has {len(item['input_ids'])}")
+        return item
+
+    def _give_labels(self, item: Encoded, row: Any) -> None:
+        if self.needs.labelled:
+            given = None if self._label is None else row.get(self._label)
+            if given is not None:
+                item["labels"] = self._class(given)
+        elif self.needs.masked:
+            item["labels"] = self._hide(item["input_ids"], item["attention_mask"])
+
+    def _class(self, given: Any) -> int:
+        if isinstance(given, str):
+            if given not in self.needs.label_ids:
+                raise DataError(f"label {given!r} is none of the model's {sorted(self.needs.label_ids)[:12]}")
+            given = self.needs.label_ids[given]
+        value = given.item() if isinstance(given, torch.Tensor) and given.numel() == 1 else given
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise DataError(
+                f"label {given!r:.60} is no integer: for a regression or several labels an example pass loss=fn, and "
+                "data that is collated for it"
+            )
+        number, classes = int(value), self.needs.classes
+        if number != IGNORE and (number < 0 or (classes is not None and number >= classes)):
+            raise DataError(f"label {number} is not one of the model's {classes} classes, 0 to {(classes or 1) - 1}")
+        return number
+
+    def _hide(self, ids: list[int], mask: list[int]) -> list[int]:
+        """Replaces some tokens by the mask token, the same ones of the same text; labels are what they were."""
+        hidden = getattr(self._tokenizer, "mask_token_id", None)
+        if hidden is None:
+            raise DataError(
+                "a masked language model has a loss on hidden tokens, and there is no tokenizer with a mask token to "
+                "hide some: pass it, or columns input_ids and labels"
+            )
+        special = set(self._tokenizer.all_special_ids)
+        places = [t for t, token in enumerate(ids) if token not in special and mask[t]]
+        key = xxhash.xxh3_128(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest()
+        draws = keyed_generator(_MASK_SEED, "mask", key).random_raw(max(len(places), 1))
+        chosen = [
+            places[n] for n in draws[: len(places)].argsort(kind="stable")[: -(-len(places) * _HIDDEN_PERCENT // 100)]
+        ]
+        labels = [IGNORE] * len(ids)
+        for t in chosen:
+            labels[t], ids[t] = ids[t], hidden
+        return labels
+
+    def too_long_by(self, item: Encoded) -> int:
+        """How many tokens an example has too many; 0: none."""
+        return 0 if self.max_length is None else max(len(item["input_ids"]) - self.max_length, 0)
+
+    def has_loss(self, item: Encoded) -> bool:
+        """Whether any token of an example, or its label, counts."""
+        if self.needs.labelled:
+            return bool(item["input_ids"]) and item.get("labels", IGNORE) != IGNORE
+        counted = item["labels"] if "labels" in item else item["input_ids"]
+        shown = [value != IGNORE and on for value, on in zip(counted, item["attention_mask"], strict=True)]
+        return any(shown[1:] if self.needs.shifted else shown)
+
+    def cut(self, item: Encoded) -> Encoded:
+        """An example cut to the longest length; special tokens at the end stay there."""
+        if not self.too_long_by(item):
+            return item
+        keep = int(self.max_length or 0)
+        ending = 0
+        if self.kind == "text":
+            special = set(self._tokenizer.all_special_ids)
+            ids = item["input_ids"]
+            while ending < min(keep - 1, 2) and ids[len(ids) - 1 - ending] in special:
+                ending += 1
+
+        def shortened(values: Any) -> Any:
+            if not isinstance(values, list):
+                return values
+            return values[: keep - ending] + (values[-ending:] if ending else [])
+
+        return {name: shortened(values) for name, values in item.items()}
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch: rows filled up on the right, `labels` with -100, tokens with the model's padding, others with 0."""
+        longest = max(len(item["input_ids"]) for item in items)
+        fill = {"input_ids": self.needs.pad, "labels": IGNORE}
+        names = [name for name in items[0] if all(name in item for item in items)]
+        batch = {}
+        for name in names:
+            if isinstance(items[0][name], int):
+                batch[name] = torch.tensor([item[name] for item in items], dtype=torch.int64)
+                continue
+            batch[name] = torch.full((len(items), longest), fill.get(name, 0), dtype=torch.int64)
+            for row, item in zip(batch[name], items, strict=True):
+                row[: len(item[name])] = torch.tensor(item[name], dtype=torch.int64)
+        return batch
+
+
+def _ints(values: Any, name: str | None) -> list[int]:
+    listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    if not all(isinstance(v, int) for v in listed):
+        raise DataError(f"{name} must be integers, one a token, got {listed!r:.60}")
+    return listed

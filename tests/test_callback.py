@@ -1,0 +1,119 @@
+"""The trainer's callback: an index at the end, at checkpoints; training goes on as if there had been none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import decoder_tokenizer, encoder_tokenizer, make_model
+from tiny_text import SENTENCES
+
+from lorif_index import BuildConfig, Index
+from lorif_index.errors import ConfigError, DataError, IndexExistsError
+from lorif_index.huggingface import IndexCallback
+
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+
+CONFIG = BuildConfig(batch_size=4, coarse=None)
+
+
+def trainer(model: Any, folder: Path, callback: Any = None, *, steps: int = 4, rows: Any = None, **more: Any) -> Any:
+    tokenizer = decoder_tokenizer()
+    tokenizer.pad_token = "<|endoftext|>"
+    data = datasets.Dataset.from_dict({"text": SENTENCES}).map(lambda r: tokenizer(r["text"]), remove_columns="text")
+    arguments: dict[str, Any] = dict(
+        output_dir=str(folder / "out"),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=3,
+    )
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**arguments | more),
+        train_dataset=data if rows is None else rows,
+        data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+        callbacks=[callback] if callback is not None else [],
+    )
+
+
+def test_at_the_end(tmp_path: Path) -> None:
+    callback = IndexCallback(tmp_path / "idx", config=CONFIG, payloads=SENTENCES, metadata={"run": "a"})
+    assert isinstance(callback, transformers.TrainerCallback)
+    work = trainer(make_model("gpt2"), tmp_path, callback)
+    work.train()
+    assert callback.built == [tmp_path / "idx"]
+    index = Index.open(tmp_path / "idx", model=work.model, tokenizer=work.processing_class)
+    assert index.metadata["step"] == 4 and index.metadata["run"] == "a" and len(index) == 10
+    hits = index.search(SENTENCES[3], k=1, normalize="cosine")
+    assert hits.ids[0, 0] == 3 and hits.payloads[0][0] == SENTENCES[3]
+    # What Index.build makes of the trained model.
+    by_hand = Index.build(
+        tmp_path / "hand", model=work.model, data=SENTENCES, tokenizer=work.processing_class, config=CONFIG
+    )
+    assert np.allclose(by_hand.scores(SENTENCES[3]), index.scores(SENTENCES[3]), rtol=1e-3, atol=1e-3)
+    with pytest.raises(IndexExistsError):
+        trainer(make_model("gpt2"), tmp_path, IndexCallback(tmp_path / "idx")).train()
+
+
+@pytest.mark.parametrize("when", ["save", 2])
+def test_on_the_way_and_training_does_not_notice(when: str | int, tmp_path: Path) -> None:
+    # With dropout, so that random states matter.
+    plain = trainer(make_model("gpt2"), tmp_path / "plain", steps=5)
+    plain.train()
+    modes, seen = [], []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
+            modes.append(model.training)
+            seen.append([p.requires_grad and p.grad is None for p in model.parameters()])
+
+    callback = IndexCallback(tmp_path / "idx", config=CONFIG, when=when)
+    saved = dict(save_strategy="steps", save_steps=2, save_only_model=True) if when == "save" else {}
+    work = trainer(make_model("gpt2"), tmp_path, callback, steps=5, **saved)
+    work.add_callback(Watch())
+    work.train()
+    steps = [2, 4, 5] if when == "save" else [2, 4]
+    assert callback.built == [tmp_path / "idx" / f"checkpoint-{step}" for step in steps]
+    assert all(modes) and all(all(flags) for flags in seen)
+    for a, b in zip(plain.model.parameters(), work.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    prints = {Index.open(folder)._manifest.fingerprint["model"] for folder in callback.built}
+    assert len(prints) == len(steps)
+    if when == "save":
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-4")
+        index = Index.open(callback.built[1], model=loaded, tokenizer=work.processing_class)
+        assert index.search(SENTENCES[3], k=1, normalize="cosine").ids[0, 0] == 3
+
+
+def test_bf16_training_and_a_classifier(tmp_path: Path) -> None:
+    tokenizer, model = encoder_tokenizer(), make_model("bert-classifier")
+    rows = datasets.Dataset.from_dict({"text": SENTENCES, "label": [i % 3 for i in range(10)]})
+    rows = rows.map(lambda r: tokenizer(r["text"]))
+    callback = IndexCallback(tmp_path / "idx", config=CONFIG, tokenizer=tokenizer)
+    work = trainer(model, tmp_path, callback, rows=rows, bf16=True)
+    work.data_collator = transformers.DataCollatorWithPadding(tokenizer)
+    work.train()
+    index = Index.open(tmp_path / "idx", model=work.model, tokenizer=tokenizer)
+    assert index.search({"text": SENTENCES[4], "label": 1}, k=1, normalize="cosine").ids[0, 0] == 4
+
+
+def test_what_would_fail_later_fails_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="number of steps"):
+        IndexCallback(tmp_path / "idx", when="sometimes")
+    work = trainer(make_model("gpt2"), tmp_path, IndexCallback(tmp_path / "idx", data=["and " * 100]))
+    with pytest.raises(DataError, match="more than 60 tokens"):
+        work.train()
+    assert work.state.global_step == 0
