@@ -200,6 +200,9 @@ def prepared(data: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool
     ready = (TokenisedData, TokenisedStream, DataLoader, torch.Tensor)
     if data is None or not isinstance(model, nn.Module) or isinstance(data, ready):
         return data
+    if hasattr(data, "collate_examples") and not isinstance(data, UnpackedDocuments):
+        # It makes its own batches, of examples; not all of its places need hold one.
+        return data
     member = members_of(model)[0]
     if isinstance(data, str):
         raise DataError("data is one string: pass a list of strings, one an example")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..build.estimate import Estimate
+from ..capture.data import collate
 from ..capture.losses import IGNORE, default_loss
 from ..config import BuildConfig
 from ..damping import Damping
@@ -136,6 +137,8 @@ def _passage(payload: Any) -> Passage | None:
 
 class _StoredPassages:
     """The passages of an index as its examples, by their ids: {"input_ids", "attention_mask"}, as at the build."""
+
+    collate_examples = staticmethod(collate)
 
     def __init__(self, index: Index, payloads: dict[int, Any], tokenizer: Any) -> None:
         self.payloads, self._tokenizer = payloads, tokenizer
