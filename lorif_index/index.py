@@ -244,6 +244,7 @@ class Index:
         batches: int = 4,
         disk: int | None = None,
         payload_bytes: float = 0.0,
+        world_size: int = 1,
         tokenizer: Any = None,
         progress: bool | ProgressCallback | None = None,
     ) -> Estimate:
@@ -255,6 +256,8 @@ class Index:
             batches: whose gradients are taken and timed.
             disk: bytes that there are for the index: says which choices fit.
             payload_bytes: of an example's payload, on average.
+            world_size: ranks that are to build it together (`build(distributed=)`): `Estimate.ranks` says what each
+                takes, and what it sends the others.
 
         Returns:
             `Estimate`.
@@ -265,7 +268,8 @@ class Index:
         config = BuildConfig() if config is None else config
         if not isinstance(config, BuildConfig):
             raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
-        for name, value in (("batches", batches), ("examples", examples), ("disk", disk)):
+        given = {"batches": batches, "examples": examples, "disk": disk, "world_size": world_size}
+        for name, value in given.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
         with reporter(progress) as report:
@@ -280,6 +284,7 @@ class Index:
                 batches=batches,
                 disk=disk,
                 payload_bytes=payload_bytes,
+                world_size=world_size,
                 folder=None,
                 report=report,
             )

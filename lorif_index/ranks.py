@@ -92,11 +92,7 @@ class Ranks:
 
     def owners(self, costs: Sequence[float]) -> list[int]:
         """For things of some costs the rank that does each: the largest first, to whoever has least to do."""
-        loads, out = [0.0] * self.size, [0] * len(costs)
-        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            out[i] = loads.index(min(loads))
-            loads[out[i]] += costs[i]
-        return out
+        return shared_out(costs, self.size)
 
     # -- tensors -------------------------------------------------------------------------------------------------
 
@@ -321,6 +317,15 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def shared_out(costs: Sequence[float], size: int) -> list[int]:
+    """For things of some costs which of `size` ranks does each (see `Ranks.owners`)."""
+    loads, out = [0.0] * size, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        out[i] = loads.index(min(loads))
+        loads[out[i]] += costs[i]
+    return out
 
 
 def share(count: int, index: int, parts: int) -> slice:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +35,19 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     result, printed = smoke(tmp_path / "result.json", f"bench.{name}")
     assert result["bench"] == name and result["environment"]["torch"]
     assert len(printed.splitlines()) > 4
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Every part of it is executed; where there is a GPU to measure, the command does so without --device."""
+    result, printed = smoke(tmp_path / "result.json", "bench.gpu", "--device", "cpu")
+    assert result["bench"] == "gpu" and result["device"] == "cpu"
+    assert {"agreement", "capture", "curvature", "search", "scan"} <= result.keys()
+    assert result["agreement"]["factors"] == pytest.approx({"difference": 0, "correlation": 1, "scored there": 0})
+    assert all(rate > 0 for rate in result["scan"]["bytes_a_second"].values()) and "ms a query" in printed
+    if not torch.cuda.is_available():
+        line = [sys.executable, "-m", "bench.gpu"]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "no GPU" in done.stdout
 
 
 def test_plots_are_the_same_from_the_same_results(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ INDEX = {
     "build": "path model data gradients loss curvature config metadata payloads fit tokenizer distributed progress",
     "open": "path model loss data device verify damaged tokenizer distributed",
     "merge": "path indexes progress",
-    "estimate": "model data gradients loss config examples batches disk payload_bytes tokenizer progress",
+    "estimate": "model data gradients loss config examples batches disk payload_bytes world_size tokenizer progress",
     "search": "self query k recall rescore measure opponents normalize exact damping layers group_by progress",
     "scores": "self query measure damping layers normalize out gather progress",
     "explain": "self query ids data measure damping layers query_tokens progress",
@@ -83,8 +83,8 @@ ENGINE = {
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
     "search": "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint "
     "candidates reader explain planner groups",
-    "build": "encode coverage coarse_build growth removal sizes spans representation resuming pipeline refit merging "
-    "repair estimate",
+    "build": "encode coverage coarse_build growth removal sizes memory traffic spans representation resuming pipeline "
+    "refit merging repair estimate",
     "huggingface": "chat encoding documents tokenised",
     ".": "index launch",
 }

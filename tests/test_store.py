@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
@@ -180,3 +182,49 @@ def test_one_example_is_adjacent(tmp_path: Path) -> None:
     at = info.offsets["rows"] + 4 * store.layout.row_bytes
     assert raw[at : at + store.layout.row_bytes] == rows.factors[4].numpy().tobytes()
     assert store.layout.row_bytes == 2 * (2 * 2 * (8 + 6) + 16)
+
+
+def test_a_shard_is_written_while_the_next_is_made(tmp_path: Path) -> None:
+    layout = RowLayout(SPECS, "float16")
+    rows = layout.rows(torch.randn(40, layout.width).half(), None)
+    digests = []
+    for name in ("alone", "aside"):
+        (tmp_path / name).mkdir()
+        writer = StoreWriter(tmp_path / name, layout, 7 * layout.row_bytes, [])
+        seen: list[int] = []
+        with writer.aside(lambda w=writer, s=seen: s.append(len(w.sealed))) if name == "aside" else nullcontext():  # type: ignore[misc]
+            told = [writer.append(rows[i : i + 5], np.arange(i, i + 5), np.ones(5)) for i in range(0, 40, 5)]
+            writer.flush()
+        assert len(writer.sealed) == 6 and any(told) and seen == ([1, 2, 3, 4, 5, 6] if name == "aside" else [])
+        digests.append([(s.sealed.file, s.sealed.digest, s.first_id) for s in writer.sealed])
+    assert digests[0] == digests[1]
+    assert not [t for t in threading.enumerate() if t.name.startswith("lorif-write")]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_is_being_written_counts_whatever_ends_the_work(tmp_path: Path, error: type[BaseException]) -> None:
+    layout = RowLayout(SPECS, "float16")
+    rows = layout.rows(torch.randn(16, layout.width).half(), None)
+    writer = StoreWriter(tmp_path, layout, 7 * layout.row_bytes, [])
+    noted: list[int] = []
+    with pytest.raises(error), writer.aside(lambda: noted.append(len(writer.sealed))):
+        writer.append(rows, np.arange(16))
+        raise error("of the caller")
+    # Two shards are there and counted; the rows that had not filled a third are gone.
+    assert noted == [1, 2] and [s.rows for s in writer.sealed] == [7, 7] and len(list(tmp_path.glob("*.h5"))) == 2
+    store = Store(tmp_path, layout, writer.sealed)
+    assert same(store.gather(np.arange(14)), rows[:14])
+
+
+def test_an_error_of_the_writer_reaches_the_caller(tmp_path: Path) -> None:
+    layout = RowLayout(SPECS, "float16")
+    rows = layout.rows(torch.randn(40, layout.width).half(), None)
+    names = iter(["a.h5", "b.h5", "c.h5", "d.h5"])
+    # Nothing can be renamed to it.
+    (tmp_path / "b.h5" / "full").mkdir(parents=True)
+    writer = StoreWriter(tmp_path, layout, 7 * layout.row_bytes, [], lambda: next(names))
+    with pytest.raises(OSError, match=r"b\.h5"), writer.aside(lambda: None):
+        for i in range(0, 40, 5):
+            writer.append(rows[i : i + 5], np.arange(i, i + 5))
+    assert [s.sealed.file for s in writer.sealed] == ["a.h5"]
+    assert {p.name for p in tmp_path.iterdir()} == {"a.h5", "b.h5"}

@@ -35,11 +35,14 @@ from ..storage.manifest import Manifest
 from ..storage.sealed import part_name
 from ..storage.store import Store
 
-_TILT_QUERIES = 32
+TILT_QUERIES = 32
+"""Queries that the tilt is chosen by."""
 # Rows read together.
 _BLOCK_ROWS = 512
 TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 """Tilts that calibration chooses from."""
+TRIED_KS, TRIED_RECALLS = (10, 100), (0.5, 0.8, 0.9, 0.95, 0.99)
+"""Searches that calibration compares with their estimates."""
 
 
 def random_positions(reader: Reader, what: str, most: int) -> tuple[np.ndarray, int]:
@@ -275,7 +278,7 @@ def _best_tilt(search: CandidateSearch, question: Question, answers: np.ndarray,
     100 best, over some of the queries."""
     if not search.tilts:
         return 0.0
-    question = question.some(slice(0, _TILT_QUERIES))
+    question = question.some(slice(0, TILT_QUERIES))
     answers = answers[: question.count]
     costs = []
     for tilt in TILTS:
@@ -324,9 +327,9 @@ def _corrected(
 ) -> Orders:
     """The tables with what is to be corrected in estimates, from searches at several depths without going on."""
     losses = []
-    for k in [k for k in orders.ks if k in (10, 100)] or [orders.ks[-1]]:
+    for k in [k for k in orders.ks if k in TRIED_KS] or [orders.ks[-1]]:
         estimated, real = [], []
-        for recall in (0.5, 0.8, 0.9, 0.95, 0.99):
+        for recall in TRIED_RECALLS:
             if orders.needed(k, recall) is None:
                 # Beyond what was followed: there a search takes all that it may.
                 continue

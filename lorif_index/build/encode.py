@@ -70,7 +70,7 @@ def encode_blocks(
     payloads: Payloads | None = None,
     shift: int = 0,
 ) -> None:
-    """Writes the rows of all blocks, and seals them.
+    """Writes the rows of all blocks, and seals them: a shard while the gradients of the next one are taken.
 
     Args:
         blocks: with the examples' places in the data as ids.
@@ -81,14 +81,13 @@ def encode_blocks(
         payloads: of the data's examples, or None.
         shift: added to an example's place to give its id.
     """
-    for block in blocks:
-        rows = encoder.encode(block)
-        kept = None if payloads is None else payloads.encode(block.ids.tolist())
-        sealed = writer.append(rows, block.ids + shift, energies(block), kept)
-        if sealed:
-            on_sealed()
-        stage.advance(block.count, block.count * encoder.layout.row_bytes)
-    writer.flush()
+    with writer.aside(on_sealed):
+        for block in blocks:
+            rows = encoder.encode(block)
+            kept = None if payloads is None else payloads.encode(block.ids.tolist())
+            writer.append(rows, block.ids + shift, energies(block), kept)
+            stage.advance(block.count, block.count * encoder.layout.row_bytes)
+        writer.flush()
 
 
 def _stored(rows: torch.Tensor, ids: np.ndarray, layout: RowLayout) -> tuple[torch.Tensor, int]:

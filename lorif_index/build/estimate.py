@@ -43,15 +43,16 @@ from ..errors import LorifError
 from ..progress import Reporter
 from ..ranks import ALONE
 from ..storage.manifest import read_manifest
+from .memory import stage_memory
 from .pipeline import build_index, check_arguments, wants_coarse
 from .representation import representation_of, with_floor
-from .sizes import DiskSizes, curvature_bytes, disk_sizes
+from .sizes import disk_sizes, query_count
+from .traffic import build_traffic, search_traffic
 
 # Rows of the two miniature indexes: above `COARSE_FROM`, and above the default rank of the curvature.
 _SMALL, _LARGE = 1200, 2400
 # Their rows' gradients take at most this; beyond, some layers stand for all.
 _MINIATURE_BYTES = 1 << 30
-_GROUP_BYTES = 4 << 30
 _JITTER = 0.3
 
 
@@ -73,6 +74,35 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class RankEstimate:
+    """What a build and searches take of each of several ranks.
+
+    Attributes:
+        size: how many ranks.
+        disk: bytes by part, of a folder of a rank's own; one that all share holds `Estimate.disk`, once.
+        temporary: bytes of gradients that a rank has on disk meanwhile.
+        memory: most bytes resident at once, the process with its model included; in a shared folder its leader's.
+        held: bytes by stage, of what the index needs alone; "search" of an open index.
+        seconds: by stage. What travels is not in it: divide `sent` by what the network carries.
+        sent: bytes by stage, of the rank that sends most; "scan" and "candidates" of a search for one query.
+        published: bytes that rank 0 sends beside, once, where each rank has a folder of its own.
+    """
+
+    size: int
+    disk: dict[str, int]
+    temporary: int
+    memory: int
+    held: dict[str, int]
+    seconds: dict[str, float]
+    sent: dict[str, int]
+    published: int
+
+    @property
+    def seconds_total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a build will take.
 
@@ -85,6 +115,7 @@ class Estimate:
         memory: most bytes resident at once, this process with its model included.
         seconds: by stage, as `Index.build_report` has them.
         choices: other ways to store rows, from few bytes to many.
+        ranks: what each of several ranks takes; None where `world_size` is 1. All else is of one process.
     """
 
     examples: int
@@ -95,6 +126,7 @@ class Estimate:
     memory: int
     seconds: dict[str, float]
     choices: list[Choice]
+    ranks: RankEstimate | None = None
 
     @property
     def disk_total(self) -> int:
@@ -107,7 +139,10 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, sums included."""
-        return dataclasses.asdict(self) | {"disk_total": self.disk_total, "seconds_total": self.seconds_total}
+        out = dataclasses.asdict(self) | {"disk_total": self.disk_total, "seconds_total": self.seconds_total}
+        if self.ranks is not None:
+            out["ranks"]["seconds_total"] = self.ranks.seconds_total
+        return out
 
 
 def estimate_build(
@@ -121,6 +156,7 @@ def estimate_build(
     batches: int,
     disk: int | None,
     payload_bytes: float,
+    world_size: int,
     folder: Path | None,
     report: Reporter,
 ) -> Estimate:
@@ -136,17 +172,58 @@ def estimate_build(
             config, seen.specs, stored, count, coarse=coarse, payload_bytes=payload_bytes, curvature_rows=rows
         )
         with report.stage("estimate") as stage:
-            seconds = _seconds(seen, stored, count, coarse, Path(place), stage.advance)
+            lines = _miniatures(seen, stored, coarse, Path(place), stage.advance)
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Estimate(
             examples=count,
             stored=stored,
             bytes_per_example=sizes.row,
             disk={"rows": sizes.rows, "fit": sizes.fit, "coarse": sizes.coarse, "payloads": sizes.payloads},
             temporary=_temporary(config, seen, count),
-            memory=_memory(config, seen, stored, count, sizes, coarse),
-            seconds=seconds,
+            memory=now + _most(_held(seen, stored, count, coarse, rows, 1)),
+            seconds=_seconds(seen, count, lines),
             choices=_choices(config, seen, count, coarse, disk, payload_bytes),
+            ranks=None
+            if world_size == 1
+            else _of_ranks(seen, stored, count, coarse, rows, world_size, payload_bytes, now, lines),
         )
+
+
+Lines = tuple[dict[str, Callable[[int], float]], float]
+"""Stage -> seconds as a function of the examples, and by how much layers that were left out multiply them."""
+
+
+def _of_ranks(
+    seen: _Handful,
+    stored: str,
+    count: int,
+    coarse: bool,
+    rows: int,
+    size: int,
+    payload_bytes: float,
+    now: int,
+    lines: Lines,
+) -> RankEstimate:
+    config, specs = seen.config, seen.specs
+    own = -(-count // size)
+    there = {"coarse": coarse, "curvature_rows": rows}
+    sizes = disk_sizes(config, specs, stored, own, payload_bytes=payload_bytes, **there)  # type: ignore[arg-type]
+    whole = disk_sizes(config, specs, stored, count, **there)  # type: ignore[arg-type]
+    # Every folder has all calibration queries, and its own rows' codes.
+    codes = whole.coarse - (count - own) * whole.code if whole.coarse else 0
+    sent = build_traffic(config, specs, stored, count, size, **there)  # type: ignore[arg-type]
+    held = _held(seen, stored, count, coarse, rows, size)
+    asked = search_traffic(config, specs, stored, count, size).most()
+    return RankEstimate(
+        size=size,
+        disk={"rows": sizes.rows, "fit": sizes.fit, "coarse": codes, "payloads": sizes.payloads},
+        temporary=_temporary(config, seen, count, size),
+        memory=now + _most(held),
+        held=held,
+        seconds=_seconds(seen, count, lines, size),
+        sent=sent.most() | (asked if coarse else {"scan": asked["scan"]}),
+        published=sizes.fit + max(codes - own * whole.code, 0),
+    )
 
 
 class _Handful:
@@ -252,28 +329,31 @@ def _line(at: list[int], seconds: list[float]) -> Callable[[int], float]:
     return lambda n: fixed + slope * n
 
 
-def _seconds(
-    seen: _Handful, stored: str, count: int, coarse: bool, folder: Path, advance: Callable[[int], None]
-) -> dict[str, float]:
+def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[str, float]:
+    """Of one of several ranks: each takes its part of the examples, and what is not of examples is the same for all."""
     config = seen.config
     sample, late = min(count, config.curvature_sample), config.curvature_rows == "factors"
-    lines, share = _miniatures(seen, stored, coarse, folder, advance)
-    rows = _curvature_rows(seen, count)
+    (known, share), whole = lines, min(count, config.curvature_sample) == count
+
+    def own(examples: int) -> int:
+        return -(-examples // ranks)
+
     seconds = {}
     if seen.sides is not None:
-        seconds["projections"] = seen.sides(min(sample, eigenbases.SAMPLE))
-    whole = sample == count
+        seconds["projections"] = seen.sides(own(min(sample, eigenbases.SAMPLE)))
     if not late:
-        seconds["sample"] = sample * seen.each
+        seconds["sample"] = own(sample) * seen.each
     if seen.probe is not None:
-        seconds["probes"] = sample * seen.probe[1] * seen.probe[0]
-    for stage, n in (("curvature", rows), ("eigencodes", sample), ("sketch", sample)):
-        if stage in lines:
-            seconds[stage] = share * lines[stage](n)
-    seconds["encode"] = share * lines["encode"](count) + (0.0 if whole and not late else count * seen.each)
+        seconds["probes"] = own(sample) * seen.probe[1] * seen.probe[0]
+    for stage, n in (("curvature", _curvature_rows(seen, count)), ("eigencodes", sample), ("sketch", sample)):
+        if stage in known:
+            seconds[stage] = share * known[stage](own(n))
+    seconds["encode"] = share * known["encode"](own(count)) + (0.0 if whole and not late else own(count) * seen.each)
+    if "coarse" in known:
+        seconds["queries"] = own(query_count(config, seen.specs, count)) * seen.each
     for stage in ("coarse", "calibrate"):
-        if stage in lines:
-            seconds[stage] = lines[stage](count)
+        if stage in known:
+            seconds[stage] = known[stage](own(count))
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
 
@@ -287,10 +367,7 @@ def _curvature_rows(seen: _Handful, count: int) -> int:
     return sample * (seen.probe[1] + (seen.config.curvature != "ggn"))
 
 
-def _miniatures(
-    seen: _Handful, stored: str, coarse: bool, folder: Path, advance: Callable[[int], None]
-) -> tuple[dict[str, Callable[[int], float]], float]:
-    """Stage -> seconds as a function of the examples, and by how much layers that were left out multiply them."""
+def _miniatures(seen: _Handful, stored: str, coarse: bool, folder: Path, advance: Callable[[int], None]) -> Lines:
     specs = _some_layers(seen.specs)
     share = sum(spec.dim for spec in seen.specs.values()) / sum(spec.dim for spec in specs.values())
     config = dataclasses.replace(
@@ -390,8 +467,8 @@ def _moved(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return values + _JITTER * size * torch.randn(values.shape, generator=generator)
 
 
-def _temporary(config: BuildConfig, seen: _Handful, count: int) -> int:
-    sample = min(count, config.curvature_sample)
+def _temporary(config: BuildConfig, seen: _Handful, count: int, ranks: int = 1) -> int:
+    sample = -(-min(count, config.curvature_sample) // ranks)
     rows = sample * (1 + (seen.probe[1] if seen.probe is not None else 0))
     if config.curvature_rows == "factors":
         return 0
@@ -399,14 +476,14 @@ def _temporary(config: BuildConfig, seen: _Handful, count: int) -> int:
     return sum(n * need for n in (sample, rows - sample) if n * need <= config.spool_bytes)
 
 
-def _memory(config: BuildConfig, seen: _Handful, stored: str, count: int, sizes: DiskSizes, coarse: bool) -> int:
-    """What is resident now, a batch's gradients included, and what the stage that takes most adds to it."""
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    fitting = curvature_bytes(config, seen.specs, stored, _GROUP_BYTES)
-    kept = sizes.fit
-    encoding = 2 * kept + 2 * min(config.shard_bytes, count * max(sizes.row, 8))
-    making = kept + (2 * sizes.coarse + 8 * min(count, 50_000) * config.sketch_dim if coarse else 0)
-    return now + max(fitting, encoding, making)
+def _most(held: dict[str, int]) -> int:
+    """Of a build's stages."""
+    return max(size for stage, size in held.items() if stage != "search")
+
+
+def _held(seen: _Handful, stored: str, count: int, coarse: bool, rows: int, ranks: int) -> dict[str, int]:
+    """Of a rank, beside what is resident now, a batch's gradients included."""
+    return stage_memory(seen.config, seen.specs, stored, count, coarse=coarse, ranks=ranks, curvature_rows=rows)
 
 
 def _choices(

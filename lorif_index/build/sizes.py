@@ -24,7 +24,9 @@ _ID_BYTES, _CHECKSUM_BYTES = 8 + 4, 8
 # Of a payload: where it ends, and its checksum.
 PAYLOAD_EXTRA = 16
 # What HDF5 puts around a file's arrays, and the manifest says of it.
-_FILE_BYTES = 4096 + 700
+FILE_BYTES = 4096 + 700
+ENTRY_BYTES = 400
+"""Of the manifest, for each shard."""
 # Of the coarse index's codebooks: 16 centroids of float32 for each coordinate.
 _COARSE_FIXED = 64
 
@@ -39,6 +41,7 @@ class DiskSizes:
         fit: projections, curvature, directions and sketch.
         coarse: the coarse index and its calibration queries.
         payloads: the user's own.
+        code: of one example's row in the coarse index.
     """
 
     row: int
@@ -46,6 +49,7 @@ class DiskSizes:
     fit: int
     coarse: int
     payloads: int
+    code: int = 0
 
     @property
     def total(self) -> int:
@@ -93,7 +97,7 @@ def disk_sizes(
         payload_bytes: of an example's payload, on average; 0: none are kept.
         curvature_rows: that the curvature is fitted on, which bound its rank; None: enough.
     """
-    ranks = {n: _rank(r, specs[n], curvature_rows) for n, r in curvature_ranks(config, specs, stored).items()}
+    ranks = fitted_ranks(config, specs, stored, curvature_rows)
     total_rank = sum(ranks.values())
     coordinates = config.sketch_dim if stored in ("both", "coordinates") else 0
     layout = RowLayout(
@@ -112,31 +116,63 @@ def disk_sizes(
         row, parts = 0, 0
     each = row + _ID_BYTES + parts * _CHECKSUM_BYTES
     shards = -(-count * max(row, 8) // max(config.shard_bytes, 1))
-    products = curvature_products(config, specs, stored)
-    fit = sum(4 * products.get(n, s.dim) * ranks[n] + 8 * (ranks[n] + OVERSAMPLING) for n, s in specs.items())
-    fit += sum(4 * (specs[n].d_in ** 2 + specs[n].d_out ** 2) + 8 * size for n, size in products.items())
+    fit = sum(fit_sizes(config, specs, stored, coarse=coarse, curvature_rows=curvature_rows).values())
+    codes = code = 0
+    if coarse or stored == "coarse":
+        dim = min(config.sketch_dim, max(total_rank, 1))
+        code = code_bytes(dim)
+        codes = count * code + trained_bytes(dim)
+        codes += query_count(config, specs, count) * (8 + 4 * sum(spec.dim for spec in specs.values()))
+    payloads = int(count * (payload_bytes + PAYLOAD_EXTRA)) if payload_bytes else 0
+    return DiskSizes(row, count * each + shards * FILE_BYTES, fit, codes, payloads, code)
+
+
+def fit_sizes(
+    config: BuildConfig,
+    specs: Mapping[str, LayerSpec],
+    stored: str,
+    *,
+    coarse: bool = True,
+    curvature_rows: int | None = None,
+) -> dict[str, int]:
+    """Bytes of what all rows share, whatever their number: "projections", "curvature", "eigencodes", "sketch"."""
+    ranks, products = fitted_ranks(config, specs, stored, curvature_rows), curvature_products(config, specs, stored)
+    total = sum(ranks.values())
+    curvature = sum(4 * products.get(n, s.dim) * ranks[n] + 8 * (ranks[n] + OVERSAMPLING) for n, s in specs.items())
+    curvature += sum(4 * (specs[n].d_in ** 2 + specs[n].d_out ** 2) + 8 * size for n, size in products.items())
+    projections = 0
     if config.projection == "eigen":
-        fit += sum(
+        projections = sum(
             4 * width * dim
             for spec in specs.values()
             for width, dim in ((spec.width_in, spec.d_in), (spec.width_out, spec.d_out))
             if dim < width
         )
-    if stored == "eigen":
-        fit += 12 * min(total_rank, 8 * config.eigen_bytes)
-    if coarse or coordinates or stored == "coarse":
-        fit += 4 * min(config.sketch_dim, max(total_rank, 1)) * total_rank
-    queries = min(config.calibration_queries, max(QUERY_BYTES // (4 * sum(s.dim for s in specs.values())), 1), count)
-    codes = 0
-    if coarse or stored == "coarse":
-        dim = min(config.sketch_dim, max(total_rank, 1))
-        codes = count * _code_bytes(dim) + _COARSE_FIXED * dim
-        codes += queries * (8 + 4 * sum(spec.dim for spec in specs.values()))
-    payloads = int(count * (payload_bytes + PAYLOAD_EXTRA)) if payload_bytes else 0
-    return DiskSizes(row, count * each + shards * _FILE_BYTES, fit, codes, payloads)
+    eigen = 12 * min(total, 8 * config.eigen_bytes) if stored == "eigen" else 0
+    sketched = coarse or stored in ("both", "coordinates", "coarse")
+    sketch = 4 * min(config.sketch_dim, max(total, 1)) * total if sketched else 0
+    return {"projections": projections, "curvature": curvature, "eigencodes": eigen, "sketch": sketch}
 
 
-def _code_bytes(dim: int) -> int:
+def query_count(config: BuildConfig, specs: Mapping[str, LayerSpec], count: int) -> int:
+    """Calibration queries that are kept, of `count` examples."""
+    each = 4 * sum(spec.dim for spec in specs.values())
+    return min(config.calibration_queries, max(QUERY_BYTES // each, 1), count)
+
+
+def fitted_ranks(
+    config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, rows: int | None = None
+) -> dict[str, int]:
+    """Layer -> directions that are found of the curvature, of so many rows if they bound it."""
+    return {n: _rank(r, specs[n], rows) for n, r in curvature_ranks(config, specs, stored).items()}
+
+
+def trained_bytes(dim: int) -> int:
+    """Bytes of the default coarse index without rows."""
+    return _COARSE_FIXED * dim
+
+
+def code_bytes(dim: int) -> int:
     """Bytes of a row in the coarse index: of the default's; other factory strings are taken to be like it."""
     factory = default_factory(dim)
     return max(int(factory.removeprefix("PQ").removesuffix("x4fs")) // 2, 1)

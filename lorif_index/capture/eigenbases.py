@@ -34,7 +34,7 @@ Side = tuple[str, str]
 SAMPLE = 4096
 # Widths up to which a second moment is held whole, so that one walk is enough.
 _WHOLE_UP_TO = 4096
-_POWER_ITERATIONS = 2
+POWER_ITERATIONS = 2
 _BATCH_ROWS = 4096
 
 Sink = Callable[[Side, torch.Tensor], None]
@@ -56,6 +56,19 @@ def fitted_sides(specs: dict[str, LayerSpec], layers: Iterable[TrackedLayer] = (
     return [side for side in sides if side not in one_hot]
 
 
+def side_fits(
+    specs: dict[str, LayerSpec], sides: Iterable[Side], seed: int, device: torch.device
+) -> dict[Side, SubspaceFit]:
+    """A fit for each side, not begun."""
+    fits = {}
+    for name, side in sides:
+        spec = specs[name]
+        width, dim = (spec.width_in, spec.d_in) if side == "in" else (spec.width_out, spec.d_out)
+        key = ("projection", name, side)
+        fits[name, side] = SubspaceFit(key, width, dim, dim, seed, device, whole_up_to=_WHOLE_UP_TO)
+    return fits
+
+
 def fit_eigenbases(
     walk: Walk,
     specs: dict[str, LayerSpec],
@@ -74,12 +87,7 @@ def fit_eigenbases(
     Raises:
         CurvatureError: a side whose rows are all zero.
     """
-    fits = {}
-    for name, side in sides:
-        spec = specs[name]
-        width, dim = (spec.width_in, spec.d_in) if side == "in" else (spec.width_out, spec.d_out)
-        key = ("projection", name, side)
-        fits[name, side] = SubspaceFit(key, width, dim, dim, seed, device, whole_up_to=_WHOLE_UP_TO)
+    fits = side_fits(specs, sides, seed, device)
 
     def planned(passes: int) -> None:
         stage.total = (stage.total or 0) + passes
@@ -94,7 +102,7 @@ def fit_eigenbases(
         stage.advance(1)
 
     found: dict[Side, torch.Tensor] = {}
-    for (name, side), pairs in fit_in_groups(fits, _POWER_ITERATIONS, 1.0, once, planned, ranks):
+    for (name, side), pairs in fit_in_groups(fits, POWER_ITERATIONS, 1.0, once, planned, ranks):
         if not pairs.trace > 0:
             raise CurvatureError(
                 f"layer {name!r} has zero gradients in all examples of the sample, so that no projection can be "

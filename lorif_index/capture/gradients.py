@@ -146,6 +146,12 @@ class LayerGradient:
             return float((torch.bmm(left.mT, left) * torch.bmm(right.mT, right)).sum())
         return float(torch.linalg.vector_norm(self.flat().double(), dim=1).square().sum())
 
+    def total(self) -> torch.Tensor:
+        """() float32: a sum that is inf or NaN if any entry is (and, of very large ones, by itself)."""
+        parts = self._pair if self._pair is not None else (self._any,)
+        sums = [part.sum(dtype=torch.float32) for part in parts]
+        return sums[0] if len(sums) == 1 else sums[0] + sums[1]
+
     def finite(self) -> torch.Tensor:
         """(n,) bool: no inf or NaN."""
         parts = self._pair if self._pair is not None else (self._any,)

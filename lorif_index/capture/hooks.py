@@ -488,6 +488,10 @@ def keep_finite(block: GradientBlock, policy: str, skipped: list[int]) -> Gradie
     Raises:
         NonFiniteError: under "error", with the example's id and layer.
     """
+    totals = [gradient.total() for gradient in block.layers.values()]
+    if bool(torch.isfinite(torch.stack([total.to(totals[0].device) for total in totals])).all()):
+        # The usual case, for which a GPU is waited for once, and not for each layer.
+        return block
     fine = np.ones(block.count, dtype=bool)
     for name, gradient in block.layers.items():
         finite = gradient.finite()

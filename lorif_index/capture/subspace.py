@@ -23,7 +23,8 @@ from ..ranks import ALONE, Ranks
 from .projection import keyed_generator
 
 OVERSAMPLING = 10
-_GROUP_BYTES = 4 << 30
+GROUP_BYTES = 4 << 30
+"""Of fits that go through their passes together."""
 # A dense matrix up to so many times as wide as the sketch takes fewer operations than the walks that it saves (with two
 # power iterations seven products with the sketch), and is exact.
 _WHOLE_RATIO = 4
@@ -90,6 +91,7 @@ class SubspaceFit:
         self._key = key
         self._seed = seed
         self.trace = 0.0
+        self._squares = torch.zeros((), dtype=torch.float64)
         self._basis: torch.Tensor | None = None
         self._sketch: torch.Tensor | None = None
         self._core: torch.Tensor | None = None
@@ -108,6 +110,11 @@ class SubspaceFit:
     def held_bytes(self) -> int:
         """What it holds between two blocks of rows; the rest of `nbytes` is taken by one fit at a time."""
         return 8 * self.block**2 + 4 * self.dim * _TOGETHER if self.exact else self.nbytes
+
+    @property
+    def cost(self) -> float:
+        """Of its factorisations, beside other fits'."""
+        return self.dim * self.block**2
 
     def passes(self, power_iterations: int) -> int:
         """Walks over the rows that it needs: one where the dense matrix is held."""
@@ -134,7 +141,8 @@ class SubspaceFit:
     def add(self, g: torch.Tensor) -> None:
         """Takes rows (b, D)."""
         if self._tracing:
-            self.trace += float(torch.linalg.vector_norm(g.double(), dim=1).square().sum())
+            # Summed where the rows are, so that a GPU is not waited for at each block.
+            self._squares = self._squares.to(g.device) + torch.linalg.vector_norm(g.double(), dim=1).square().sum()
         if self.exact:
             self._hold(g)
             return
@@ -165,7 +173,8 @@ class SubspaceFit:
     def close(self, ranks: Ranks, owner: int) -> None:
         """Ends a walk: what all ranks have seen comes together on the owner."""
         self._add_held()
-        self._tracing = False
+        self.trace += float(self._squares)
+        self._squares, self._tracing = torch.zeros((), dtype=torch.float64), False
         if self._last:
             self._core = ranks.reduced(self._core, owner)  # type: ignore[arg-type]
         else:
@@ -206,6 +215,18 @@ class SubspaceFit:
         return Eigenpairs(torch.empty(self.dim, self.rank), values, 0.0)
 
 
+def grouped(fits: Mapping[Key, SubspaceFit]) -> Iterator[list[tuple[Key, SubspaceFit]]]:
+    """Fits that go through their passes together, in order: as many as `GROUP_BYTES` hold, or one that is larger."""
+    pending = list(fits.items())
+    while pending:
+        group = [pending.pop(0)]
+        used = group[0][1].nbytes
+        while pending and used + pending[0][1].nbytes <= GROUP_BYTES:
+            used += pending[0][1].nbytes
+            group.append(pending.pop(0))
+        yield group
+
+
 def fit_in_groups(
     fits: Mapping[Key, SubspaceFit],
     power_iterations: int,
@@ -224,14 +245,8 @@ def fit_in_groups(
         planned: told how many walks a group will take, before its first.
         ranks: who have the rows. Results are rank 0's; on others they hold the trace alone.
     """
-    pending = list(fits.items())
-    while pending:
-        group = [pending.pop(0)]
-        used = group[0][1].nbytes
-        while pending and used + pending[0][1].nbytes <= _GROUP_BYTES:
-            used += pending[0][1].nbytes
-            group.append(pending.pop(0))
-        owners = dict(zip((key for key, _ in group), ranks.owners([f.dim * f.block**2 for _, f in group]), strict=True))
+    for group in grouped(fits):
+        owners = dict(zip((key for key, _ in group), ranks.owners([fit.cost for _, fit in group]), strict=True))
         passes = max(fit.passes(power_iterations) for _, fit in group)
         planned(passes)
         for number in range(passes):

@@ -98,6 +98,9 @@ def estimate(
         int | None, typer.Option(min=1, help="Passages in all, where --data is only a part of them.")
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Batches whose gradients are taken and timed.")] = 4,
+    world_size: Annotated[
+        int, typer.Option(min=1, help="Processes that are to build it together: says what each takes and sends.")
+    ] = 1,
     text_field: TextField = "text",
     source_field: SourceField = None,
     max_length: MaxLength = None,
@@ -121,6 +124,7 @@ def estimate(
             examples=examples,
             batches=batches,
             disk=room,
+            world_size=world_size,
         )
         if json:
             write_json(found.to_json())

@@ -28,7 +28,7 @@ from .query import Preconditioner, products
 # Above so many half-whitened coordinates (at k = 512: W takes 512 MiB, its fit about 5 GiB), each layer's own
 # eigenvectors stand for the PCA over all layers, for many times the candidates (`bench.sketch_choices`).
 PCA_UP_TO = 262_144
-_POWER_ITERATIONS = 2
+POWER_ITERATIONS = 2
 _BATCH_ROWS = 256
 
 
@@ -221,7 +221,7 @@ def fit_sketch(
             for part in walk():
                 active["sketch"].add(part)
 
-        ((_, pairs),) = fit_in_groups(fits, _POWER_ITERATIONS, float(count), add, planned, ranks)
+        ((_, pairs),) = fit_in_groups(fits, POWER_ITERATIONS, float(count), add, planned, ranks)
         if not pairs.trace > 0:
             raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
         weights = (pairs.vectors.double() @ rotation).float().split(list(widths.values()))

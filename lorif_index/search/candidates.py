@@ -16,6 +16,19 @@ _FIRST_GUESS, _GUESSED_TILT = 1000, 0.05
 # Queries searched for together, at most, and what their scorers may take.
 _TOGETHER, _SCORERS_BYTES = 128, 256 << 20
 _LEAST_WIDE, _LEAST_DEEP, _LEAST_LIMIT = 256, 64, 20_000
+# A quarter of a million rows, which is as far as `bench.search_at_scale` has followed: calibration, which looks at that
+# many for each of its queries, would else take memory by N.
+_MOST_LIMIT = 1 << 18
+
+
+def most_proposed(rows: int) -> int:
+    """Rows that are proposed for a query at most, of so many; beyond, a scan is the better way."""
+    return min(max(min(rows // 4, _MOST_LIMIT), _LEAST_LIMIT), rows)
+
+
+def guessed(k: int) -> tuple[int, int]:
+    """Rows to propose, and to score exactly, where nothing was calibrated."""
+    return max(2 * _FIRST_GUESS, 40 * k), max(_FIRST_GUESS, 20 * k)
 
 
 class CandidateSearch:
@@ -35,7 +48,7 @@ class CandidateSearch:
     @property
     def limit(self) -> int:
         """Most rows proposed for a query; beyond, a scan is the better way."""
-        return min(max(len(self._rows) // 4, _LEAST_LIMIT), len(self._rows))
+        return most_proposed(len(self._rows))
 
     @property
     def layout(self) -> RowLayout:
@@ -66,7 +79,7 @@ class CandidateSearch:
     def counts_by(self, orders: Orders | None, k: int, recall: float) -> Counts:
         """The same by given tables."""
         if orders is None:
-            wide, deep = max(2 * _FIRST_GUESS, 40 * k), max(_FIRST_GUESS, 20 * k)
+            wide, deep = guessed(k)
         else:
             wide, deep = orders.needed(k, recall) or (self.limit, self.limit)
         wide = min(max(wide, 2 * k, _LEAST_WIDE), self.limit)

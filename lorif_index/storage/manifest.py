@@ -33,7 +33,7 @@ BUILDING = "building.json"
 # Of ranks that build together and do not lead: what each has sealed.
 BUILDING_RANKS = "building-*.json"
 ADDING = "adding.json"
-_LARGEST = 256 << 20
+LARGEST = 256 << 20
 _RETIRED = "retired-"
 # Names that builds and changes give: nothing else in the folder is ever removed.
 _OURS = (".h5", ".faiss")
@@ -326,7 +326,7 @@ def open_version(folder: Path, name: str = MANIFEST) -> tuple[Manifest, Lease]:
             "its build was interrupted: run the same Index.build again" if unfinished else "build one with Index.build"
         )
         raise NotAnIndexError(f"{folder} has no {name}, so it is not an index: {remedy}")
-    lease = Lease(folder, name, _LARGEST)
+    lease = Lease(folder, name, LARGEST)
     try:
         return _parse(lease.data, folder, path), lease
     except BaseException:

@@ -7,6 +7,7 @@ disk is an ordinary error, and reading never parses HDF5: the manifest says wher
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
@@ -22,7 +23,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from ..errors import CorruptionError
+from ..errors import CorruptionError, StoreError
 
 _CHUNK = 8 << 20
 # What stays in a core's cache between being read and being digested.
@@ -326,6 +327,11 @@ class SealedFile:
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise StoreError(
+                    f"{self.path} cannot be opened ({error.strerror}): every shard that is read stays open, so "
+                    "raise the limit (ulimit -n), share the index among more ranks, or build with larger shard_bytes"
+                ) from None
             raise CorruptionError(
                 f"{self.path} cannot be opened ({error.strerror}): restore it, or open the index again if it was "
                 "changed since"

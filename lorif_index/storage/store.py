@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ class StoreWriter:
         self._folder = folder
         self._layout = layout
         self.sealed = sealed
-        self._name = name or (lambda: f"shard-{len(self.sealed):06d}.h5")
+        self._name = name or (lambda: f"shard-{len(self.sealed) + (self._written is not None):06d}.h5")
         self._bytes, self._payload_bytes = shard_bytes, 0
         self._payloads: list[bytes] | None = None
         self._energies: np.ndarray | None = None
@@ -54,6 +56,37 @@ class StoreWriter:
         self._rows = layout.empty(0)
         self._ids = np.empty(self._capacity, dtype=np.int64)
         self._filled = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._written: Future[ShardInfo] | None = None
+        self._on_sealed: Callable[[], None] | None = None
+        # Of the shard before: room for the one after.
+        self._spare: tuple[Rows, np.ndarray, np.ndarray | None] | None = None
+
+    @contextmanager
+    def aside(self, on_sealed: Callable[[], None]) -> Iterator[None]:
+        """Inside, another thread writes a full shard while the caller makes the rows of the next one; never more than
+        one. A shard counts as sealed when it is there, at the latest on leaving, whatever ended the work.
+
+        Args:
+            on_sealed: called by the caller's thread whenever a shard was sealed, while none is being written: files
+                are touched in one order, as if there were one thread.
+
+        Raises:
+            OSError: what went wrong in writing, at the next call that waits for it.
+        """
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorif-write") as pool:
+            self._pool, self._on_sealed = pool, on_sealed
+            try:
+                yield
+            except BaseException:
+                # The first error is the caller's.
+                with suppress(Exception):
+                    self._settle()
+                raise
+            else:
+                self._settle()
+            finally:
+                self._pool = self._written = self._on_sealed = None
 
     def append(
         self,
@@ -84,21 +117,63 @@ class StoreWriter:
             self._filled += take
             at += take
             if self._filled == self._capacity or self._payload_bytes >= self._bytes:
-                self.flush()
+                self._hand_over()
         return len(self.sealed) > sealed_before
 
     def flush(self) -> None:
         """Seals what has been collected."""
-        if not self._filled:
+        self._settle()
+        if self._filled:
+            shard = self._collected()()
+            self._empty()
+            self._add(shard)
+
+    def _hand_over(self) -> None:
+        """Seals what has been collected, or has it sealed."""
+        if self._pool is None:
+            self.flush()
             return
+        self._settle()
+        self._written = self._pool.submit(self._collected())
+        full = self._rows, self._ids, self._energies
+        room = self._spare or (
+            self._layout.empty(0),
+            np.empty_like(self._ids),
+            None if self._energies is None else np.empty_like(self._energies),
+        )
+        (self._rows, self._ids, self._energies), self._spare = room, full
+        self._empty()
+
+    def _collected(self) -> Callable[[], ShardInfo]:
+        """What writes and seals what has been collected, as it is now."""
         rows, ids = self._rows[: self._filled], self._ids[: self._filled]
         energies = None if self._energies is None else self._energies[: self._filled]
-        shard = write_shard(
-            self._folder, self._name(), rows, ids, self._layout.dtype, energies=energies, payloads=self._payloads
+        return partial(
+            write_shard,
+            self._folder,
+            self._name(),
+            rows,
+            ids,
+            self._layout.dtype,
+            energies=energies,
+            payloads=self._payloads,
         )
-        self.sealed.append(shard)
+
+    def _empty(self) -> None:
         self._filled = self._payload_bytes = 0
         self._payloads = None if self._payloads is None else []
+
+    def _settle(self) -> None:
+        """Waits for the shard that is being written, if any."""
+        if self._written is not None:
+            shard = self._written.result()
+            self._written = None
+            self._add(shard)
+
+    def _add(self, shard: ShardInfo) -> None:
+        self.sealed.append(shard)
+        if self._on_sealed is not None:
+            self._on_sealed()
 
     def _grow(self, needed: int) -> None:
         # Grown by doubling: a small index need not hold a whole shard's memory.

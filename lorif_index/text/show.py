@@ -11,7 +11,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ..build.estimate import Estimate
+from ..build.estimate import Estimate, RankEstimate
+from ..build.traffic import SEARCHES
 from ..damping import Damping
 from ..index import Index
 from .textindex import Answer
@@ -54,6 +55,8 @@ def show_estimate(out: Console, found: Estimate, disk: int | None) -> None:
         right = (stages[i][0], f"{stages[i][1]:,.1f}") if i < len(stages) else ("", "")
         parts.add_row(*left, *right)
     out.print(parts)
+    if found.ranks is not None:
+        _show_ranks(out, found.ranks)
     room = "" if disk is None else f" (x: beyond the {in_units(disk)} that there are)"
     out.print(f"\nOther ways to store a passage{room}:", style="bold")
     ways = Table("settings", "bytes each", "on disk", "", box=None, header_style="bold")
@@ -61,6 +64,22 @@ def show_estimate(out: Console, found: Estimate, disk: int | None) -> None:
         settings = " ".join(f"{key}={value}" for key, value in choice.settings.items())
         ways.add_row(settings, f"{choice.bytes_per_example:,}", in_units(choice.disk), "" if choice.fits else "x")
     out.print(ways)
+
+
+def _show_ranks(out: Console, ranks: RankEstimate) -> None:
+    """What each rank takes, stage by stage."""
+    disk = in_units(sum(ranks.disk.values()))
+    out.print(
+        f"\nEach of {ranks.size} ranks: {in_units(ranks.memory)} in memory, about {ranks.seconds_total:,.0f} s without "
+        f"the network's, {in_units(sum(v for k, v in ranks.sent.items() if k not in SEARCHES))} sent; in a folder of "
+        f"its own {disk} on disk, and {in_units(ranks.published)} more that rank 0 sends."
+    )
+    parts = Table("stage", "seconds", "in memory", "sent", box=None, header_style="bold")
+    for stage in dict.fromkeys([*ranks.seconds, *ranks.held, *ranks.sent]):
+        seconds = f"{ranks.seconds[stage]:,.1f}" if stage in ranks.seconds else ""
+        held, sent = (in_units(part[stage]) if stage in part else "" for part in (ranks.held, ranks.sent))
+        parts.add_row(f"{stage}, a query" if stage in SEARCHES else stage, seconds, held, sent)
+    out.print(parts)
 
 
 # -- an index ----------------------------------------------------------------------------------------------------

@@ -282,6 +282,7 @@ def estimate_text_index(
     examples: int | None = None,
     batches: int = 4,
     disk: int | None = None,
+    world_size: int = 1,
     progress: bool | ProgressCallback | None = None,
 ) -> Estimate:
     """What `build_text_index` would take; arguments as there and for `Index.estimate`."""
@@ -295,6 +296,7 @@ def estimate_text_index(
             examples=examples,
             batches=batches,
             disk=disk,
+            world_size=world_size,
             payload_bytes=passages.nbytes / len(passages),
             progress=progress,
         )

@@ -1,0 +1,288 @@
+"""Claim: a GPU gives the CPU's answers, and no part leaves most of it idle.
+
+Answers of indexes that were built and searched on either; capture beside a plain forward and backward pass; the
+curvature's products beside a large matrix product; searches over a million and ten million sketches; bytes from disk
+to scores. On a machine without a GPU it says so and ends with code 2; `--device cpu --smoke` runs every part, tiny, on
+the CPU, which shows that the code runs and nothing else.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.build_cost import BATCH, plain
+from bench.corpus import gpt
+from bench.environment import arguments, keep, table, timed
+from bench.scan_cost import drop, read_raw
+from lorif_index import BuildConfig, Index
+from lorif_index.capture.data import as_source
+from lorif_index.capture.sources import ModelCapture, ModelGradients
+from lorif_index.capture.subspace import SubspaceFit
+from lorif_index.errors import ConfigError
+from lorif_index.rows.codes import CodeLayout
+from lorif_index.rows.layout import RowLayout
+from lorif_index.search.flat import FlatSketch
+from lorif_index.search.scoring import Question, stream_scores
+from lorif_index.storage.resident import Resident
+from lorif_index.storage.store import Store, StoreWriter
+
+# Of scores, beside the largest, and of ranks: by rounding alone.
+_DIFFERENCE, _CORRELATION = 1e-2, 0.98
+
+
+def finished(device: torch.device, function: Callable[[], Any]) -> Callable[[], None]:
+    """The function, and the end of all that it has begun on the device."""
+
+    def run() -> None:
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+def seconds(device: torch.device, function: Callable[[], Any], repeats: int) -> float:
+    """The median of some runs, after one that warms up."""
+    run = finished(device, function)
+    run()
+    return statistics.median(timed(run) for _ in range(repeats))
+
+
+def tokens(count: int, length: int, vocabulary: int) -> torch.Tensor:
+    return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def agreement(device: torch.device, smoke: bool) -> dict[str, Any]:
+    """Indexes of the same model and data, built on the CPU and on the device; and one of them scored on both."""
+    count, vocabulary = (160, 50) if smoke else (2000, 1000)
+    ids = tokens(count + 8, 16, vocabulary)
+    found: dict[str, Any] = {}
+    for store in ("factors", "eigen"):
+        scores, seen = [], {}
+        with tempfile.TemporaryDirectory() as place:
+            for name in ("cpu", str(device)):
+                # The same weights on both, and bases that rounding cannot turn.
+                model = gpt(1 if smoke else 4, 16 if smoke else 64, vocabulary=vocabulary, length=16, dropout=False)
+                config = BuildConfig(
+                    store=store,
+                    projection="random",
+                    projection_dim=8,
+                    curvature="empirical",
+                    curvature_sample=count,
+                    dtype="float32",
+                    coarse=None,
+                )
+                path = Path(place) / f"{store}-{len(scores)}"
+                data, query = {"input_ids": ids[:count]}, {"input_ids": ids[count:]}
+                with Index.build(path, model=model.to(name).eval(), data=data, config=config, progress=False) as index:
+                    scores.append(index.scores(query))
+            scale = np.abs(scores[0]).max()
+            seen["difference"] = float(np.abs(scores[1] - scores[0]).max() / scale)
+            seen["correlation"] = float(np.corrcoef(scores[0].ravel(), scores[1].ravel())[0, 1])
+            try:
+                with Index.open(Path(place) / f"{store}-0", model=model.to("cpu"), device=device) as held:
+                    seen["scored there"] = float(np.abs(held.scores(query) - scores[0]).max() / scale)
+            except ConfigError as error:
+                seen["not scored there"] = str(error)
+        found[store] = seen
+    return found
+
+
+def capturing(device: torch.device, smoke: bool, repeats: int) -> dict[str, Any]:
+    """Seconds an example of a plain pass with parameters' gradients, and of capture."""
+    layers, width, length, vocabulary = (1, 16, 16, 50) if smoke else (12, 768, 512, 50_000)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        model = gpt(layers, width, vocabulary=vocabulary, length=length, dropout=False)
+        model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+        ids = tokens(BATCH * (2 if smoke else 8), length, vocabulary).to(device)
+        taken = ModelCapture(model, BuildConfig(projection_dim=8 if smoke else 64, projection="random"))
+        gradients = ModelGradients(taken.capture(None), as_source({"input_ids": ids}, BATCH))
+
+        def capture(gradients: ModelGradients = gradients) -> None:
+            for _ in gradients.blocks():
+                pass
+
+        times = {
+            "plain": seconds(device, lambda model=model, ids=ids: plain(model, ids), repeats),
+            "capture": seconds(device, capture, repeats),
+        }
+        found[dtype] = {name: value / len(ids) for name, value in times.items()}
+        found[dtype]["ratio"] = times["capture"] / times["plain"]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            capture()
+            found[dtype]["memory"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+def fitting(device: torch.device, smoke: bool, repeats: int) -> dict[str, Any]:
+    """Operations a second of a curvature's walk, by blocks of D x r and by dense matrices, beside a matrix product."""
+    size, dim, rank, rows = (128, 128, 8, 256) if smoke else (8192, 16_384, 512, 4096)
+    square = torch.randn(size, size, device=device)
+    rates = {"matmul": 2 * size**3 / seconds(device, lambda: square @ square, repeats)}
+    for name, width in (("blocks", dim), ("dense", dim // 4)):
+        g = torch.randn(rows, width, device=device)
+        fit = SubspaceFit((name,), width, rank, rows, 0, device, whole_up_to=width if name == "dense" else 0)
+        # The first pass counts squared norms, too; the dense matrix has one pass only.
+        fit.begin(0, 1 if fit.exact else 4)
+
+        def walk(fit: SubspaceFit = fit, g: torch.Tensor = g) -> None:
+            for part in g.split(256):
+                fit.add(part)
+
+        operations = 2 * rows * width**2 if fit.exact else 4 * rows * width * fit.block
+        rates[name] = operations / seconds(device, walk, repeats)
+    return {
+        "operations_a_second": rates,
+        "of_matmul": {name: rate / rates["matmul"] for name, rate in rates.items()},
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+def searching(device: torch.device, smoke: bool, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds a query over sketches in half precision; and how many of the best it misses, by float64."""
+    dim, found = (32 if smoke else 512), []
+    for count in (2000, 4000) if smoke else (10**6, 10**7):
+        if device.type == "cuda" and 2 * dim * count > torch.cuda.mem_get_info(device)[0] // 2:
+            found.append({"rows": count, "skipped": "does not fit into half of the free memory"})
+            continue
+        generator = torch.Generator(device).manual_seed(0)
+        head: list[torch.Tensor] = []
+
+        def blocks(
+            count: int = count, head: list[torch.Tensor] = head, g: torch.Generator = generator
+        ) -> Iterator[Any]:
+            for start in range(0, count, 1 << 16):
+                part = torch.randn(min(1 << 16, count - start), dim, generator=g, device=device)
+                head.extend([part.cpu()] if not head else [])
+                yield part
+
+        flat = FlatSketch(blocks(), count, dim, device)
+        x = np.random.default_rng(0).standard_normal((32, dim), dtype=np.float32)
+        times = {
+            q: seconds(device, lambda q=q, flat=flat, x=x: flat.search(x[:q], 1000, 0.05), repeats) for q in (1, 32)
+        }
+        known = FlatSketch(head, len(head[0]), dim, device).search(x, 100)[0]
+        best = torch.topk(torch.from_numpy(x).double() @ head[0].double().T, 100, dim=1).indices.numpy()
+        same = [len(np.intersect1d(a, b)) for a, b in zip(known, best, strict=True)]
+        found.append(
+            {
+                "rows": count,
+                "ms": 1e3 * times[1],
+                "ms_each_of_32": 1e3 * times[32] / 32,
+                "bytes_a_second": 2 * dim * count / times[1],
+                "found": float(np.mean(same)) / best.shape[1],
+            }
+        )
+    return found
+
+
+def scoring(device: torch.device, smoke: bool, repeats: int, folder: Path) -> dict[str, Any]:
+    """Bytes a second of rows of eigencodes: read alone, cold and from the page cache; to scores; and where they stay on
+    the device."""
+    coordinates, count = (256, 3000) if smoke else (12_800, 1_300_000)
+    codes = CodeLayout(coordinates, 1)
+    layout = RowLayout({}, "float16", factors=False, eigen=codes)
+    writer = StoreWriter(folder, layout, 16 << 10 if smoke else 64 << 20, [])
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, count, 1 << 14):
+        size = min(1 << 14, count - start)
+        block = torch.randint(256, (size, layout.width), dtype=torch.uint8, generator=generator)
+        # Scales are halves: any bytes would do for time, not for finite scores.
+        block[:, -2:] = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8)
+        writer.append(layout.rows(block, None), np.arange(start, start + size))
+    writer.flush()
+    store = Store(folder, layout, writer.sealed, verify="never")
+    question = Question({}, None, 1, torch.randn(1, coordinates, generator=generator))
+
+    def scan(rows: Resident) -> list[torch.Tensor]:
+        return [scores for _, scores, _ in stream_scores(rows, question)]
+
+    size = count * layout.row_bytes
+    there, near = Resident(store, device), Resident(store, device, size)
+    expected = torch.cat(scan(Resident(store)), dim=1)
+    got = torch.cat([part.cpu() for part in scan(there)], dim=1)
+    times = {
+        "read": seconds(device, lambda: read_raw(store), repeats),
+        "read and scored": seconds(device, lambda: scan(there), repeats),
+        "scored on the device": seconds(device, lambda: scan(near), repeats),
+    }
+    cold: dict[str, list[float]] = {"read, cold": [], "read and scored, cold": []}
+    for _ in range(repeats):
+        for name, function in (("read, cold", lambda: read_raw(store)), ("read and scored, cold", lambda: scan(there))):
+            drop(store)
+            cold[name].append(timed(finished(device, function)))
+    times |= {name: statistics.median(values) for name, values in cold.items()}
+    store.close()
+    return {
+        "bytes": size,
+        "bytes_a_second": {name: size / value for name, value in times.items()},
+        "difference": float((got - expected).abs().max() / expected.abs().max()),
+    }
+
+
+def main() -> None:
+    parsed = arguments(__doc__ or "", device={"default": "cuda", "help": "cpu with --smoke only"})
+    device = torch.device(parsed.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU here that torch sees: nothing was measured (--device cpu --smoke shows that it runs)")
+        raise SystemExit(2)
+    if device.type != "cuda" and not parsed.smoke:
+        print(f"--device {device} is for --smoke: its figures would mean nothing")
+        raise SystemExit(2)
+    repeats = 1 if parsed.smoke else 5
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "agreement": agreement(device, parsed.smoke),
+        "capture": capturing(device, parsed.smoke, repeats),
+        "curvature": fitting(device, parsed.smoke, repeats),
+        "search": searching(device, parsed.smoke, repeats),
+    }
+    with tempfile.TemporaryDirectory() as place:
+        result["scan"] = scoring(device, parsed.smoke, repeats, Path(place))
+
+    rows = [["figure", "expected", result["device"]]]
+    for store, seen in result["agreement"].items():
+        rows.append([f"{store}: correlation with the CPU's scores", f">= {_CORRELATION}", f"{seen['correlation']:.6f}"])
+        for name in ("difference", "scored there"):
+            if name in seen:
+                rows.append([f"{store}: {name}, of the largest score", f"<= {_DIFFERENCE}", f"{seen[name]:.1e}"])
+        if "not scored there" in seen:
+            rows.append([f"{store}: not scored there", "", seen["not scored there"][:70]])
+    for dtype, part in result["capture"].items():
+        rows.append([f"capture / plain pass, {dtype}", "<= 1.3", f"{part['ratio']:.2f}"])
+    for name, share in result["curvature"]["of_matmul"].items():
+        rate = result["curvature"]["operations_a_second"][name] / 1e12
+        rows.append([f"{name}, TFLOP/s (of a large product)", ">= 0.4", f"{rate:.3g} ({share:.2f})"])
+    for part in result["search"]:
+        if "ms" in part:
+            line = f"{part['ms']:.3g} / {part['ms_each_of_32']:.3g} ({part['bytes_a_second'] / 1e9:.3g} GB/s)"
+            rows.append([f"{part['rows']:,} sketches, ms a query, 1 / of 32", "", line])
+            rows.append(["of the best 100, found", ">= 0.98", f"{part['found']:.4f}"])
+    for name, rate in result["scan"]["bytes_a_second"].items():
+        rows.append([f"rows {name}, GB/s", "", f"{rate / 1e9:.3g}"])
+    rows.append(["scan: difference, of the largest score", "<= 1e-3", f"{result['scan']['difference']:.1e}"])
+    table(rows)
+    keep("gpu", result, parsed)
+    # NaN is no agreement either.
+    wrong = [
+        *(s for s, seen in result["agreement"].items() if not seen["correlation"] >= _CORRELATION),
+        *(s for s, seen in result["agreement"].items() if not seen.get("scored there", 0.0) <= _DIFFERENCE),
+        *([] if result["agreement"]["factors"]["difference"] <= _DIFFERENCE else ["factors"]),
+        *(f"{part['rows']} sketches" for part in result["search"] if not part.get("found", 1.0) >= 0.98),
+        *([] if result["scan"]["difference"] <= 1e-3 else ["scan"]),
+    ]
+    if wrong:
+        raise SystemExit(f"not the CPU's answers: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()

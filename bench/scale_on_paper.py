@@ -1,0 +1,387 @@
+"""What does an index of up to a billion examples of up to 70 billion parameters take? Tables of `docs/scale.md`.
+
+No measurement: the package's own formulas (`lorif_index.build.sizes`, `memory`, `traffic`, which
+`bench.estimate_accuracy` and `bench.rank_accuracy` compare with builds), at shapes of public models. Prints Markdown;
+`--write` puts it into the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorif_index import BuildConfig
+from lorif_index.build.memory import stage_memory
+from lorif_index.build.sizes import ENTRY_BYTES, code_bytes, disk_sizes, fit_sizes
+from lorif_index.build.traffic import build_traffic, search_traffic
+from lorif_index.capture import eigenbases
+from lorif_index.capture.gradients import LayerSpec
+from lorif_index.capture.layers import kept_rank
+from lorif_index.capture.subspace import grouped
+from lorif_index.config import LEAST_FLOOR
+from lorif_index.search.candidates import most_proposed
+from lorif_index.storage.manifest import LARGEST
+
+PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+COUNTS = (10**6, 10**8, 10**9)
+# Of an example, in tokens.
+LENGTH = 512
+# What a GPU is taken to sustain: 40% of an H100's 989e12 dense operations a second in bfloat16.
+RATE = 0.4e15
+# Of the coarse index's codes, by one thread: `bench.search_at_scale`, ten million rows.
+SECONDS_A_CODE = 6.24e-9
+# Of the fitting sample, one probe for each example beside its own gradient: the default for language models.
+PROBES = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The linear maps of a model's blocks, which are what is tracked.
+
+    Attributes:
+        name, source: of the model.
+        blocks: how many.
+        maps: (inputs, outputs) of each linear map in a block.
+        bias: whether they have one.
+        parameters: of the whole model.
+    """
+
+    name: str
+    source: str
+    blocks: int
+    maps: tuple[tuple[int, int], ...]
+    bias: bool
+    parameters: float
+
+    def specs(self, config: BuildConfig) -> dict[str, LayerSpec]:
+        """The layers as `capture.layers.layer_specs` gives them."""
+        out = {}
+        for number in range(self.blocks * len(self.maps)):
+            inputs, outputs = self.maps[number % len(self.maps)]
+            widths = inputs + self.bias, outputs
+            d_in, d_out = (config.projected_width(width, from_model=True) for width in (inputs, outputs))
+            d_in = widths[0] if d_in >= inputs else d_in
+            out[str(number)] = LayerSpec(str(number), *widths, d_in, d_out, kept_rank(config.rank, d_in, d_out))
+        return out
+
+
+GPT2 = Shape(
+    "GPT-2 small, 0.1B",
+    "Radford et al. 2019, Language Models are Unsupervised Multitask Learners: 12 blocks, width 768",
+    12,
+    ((768, 2304), (768, 768), (768, 3072), (3072, 768)),
+    True,
+    0.124e9,
+)
+SEVEN = Shape(
+    "Llama 2 7B",
+    "Touvron et al., arXiv:2307.09288, and its released configuration: 32 blocks, width 4,096, feed-forward 11,008",
+    32,
+    (*4 * ((4096, 4096),), (4096, 11008), (4096, 11008), (11008, 4096)),
+    False,
+    6.74e9,
+)
+SEVENTY = Shape(
+    "Llama 2 70B",
+    "the same: 80 blocks, width 8,192, 8 heads of 128 for keys and values, feed-forward 28,672",
+    80,
+    ((8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), (8192, 28672), (8192, 28672), (28672, 8192)),
+    False,
+    69.0e9,
+)
+SHAPES = (GPT2, SEVEN, SEVENTY)
+
+DEFAULT = BuildConfig(projection_floor=LEAST_FLOOR, store="eigen")
+CONFIGS = {
+    "default": DEFAULT,
+    "projection_dim=64": dataclasses.replace(DEFAULT, projection_dim=64),
+    "the same, store='both'": dataclasses.replace(DEFAULT, projection_dim=64, store="both"),
+    "the same, projection_dim=32": dataclasses.replace(DEFAULT, projection_dim=32, store="both"),
+}
+
+
+def units(size: float) -> str:
+    """Bytes, in powers of 1,000."""
+    for name in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            return f"{size:.3g} {name}"
+        size /= 1000
+    return f"{size:,.4g} PB"
+
+
+def number(count: float) -> str:
+    names = {10**9: "B", 10**6: "M", 10**3: "k"}
+    return next((f"{count / n:,.3g}{name}" for n, name in names.items() if count >= n), f"{count:,.3g}")
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f} ms" if seconds > 0.02 else f"{1e3 * seconds:.2g} ms"
+
+
+def hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.2g}" if seconds < 360_000 else f"{seconds / 3600:,.0f}"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *rest = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
+
+
+def _width(specs: dict[str, LayerSpec]) -> int:
+    return sum(spec.dim for spec in specs.values())
+
+
+def _pass_seconds(shape: Shape) -> float:
+    """Of one example's forward and backward pass without parameters' gradients: 2 operations a parameter, token and
+    pass."""
+    return 4 * shape.parameters * LENGTH / RATE
+
+
+def shapes() -> str:
+    """What is tracked, and how wide its projected gradients are."""
+    rows = [["model", "linear maps", "settings", "d of the widest map", "sum of D", "an example's gradient", "a batch"]]
+    for shape in SHAPES:
+        for name in ("default", "projection_dim=64", "the same, projection_dim=32"):
+            config = CONFIGS[name]
+            specs = shape.specs(config)
+            widest = max(specs.values(), key=lambda spec: spec.dim)
+            each = 4 * _width(specs)
+            rows.append(
+                [
+                    shape.name,
+                    str(len(specs)),
+                    name.removeprefix("the same, "),
+                    f"{widest.d_in} x {widest.d_out}",
+                    number(_width(specs)),
+                    units(each),
+                    units(each * config.batch_size),
+                ]
+            )
+    return markdown(rows)
+
+
+def fits() -> str:
+    """What is fitted once, whatever N is."""
+    rows = [
+        [
+            "model",
+            "settings",
+            "sample on disk",
+            "walks for projections",
+            "held by curvature",
+            "held by sketch",
+            "files",
+            "sent by a rank of 8",
+            "of 64",
+        ]
+    ]
+    for shape in SHAPES:
+        for name, config in CONFIGS.items():
+            specs = shape.specs(config)
+            sample = 4 * _width(specs) * config.curvature_sample
+            sides = eigenbases.side_fits(specs, eigenbases.fitted_sides(specs), 0, torch.device("cpu"))
+            walks = sum(max(fit.passes(eigenbases.POWER_ITERATIONS) for _, fit in group) for group in grouped(sides))
+            held = stage_memory(config, specs, config.store, COUNTS[0])
+            sent = [
+                sum(
+                    size
+                    for stage, size in build_traffic(config, specs, config.store, COUNTS[0], ranks).most().items()
+                    if stage in ("projections", "curvature", "eigencodes", "sketch")
+                )
+                for ranks in (8, 64)
+            ]
+            kept = units(2 * sample) if sample <= config.spool_bytes else f"{units(2 * sample)}: not kept"
+            rows.append(
+                [
+                    shape.name,
+                    name,
+                    kept,
+                    str(walks),
+                    units(held["curvature"]),
+                    units(held["sketch"]),
+                    units(sum(fit_sizes(config, specs, config.store).values())),
+                    *map(units, sent),
+                ]
+            )
+    return markdown(rows)
+
+
+def rows_on_disk() -> str:
+    """Rows, by representation, and the number of shards that they make."""
+    ways: list[tuple[str, BuildConfig]] = [
+        ("coarse alone", dataclasses.replace(DEFAULT, store="coarse")),
+        ("coordinates, 4 bits", dataclasses.replace(DEFAULT, store="coordinates")),
+        ("eigen (default)", DEFAULT),
+        ("factors, c=1, projection_dim=64", dataclasses.replace(DEFAULT, projection_dim=64, store="factors")),
+        ("factors, c=1", dataclasses.replace(DEFAULT, store="factors")),
+    ]
+    rows = [["model", "rows", "bytes a row", *(f"N = {number(n)}" for n in COUNTS), "shards", "manifest", "at 1 GiB"]]
+    for shape in SHAPES:
+        for name, config in ways:
+            if "factors" not in name and shape is not SHAPES[0]:
+                continue
+            specs = shape.specs(config)
+            sizes = [disk_sizes(config, specs, config.store, n) for n in COUNTS]
+            each = max(sizes[0].row, 8)
+            shards = -(-COUNTS[-1] * each // config.shard_bytes)
+            larger = -(-COUNTS[-1] * each // (1 << 30))
+            rows.append(
+                [
+                    shape.name if "factors" in name else "any",
+                    name,
+                    f"{sizes[0].row:,}",
+                    *(units(size.rows + size.coarse) for size in sizes),
+                    f"{shards:,}",
+                    units(shards * ENTRY_BYTES) + (" (refused)" if shards * ENTRY_BYTES > LARGEST else ""),
+                    f"{larger:,}, {units(larger * ENTRY_BYTES)}",
+                ]
+            )
+    return markdown(rows)
+
+
+def searches() -> str:
+    """What each rank holds, sends and takes in a search, and in calibration."""
+    rows = [
+        [
+            "N",
+            "ranks",
+            "coarse codes",
+            "ids",
+            "open files, 64 MiB / 1 GiB shards",
+            "coarse stage, a query",
+            "sent, a query",
+            "calibration holds",
+            "and sends",
+        ]
+    ]
+    specs = GPT2.specs(DEFAULT)
+    for count in COUNTS:
+        for ranks in (1, 8, 64):
+            own = -(-count // ranks)
+            row = disk_sizes(DEFAULT, specs, "eigen", 1).row
+            files = [-(-own * row // size) for size in (DEFAULT.shard_bytes, 1 << 30)]
+            held = stage_memory(DEFAULT, specs, "eigen", count, ranks=ranks)["calibrate"]
+            sent = build_traffic(DEFAULT, specs, "eigen", count, ranks).most()["calibrate"] if ranks > 1 else 0
+            asked = search_traffic(DEFAULT, specs, "eigen", count, ranks, k=100).most()["candidates"]
+            rows.append(
+                [
+                    number(count),
+                    str(ranks),
+                    units(own * code_bytes(DEFAULT.sketch_dim)),
+                    units(8 * own),
+                    " / ".join(f"{n:,}" for n in files),
+                    milliseconds(own * SECONDS_A_CODE),
+                    units(asked if ranks > 1 else 0),
+                    units(held),
+                    units(sent),
+                ]
+            )
+    return markdown(rows)
+
+
+def passes() -> str:
+    """GPU hours of forward and backward passes."""
+    rows = [["model", "bfloat16 weights", "fitting", *(f"N = {number(n)}" for n in COUNTS)]]
+    for shape in SHAPES:
+        specs = shape.specs(DEFAULT)
+        sides = eigenbases.side_fits(specs, eigenbases.fitted_sides(specs), 0, torch.device("cpu"))
+        walks = sum(max(fit.passes(eigenbases.POWER_ITERATIONS) for _, fit in group) for group in grouped(sides))
+        examples = walks * eigenbases.SAMPLE + (1 + PROBES) * DEFAULT.curvature_sample
+        each = _pass_seconds(shape)
+        rows.append(
+            [shape.name, units(2 * shape.parameters), hours(examples * each), *(hours(n * each) for n in COUNTS)]
+        )
+    return markdown(rows)
+
+
+def limits() -> str:
+    """Where a setting must be turned."""
+    row = disk_sizes(DEFAULT, GPT2.specs(DEFAULT), "eigen", 1).row
+
+    def calibrating(ranks: int) -> int:
+        return build_traffic(DEFAULT, GPT2.specs(DEFAULT), "eigen", COUNTS[-1], ranks).most()["calibrate"]
+
+    wide = DEFAULT.spool_bytes // (4 * DEFAULT.curvature_sample)
+    rows = [
+        ["what", "stops", "turn"],
+        [
+            "a batch's projected gradients, 4 B x sum of D x `batch_size`, in 16 GiB",
+            f"sum of D above {number((16 << 30) / (4 * DEFAULT.batch_size))}",
+            "`projection_dim` (a number, not 1/16), `batch_size`",
+        ],
+        [
+            "the sample's gradients in `spool_bytes`, 16 GiB: beyond, passes over the model take their place",
+            f"sum of D above {number(wide)}",
+            "`projection_dim`, `spool_bytes`, `curvature_sample`; ranks each keep their part",
+        ],
+        [
+            "open files: each shard that is scanned, twice where rows are gathered, of a usual limit of 1,024",
+            f"N above {number(1024 * DEFAULT.shard_bytes // row)} at {row:,} B a row",
+            "`shard_bytes`, `ulimit -n`, ranks",
+        ],
+        [
+            f"one manifest of at most 256 MiB, {ENTRY_BYTES} B a shard, written anew with each",
+            f"N above {number(LARGEST // ENTRY_BYTES * DEFAULT.shard_bytes // row)} at {row:,} B a row",
+            "`shard_bytes`; a folder for each rank, which has its own manifest",
+        ],
+        [
+            f"bytes that calibration sends over 64 ranks: all proposals of up to {most_proposed(10**9):,} a rank and "
+            "query, to all",
+            f"{units(calibrating(64))} a rank at 1B",
+            "`calibration_queries`; fewer ranks; 0: searches begin with a guess, and go on by what they see",
+        ],
+        [
+            "the coarse index in memory, 128 B a row, put together by the leader of a folder, twice, in 256 GiB",
+            f"N above {number((256 << 30) // (2 * code_bytes(DEFAULT.sketch_dim)))}",
+            "a folder for each rank, or machine; `coarse=None` and scans; a shorter factory string such as `PQ128x4fs`",
+        ],
+        [
+            "ids of a rank's rows in memory, 8 B each, in 64 GiB",
+            f"N / K above {number((64 << 30) // 8)}",
+            "ranks",
+        ],
+        [
+            "recall that takes more proposals than that",
+            "a search scans instead, and says why",
+            "`recall`, `k`, a longer code (`coarse=`)",
+        ],
+    ]
+    return markdown(rows)
+
+
+TABLES = {
+    "shapes": shapes,
+    "fits": fits,
+    "rows": rows_on_disk,
+    "searches": searches,
+    "passes": passes,
+    "limits": limits,
+}
+
+
+def filled(page: str) -> str:
+    """The page with its tables as they are computed; each stands between `<!-- name -->` and `<!-- end -->`."""
+    for name, table in TABLES.items():
+        text = f"<!-- {name} -->\n{table()}\n<!-- end -->"
+        page, there = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, text=text: text, page, flags=re.DOTALL)
+        if there != 1:
+            raise SystemExit(f"{PAGE} has {there} places for the table {name!r}")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into docs/scale.md")
+    if parser.parse_args().write:
+        PAGE.write_text(filled(PAGE.read_text()))
+    for name, table in TABLES.items():
+        print(f"## {name}\n\n{table()}\n")
+
+
+if __name__ == "__main__":
+    main()
