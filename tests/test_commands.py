@@ -172,6 +172,12 @@ def test_explain_fails_in_one_line(home, options, message):
     assert (code, out) == (1, "") and err.count("\n") == 1 and message in err
 
 
+def test_report_says_as_json_what_it_wrote(home, tmp_path):
+    pytest.importorskip("jinja2")
+    said = document("report", home / "runs/idx", "--query", ASKED, "-k", 2, "-o", tmp_path / "page.html")
+    assert said == {"page": str(tmp_path / "page.html"), "bytes": (tmp_path / "page.html").stat().st_size}
+
+
 # -- settings
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..text.show import console, excerpt
+from ..text.show import console, excerpt, write_json
 from ..web.explorer import Explorer, Question
 from ..web.guard import is_loopback
 from ..web.report import report as report_page
@@ -15,7 +15,7 @@ from ..web.report import write_report
 from ..web.server import make_app
 from ..web.server import serve as serve_app
 from .app import app, reported_errors
-from .options import Device, Exact, IndexFolder, MovedModel, Prompt, Recall
+from .options import Device, Exact, IndexFolder, Json, MovedModel, Prompt, Recall
 
 
 @app.command()
@@ -34,6 +34,7 @@ def report(
     replace: Annotated[bool, typer.Option("--replace", help="Write over a page that is there.")] = False,
     model: MovedModel = None,
     device: Device = "auto",
+    json: Json = False,
 ) -> None:
     """Write one page, to keep or to send: a text's proponents and opponents, and how they were found."""
     if (query is None) == (row is None):
@@ -44,7 +45,11 @@ def report(
             question = Question(query, prompt, row)
             html = report_page(explorer, question, k=k, recall=recall, exact=exact, shade=shade)
             write_report(out, html, replace=replace)
-    console().print(excerpt(f"{out}: {len(html.encode()) / 1000:,.0f} kB"))
+    size = len(html.encode())
+    if json:
+        write_json({"page": str(out), "bytes": size})
+    else:
+        console().print(excerpt(f"{out}: {size / 1000:,.0f} kB"))
 
 
 @app.command()
