@@ -185,6 +185,12 @@ def _encoder(first: Any, tokenizer: Any, needs: Needs, max_length: int | None, t
     return Encoder(kind, row, tokenizer, needs, max_length, too_long)
 
 
+def is_ready(data: Any) -> bool:
+    """Whether data say of themselves, by an attribute `ready`, that their items are a model's inputs already: they are
+    not looked at."""
+    return getattr(data, "ready", None) is True
+
+
 def prepared(data: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool = True) -> Any:
     """Data as `capture` takes it: texts, chats and packed rows become examples; all else is handed back as it is.
 
@@ -197,11 +203,8 @@ def prepared(data: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool
     Raises:
         DataError: text without a tokenizer; or as `TokenisedData`.
     """
-    ready = (TokenisedData, TokenisedStream, DataLoader, torch.Tensor)
-    if data is None or not isinstance(model, nn.Module) or isinstance(data, ready):
-        return data
-    if hasattr(data, "collate_examples") and not isinstance(data, UnpackedDocuments):
-        # It makes its own batches, of examples; not all of its places need hold one.
+    ready = isinstance(data, (TokenisedData, TokenisedStream, DataLoader, torch.Tensor)) or is_ready(data)
+    if data is None or not isinstance(model, nn.Module) or ready:
         return data
     member = members_of(model)[0]
     if isinstance(data, str):

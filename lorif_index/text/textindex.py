@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from ..build.estimate import Estimate
-from ..capture.data import collate
 from ..capture.losses import IGNORE, default_loss
 from ..config import BuildConfig
 from ..damping import Damping
@@ -138,7 +137,7 @@ def _passage(payload: Any) -> Passage | None:
 class _StoredPassages:
     """The passages of an index as its examples, by their ids: {"input_ids", "attention_mask"}, as at the build."""
 
-    collate_examples = staticmethod(collate)
+    ready = True
 
     def __init__(self, index: Index, payloads: dict[int, Any], tokenizer: Any) -> None:
         self.payloads, self._tokenizer = payloads, tokenizer
