@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from bench.corpus import gpt
 from bench.environment import CACHE, arguments, keep, table
-from bench.methods import gathered
+from bench.methods import blocks
 from bench.tasks import batches, keep_weights, take, with_weights
 from lorif_index import BuildConfig, Index, default_loss
 
@@ -280,8 +280,14 @@ def embeddings(model: Any, data: Batch) -> np.ndarray:
 
 def gradients(index: Index, model: Any, data: Batch) -> np.ndarray:
     """(n, D) gradients under the index's projections, of all layers side by side, not factored."""
-    found = gathered(model, verse_batches(data, 32), index.config, index)
-    return torch.cat(list(found.values()), dim=1).numpy()
+    wide = sum(spec.dim for spec in index.specs.values())
+    # Filled block by block: wide projections make gigabytes of it, which are not to be held twice.
+    out, start = np.empty((len(data["input_ids"]), wide), dtype=np.float32), 0
+    for block in blocks(model, verse_batches(data, 32), index.config, index):
+        rows = torch.cat(list(block.values()), dim=1).numpy()
+        out[start : start + len(rows)] = rows
+        start += len(rows)
+    return out
 
 
 # -- the methods ---------------------------------------------------------------------------------------------------

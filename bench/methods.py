@@ -19,7 +19,7 @@ from torch import nn
 
 from bench.peers import PEERS, Peer
 from bench.tasks import Task, batches, size, take
-from lorif_index import AbsoluteDamping, BuildConfig, Index, ReleaseDamping
+from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, ReleaseDamping
 from lorif_index.capture.sources import ModelCapture
 
 SWEEP = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
@@ -145,8 +145,10 @@ METHODS: dict[str, Method] = {
     "LoGRA d=64": lambda t, m: logra(t, m, dim=64),
     "library, d=32": lambda t, m: library(t, m, projection_floor=32),
     "library, d=64": lambda t, m: library(t, m, projection_floor=64),
+    **{f"library, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b)) for b in (512, 1024, 4096)},
     "library, 1638 bytes": lambda t, m: library(t, m, eigen_bytes=1638),
     "library, 2048 bytes": lambda t, m: library(t, m, eigen_bytes=2048),
+    "library, with the head": lambda t, m: library(t, m, layers=LayerSelection(head=True)),
     "library, pure GGN": lambda t, m: library(t, m, curvature="ggn"),
     "library, empirical curvature": lambda t, m: library(t, m, curvature="empirical"),
     "library, factors alone": lambda t, m: library(t, m, store="factors"),

@@ -36,7 +36,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bench.environment import CACHE, arguments, keep, table
+from bench.environment import CACHE, RESULTS, arguments, keep, table
 from bench.methods import gathered
 from bench.tasks import batches, keep_weights, take, with_weights
 from lorif_index import BuildConfig, Index, default_loss
@@ -347,12 +347,12 @@ def flips(train: Mails, seed: int) -> tuple[np.ndarray, np.ndarray, np.random.Ge
     return flipped, np.where(flipped, 1 - train.labels, train.labels), generator
 
 
-def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: bool) -> dict[str, Any]:
+def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: bool, seeds: int) -> dict[str, Any]:
     features = base.features(train.texts)
     asked = base.features(held_out.texts) | {"labels": torch.from_numpy(held_out.labels)}
     untouched = embeddings(base.top(0), features | {"labels": torch.from_numpy(train.labels)})
     runs = []
-    for seed in range(sizes.seeds):
+    for seed in range(seeds):
         flipped, labels, generator = flips(train, seed)
         data = features | {"labels": torch.from_numpy(labels)}
         model, seconds = fine_tune(base, data, sizes, seed, smoke)
@@ -483,19 +483,41 @@ def split(base: Base, mails: Mails, sizes: Sizes) -> tuple[Mails, Mails]:
     return mails.part(train), mails.part(held_out)
 
 
+def kept_before() -> dict[str, Any]:
+    """The parts of the kept result, each with the commit that it is of.
+
+    Raises:
+        FileNotFoundError: nothing was kept.
+    """
+    found = json.loads((RESULTS / "mislabelled.json").read_text())
+    commit = {"commit": found["environment"]["commit"]}
+    return {part: commit | found[part] for part in ("mislabelled", "poisoned")}
+
+
 def main() -> None:
-    parsed = arguments(__doc__ or "")
+    parsed = arguments(
+        __doc__ or "",
+        only={"default": None, "choices": ["mislabelled", "poisoned"], "help": "the other stays as it was kept"},
+        seeds={"type": int, "default": None, "help": "of the flips; the sizes' own by default"},
+    )
     smoke = parsed.smoke
     sizes = SMOKE if smoke else Sizes()
+    before = None if parsed.only is None else kept_before()
     base = tiny(sizes.length) if smoke else minilm(sizes.length)
     mails = made_up(sizes.train + sizes.held_out + 20) if smoke else spam_assassin()
     train, held_out = split(base, mails, sizes)
     began = time.perf_counter()
-    flips = mislabelled(base, train, held_out, sizes, smoke)
-    poison = poisoned(base, train, held_out, sizes, smoke)
+    if before is None or parsed.only == "mislabelled":
+        flips = mislabelled(base, train, held_out, sizes, smoke, parsed.seeds or sizes.seeds)
+    else:
+        flips = before["mislabelled"]
+    if before is None or parsed.only == "poisoned":
+        poison = poisoned(base, train, held_out, sizes, smoke)
+    else:
+        poison = before["poisoned"]
     seconds = time.perf_counter() - began
 
-    print(f"\nMislabelled: {FLIPPED:.0%} of {sizes.train} labels flipped, {sizes.seeds} seeds")
+    print(f"\nMislabelled: {FLIPPED:.0%} of {sizes.train} labels flipped, {len(flips['runs'])} seeds")
     rows = [["inspected by", "AUC", "(least, most)", f"found in first {INSPECTED:.0%}", "(least, most)"]]
     for name, s in sorted(flips["summary"].items(), key=lambda item: -item[1]["auc_mean"]):
         row = [name]

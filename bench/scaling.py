@@ -46,11 +46,11 @@ class Pairs:
             yield {f"layer {i}": tuple(torch.randn(1000, DIM, 1, generator=dice) for _ in "io") for i in range(LAYERS)}
 
 
-def worker(folder: Path, what: str, size: int) -> dict[str, Any]:
+def worker(folder: Path, what: str, size: int, shape: tuple[int, int]) -> dict[str, Any]:
     """One rank's part of a run; what rank 0 has measured."""
     torch.set_num_threads(1)
     if what == "encode":
-        model, data = gpt(4, 128), {"input_ids": sequences(size)}
+        model, data = gpt(*shape), {"input_ids": sequences(size)}
         place = folder / f"encode-{dist.get_world_size() if dist.is_initialized() else 1}-{time.time_ns() // 10**10}"
         index = Index.build(place, model=model, data=data, fit=folder / "fit")
         return {"seconds": index.build_report["seconds"]["encode"], "examples": size}
@@ -68,19 +68,19 @@ def worker(folder: Path, what: str, size: int) -> dict[str, Any]:
                     times.append(time.perf_counter() - began)
                 found[f"{queries} questions"] = statistics.median(times)
             return found
-    model, data = gpt(4, 128), {"input_ids": sequences(size)}
+    model, data = gpt(*shape), {"input_ids": sequences(size)}
     config = BuildConfig(curvature_sample=512, batch_size=16, spool_bytes=1 << 20)
     index = Index.build(folder / f"whole-{what}-{size}", model=model, data=data, config=config)
     report = index.build_report
     return {"sent": report.get("ranks", {}).get("sent_bytes"), "peak_rss": peak_rss(), "seconds": report["seconds"]}
 
 
-def run(folder: Path, what: str, size: int, ranks: int) -> dict[str, Any]:
+def run(folder: Path, what: str, size: int, ranks: int, shape: tuple[int, int]) -> dict[str, Any]:
     """Runs `ranks` processes of one thread each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "bench.scaling", "--worker", json.dumps([str(folder), what, size])]
+    command = [sys.executable, "-m", "bench.scaling", "--worker", json.dumps([str(folder), what, size, shape])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [
         subprocess.Popen(
@@ -95,10 +95,10 @@ def run(folder: Path, what: str, size: int, ranks: int) -> dict[str, Any]:
 
 
 def as_worker(options: str) -> None:
-    folder, what, size = json.loads(options)
+    folder, what, size, shape = json.loads(options)
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo", timeout=timedelta(minutes=10))
-    result = worker(Path(folder), what, size)
+    result = worker(Path(folder), what, size, shape)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -116,10 +116,11 @@ def main() -> None:
         as_worker(parsed.worker)
         return
     torch.set_num_threads(1)
-    count, rows, repeats = (64, 2000, 1) if parsed.smoke else (1500, parsed.rows, parsed.repeats)
+    count, rows, repeats = (48, 1000, 1) if parsed.smoke else (1500, parsed.rows, parsed.repeats)
+    shape = (1, 32) if parsed.smoke else (4, 128)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        Index.build(folder / "fit", model=gpt(4, 128), data={"input_ids": sequences(64)}, config=settings()).close()
+        Index.build(folder / "fit", model=gpt(*shape), data={"input_ids": sequences(64)}, config=settings()).close()
         config = BuildConfig(
             store="factors", coarse=None, curvature_sample=1000, curvature_rank=64, shard_bytes=4 << 20
         )
@@ -128,9 +129,9 @@ def main() -> None:
         for _ in range(repeats):
             for ranks in (1, 2):
                 taken.setdefault("capture", {}).setdefault(ranks, []).append(
-                    run(folder, "encode", count, ranks)["seconds"]
+                    run(folder, "encode", count, ranks, shape)["seconds"]
                 )
-                for name, seconds in run(folder, "scan", rows, ranks).items():
+                for name, seconds in run(folder, "scan", rows, ranks, shape).items():
                     taken.setdefault(f"scan, {name}", {}).setdefault(ranks, []).append(seconds)
         result: dict[str, Any] = {"examples": count, "rows": rows, "efficiency": {}}
         for name, times in taken.items():
@@ -141,7 +142,7 @@ def main() -> None:
                 "efficiency": statistics.median(ratios),
                 "each round": ratios,
             }
-        whole = [run(folder, f"memory-{i}", count * 4**i, 2) for i in range(2)]
+        whole = [run(folder, f"memory-{i}", count * 4**i, 2, shape) for i in range(1 if parsed.smoke else 2)]
         result["sent bytes of each rank"] = whole[0]["sent"]
         result["peak memory"] = {str(count * 4**i): one["peak_rss"] for i, one in enumerate(whole)}
     rows_out = [

@@ -2,19 +2,21 @@
 
 Tail-patch (Chang et al., arXiv:2410.17413; as in LoRIF, arXiv:2601.21929): from the trained model one gradient step on
 a query's top-k proponents, and how much the query's log-probability rises by it; the same for its opponents, where it
-should fall. Scores are those that `bench.lds` kept, each method at its own default.
+should fall. Scores are those that `bench.lds` kept, each method at its own default. Methods whose scores are not on
+this machine keep the figures of the result before, with its commit and without a difference from today's default.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from bench.environment import arguments, keep, table
+from bench.environment import RESULTS, arguments, keep, table
 from bench.lds import kept, score_file, summary
 from bench.methods import METHODS, library
 from bench.tasks import TASKS, Task, positions, take
@@ -35,6 +37,19 @@ def patched(task: Task, model: nn.Module, chosen: np.ndarray, query: int, rate: 
         return before - float(default_loss(model, asked))
 
 
+def reported(facts: dict[str, Any]) -> dict[str, Any]:
+    """Method -> figures of the kept result if it is of the same questions; each names the commit it is of."""
+    path = RESULTS / "tail_patch.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if any(found.get(key) != value for key, value in facts.items()):
+        return {}
+    commit = {"commit": found["environment"]["commit"]}
+    return {
+        name: commit | {k: v for k, v in figures.items() if k != "top_minus_library"}
+        for name, figures in found["methods"].items()
+    }
+
+
 def main() -> None:
     parsed = arguments(
         __doc__ or "",
@@ -49,10 +64,15 @@ def main() -> None:
     rows, figures = [["method", f"top {k}", "minus library's", f"last {k}"]], {}
     base: np.ndarray | None = None
     found: Any
+    facts = {"task": task.name, "k": k, "queries": count, "rate": parsed.rate}
+    before = {} if parsed.smoke else reported(facts)
     for name in ["library default"] + [m for m in METHODS if m != "library default"]:
         found = kept(score_file(task, parsed.smoke, name))
         if found is None and parsed.smoke and name in ("random", "library default"):
             found = library(task, model, projection_dim=8) if name != "random" else METHODS[name](task, model)
+        if found is None and name in before:
+            figures[name] = before[name]
+            rows.append([name, "{:+.3f} ± {:.3f}".format(*before[name]["top"]), "not on this machine", ""])
         if found is None:
             continue
         scores = found.scores[found.default][:count]
@@ -61,12 +81,13 @@ def main() -> None:
         down = np.array([patched(task, model, order[q, -k:], q, parsed.rate) for q in range(count)])
         base = up if base is None else base
         figures[name] = {"top": summary(up), "last": summary(down), "top_minus_library": summary(up - base)}
+        figures[name]["top_each"] = [round(float(v), 4) for v in up]
         rows.append(
             [name] + ["{:+.3f} ± {:.3f}".format(*figures[name][key]) for key in ("top", "top_minus_library", "last")]
         )
-        print(name, figures[name], flush=True)
+        print(*rows[-1], flush=True)
     table(rows)
-    keep("tail_patch", {"task": task.name, "k": k, "queries": count, "rate": parsed.rate, "methods": figures}, parsed)
+    keep("tail_patch", facts | {"methods": figures}, parsed)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,10 @@ class Task:
 
     def train(self, chosen: np.ndarray, seed: int) -> nn.Module:
         """A model trained on some of the examples."""
+        return self.trained(chosen, seed)[0]
+
+    def trained(self, chosen: np.ndarray, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The same, and the optimiser as it was left."""
         recipe = self.recipe
         model = self.begin(seed).train()
         if recipe.optimizer == "sgd":
@@ -85,7 +89,7 @@ class Task:
                 (losses.mean() / positions(self.data)).backward()
                 optimizer.step()
                 schedule.step()
-        return model.eval()
+        return model.eval(), optimizer
 
     def full(self, seed: int = 0, smoke: bool = False) -> nn.Module:
         """The model that is asked about: trained on everything, once, and kept."""
@@ -303,7 +307,7 @@ def finetuned(smoke: bool = False) -> Task:
 def scratch(smoke: bool = False) -> Task:
     _, train, queries = passages(*(160, 16) if smoke else (2048, 256))
     recipe = Recipe(1 if smoke else 10, 16, 2e-3, 0.01, "adamw")
-    return Task("scratch", train, queries, gpt, recipe, 3 if smoke else 64, 1)
+    return Task("scratch", train, queries, gpt, recipe, 3 if smoke else 64, 1 if smoke else 2)
 
 
 TASKS: dict[str, Callable[..., Task]] = {

@@ -8,26 +8,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from forked import run_module
 
 ROOT = Path(__file__).parent.parent
 
 
 BENCHES = (
     "build_cost explain_cost scan_cost sample_size search_at_scale fidelity coarse_choices sketch_choices "
-    "lds curvature_choices tail_patch frontier ensembles mislabelled duplicates other_libraries "
-    "estimate_accuracy"
+    "lds curvature_choices levers tail_patch frontier ensembles mislabelled duplicates other_libraries "
+    "estimate_accuracy scaling"
 ).split()
 
 
 def smoke(kept: Path, *command: str) -> tuple[dict[str, Any], str]:
     """What a benchmark keeps and prints in its tiny size."""
     pytest.importorskip("transformers")
-    line = [sys.executable, "-m", *command, "--smoke", "--json", str(kept)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(kept.read_text()), done.stdout
+    code, printed = run_module([*command, "--smoke", "--json", str(kept)], ROOT, kept.with_suffix(".txt"))
+    assert code == 0, printed
+    return json.loads(kept.read_text()), printed
 
 
 @pytest.mark.parametrize("name", BENCHES)
@@ -59,6 +60,25 @@ def test_plots_are_the_same_from_the_same_results(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         pictures.append((tmp_path / name).read_bytes())
     assert pictures[0] == pictures[1] and b"<svg" in pictures[0]
+
+
+def test_a_metric_of_the_damping_is_the_dense_one() -> None:
+    pytest.importorskip("transformers")
+    from bench.levers import diagonal, under
+    from lorif_index.capture.gradients import LayerSpec
+    from lorif_index.capture.projection import Projections, projection_matrix
+
+    generator = np.random.default_rng(0)
+    spec = LayerSpec("a", 7, 6, 3, 2, 1)
+    weights = generator.uniform(0.1, 2.0, (7, 6))
+    both = np.kron(*(projection_matrix(0, "a", s, w, d).numpy() for s, w, d in (("in", 7, 3), ("out", 6, 2))))
+    metric = diagonal(torch.from_numpy(weights), spec, Projections({"a": spec}, 0))
+    assert np.allclose(metric, both.T @ np.diag(weights.flatten()) @ both, atol=1e-6)
+    rows, q, r = (generator.standard_normal((n, 6)) for n in (9, 4, 3))
+    moment = rows.T @ rows
+    found = under(*({"a": torch.from_numpy(m)} for m in (moment, q, r)), {"a": metric})["a"][0.3]
+    damped = moment + 0.3 * np.trace(moment) / np.trace(metric) * metric.numpy()
+    assert np.allclose(found, q @ np.linalg.solve(damped, r.T), rtol=1e-4)
 
 
 def test_eigencodes_at_scale(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed_job import COUNT, answers, loss, make_model, run, sequences, settings
+from forked import CONTEXT
 
 from lorif_index import Index
 from lorif_index.build.spans import some_of, unsealed, without_overlaps
@@ -28,8 +28,6 @@ from lorif_index.storage.sealed import SealedInfo
 from lorif_index.storage.shards import ShardInfo
 
 KINDS = ["eigen", "both", "factors", "coordinates", "coarse"]
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "distributed_job"])
 
 
 def free_port() -> int:
@@ -42,7 +40,7 @@ def start(size: int, what: str, out: Path, **options: Any) -> list[Any]:
     """Processes that do `what` together."""
     port = free_port()
     made = [
-        _CONTEXT.Process(target=run, args=(rank, size, port, what, options, str(out)), daemon=True)
+        CONTEXT.Process(target=run, args=(rank, size, port, what, options, str(out)), daemon=True)
         for rank in range(size)
     ]
     for process in made:
