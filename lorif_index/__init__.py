@@ -33,7 +33,7 @@ The stages, one module each, in the order in which data flows through them:
     index                 the user's handle
     callback              a trainer of transformers builds the index
 
-The command line stands on them: texts, textindex, demo_model, demo, show, cli.
+The command line stands on them: texts, textindex, demo_model, demo, show; its commands are in the folder cli.
 Its pages in the browser: visible, charts, explorer, page, export, report, guard, server.
 """
 

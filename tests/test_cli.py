@@ -401,7 +401,7 @@ def test_an_interruption_is_one_line_and_130(home, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorif_index.cli.build_text_index", interrupted)
+    monkeypatch.setattr("lorif_index.cli.making.build_text_index", interrupted)
     arguments = ["build", tmp_path / "index", "--model", home / "model", "--data", home / "texts.jsonl"]
     assert lorif(*arguments) == (130, "", "lorif: interrupted\n")
 

@@ -92,7 +92,7 @@ TEXT_SIDE = {
     "huggingface": "callback",
     "text": "texts textindex show demo_model demo",
     "web": "visible charts explorer page export report guard server",
-    ".": "cli",
+    "cli": "app options settings making shares asking keeping browsing benches",
 }
 
 
@@ -114,8 +114,6 @@ def test_everything_public_is_documented() -> None:
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), f"{path.name} has no docstring"
-        if path.name == "cli.py":
-            continue
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 trivial = isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno <= 16  # type: ignore[operator]
@@ -156,7 +154,7 @@ def test_imports_point_one_way() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = {"transformers", "datasets", "tokenizers", "sklearn", "matplotlib", "faiss", "pandas", "rich", "typer"}
-    heavy |= {"starlette", "uvicorn", "jinja2", "markupsafe"}
+    heavy |= {"starlette", "uvicorn", "jinja2", "markupsafe", "yaml"}
     heavy |= {"peft", "accelerate"}
     for path in PACKAGE.rglob("*.py"):
         allowed = {"rich", "typer"} if path.stem in (*" ".join(TEXT_SIDE.values()).split(), "__main__") else set()

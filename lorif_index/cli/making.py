@@ -1,0 +1,132 @@
+"""Making: `lorif demo`, `build`, `estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..launch import joined
+from ..text.demo import QUESTION, run_demo, show_demo
+from ..text.demo_model import DemoSettings
+from ..text.show import console, excerpt, in_units, index_json, show_estimate, write_json
+from ..text.textindex import build_text_index, estimate_text_index, load_text_model
+from ..text.texts import read_documents
+from .app import app, reported_errors
+from .options import Json, MaxLength, ModelFolder, SourceField, Stride, TextField, Texts, byte_count
+from .settings import Settings, configured
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="A new folder for the model and the index.")] = Path("lorif-demo"),
+    question: Annotated[
+        list[str] | None, typer.Option(help="What to ask about, in place of the demo's own; may be repeated.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Training time aimed at, on one CPU core; training stops at 1.5 times that.")
+    ] = DemoSettings.seconds,
+    k: Annotated[int, typer.Option("-k", min=1, help="Passages to show.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+    json: Json = False,
+) -> None:
+    """Train a small model on Python's own documentation, index it, and ask which passages taught it a sentence."""
+    with reported_errors():
+        screen = None if json else console()
+        settings = DemoSettings(seconds=seconds, seed=seed, k=k)
+        result = run_demo(out, question or [QUESTION], settings)
+        if screen is None:
+            write_json(result.to_json())
+        else:
+            show_demo(screen, result)
+
+
+@app.command()
+@configured
+def build(
+    out: Annotated[Path, typer.Argument(help="The index: a new folder.")],
+    model: ModelFolder,
+    data: Texts,
+    settings: Settings,
+    text_field: TextField = "text",
+    source_field: SourceField = None,
+    max_length: MaxLength = None,
+    stride: Stride = None,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that a process waits for the others, where torchrun started several.")
+    ] = 1800.0,
+    json: Json = False,
+) -> None:
+    """Index the texts that a model was trained on; by several processes, where torchrun starts it."""
+    with reported_errors(), joined(timeout) as speaks:
+        config, device = settings.read()
+        documents = read_documents(data, text_field=text_field, source_field=source_field)
+        index = build_text_index(
+            out,
+            load_text_model(model, device),
+            documents,
+            max_length=max_length,
+            stride=stride,
+            config=config,
+            origin={"data": str(data), "text_field": text_field, "source_field": source_field},
+        )
+        with index:
+            if not speaks:
+                return
+            if json:
+                write_json(index_json(index))
+                return
+            screen, facts = console(), index_json(index)
+            screen.print(
+                f"{facts['examples']:,} passages indexed, {facts['bytes_per_example']:,} bytes each, "
+                f"{in_units(facts['nbytes'])} in all."
+            )
+            screen.print(excerpt(f'Next: lorif search {out} --text "..."'))
+
+
+@app.command()
+@configured
+def estimate(
+    model: ModelFolder,
+    data: Texts,
+    settings: Settings,
+    disk: Annotated[
+        str | None, typer.Option(help="Room for the index, such as 20GB: says which choices fit into it.")
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Passages in all, where --data is only a part of them.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches whose gradients are taken and timed.")] = 4,
+    world_size: Annotated[
+        int, typer.Option(min=1, help="Processes that are to build it together: says what each takes and sends.")
+    ] = 1,
+    text_field: TextField = "text",
+    source_field: SourceField = None,
+    max_length: MaxLength = None,
+    stride: Stride = None,
+    json: Json = False,
+) -> None:
+    """Say what a build would take: disk, memory and time, from a handful of batches; nothing is kept."""
+    try:
+        room = None if disk is None else byte_count(disk)
+    except ValueError as error:
+        raise typer.BadParameter(f"--disk {error}") from None
+    with reported_errors():
+        config, device = settings.read()
+        documents = read_documents(data, text_field=text_field, source_field=source_field)
+        found = estimate_text_index(
+            load_text_model(model, device),
+            documents,
+            max_length=max_length,
+            stride=stride,
+            config=config,
+            examples=examples,
+            batches=batches,
+            disk=room,
+            world_size=world_size,
+        )
+        if json:
+            write_json(found.to_json())
+        else:
+            show_estimate(console(), found, room)

@@ -1,0 +1,86 @@
+"""Options that several commands take, and what is written in them as values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..damping import Damping, damping_from_json
+
+IndexFolder = Annotated[Path, typer.Argument(help="An index.")]
+ModelFolder = Annotated[Path, typer.Option(help="A causal language model's folder, as save_pretrained writes it.")]
+MovedModel = Annotated[Path | None, typer.Option(help="The model's folder, if it was moved since the build.")]
+Texts = Annotated[
+    Path, typer.Option(help="The training texts: a .txt or .jsonl file, a folder of them, or a saved dataset.")
+]
+TextField = Annotated[str, typer.Option(help="The field that holds the text (.jsonl, dataset).")]
+SourceField = Annotated[
+    str | None, typer.Option(help="The field that says where a text is from; default: file and line.")
+]
+MaxLength = Annotated[
+    int | None, typer.Option(min=2, help="Tokens in a passage; default: the model's context, at most 1024.")
+]
+Stride = Annotated[int | None, typer.Option(min=1, help="Tokens from one passage to the next; default: --max-length.")]
+Prompt = Annotated[str | None, typer.Option(help="Text that comes before, and is not itself to be explained.")]
+Recall = Annotated[float, typer.Option(help="Share of the best passages to be found, above 0; 1 scans every passage.")]
+Exact = Annotated[bool, typer.Option("--exact", help="Score every passage.")]
+SearchDamping = Annotated[
+    str | None,
+    typer.Option(help="A multiple of trace/D, or RULE:X with RULE absolute, relative, paper or release."),
+]
+SearchLayers = Annotated[
+    list[str] | None, typer.Option(help="Sum over these layers only: a name or glob pattern; may be repeated.")
+]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")]
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{infix}B": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for infix, base in (("", 1000), ("I", 1024))
+}
+
+
+def byte_count(given: str) -> int:
+    """Bytes of "20GB", "512 MB", "64MiB" or a plain number; GB and its like are decimal, as disks are sold.
+
+    Raises:
+        ValueError: anything else, or less than a byte.
+    """
+    number = given.strip().rstrip("bBiIkKmMgGtT")
+    unit = given.strip()[len(number) :].upper()
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ValueError(f"takes bytes, as 20GB or 500MB, got {given!r}")
+    return size
+
+
+def damping_policy(given: str) -> Damping:
+    """A damping of "X", a multiple of trace/D, or "RULE:X".
+
+    Raises:
+        ValueError: an unknown rule, or no number above 0.
+    """
+    rule, _, number = given.rpartition(":")
+    try:
+        value = float(number)
+        return damping_from_json({"rule": rule or "relative", "lam" if rule == "absolute" else "multiple": value})
+    except ValueError as error:
+        raise ValueError(f"takes X or RULE:X, with X above 0, got {given!r} ({error})") from None
+
+
+def search_damping(given: str | None) -> Damping | None:
+    """What `--damping` of a search says.
+
+    Raises:
+        typer.BadParameter: it says nothing that is a damping.
+    """
+    try:
+        return None if given is None else damping_policy(given)
+    except ValueError as error:
+        raise typer.BadParameter(f"--damping {error}") from None
