@@ -161,6 +161,23 @@ def slow_build(rank: int, size: int, folder: str, seconds: float, kind: str = "e
     return len(index)
 
 
+def leave_at(rank: int, size: int, folder: str, kind: str, where: str) -> int:
+    """A build, which rank 1 leaves without a word at a stage, or before it is finished."""
+    from lorif_index.build import pipeline
+
+    def told(event: Any) -> None:
+        if rank == 1 and event.stage == where:
+            os._exit(3)
+
+    if rank == 1 and where == "finish":
+        pipeline._Build._finish = lambda self: os._exit(3)  # type: ignore[method-assign]
+    config = settings(store=kind)
+    index = Index.build(
+        Path(folder) / "index", model=make_model(), data=sequences(), loss=loss, config=config, progress=told
+    )
+    return len(index)
+
+
 def hang(rank: int, size: int, folder: str) -> None:
     data = Slow(hangs_at=1300)
 
@@ -237,6 +254,7 @@ def hosts(rank: int, size: int, folder: str, seconds: float, interface: str) -> 
 JOBS: dict[str, Callable[..., Any]] = {
     "build_and_ask": build_and_ask,
     "slow_build": slow_build,
+    "leave_at": leave_at,
     "hang": hang,
     "bad_example": bad_example,
     "disagree": disagree,

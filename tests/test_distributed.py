@@ -199,6 +199,22 @@ def test_killed_ranks_and_another_number_of_them(apart: bool, alone: Any, tmp_pa
     np.testing.assert_array_equal(np.sort(np.concatenate(ids)), np.arange(COUNT))
 
 
+@pytest.mark.parametrize(("kind", "where"), [("eigen", "calibrate"), ("both", "finish"), ("coarse", "finish")])
+def test_a_build_goes_on_from_its_last_stages(kind: str, where: str, alone: Any, tmp_path: Path) -> None:
+    given = {"folder": str(tmp_path), "kind": kind}
+    said = finish(start(2, "leave_at", tmp_path / "left", given=given | {"where": where}), tmp_path / "left")
+    assert said[0]["error"][0] == "DistributedError" and not said[1], said
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "index").iterdir() if path.suffix == ".h5"}
+    assert together(3, "leave_at", tmp_path / "last", where="", **given) == [COUNT] * 3
+    after = {path.name: path.stat().st_ino for path in (tmp_path / "index").iterdir() if path.suffix == ".h5"}
+    assert before.items() <= after.items()
+    with Index.open(tmp_path / "index", model=make_model(), loss=loss) as index:
+        found = answers(index, sequences()[:4])
+        index.verify()
+    best, wanted = found["candidate ids"][:, 0], alone[kind][1]["candidate ids"][:, 0]
+    np.testing.assert_array_equal(best, wanted)
+
+
 def test_a_hung_rank_is_named_and_leaves_no_index(tmp_path: Path) -> None:
     out = tmp_path / "said"
     processes = start(2, "hang", out, timeout=4, given={"folder": str(tmp_path)})

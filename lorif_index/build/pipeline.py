@@ -369,6 +369,8 @@ class _Build:
         if found is not None and taken:
             fresh.shards, fresh.skipped = found.shards, found.skipped
             fresh.coarse, fresh.calibration = found.coarse, found.calibration
+        # The coarse index is of a folder: its leader's is that of all ranks there.
+        fresh.coarse, fresh.calibration = ranks.gather_values([fresh.coarse, fresh.calibration])[home.leader]
         fresh.next_file = max(ranks.gather_values(fresh.next_file if found is None else found.next_file))
         if fit is not None and fresh.curvature is None:
             with ranks.jointly():
@@ -689,6 +691,7 @@ class _Build:
         manifest = self.manifest
         if self.config.store == "coarse" and manifest.coarse is not None:
             # The rows have served their purpose.
+            self._bring_together(manifest.skipped, manifest.next_file)
             return
         layout = row_layout(manifest, self.config, self.specs)
         eigen = sketch = None
