@@ -424,18 +424,20 @@ class Index:
         # Before the query's gradients are taken: what cannot be answered is refused at once.
         ranks = self._ranks
         ranks.stage = "search"
-        ranks.agree("a search", {"k": k, "recall": recall, "opponents": opponents, "layers": list(chosen)})
-        plan = choose_plan(
-            self._reader,
-            k=k,
-            recall=float(recall),
-            largest=not opponents,
-            rescore=rescore,
-            exact=exact,
-            all_layers=len(chosen) == len(self.layers),
-            damping=policy,
-            normalize=normalize,
-        )
+        with ranks.jointly():
+            plan = choose_plan(
+                self._reader,
+                k=k,
+                recall=float(recall),
+                largest=not opponents,
+                rescore=rescore,
+                exact=exact,
+                all_layers=len(chosen) == len(self.layers),
+                damping=policy,
+                normalize=normalize,
+            )
+        said = {"k": k, "recall": recall, "opponents": opponents, "layers": list(chosen), "way": plan.way}
+        ranks.agree("a search", said | {"normalize": normalize, "groups": group_by is not None})
         prepared = self._prepare(query, measure, policy, chosen, normalize)
         answer = ANSWERS[plan.way](self._reader, prepared.question, plan, k, not opponents, reporter(progress))
         if plan.way != "scan" and answer.positions.min(initial=0) < 0:

@@ -1,12 +1,14 @@
-"""Progress: how far long work is, at what rate, and how long it will take."""
+"""Progress: how far long work is, at what rate, how long it will take, and what memory it took."""
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,16 @@ class ProgressEvent:
 
 
 ProgressCallback = Callable[[ProgressEvent], None]
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had in memory."""
+    try:
+        # What getrusage says begins with what the parent had, also across an exec.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Stage:

@@ -214,10 +214,10 @@ class Ranks:
         """
         mine = json.loads(json.dumps(dict(values)))
         for rank, theirs in enumerate(self.gather_values(mine)):
-            for name in mine:
-                if mine[name] != theirs.get(name):
+            for name in sorted(mine.keys() | theirs.keys()):
+                if mine.get(name) != theirs.get(name):
                     raise DistributedError(
-                        f"{what} must be the same on all ranks, and {name} is {_short(mine[name])} on rank "
+                        f"{what} must be the same on all ranks, and {name} is {_short(mine.get(name))} on rank "
                         f"{self.rank} and {_short(theirs.get(name))} on rank {rank}: start all ranks with the same "
                         "arguments and data"
                     )
@@ -231,7 +231,7 @@ class Ranks:
 
     @contextmanager
     def jointly(self, stage: str | None = None) -> Iterator[None]:
-        """Work that each rank does by itself; if it fails on one, it fails on all of them.
+        """Work that each rank does by itself, without talking to the others; if it fails on one, it fails on all.
 
         Raises:
             LorifError: of the class that another rank raised, naming the rank. DistributedError: another rank raised

@@ -161,6 +161,11 @@ def slow_build(rank: int, size: int, folder: str, seconds: float, kind: str = "e
     return len(index)
 
 
+def propose(rank: int, size: int, folder: str) -> list[Any]:
+    with Index.open(Path(folder) / "index", model=make_model(), loss=loss, distributed=True) as index:
+        return [index.search(sequences()[:4], k=10, exact=False, rescore=r).ids.tolist() for r in (True, False)]
+
+
 def leave_at(rank: int, size: int, folder: str, kind: str, where: str) -> int:
     """A build, which rank 1 leaves without a word at a stage, or before it is finished."""
     from lorif_index.build import pipeline
@@ -255,6 +260,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "build_and_ask": build_and_ask,
     "slow_build": slow_build,
     "leave_at": leave_at,
+    "propose": propose,
     "hang": hang,
     "bad_example": bad_example,
     "disagree": disagree,

@@ -8,7 +8,6 @@ is the line through the two, at the number of examples that the stage will see.
 from __future__ import annotations
 
 import dataclasses
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +39,7 @@ from ..capture.sources import (
 from ..capture.spool import Spool
 from ..config import BuildConfig, CurvatureRows
 from ..errors import LorifError
-from ..progress import Reporter
+from ..progress import Reporter, peak_memory
 from ..ranks import ALONE
 from ..storage.manifest import read_manifest
 from .memory import stage_memory
@@ -173,7 +172,7 @@ def estimate_build(
         )
         with report.stage("estimate") as stage:
             lines = _miniatures(seen, stored, coarse, Path(place), stage.advance)
-        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        now = peak_memory()
         return Estimate(
             examples=count,
             stored=stored,

@@ -55,7 +55,7 @@ def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[i
                 f"the fit of {parts[0]} and {part}",
                 "merge indexes that were built with the same fit=",
             )
-        if first.part is not None:
+        if any(manifest.part is not None for manifest in manifests):
             _check_parts(parts, manifests)
         with WriterLock(path):
             return _write(path, parts, manifests, report)
@@ -84,11 +84,11 @@ def _check_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None
         ConfigError: some are missing, twice there, or of another build.
     """
     parts = [manifest.part or {} for manifest in manifests]
-    numbers, of = sorted(part.get("number", -1) for part in parts), parts[0]["of"]
+    numbers, of = sorted(part.get("number", -1) for part in parts), max(part.get("of", 0) for part in parts)
     if len({part.get("build") for part in parts}) > 1 or numbers != list(range(of)):
         raise ConfigError(
-            f"{folders[0]} is one of {of} folders of one build, whose ids are in the whole: merge all of them and "
-            f"nothing else (given were numbers {numbers})"
+            f"among {[str(folder) for folder in folders]} is one of {of} folders of one build, whose ids are in the "
+            f"whole: merge all of them and nothing else (given were numbers {numbers})"
         )
 
 

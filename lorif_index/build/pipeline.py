@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import resource
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +54,7 @@ from ..fit.curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
 from ..fit.eigencodes import EigenEncoder, fit_eigencode
 from ..fit.query import Preconditioner
 from ..fit.sketch import SketchEncoder, half_whitened
-from ..progress import Reporter, Stage
+from ..progress import Reporter, Stage, peak_memory
 from ..ranks import Ranks, share
 from ..rows.layout import RowLayout
 from ..search.coarse import default_factory, faiss_is_installed, load_faiss
@@ -377,6 +376,7 @@ class _Build:
                 if ranks.first:
                     take_fit(fit, fresh, self.path)
             self._adopt(fresh, fresh, 0)
+        if fit is not None:
             # None of these examples was there when it was fitted.
             fresh.fitted_ids = 0
         fresh.shards = without_overlaps(ranks.gather_values([s.span for s in fresh.shards]), ranks.rank, fresh.shards)
@@ -395,10 +395,10 @@ class _Build:
         if self.ranks.rank == source and found is not None:
             told = dataclasses.replace(found, shards=[], skipped=[], coarse=None, calibration=None).to_json()
         common = Manifest.from_json(self.ranks.told(told, source))
-        there = set() if found is None else {info.file for info in found.fits()}
+        there = set() if found is None else {(info.file, info.digest) for info in found.fits()}
         for field in FITTED:
             setattr(fresh, field, getattr(common, field))
-        lacking = [i.file for i in common.fits() if i.file not in there] if self.home.leads else []
+        lacking = [i.file for i in common.fits() if (i.file, i.digest) not in there] if self.home.leads else []
         wanted = set().union(*self.ranks.gather_values(lacking))
         self.home.publish([info for info in common.fits() if info.file in wanted], source)
         fresh.next_file = common.next_file
@@ -855,7 +855,7 @@ class _Build:
             "skipped": len(manifest.skipped),
             "vanished": self._vanished,
             "row_bytes": row_layout(manifest, self.config, self.specs).row_bytes,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_memory(),
             "torch": torch.__version__,
             "coverage": self._coverage(),
         }

@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptionError
+from ..errors import CorruptionError, StoreError
 from ..progress import Reporter
 from ..search.coarse import faiss_is_installed
 from ..search.reader import Reader
@@ -30,8 +30,8 @@ def repair_index(folder: Path, report: Reporter) -> dict[str, Any]:
         {"dropped": [{"file", "rows", "first_id", "last_id"}], "rebuilt": names of what was made again}.
 
     Raises:
-        CorruptionError: damage that nothing stored can make good; the index is left as it is. NotAnIndexError,
-        LockedError: as everywhere.
+        CorruptionError: damage that nothing stored can make good; the index is left as it is. StoreError: a part of an
+        index in several folders. NotAnIndexError, LockedError: as everywhere.
     """
     with WriterLock(folder):
         collect(folder)
@@ -39,6 +39,11 @@ def repair_index(folder: Path, report: Reporter) -> dict[str, Any]:
         found = find_damage(folder, manifest)
         if not found:
             return {"dropped": [], "rebuilt": []}
+        if manifest.part is not None:
+            raise StoreError(
+                f"{folder} is a part of an index in {manifest.part['of']} folders, and is not changed by itself: "
+                f"restore {sorted({damage.file for damage in found})} from a copy, or build anew"
+            )
         _check_mendable(folder, manifest, found)
         names = {damage.file for damage in found}
         for name in sorted(names):

@@ -42,6 +42,9 @@ def unfinished(folder: Path, fresh: Manifest, *, keep_coarse: bool) -> Manifest 
     if found.config.get("calibration_queries") != fresh.config["calibration_queries"]:
         found.queries = None
     same = found.config.get("coarse") == fresh.config["coarse"] or found.stored == "coarse"
+    if found.stored == "coarse" and found.coarse is not None and not keep_coarse:
+        # Rows were only in the coarse index that cannot be kept: their examples are encoded anew.
+        found.shards, found.skipped = [], []
     if not (keep_coarse and same):
         found.coarse = None
     if found.coarse is None or found.queries is None:

@@ -255,18 +255,20 @@ def fit_in_groups(
                 walk(active)
             for key, fit in active.items():
                 fit.close(ranks, owners[key])
-            for key, fit in active.items():
-                if owners[key] == ranks.rank:
-                    fit.orthonormalise()
+            with ranks.jointly():
+                for key, fit in active.items():
+                    if owners[key] == ranks.rank:
+                        fit.orthonormalise()
             for key, fit in active.items():
                 fit.share(ranks, owners[key])
         traces = ranks.sum(torch.tensor([fit.trace for _, fit in group], dtype=torch.float64)).tolist()
         found: dict[Key, Eigenpairs] = {}
-        for (key, fit), trace in zip(group, traces, strict=True):
-            fit.trace = trace
-            if ranks.size > 1 and owners[key] == ranks.rank:
-                # Side by side, before any waits for another's.
-                found[key] = fit.result(divisor)
+        with ranks.jointly():
+            for (key, fit), trace in zip(group, traces, strict=True):
+                fit.trace = trace
+                if ranks.size > 1 and owners[key] == ranks.rank:
+                    # Side by side, before any waits for another's.
+                    found[key] = fit.result(divisor)
         for key, fit in group:
             mine = found.pop(key) if key in found else fit.result(divisor) if ranks.size == 1 else fit.empty()
             fit.forget()

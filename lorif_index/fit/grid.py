@@ -121,10 +121,11 @@ def fit_grids(
     walk(add)
     owners = dict(zip(shapes, ranks.owners([float(a**3 + b**3) for a, b in shapes.values()]), strict=True))
     bases = {}
-    for name, pair in sides.items():
-        summed = [ranks.reduced(c, owners[name]) for c in pair]
-        mine = owners[name] == ranks.rank
-        bases[name] = [with_fixed_signs(torch.linalg.eigh(c).eigenvectors) if mine else c for c in summed]
+    summed = {name: [ranks.reduced(c, owners[name]) for c in pair] for name, pair in sides.items()}
+    with ranks.jointly():
+        for name, pair in summed.items():
+            mine = owners[name] == ranks.rank
+            bases[name] = [with_fixed_signs(torch.linalg.eigh(c).eigenvectors) if mine else c for c in pair]
     grids = {}
     for name, found in bases.items():
         left, right = (ranks.spread(basis.float().contiguous(), owners[name]) for basis in found)

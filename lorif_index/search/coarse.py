@@ -291,7 +291,7 @@ class Coarse:
             part: of which rows it is wanted, where the kind can be read in part; None for all.
 
         Returns:
-            the index, and whether it is of that part alone.
+            the index, and whether its kind can be read in part: if so, it is of that part alone.
 
         Raises:
             CorruptionError: the file is damaged or not the index that the manifest speaks of.
@@ -317,7 +317,7 @@ class Coarse:
                 index = faiss.read_index(str(file.path), 0 if growing else faiss.IO_FLAG_MMAP_IFC)
         except (RuntimeError, MemoryError) as error:
             raise CorruptionError(f"faiss cannot read {file.path} ({_reason(error)}): rebuild_coarse() anew") from None
-        return cls(index, factory, axis), part == slice(0, count)
+        return cls(index, factory, axis), facts.codes is not None
 
 
 @contextmanager

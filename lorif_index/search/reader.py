@@ -125,16 +125,18 @@ class Reader:
         self.specs = {spec.name: spec for spec in manifest.layers}
         self.representation = str(manifest.stored)
         self.layout = row_layout(manifest, self.config, self.specs) if layout is None else layout
-        self._removed = None if manifest.removed is None else load_removed(folder, manifest.removed)
-        self.team = Team.of(manifest, ranks)
-        shards = self.team.shards
-        self.store = Store(folder, self.layout, shards, removed=self._removed, verify=verify, damaged=damaged)
-        if manifest.curvature is None:
-            raise CorruptionError(f"{folder} has no curvature in its manifest: restore it from a copy")
-        self.curvature = FittedCurvature(folder, manifest.curvature, self.specs, manifest.curvature_layers)
+        self.team, held = Team.of(manifest, ranks), -1
+        with ranks.jointly():
+            self._removed = None if manifest.removed is None else load_removed(folder, manifest.removed)
+            shards = self.team.shards
+            self.store = Store(folder, self.layout, shards, removed=self._removed, verify=verify, damaged=damaged)
+            if manifest.curvature is None:
+                raise CorruptionError(f"{folder} has no curvature in its manifest: restore it from a copy")
+            self.curvature = FittedCurvature(folder, manifest.curvature, self.specs, manifest.curvature_layers)
+            held = self.store.live_count if ranks.size > 1 else -1
         self._coarse_file: SealedFile | None = None
         self._of_part = True
-        self._live = -1 if ranks.size == 1 else ranks.count(self.store.live_count)
+        self._live = -1 if ranks.size == 1 else ranks.count(held)
         self._kept: tuple[Damping, dict[str, Preconditioner]] | None = None
 
     @property
@@ -250,7 +252,9 @@ class Reader:
         if self._of_part and len(self.store):
             inner = _living(self._proposer(coarse), self.store.dead)
         elif not self._of_part and self.team.firsts:
-            everything = Store(self.folder, self.layout, self.manifest.shards, removed=self._removed)
+            everything = Store(
+                self.folder, self.layout, self.manifest.shards, removed=self._removed, damaged=self.store.damaged
+            )
             inner = _living(coarse, everything.dead)
         return JointProposer(inner, self.team, tilts=coarse.tilts, of_folder=not self._of_part)
 
@@ -355,7 +359,8 @@ class Reader:
 
     def positions_of(self, ids: np.ndarray) -> np.ndarray:
         """Positions of rows by their ids, in the whole index; -1 where there is no such row, or no longer."""
-        local = positions_of(self.store, ids)
+        with self.ranks.jointly():
+            local = positions_of(self.store, ids)
         if self.ranks.size == 1:
             return local
         # One rank has it: the sum of what is found, plus one, is that.
@@ -375,12 +380,12 @@ class Reader:
         if self.ranks.size == 1:
             return self.store.payloads(positions)
         places, local = self.team.locally(positions)
-        mine = [
-            (p, v.decode()) for p, v in zip(places.tolist(), self.store.payloads(local), strict=True) if v is not None
-        ]
+        with self.ranks.jointly():
+            found = zip(places.tolist(), self.store.payloads(local), strict=True)
+            mine = [(place, value.decode()) for place, value in found if value is not None]
         out: list[bytes | None] = [None] * len(positions)
-        for found in self.ranks.gather_values(mine):
-            for place, value in found:
+        for theirs in self.ranks.gather_values(mine):
+            for place, value in theirs:
                 out[place] = value.encode()
         return out
 

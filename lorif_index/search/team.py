@@ -73,7 +73,9 @@ class Team:
                 _rows(manifest.shards),
                 firsts=True,
             )
-        part = manifest.part or {"number": 0, "of": 1, "build": manifest.digest()}
+        # Calibration and coarse index change without the rows: all must have opened the same version.
+        build = f"{manifest.digest()} {manifest.generation}"
+        part = manifest.part or {"number": 0, "of": 1, "build": build}
         said = ranks.gather_values(part)
         builds, numbers = {s["build"] for s in said}, [int(s["number"]) for s in said]
         if len(builds) > 1 or any(s["of"] != part["of"] for s in said):
