@@ -13,7 +13,11 @@ IndexFolder = Annotated[Path, typer.Argument(help="An index.")]
 ModelFolder = Annotated[Path, typer.Option(help="A causal language model's folder, as save_pretrained writes it.")]
 MovedModel = Annotated[Path | None, typer.Option(help="The model's folder, if it was moved since the build.")]
 Texts = Annotated[
-    Path, typer.Option(help="The training texts: a .txt or .jsonl file, a folder of them, or a saved dataset.")
+    Path,
+    typer.Option(
+        help="The training texts: .jsonl (each line is one text), .txt (one running text, cut into passages of "
+        "--max-length tokens across its lines), a folder of them, or a saved dataset (each row is one text)."
+    ),
 ]
 TextField = Annotated[str, typer.Option(help="The field that holds the text (.jsonl, dataset).")]
 SourceField = Annotated[

@@ -157,7 +157,9 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError:
-        raise ConfigError("--config needs PyYAML, which is not installed: pip install 'lorif-index[text]'") from None
+        raise ConfigError(
+            "--config needs PyYAML, which is not installed: install the extra text of lorif-index"
+        ) from None
 
     try:
         written = file.read_bytes()

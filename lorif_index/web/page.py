@@ -32,7 +32,7 @@ def environment() -> Any:
     try:
         import jinja2
     except ImportError:
-        raise ConfigError("pages need Jinja2, which is not installed: pip install 'lorif-index[serve]'") from None
+        raise ConfigError("pages need Jinja2, which is not installed: install the extra serve of lorif-index") from None
     made = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: asset(f"templates/{name}")),
         autoescape=True,

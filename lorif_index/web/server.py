@@ -98,7 +98,9 @@ def make_app(
         from starlette.applications import Starlette
         from starlette.routing import Route
     except ImportError:
-        raise ConfigError("serving needs Starlette, which is not installed: pip install 'lorif-index[serve]'") from None
+        raise ConfigError(
+            "serving needs Starlette, which is not installed: install the extra serve of lorif-index"
+        ) from None
     pages = _Pages(explorer, k, shade)
     routes = [
         Route("/", pages.endpoint(pages.home)),
@@ -130,7 +132,9 @@ def serve(app: Guard, *, host: str, port: int, started: Callable[[str], None]) -
     try:
         import uvicorn
     except ImportError:
-        raise ConfigError("serving needs uvicorn, which is not installed: pip install 'lorif-index[serve]'") from None
+        raise ConfigError(
+            "serving needs uvicorn, which is not installed: install the extra serve of lorif-index"
+        ) from None
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
