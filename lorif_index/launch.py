@@ -34,7 +34,12 @@ def joined(timeout: float) -> Iterator[bool]:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout))
+        wait = timedelta(seconds=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        # An elastic agent's store outlives its ranks: a later attempt must not find the addresses of the last.
+        store = dist.PrefixStore(f"lorif/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others at "

@@ -280,7 +280,7 @@ def test_torchrun_builds_on_the_command_line(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"),
         *("--monitor-interval=0.2", "-m", "lorif_index", "build", str(place)),
-        *("--model", str(model), "--data", str(texts), "--batch-size", "4", "--timeout", "180", "--json"),
+        *("--model", str(model), "--data", str(texts), "--batch-size", "4", "--timeout", "60", "--json"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
