@@ -1,8 +1,8 @@
 """Question: which curvature, projection and complement predict retraining best? With dense matrices, nothing cut off.
 
 Unfactored projected gradients of the LDS tasks under the full inverse of each candidate curvature: empirical, GGN, and
-mixtures of a share of the GGN's trace; with random and learnt projections; with r directions kept and the complement
-weighted in three ways; with layers weighted by their traces. Also the mean self-influence of a training example over
+mixtures of a share of the GGN's trace; the default's shrunk to its diagonal; with random and learnt projections; with r
+directions kept and the complement weighted in three ways; with layers weighted by their traces. Also the mean self-influence of a training example over
 N, beside the gap between held-out and training loss that a damping without retraining would be matched to.
 """
 
@@ -27,6 +27,12 @@ Matrices = dict[str, torch.Tensor]
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 RANKS = (128, 512)
+SHRUNK = (0.1, 0.3, 0.5, 1.0)
+
+
+def shrunk(moments: Matrices, share: float) -> Matrices:
+    """(1 - share) C + share diag(C), in the learnt projections' coordinates: those in which K-FAC is diagonal."""
+    return {name: (1 - share) * c + share * torch.diag(c.diagonal()) for name, c in moments.items()}
 
 
 def fitted(task: Task, model: nn.Module, folder: Path, **settings: Any) -> tuple[Index, Matrices]:
@@ -107,6 +113,8 @@ def main() -> None:
         for rank in RANKS:
             for complement in ("truncated", "tail-corrected", "log-mean"):
                 note(f"0.75 GGN, r={rank}, {complement}", scores.under(mixtures[0.75], rank, complement))
+        for share in SHRUNK:
+            note(f"0.75 GGN, shrunk by {share:g}", scores.under(shrunk(mixtures[0.75], share)))
         note("0.75 GGN, layers by trace", scores.under(mixtures[0.75], power=1.0))
         for width in parsed.widths:
             for projection in ("random", "eigen"):
