@@ -600,7 +600,8 @@ class Index:
         self._positions(np.unique(wanted))
         chosen, policy = self._chosen(layers), self._policy(damping)
         config = self._query_config()
-        capture = self._model_capture(None).capture(self._loss).trust()
+        taken = self._model_capture(None)
+        capture = taken.capture(self._loss).trust()
         pieces = self._pieces if data is None else [(0, prepared(data, self._model, self._tokenizer))]
         if not pieces:
             raise DataError(
@@ -611,7 +612,7 @@ class Index:
         preconditioners = self._reader.preconditioners(chosen, policy)
         out: list[list[Explanation]] = []
         with reporter(progress) as report, report.stage("explain", wanted.size) as stage:
-            for asked in self._asked(query, measure, chosen, query_tokens):
+            for asked in self._asked(query, measure, chosen, query_tokens, taken):
                 at = len(out)
                 if wanted.ndim == 2 and at + asked.count > len(wanted):
                     raise QueryError(f"ids are for {len(wanted)} queries, and there are at least {at + asked.count}")
@@ -1255,9 +1256,17 @@ class Index:
         return {name: torch.cat([part.gradients[name] for part in parts]) for name in chosen}
 
     def _asked(
-        self, query: Any, measure: PerExample | None, chosen: tuple[str, ...], positions: bool
+        self,
+        query: Any,
+        measure: PerExample | None,
+        chosen: tuple[str, ...],
+        positions: bool,
+        taken: ModelCapture | None = None,
     ) -> Iterator[Asked]:
-        """The query's gradients, batch by batch, with what is at its positions where that is wanted."""
+        """The query's gradients, batch by batch, with what is at its positions where that is wanted.
+
+        `taken` is what `_model_capture` has found already.
+        """
         if isinstance(query, Mapping) and query and set(query) <= set(self._specs):
             if measure is not None:
                 raise QueryError(
@@ -1268,7 +1277,7 @@ class Index:
             check_block(block, specs, "the query")
             found: Iterator[tuple[GradientBlock, Asked]] = iter([(self._projections.project(block), Asked({}))])
         else:
-            found = self._captured(query, measure, positions)
+            found = self._captured(query, measure, positions, taken or self._model_capture(measure))
         for block, asked in found:
             try:
                 block = keep_finite(block, "error", [])
@@ -1278,9 +1287,8 @@ class Index:
                 yield replace(asked, gradients={n: block.layers[n].dense().float().cpu() for n in chosen})
 
     def _captured(
-        self, query: Any, measure: PerExample | None, positions: bool
+        self, query: Any, measure: PerExample | None, positions: bool, taken: ModelCapture
     ) -> Iterator[tuple[GradientBlock, Asked]]:
-        taken = self._model_capture(measure)
         query = prepared_query(query, self._model, self._tokenizer, strict=measure is None)
         capture = taken.capture(self._loss if measure is None else measure)
         for ids, batch in _query_batches(query, taken.config.batch_size):

@@ -30,14 +30,18 @@ def joined(timeout: float) -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ or dist.is_initialized():
         yield not dist.is_initialized() or dist.get_rank() == 0
         return
+    # Late: a torch may have been built without them.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         wait = timedelta(seconds=timeout)
-        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        store, rank, size = next(rendezvous("env://", timeout=wait))
         # An elastic agent's store outlives its ranks: a later attempt must not find the addresses of the last.
-        store = dist.PrefixStore(f"lorif/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"lorif/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:

@@ -37,7 +37,7 @@ def commands() -> list[str]:
     panels: dict[str, tuple[str, list[str]]] = {}
     for name, command in program().commands.items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
-        usage = [p.metavar or p.name.upper() + ("..." if p.nargs == -1 else "") for p in arguments]
+        usage = [_argument(p) + ("..." if p.nargs == -1 and not p.metavar else "") for p in arguments]
         options = ["[OPTIONS]"] if len(arguments) < len(command.params) else []
         lines += [f"## lorif {name}", "", command.help.strip(), ""]
         lines += ["```text", " ".join(["lorif", name, *usage, *options]), "```", ""]
@@ -61,9 +61,14 @@ def _panel(parameter: Any) -> str | None:
     return panel if isinstance(panel, str) else None
 
 
+def _argument(parameter: Any) -> str:
+    name = parameter.metavar or parameter.name.upper()
+    return name if parameter.required or name.startswith("[") else f"[{name}]"
+
+
 def _row(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        name = parameter.metavar or parameter.name.upper()
+        name = _argument(parameter)
     else:
         name = ", ".join(parameter.opts)
         # A value is named by its option, as in usage lines; a flag takes none.

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 BENCHES = (
     "build_cost explain_cost scan_cost sample_size search_at_scale fidelity coarse_choices sketch_choices "
     "lds curvature_choices levers tail_patch frontier ensembles mislabelled duplicates other_libraries "
-    "estimate_accuracy scaling"
+    "estimate_accuracy scaling import_cost"
 ).split()
 
 

@@ -101,7 +101,9 @@ def test_info_for_people(home):
         assert shown in out
     kept = document("info", home / "index")["coverage"]
     assert 0 < kept["tracked"] < 1 and 0 < kept["rows"] <= 1
-    assert f"{kept['tracked']:.1%} of the squared gradient norm in the tracked" in " ".join(out.split())
+    lines = out.partition("Of the squared gradient norm")[2].splitlines()[1:5]
+    for line, stage in zip(lines, ("tracked layers", "projection", "rows", "scores"), strict=True):
+        assert line.startswith(stage) and f"  {kept[stage.split()[0]]:.1%}  " in line, line
 
 
 def test_build_for_people_from_a_folder_of_texts(home, tmp_path):
@@ -111,8 +113,11 @@ def test_build_for_people_from_a_folder_of_texts(home, tmp_path):
     out_folder = tmp_path / "deep" / "index"
     options = ("--max-length", "20", "--stride", "10", "--layers", "*.mlp.*")
     code, out, err = lorif("build", out_folder, "--model", home / "model", "--data", tmp_path / "texts", *options)
-    assert (code, err) == (0, "")
     made = document("info", out_folder)
+    assert code == 0 and err == (
+        f"lorif: 2 .txt files cut into {made['examples']} passages of up to 20 tokens, one every 10 tokens, across "
+        "lines and blank lines; .jsonl has one text a line\n"
+    )
     assert out.startswith(f"{made['examples']} passages indexed")
     assert [layer["name"] for layer in made["layers"]] == ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
     assert made["metadata"]["text"]["empty_documents"] == 1
@@ -152,6 +157,7 @@ def test_search_finds_what_the_library_finds(home):
         loss = text_model.model(input_ids=ids, labels=ids).loss
     assert answer["tokens"] == ids.shape[1] - 1
     assert answer["loss"] == pytest.approx(float(loss) * answer["tokens"], rel=1e-4)
+    assert answer["loss_per_token"] == pytest.approx(float(loss), rel=1e-4)
     assert found["fingerprint"] == document("info", home / "index")["fingerprint"]
     assert found["stats"]["examined"] == len(SENTENCES) and found["stats"]["exact"]
 
@@ -203,6 +209,20 @@ def test_search_for_people(home):
     assert (code, err) == (0, "")
     assert out.count("page ") == 3 and "passages scored exactly" in out
     assert "\x1b" not in out
+    (answer,) = document("search", home / "index", SENTENCES[2], "-k", "3")["answers"]
+    assert answer == document("search", home / "index", "--text", SENTENCES[2], "-k", "3")["answers"][0]
+    first, second = out.splitlines()[:2]
+    assert first == f"“{SENTENCES[2]}”"
+    assert second == f"loss {answer['loss_per_token']:.2f} nats a token, mean of {answer['tokens']} tokens"
+    assert "score / 10 estimates, in nats, by how much the text's loss" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("command", ["search", "explain"])
+def test_a_text_is_given_once(home, command):
+    code, out, err = lorif(command, home / "index", "one", "--text", "another")
+    assert (code, out) == (2, "") and "'one' and --text 'another'" in err
+    code, out, err = lorif(command, home / "index")
+    assert (code, out) == (2, "") and "there is no text" in err
 
 
 def test_what_is_shown_cannot_steer_the_terminal(home, tmp_path):

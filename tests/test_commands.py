@@ -106,6 +106,38 @@ def test_the_commands_of_the_page_do_what_their_settings_say(home):
     assert printed["search"].count("texts.jsonl") == 5 and printed["explain"].count("texts.jsonl") == 3
 
 
+def test_an_index_from_python_is_opened_by_the_commands(home, monkeypatch):
+    pytest.importorskip("jinja2")
+    monkeypatch.chdir(home)
+    text = PAGE.read_text()
+    exec(compile(fenced(text, "index from python"), str(PAGE), "exec"), {})
+    printed = {}
+    for line in fenced(text, "commands on it").splitlines():
+        words = shlex.split(line)
+        code, out, err = lorif(*words[1:])
+        assert (code, err) == (0, ""), line
+        printed[words[1]] = out
+    assert printed["search"].count("line ") == 10 and printed["explain"].count("line ") == 3
+    assert SENTENCES[3] in (home / "row.html").read_text()
+    # What the table says of `add`, and of rows without gradients.
+    code, _, err = lorif("add", "runs/own", "--data", "texts.jsonl", "--model", "model")
+    assert code == 1 and "use Index.add" in err
+    for refused in (("search", "runs/own", ASKED), ("explain", "runs/own", ASKED)):
+        code, _, err = lorif(*refused)
+        assert code == 1 and "pass --model" in err
+
+
+def test_the_example_of_texts_runs(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    write_jsonl(home / "more.jsonl", [{"text": "The dog ran over the moon."}])
+    names = {}
+    exec(compile(fenced((ROOT / "docs" / "api.md").read_text(), "example: texts"), "api.md", "exec"), names)
+    with names["texts"].index as index:
+        assert len(index) == len(SENTENCES) and index.ids[-1] == len(SENTENCES)
+    loss, hits = capsys.readouterr().out.splitlines()[0].split(" ", 1)
+    assert float(loss) > 0 and hits.count("texts.jsonl:") == 3
+
+
 # -- explain
 
 

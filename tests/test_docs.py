@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import lorif_index
-from lorif_index import huggingface
+from lorif_index import huggingface, text
 from scripts.notebooks import NAMES, NOTEBOOKS, cells, executed
 
 ROOT = Path(__file__).parent.parent
@@ -116,8 +117,9 @@ def test_the_reference_has_all_that_is_public(site: Path) -> None:
         assert f'id="{anchor}"' in page, name
     for name in ("search", "explain", "groups", "self_influence", "verify"):
         assert f'id="lorif_index.Index.{name}"' in page, name
-    for name in huggingface.__all__:
-        assert f'id="lorif_index.huggingface.{name}"' in page, name
+    for part in (huggingface, text):
+        for name in part.__all__:
+            assert f'id="{part.__name__}.{name}"' in page, name
 
 
 # -- the start page
@@ -137,6 +139,19 @@ def test_the_start_page_runs_in_as_many_lines_as_it_says(run: Any) -> None:
     there = dict(re.findall(r"^\| ([a-zA-Z -]+) \| (\d+) \|$", (DOCS / "transformers.md").read_text(), re.MULTILINE))
     assert said["language model"] == there["language model"]
     assert re.search(rf"^\| \[LoRA fine-tune\].* \| {there['LoRA fine-tune']} \|$", start.read_text(), re.MULTILINE)
+
+
+def test_the_table_of_extras_is_that_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    table = (DOCS / "index.md").read_text().partition("\n## Extras\n")[2].partition("\n## ")[0]
+    said = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE))
+    assert list(said) == list(project)
+    for name, cell in said.items():
+        needs = [re.match(r"[\w-]+", one)[0] for one in project[name]]  # type: ignore[index]
+        others = [extra for one in project[name] for extra in re.findall(r"lorif-index\[(.*)\]", one)]
+        own = set(needs) - {"lorif-index"}
+        assert set(re.findall(r"[\w-]+", re.sub(r"`\w+`", "", cell))) - {"and"} == own, name
+        assert re.findall(r"`(\w+)`", cell) == [one for part in others for one in part.split(",")], name
 
 
 # -- guides

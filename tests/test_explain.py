@@ -253,6 +253,40 @@ def test_calls_add_up_and_ensembles_are_means(tmp_path: Path) -> None:
             assert {n: e.modules[n] for n in e.modules}.keys() == e.layers.keys()
 
 
+class Grouped(nn.Module):
+    """A convolution with groups, and a linear map at as many positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.inner, self.out = nn.Conv1d(12, 12, 1, groups=2), nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.mix(x.transpose(1, 2))).transpose(1, 2)
+        return self.out(torch.tanh(self.inner(x))).mean(dim=1)
+
+
+def test_within_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares along the grid's sides are those of H^-1 in float64, the query's as well."""
+    # Layers that have a grid by themselves would take half a minute to fit.
+    monkeypatch.setattr("lorif_index.build.sizes.products_for", lambda rank: 40)
+    torch.manual_seed(0)
+    data, query = (torch.randn(60, 4, 12), torch.randint(0, 3, (60,))), (torch.randn(2, 4, 12), torch.tensor([0, 2]))
+    index = Index.build(tmp_path / "i", model=Grouped(), data=data, config=BuildConfig(store="eigen"), progress=False)
+    assert {n for n, layer in index.curvature.items() if layer.grid is not None} == {"mix", "inner"}
+    found = index.explain(query, [3, 40])
+    check_sums(found, within=1e-6)
+    asked = index._query_gradients(query, None, index.layers)
+    examples = index._query_gradients(tuple(part[[3, 40]] for part in data), None, index.layers)
+    made = index._reader.preconditioners(index.layers, index._policy(None))
+    most = largest(found)
+    for name in index.layers:
+        basis, g = index.curvature[name].basis.double(), asked[name].flatten(1).double()
+        inverse = (g @ basis * (made[name].inside.double() - made[name].outside)) @ basis.T + g * made[name].outside
+        expected = (inverse @ examples[name].flatten(1).double().T).numpy()
+        got = np.array([[e.layers[name] for e in row] for row in found])
+        assert np.abs(got - expected).max() <= 1e-4 * most, name
+
+
 @pytest.mark.parametrize("store", ["eigen", "both", "coordinates", "coarse"])
 def test_every_store_shows_what_it_scores(store: str, tmp_path: Path) -> None:
     if store == "coarse":

@@ -12,7 +12,7 @@ from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpe
 from lorif_index.damping import RelativeDamping
 from lorif_index.fit.curvature import LayerCurvature, fit_curvature
 from lorif_index.fit.grid import Grid
-from lorif_index.fit.query import Preconditioner
+from lorif_index.fit.query import Preconditioner, transform, transform_precisely, turned_precisely
 from lorif_index.progress import Stage
 
 A, B = 12, 9
@@ -109,6 +109,27 @@ def test_the_inverse_is_that_of_the_dense_basis(complement: str) -> None:
     made, dense = (Preconditioner.of("x", one, RelativeDamping(0.1), complement) for one in (layer, plain))
     assert torch.allclose(made.apply(g), dense.apply(g), rtol=1e-3, atol=1e-4 * float(dense.apply(g).abs().max()))
     assert torch.allclose(made.quadratic(g), dense.quadratic(g), rtol=1e-4)
+
+
+def test_the_inverse_is_symmetric_where_large_terms_cancel() -> None:
+    """<H^-1 a, b> = <a, H^-1 b> up to rounding, along the sides as well; a search's transform is not so exact."""
+    layer = fit(gradients(400), 60, 40)
+    made = {"x": Preconditioner.of("x", layer, RelativeDamping(1e-7), "truncated")}
+    # Large in the direction of the most curvature, which H^-1 takes away.
+    large = 300 * layer.basis[:, 0].reshape(A, B)
+    a, b = (gradients(5, seed) + large for seed in (1, 2))
+    forth, back = transform_precisely({"x": a}, made)["x"], transform_precisely({"x": b}, made)["x"]
+    one, other = (
+        forth.double().flatten(1) @ b.double().flatten(1).T,
+        a.double().flatten(1) @ back.double().flatten(1).T,
+    )
+    most = float(one.abs().max())
+    assert float((one - other).abs().max()) < 1e-4 * most
+    turned = turned_precisely({"x": b}, made)["x"].double().flatten(1)
+    along = layer.grid.turned(a.flatten(1)).double()
+    assert float((along @ turned.T - one).abs().max()) < 1e-4 * most
+    plain = transform({"x": a}, made)["x"].double().flatten(1) @ b.double().flatten(1).T
+    assert float((plain - one).abs().max()) > 1e-3 * most
 
 
 def test_a_grid_of_its_own() -> None:

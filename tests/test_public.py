@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import lorif_index
-from lorif_index import BuildConfig, Index
+from lorif_index import BuildConfig, Index, huggingface, text
 
 PACKAGE = Path(lorif_index.__file__).parent
 
@@ -96,8 +96,14 @@ TEXT_SIDE = {
 }
 
 
+TEXT = ["Document", "TextIndex", "build_text_index", "load_text_model", "read_documents"]
+HUGGINGFACE = ["IndexCallback", "TokenisedData", "UnpackedDocuments"]
+
+
 def test_surface_is_frozen() -> None:
     assert lorif_index.__all__ == SURFACE
+    assert (text.__all__, huggingface.__all__) == (TEXT, HUGGINGFACE)
+    assert all(hasattr(part, name) for part in (lorif_index, text, huggingface) for name in part.__all__)
     for name, arguments in INDEX.items():
         signature = inspect.signature(
             inspect.unwrap(inspect.getattr_static(Index, name).__func__)
@@ -155,7 +161,7 @@ def test_imports_point_one_way() -> None:
 def test_nothing_heavy_is_imported() -> None:
     heavy = {"transformers", "datasets", "tokenizers", "sklearn", "matplotlib", "faiss", "pandas", "rich", "typer"}
     heavy |= {"starlette", "uvicorn", "jinja2", "markupsafe", "yaml"}
-    heavy |= {"peft", "accelerate"}
+    heavy |= {"peft", "accelerate", "h5py"}
     for path in PACKAGE.rglob("*.py"):
         allowed = {"rich", "typer"} if path.stem in (*" ".join(TEXT_SIDE.values()).split(), "__main__") else set()
         # The adapter alone, when a function of it is called.

@@ -294,6 +294,8 @@ def test_the_report_has_both_sides_and_is_harmless(explorer):
     assert "RIGHT-TO-LEFT OVERRIDE" in html and "scan of every row" in words and "1,100 of 1,100" in words
     assert "http:" not in html.replace("http-equiv", "") and "https:" not in html
     assert 'class="t p' in html and "Layers" in words
+    assert words.count("Summed over the 550 passages shown, not over all.") == 2
+    assert "Score / 1,100 estimates, to first order" in words
 
 
 def test_a_report_without_the_model_says_so(home, tmp_path):
@@ -401,6 +403,7 @@ def test_sources_are_filtered_and_answers_exported(site):
     assert [int(i) for i in re.findall(r'data-id="(\d+)"', html)] == [hit["id"] for hit in wanted]
     _, html = page(site, "/search", source="nothing has this", **values)
     assert "0 of 200" in html
+    assert "passages found, not over all." in page(site, "/search", **values)[1]
 
 
 def test_every_page_is_harmless(site):

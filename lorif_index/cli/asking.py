@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from ..index import Index
-from ..text.show import answer_json, console, in_units, index_json, show_answer, show_index, write_json
+from ..text.show import (
+    answer_json,
+    console,
+    in_units,
+    index_json,
+    show_answer,
+    show_index,
+    show_question,
+    unit_of_scores,
+    write_json,
+)
 from ..text.textindex import Answer, TextIndex
 from .app import app, reported_errors
 from .options import (
@@ -22,6 +32,9 @@ from .options import (
     Recall,
     SearchDamping,
     SearchLayers,
+    TextArgument,
+    TextOption,
+    asked_texts,
     search_damping,
 )
 from .shares import show_explanations
@@ -30,7 +43,8 @@ from .shares import show_explanations
 @app.command()
 def search(
     index: Annotated[Path, typer.Argument(help="An index that `lorif build` or `lorif demo` made.")],
-    text: Annotated[list[str], typer.Option(help="What to explain; may be repeated.")],
+    text: TextArgument = None,
+    texts: TextOption = None,
     prompt: Prompt = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Passages to find.")] = 10,
     opponents: Annotated[
@@ -45,12 +59,12 @@ def search(
     json: Json = False,
 ) -> None:
     """Find the training passages that made the model expect a text."""
-    policy = search_damping(damping)
+    policy, asked_about = search_damping(damping), asked_texts(text, texts)
     with reported_errors():
         asked = TextIndex.open(index, model=model, device=device)
         with asked.index:
             answers = asked.ask(
-                text,
+                asked_about,
                 k,
                 prompt=prompt,
                 opponents=opponents,
@@ -74,21 +88,23 @@ def search(
                 return
             screen = console()
             for answer in answers:
+                show_question(screen, answer)
                 show_answer(screen, answer)
             stats = answers[0].stats
             spent = sum(v for name, v in stats.seconds.items() if name != "gradients")
             screen.print(
                 f"{stats.plan}: {stats.examined:,} of {stats.total:,} passages scored exactly in {spent:.3f} s, recall "
-                f"{stats.estimated_recall:.3f} as estimated, {in_units(stats.bytes_read)} read; score / "
-                f"{len(asked.index):,} estimates, in nats, by how much the text's loss would rise without the passage.",
+                f"{stats.estimated_recall:.3f} as estimated, {in_units(stats.bytes_read)} read.",
                 style="dim",
             )
+            screen.print(unit_of_scores(len(asked.index)), style="dim")
 
 
 @app.command()
 def explain(
     index: Annotated[Path, typer.Argument(help="An index that `lorif build` or `lorif demo` made.")],
-    text: Annotated[list[str], typer.Option(help="What to explain; may be repeated.")],
+    text: TextArgument = None,
+    texts: TextOption = None,
     ids: Annotated[
         list[int] | None,
         typer.Option("--id", min=0, help="A passage, as search shows it; may be repeated. Default: the best ones."),
@@ -105,25 +121,35 @@ def explain(
     json: Json = False,
 ) -> None:
     """Take the scores of passages apart: which of their tokens, and of the text's, and which layers they come from."""
-    policy = search_damping(damping)
+    policy, asked_about = search_damping(damping), asked_texts(text, texts)
     with reported_errors():
         asked = TextIndex.open(index, model=model, device=device)
         with asked.index:
-            chosen: list[Answer] | list[list[int]] = [ids for _ in text] if ids else []
+            chosen: list[Answer] | list[list[int]] = [ids for _ in asked_about] if ids else []
             if not ids:
                 chosen = asked.ask(
-                    text, k, prompt=prompt, opponents=opponents, damping=policy, layers=layers or None, progress=None
+                    asked_about,
+                    k,
+                    prompt=prompt,
+                    opponents=opponents,
+                    damping=policy,
+                    layers=layers or None,
+                    progress=None,
                 )
-            found = asked.explain(text, chosen, prompt=prompt, damping=policy, layers=layers or None, progress=None)
+            found = asked.explain(
+                asked_about, chosen, prompt=prompt, damping=policy, layers=layers or None, progress=None
+            )
             if json:
                 answers = [
                     {"text": one, "explanations": [e.to_json() for e in row]}
-                    for one, row in zip(text, found, strict=True)
+                    for one, row in zip(asked_about, found, strict=True)
                 ]
                 facts = {"index": str(index), "fingerprint": asked.index.fingerprint, "prompt": prompt}
                 write_json(facts | {"opponents": opponents and not ids, "answers": answers})
                 return
-            show_explanations(console(), text, found)
+            screen = console()
+            show_explanations(screen, asked_about, found)
+            screen.print(unit_of_scores(len(asked.index)), style="dim")
 
 
 @app.command()

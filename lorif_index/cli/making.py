@@ -11,7 +11,7 @@ from ..launch import joined
 from ..text.demo import QUESTION, run_demo, show_demo
 from ..text.demo_model import DemoSettings
 from ..text.show import console, excerpt, in_units, index_json, show_estimate, write_json
-from ..text.textindex import build_text_index, estimate_text_index, load_text_model
+from ..text.textindex import Cutting, build_text_index, estimate_text_index, load_text_model
 from ..text.texts import read_documents
 from .app import app, reported_errors
 from .options import Json, MaxLength, ModelFolder, SourceField, Stride, TextField, Texts, byte_count
@@ -70,6 +70,7 @@ def build(
             stride=stride,
             config=config,
             origin={"data": str(data), "text_field": text_field, "source_field": source_field},
+            told=_say_how_cut if speaks else None,
         )
         with index:
             if not speaks:
@@ -82,7 +83,18 @@ def build(
                 f"{facts['examples']:,} passages indexed, {facts['bytes_per_example']:,} bytes each, "
                 f"{in_units(facts['nbytes'])} in all."
             )
-            screen.print(excerpt(f'Next: lorif search {out} --text "..."'))
+            screen.print(excerpt(f'Next: lorif search {out} "..."'))
+
+
+def _say_how_cut(cutting: Cutting) -> None:
+    """Of running text, which is not cut where a reader might think."""
+    if cutting.running:
+        files = "1 .txt file" if cutting.running == 1 else f"{cutting.running:,} .txt files"
+        typer.echo(
+            f"lorif: {files} cut into {cutting.running_passages:,} passages of up to {cutting.max_length:,} tokens, "
+            f"one every {cutting.stride:,} tokens, across lines and blank lines; .jsonl has one text a line",
+            err=True,
+        )
 
 
 @app.command()

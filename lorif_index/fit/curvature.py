@@ -64,11 +64,6 @@ class LayerCurvature:
         grid = None if self.grid is None else self.grid.to(device)
         return replace(self, core=self.core.to(device), grid=grid)
 
-    def double(self) -> LayerCurvature:
-        """The same with core and grid in float64."""
-        grid = None if self.grid is None else self.grid.double()
-        return replace(self, core=self.core.double(), grid=grid)
-
     @property
     def dim(self) -> int:
         """D."""

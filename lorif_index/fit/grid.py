@@ -50,10 +50,6 @@ class Grid:
     def to(self, device: torch.device) -> Grid:
         return replace(self, left=self.left.to(device), right=self.right.to(device), chosen=self.chosen.to(device))
 
-    def double(self) -> Grid:
-        """The same with its sides in float64."""
-        return replace(self, left=self.left.double(), right=self.right.double())
-
     def turned(self, flat: torch.Tensor) -> torch.Tensor:
         """<G, u_a w_b^T> of all products, (n, D), of gradients (n, D) float32."""
         gradients = flat.reshape(-1, len(self.left), len(self.right))
@@ -67,7 +63,11 @@ class Grid:
         """sum_m c_m u_a w_b^T, (n, D), of coordinates c (n, M) float32."""
         whole = coordinates.new_zeros(len(coordinates), self.dim)
         whole[:, self.chosen] = coordinates
-        whole = whole.reshape(-1, len(self.left), len(self.right))
+        return self.turned_back(whole)
+
+    def turned_back(self, turned: torch.Tensor) -> torch.Tensor:
+        """The inverse of `turned`, (n, D) of (n, D)."""
+        whole = turned.reshape(-1, len(self.left), len(self.right))
         return torch.matmul(torch.matmul(self.left, whole), self.right.T).flatten(1)
 
 

@@ -188,17 +188,34 @@ def transform(
 def transform_precisely(
     gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]
 ) -> dict[str, torch.Tensor]:
-    """`transform`, computed in float64 and rounded at the end, a layer at a time.
+    """`transform`, with the products in which large terms cancel in float64."""
+    out = {}
+    for name, turned in turned_precisely(gradients, preconditioners).items():
+        grid = preconditioners[name].layer.grid
+        out[name] = turned if grid is None else grid.turned_back(turned.flatten(1)).reshape(turned.shape)
+    return out
+
+
+def turned_precisely(
+    gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]
+) -> dict[str, torch.Tensor]:
+    """H^-1 G along the sides of each layer's grid, U^T (H^-1 G) W, or H^-1 G where there is none; shapes stay.
 
     What is large in g and small in H^-1 g cancels: in float32, <H^-1 a, b> and <a, H^-1 b> agree to some 1e-4 of the
-    largest score only.
+    largest score only. It cancels among the products that V is made of, so that these are computed in float64, a layer
+    at a time. Turning G before and H^-1 G after only perturbs what goes in and what comes out: float32 is enough.
     """
+    # One buffer for all layers: fresh memory of that size costs as much as a product.
+    cores = [preconditioners[name].layer.core for name in gradients]
+    buffer = torch.empty(max(core.numel() for core in cores), dtype=torch.float64, device=cores[0].device)
     out = {}
-    for name, g in gradients.items():
+    for (name, g), single in zip(gradients.items(), cores, strict=True):
         one = preconditioners[name]
-        layer, flat = one.layer.double(), g.flatten(1).double()
-        weights = one.inside.double() - one.outside
-        within = (layer.reduced(flat) @ layer.core) * weights
-        turned = layer.expanded(within @ layer.core.T).add_(flat, alpha=one.outside)
-        out[name] = turned.float().reshape(g.shape)
+        core, grid = buffer[: single.numel()].view(single.shape).copy_(single), one.layer.grid
+        turned = g.flatten(1) if grid is None else grid.turned(g.flatten(1))
+        part = (turned if grid is None else turned.index_select(1, grid.chosen)).double()
+        within = (part @ core) * (one.inside.double() - one.outside)
+        part = (within @ core.T).add_(part, alpha=one.outside).float()
+        turned = part if grid is None else (turned * one.outside).index_copy_(1, grid.chosen, part)
+        out[name] = turned.reshape(g.shape)
     return out

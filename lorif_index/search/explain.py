@@ -21,7 +21,7 @@ from ..capture.hooks import Capture
 from ..capture.layers import Use
 from ..capture.sources import data_digest
 from ..errors import DataError
-from ..fit.query import Preconditioner, transform_precisely
+from ..fit.query import Preconditioner, transform_precisely, turned_precisely
 from ..progress import Stage
 from .reader import Reader, positions_of
 
@@ -169,8 +169,8 @@ def position_shares(
     matrix = matrix.to(device=left.device, dtype=left.dtype)
     if left.ndim == 4:
         lifted = capture.lifted(layer, use, matrix)
-        return (torch.einsum("nlgi,igo->nlgo", left, lifted) * right).sum(dim=(2, 3))
-    return (torch.matmul(left, matrix) * right).sum(dim=2)
+        return torch.einsum("nlgi,igo->nlgo", left, lifted).mul_(right).sum(dim=(2, 3))
+    return torch.matmul(left, matrix).mul_(right).sum(dim=2)
 
 
 class _Shares:
@@ -325,20 +325,30 @@ def _query_shares(
     if asked.positions is None or asked.capture is None:
         return None
     gradients = {name: block.layers[name].dense().cpu() for name in asked.gradients}
-    turned = transform_precisely(gradients, preconditioners)
+    turned = turned_precisely(gradients, preconditioners)
     scale = asked.factor / members
     out: list[list[tuple[str, np.ndarray]]] = [[] for _ in pairs]
     for layer, use, left, right in asked.positions.calls:
         if layer not in turned:
             continue
-        matrices = turned[layer].to(device=left.device, dtype=left.dtype)
+        matrices, grid = turned[layer], preconditioners[layer].layer.grid
+        if grid is not None and left.ndim == 4:
+            # The outputs of a group are not along the grid's sides.
+            matrices = grid.turned_back(matrices.flatten(1)).reshape(matrices.shape)
+        matrices = matrices.to(device=left.device, dtype=left.dtype)
+        sides = None
+        if grid is not None and left.ndim == 3:
+            # Few positions are turned along the sides, in place of many matrices back.
+            sides = [side.to(device=left.device, dtype=left.dtype) for side in (grid.left, grid.right)]
         for number, (q, rows) in enumerate(pairs):
             x, y = left[q : q + 1], right[q : q + 1]
             if left.ndim == 4:
                 shares = torch.cat([position_shares(asked.capture, layer, use, x, y, matrices[r]) for r in rows])
             else:
+                if sides is not None:
+                    x, y = x @ sides[0], y @ sides[1]
                 some = matrices if len(rows) == len(matrices) else matrices[rows]
-                shares = (torch.matmul(x, some) * y).sum(dim=2)
+                shares = torch.matmul(x, some).mul_(y).sum(dim=2)
             out[number].append((layer, shares.cpu().double().numpy() * scale))
     return out
 

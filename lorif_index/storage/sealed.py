@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import xxhash
 
@@ -220,6 +219,9 @@ def copy_sealed(source: Path, info: SealedInfo, folder: Path, name: str) -> Seal
 def _allocate(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str]) -> dict[str, int]:
     """Creates the file with its datasets allocated but not filled; their offsets."""
     offsets = {}
+    # Late: half of what importing the package takes beside torch, and whoever only asks writes no file.
+    import h5py
+
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
         file.attrs.update(attributes)
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

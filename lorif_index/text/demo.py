@@ -22,7 +22,7 @@ from ..config import BuildConfig
 from ..errors import IndexExistsError
 from ..progress import ProgressCallback
 from .demo_model import DemoSettings, Training, all_windows, documentation, new_model, split, train, train_tokenizer
-from .show import answer_json, excerpt, in_units, show_answer
+from .show import answer_json, excerpt, in_units, show_answer, unit_of_scores
 from .textindex import Answer, TextIndex, TextModel, build_text_index, encode_question, quiet_transformers
 from .texts import Document, cut
 
@@ -224,16 +224,14 @@ def show_demo(out: Console, result: DemoResult) -> None:
         out.print(excerpt(f"“{answer.text}”", 1000))
         seconds = answer.stats.seconds
         out.print(
-            f"{answer.loss / max(answer.tokens, 1):.2f} nats per token; its gradient took "
+            f"{answer.loss_per_token:.2f} nats per token; its gradient took "
             f"{1000 * seconds['gradients']:.0f} ms, the transform {1000 * seconds['transform']:.0f} ms, the exact scan "
             f"{1000 * seconds['scan']:.0f} ms",
             style="dim",
         )
         show_answer(out, answer)
-    out.print(
-        f"\nscore / {result.passages:,} estimates, in nats, by how much the sentence's loss would rise without "
-        "the passage."
-    )
+    out.print()
+    out.print(unit_of_scores(result.passages, "the sentence's loss"))
     out.print(
         f"Check: of {check.asked} passages held out of the training, {check.best} have a passage of their own topic as "
         f"best hit; by chance it would be {check.expected:.0f}."

@@ -154,8 +154,6 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
             f"{coarse['factory']} on {coarse['dim']} coordinates ({coarse['energy']:.0%} of the whitened gradients), "
             f"{coarse['bytes_per_example']:.0f} bytes per example",
         )
-    if facts["coverage"] is not None:
-        summary.add_row("keeps", _kept(facts["coverage"]))
     summary.add_row("damping", " ".join(str(v) for v in config["damping"].values()) + f", {config['complement']}")
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.get("seconds", {}).items())
     summary.add_row("built", seconds or "unknown")
@@ -165,6 +163,10 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
         summary.add_row("windows", f"{text.get('max_length')} tokens, every {text.get('stride')}")
     summary.add_row("fingerprint", facts["fingerprint"])
     out.print(summary)
+    if facts["coverage"] is not None:
+        out.print("\nOf the squared gradient norm, measured on some of the sample:", style="bold")
+        out.print(_coverage(facts["coverage"]))
+        out.print()
     table = Table("layer", box=None, header_style="bold", padding=(0, 1))
     for column in ("in x out", "projected", "c", "r", "trace", "kept", "lambda"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -183,15 +185,23 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
     out.print(table)
 
 
-def _kept(coverage: dict[str, Any]) -> str:
-    """The shares of squared gradient norms that an index keeps, stage by stage."""
-    parts = {
-        "tracked": "of the squared gradient norm in the tracked layers",
-        "projection": "of theirs in the projections",
-        "rows": "of that in rows",
-        "scores": "of it as scores weigh it",
-    }
-    return ", ".join(f"{coverage[key]:.1%} {what}" for key, what in parts.items() if coverage[key] is not None)
+_COVERED = {
+    "tracked": ("tracked layers", "of all trained parameters'; what the others learnt is not seen"),
+    "projection": ("projection", "of that; more with a wider projection_dim"),
+    "rows": ("rows", "of that, as the stored rows say it; more with eigen_bytes or rank"),
+    "scores": ("scores", "rows again, as scores weigh gradients, by H^-1"),
+}
+
+
+def _coverage(coverage: dict[str, Any]) -> Table:
+    """What an index keeps of gradients, a stage a line."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    for key, (stage, meaning) in _COVERED.items():
+        if coverage[key] is not None:
+            table.add_row(stage, f"{coverage[key]:.1%}", Text(meaning, style="dim"))
+    return table
 
 
 def in_units(count: int) -> str:
@@ -214,7 +224,20 @@ def answer_json(answer: Answer) -> dict[str, Any]:
         }
         for rank, hit in enumerate(answer.hits, start=1)
     ]
-    return {"text": answer.text, "tokens": answer.tokens, "loss": answer.loss, "hits": hits}
+    return {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "loss": answer.loss,
+        "loss_per_token": answer.loss_per_token,
+        "hits": hits,
+    }
+
+
+def show_question(out: Console, answer: Answer) -> None:
+    """What was asked about, and the model's loss on it."""
+    out.print(Text.assemble("“", excerpt(answer.text), "”"), style="bold")
+    tokens = "1 token" if answer.tokens == 1 else f"{answer.tokens:,} tokens"
+    out.print(f"loss {answer.loss_per_token:.2f} nats a token, mean of {tokens}", style="dim")
 
 
 def show_answer(out: Console, answer: Answer) -> None:
@@ -229,3 +252,16 @@ def show_answer(out: Console, answer: Answer) -> None:
         source, text = (hit.passage.source, hit.passage.text) if hit.passage else ("-", "-")
         table.add_row(str(rank), f"{hit.score:.4g}", str(hit.id), excerpt(source), excerpt(text))
     out.print(table)
+
+
+def unit_of_scores(total: int, what: str = "the text's loss, summed over its tokens,") -> str:
+    """What scores are estimates of, in a sentence.
+
+    Args:
+        total: N, how many examples the index has.
+        what: the loss that was asked about.
+    """
+    return (
+        f"score / {total:,} estimates, in nats, by how much {what} would rise without the passage: to first order, "
+        "under this curvature, damping and choice of layers. Trust the order before the size."
+    )

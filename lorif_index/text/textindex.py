@@ -7,9 +7,10 @@ downloaded, and only safetensors weights are read.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,27 @@ class TextModel:
 
 
 @dataclass(frozen=True)
+class Cutting:
+    """How documents were cut into passages.
+
+    Attributes:
+        documents, empty: how many there were, and how many of them have no passage.
+        running, running_passages: how many of them are files of running text (.txt), and the passages of those.
+        passages, tokens: in all.
+        max_length, stride: in tokens: the longest passage, and from one passage of a document to the next.
+    """
+
+    documents: int
+    empty: int
+    running: int
+    running_passages: int
+    passages: int
+    tokens: int
+    max_length: int
+    stride: int
+
+
+@dataclass(frozen=True)
 class Hit:
     """One found training passage.
 
@@ -99,6 +121,11 @@ class Answer:
     loss: float
     hits: list[Hit]
     stats: SearchStats
+
+    @property
+    def loss_per_token(self) -> float:
+        """The loss's mean over the tokens."""
+        return self.loss / max(self.tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -227,6 +254,7 @@ def build_text_index(
     stride: int | None = None,
     config: BuildConfig | None = None,
     origin: dict[str, Any] | None = None,
+    told: Callable[[Cutting], None] | None = None,
     progress: bool | ProgressCallback | None = None,
 ) -> Index:
     """Cuts documents into passages and builds their index, which keeps the passages and the model's folder.
@@ -238,6 +266,7 @@ def build_text_index(
         max_length, stride: in tokens, see `cut`; max_length is by default the model's context, at most 1024.
         config: as for `Index.build`.
         origin: plain JSON values remembered with the index: where the documents are from.
+        told: is called with how they were cut, before gradients are taken.
         progress: as for `Index.build`.
 
     Raises:
@@ -249,15 +278,17 @@ def build_text_index(
     max_length = _window_length(text_model, max_length)
     out.parent.mkdir(parents=True, exist_ok=True)
     with PassageSpool(out.parent) as passages:
-        windows, count, empty = _tokenise(documents, text_model, max_length, stride, passages, progress)
+        windows, cutting = _tokenise(documents, text_model, max_length, stride, passages, progress)
+        if told is not None:
+            told(cutting)
         facts = {
             "model": str(text_model.folder.resolve()),
             "max_length": max_length,
-            "stride": max_length if stride is None else stride,
-            "documents": count,
-            "empty_documents": empty,
-            "tokens": windows.tokens,
-            "passages": {"count": len(passages)},
+            "stride": cutting.stride,
+            "documents": cutting.documents,
+            "empty_documents": cutting.empty,
+            "tokens": cutting.tokens,
+            "passages": {"count": cutting.passages},
             "origin": origin or {},
         }
         return Index.build(
@@ -287,7 +318,7 @@ def estimate_text_index(
     """What `build_text_index` would take; arguments as there and for `Index.estimate`."""
     max_length = _window_length(text_model, max_length)
     with tempfile.TemporaryDirectory() as place, PassageSpool(Path(place)) as passages:
-        windows, _, _ = _tokenise(documents, text_model, max_length, stride, passages, progress)
+        windows, _ = _tokenise(documents, text_model, max_length, stride, passages, progress)
         return Index.estimate(
             model=text_model.model,
             data=windows,
@@ -308,24 +339,29 @@ def _tokenise(
     stride: int | None,
     passages: PassageSpool,
     progress: bool | ProgressCallback | None,
-) -> tuple[TokenWindows, int, int]:
-    """Passages into the spool, and their tokens; how many documents there were, and how many of them empty.
+) -> tuple[TokenWindows, Cutting]:
+    """Passages into the spool, and their tokens.
 
     Raises:
         DataError: no passage.
     """
-    windows, count, empty = TokenWindows(), 0, 0
+    windows, count, empty, running, of_running = TokenWindows(), 0, 0, 0, 0
+    documents, seen = tee(documents)
     with reporter(progress) as report, report.stage("tokenise") as stage:
-        for pieces in cut(documents, text_model.tokenizer, max_length=max_length, stride=stride):
+        pieces_of = cut(documents, text_model.tokenizer, max_length=max_length, stride=stride)
+        for pieces, document in zip(pieces_of, seen, strict=True):
             count += 1
             empty += not pieces
+            running += document.lined
+            of_running += len(pieces) if document.lined else 0
             for (passage, ids), other in zip(pieces, unlike(pieces, text_model.tokenizer), strict=True):
                 passages.append(passage, ids if other else None)
                 windows.append(ids)
             stage.advance(len(pieces))
     if not len(windows):
         raise DataError(f"none of the {count} documents has a passage of at least {LEAST_TOKENS} tokens")
-    return windows, count, empty
+    stride = max_length if stride is None else stride
+    return windows, Cutting(count, empty, running, of_running, len(windows), windows.tokens, max_length, stride)
 
 
 def _window_length(text_model: TextModel, wanted: int | None) -> int:
@@ -529,7 +565,7 @@ class TextIndex:
                 f"{self.index.path} was not made by `lorif build`, so it does not say how texts are cut: use Index.add"
             ) from None
         with PassageSpool(self.index.path.parent) as passages:
-            windows, _, _ = _tokenise(documents, self.text_model, max_length, stride, passages, progress)
+            windows, _ = _tokenise(documents, self.text_model, max_length, stride, passages, progress)
             return self.index.add(windows, payloads=passages, progress=progress)
 
     def _passages(self, found: Hits) -> dict[int, Passage]:
