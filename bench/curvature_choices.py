@@ -2,8 +2,9 @@
 
 Unfactored projected gradients of the LDS tasks under the full inverse of each candidate curvature: empirical, GGN, and
 mixtures of a share of the GGN's trace; the default's shrunk to its diagonal; with random and learnt projections; with r
-directions kept and the complement weighted in three ways; with layers weighted by their traces. Also the mean self-influence of a training example over
-N, beside the gap between held-out and training loss that a damping without retraining would be matched to.
+directions kept and the complement weighted in three ways; with layers weighted by their traces. Also the mean
+self-influence of a training example over N, beside the gap between held-out and training loss that a damping without
+retraining would be matched to.
 """
 
 from __future__ import annotations
