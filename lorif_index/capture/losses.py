@@ -107,9 +107,9 @@ def checked_logits(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    # As rows of classes: in any other order the log-softmax takes several times as long, forward and backward.
-    rows, wanted = logits.flatten(0, -2), labels.flatten().long()
-    losses = functional.cross_entropy(rows, wanted, reduction="none", ignore_index=IGNORE).reshape(labels.shape)
+    if logits.ndim > 2:
+        logits = logits.movedim(-1, 1)
+    losses = functional.cross_entropy(logits, labels.long(), reduction="none", ignore_index=IGNORE)
     return losses.flatten(1).sum(dim=1) if losses.ndim > 1 else losses
 
 
