@@ -168,7 +168,8 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
     made, plain = gpt2(), mlp()
     monkeypatch.setattr("lorif_index.config.LEAST_FLOOR", 6)
     monkeypatch.setattr("lorif_index.build.representation.LEAST_FLOOR", 6)
-    monkeypatch.setattr("lorif_index.build.representation._FLOORS", (10, 7))
+    choice = "lorif_index.build.representation."
+    monkeypatch.setattr(choice + "_FLOORS", (7, 10))
 
     def floor(name: str, case: Any = made, **settings: Any) -> Any:
         index = Index.build(tmp_path / name, model=case.model, data=case.data, config=BuildConfig(**settings))
@@ -188,5 +189,17 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
     assert floor("random", eigen_bytes=32, projection="random") == 6
     # One position an example: factors lose nothing.
     assert floor("positions", case=plain, eigen_bytes=1) == 6
+    # A width from which on so many directions a bit are enough: of 7 there are more than one and fewer than a hundred.
+    monkeypatch.setattr(choice + "_WIDE", 7)
+    monkeypatch.setattr(choice + "_DIRECTIONS_A_BIT", 1)
+    assert floor("enough", eigen_bytes=32) == 7
+    monkeypatch.setattr(choice + "_DIRECTIONS_A_BIT", 100)
+    assert floor("not enough", eigen_bytes=32) == 10
+    # Of a model that is not small, rows that could hold all directions of the least width gain by others.
+    monkeypatch.setattr(choice + "_SMALL", 32)
+    assert floor("large rows", eigen_bytes=4000) == 10
+    # What the sample's gradients may take.
+    monkeypatch.setattr(choice + "_FLOOR_BYTES", 1000)
+    assert floor("no room", eigen_bytes=32) == 6
     monkeypatch.setattr("lorif_index.build.representation._FLOOR_BYTES", 1)
     assert floor("bytes", eigen_bytes=32) == 6

@@ -6,6 +6,7 @@ scores, for any damping and any layers.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,24 @@ def test_few_layers_have_more_directions() -> None:
     assert directions_for(1600, 2, 4096) == 1600 and directions_for(1600, 2, 1024) == 1024
 
 
+@pytest.mark.parametrize("alone", [False, True])
 def test_directions_of_a_grid_are_stored_by_its_products(
-    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
     made, train_gradients, query_gradients = case
     monkeypatch.setattr("lorif_index.build.sizes.products_for", lambda rank: 20)
+    monkeypatch.setattr("lorif_index.build.sizes.alone_for", lambda row_bytes, layers: 9 if alone else 0)
+    if alone:
+        monkeypatch.setattr("lorif_index.build.sizes.directions_for", lambda row_bytes, layers, dim: 15)
+        monkeypatch.setattr("lorif_index.build.sizes.CURVATURE_RANK", 15)
     index = build(made, tmp_path, eigen_bytes=SOME)
     wide = [name for name, spec in index.specs.items() if spec.dim > 20]
     assert wide and all((index.curvature[name].grid is not None) == (name in wide) for name in index.specs)
+    kept = index._reader.eigen
+    assert kept is not None
+    by_themselves = {name: int((kept.layers[name].directions >= 15).sum()) for name in wide}
+    assert bool(alone) == any(len(index.curvature[name].diagonal) for name in wide)
+    assert not alone or max(by_themselves.values()) > 0
     rows, queries = projected(index, train_gradients), projected(index, query_gradients)
     expected = inside_scores(index, queries, stands_for(index), lambdas(index, rows, 0.3), index.layers)
     assert within(index.scores(made.query, damping=0.3), expected, 1e-4)
@@ -178,7 +189,7 @@ def test_directions_of_a_grid_are_stored_by_its_products(
     again = Index.open(tmp_path / "i", model=made.model)
     assert within(again.scores(made.query, damping=0.3), expected, 1e-4)
     path = tmp_path / "i" / "manifest.json"
-    path.write_text(path.read_text().replace('"products": 20', '"products": -1'))
+    path.write_text(re.sub(r'"products": \d+', '"products": -1', path.read_text()))
     forged.forge(tmp_path / "i")
     with pytest.raises(CorruptionError, match="curvature entry of layer"):
         Index.open(tmp_path / "i")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden.make import QUERIES, N, gradients
+from golden.make import QUERIES, SHAPES, WIDE, N, gradients
 
 from lorif_index import Index
 from lorif_index.errors import FormatVersionError
@@ -33,7 +33,8 @@ def test_old_indexes_answer_as_they_did_and_live_on(path: Path, tmp_path: Path) 
     expected = json.loads((path / "expected.json").read_text())
     raw = {item.name: item.read_bytes() for item in path.iterdir()}
     shutil.copytree(path, tmp_path / "i")
-    index, query = Index.open(tmp_path / "i"), gradients(QUERIES, 1)
+    shapes = WIDE if path.name.endswith("-wide") else SHAPES
+    index, query = Index.open(tmp_path / "i"), gradients(QUERIES, 1, shapes)
     index.verify()
     assert index.ids.tolist() == expected["ids"] and index.metadata == {"made": "golden"}
     if expected["scores"] is not None:
@@ -45,7 +46,7 @@ def test_old_indexes_answer_as_they_did_and_live_on(path: Path, tmp_path: Path) 
     assert {item.name: item.read_bytes() for item in (tmp_path / "i").iterdir()} == raw, "asking changes nothing"
     gone = expected["hits"][0][0]
     index.remove([gone])
-    assert index.add(gradients=[gradients(3, 2)]).tolist() == [N, N + 1, N + 2]
+    assert index.add(gradients=[gradients(3, 2, shapes)]).tolist() == [N, N + 1, N + 2]
     index.compact()
     again = Index.open(tmp_path / "i")
     again.verify()
@@ -61,6 +62,6 @@ def test_old_indexes_answer_as_they_did_and_live_on(path: Path, tmp_path: Path) 
 def test_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN[0], tmp_path / "i")
     path = tmp_path / "i" / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 6'))
-    with pytest.raises(FormatVersionError, match=r"version 6, and this library reads versions \(1, 2, 3, 4, 5\)"):
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 7'))
+    with pytest.raises(FormatVersionError, match=r"version 7, and this library reads versions \(1, 2, 3, 4, 5, 6\)"):
         Index.open(tmp_path / "i")

@@ -12,7 +12,15 @@ from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpe
 from lorif_index.damping import RelativeDamping
 from lorif_index.fit.curvature import LayerCurvature, fit_curvature
 from lorif_index.fit.grid import Grid
-from lorif_index.fit.query import Preconditioner, transform, transform_precisely, turned_precisely
+from lorif_index.fit.query import (
+    Preconditioner,
+    combined,
+    inside_of,
+    log_mean,
+    transform,
+    transform_precisely,
+    turned_precisely,
+)
 from lorif_index.progress import Stage
 
 A, B = 12, 9
@@ -26,7 +34,7 @@ def gradients(n: int, seed: int = 0) -> torch.Tensor:
     return left @ (torch.randn(n, A, B, generator=generator) * fall) @ right
 
 
-def fit(g: torch.Tensor, size: int, rank: int | None = None, block: int = 64) -> LayerCurvature:
+def fit(g: torch.Tensor, size: int, rank: int | None = None, block: int = 64, alone: int = 0) -> LayerCurvature:
     def walk() -> Iterator[GradientBlock]:
         for i in range(0, len(g), block):
             part = g[i : i + block]
@@ -42,7 +50,7 @@ def fit(g: torch.Tensor, size: int, rank: int | None = None, block: int = 64) ->
         examples=len(g),
         stage=Stage(None, "curvature", None),
         device=torch.device("cpu"),
-        within={"x": size},
+        within={"x": (size, alone)},
     )["x"]
 
 
@@ -93,27 +101,68 @@ def test_blocks_do_not_matter() -> None:
     assert one.trace == pytest.approx(float(g.double().square().sum()) / 5000, rel=1e-6)
 
 
-def test_reduced_and_expanded_are_the_basis() -> None:
-    layer = fit(gradients(400), 30, 20)
+@pytest.mark.parametrize("alone", [1, 35, 500])
+def test_further_products_are_directions_by_themselves(alone: int) -> None:
+    g = gradients(700)
+    layer = fit(g, 40, 30, alone=alone)
+    most = min(alone, A * B - 40)
+    assert layer.rank == 30 + most and layer.core.shape == (40, 30) and layer.dim == A * B
+    p, flat = products(g, 40 + most), g.double().flatten(1).numpy()
+    # Those of the next most energy, and of them the mean squares; the eigenvectors are what they were without them.
+    squares = ((flat @ p[:, 40:]) ** 2).mean(axis=0)
+    assert layer.diagonal.numpy() == pytest.approx(np.sort(squares)[::-1], rel=1e-4)
+    without = fit(g, 40, 30)
+    assert torch.equal(layer.core, without.core) and torch.equal(layer.spectrum, without.spectrum)
+    assert layer.trace == without.trace == pytest.approx((flat**2).sum() / 700, rel=1e-6)
+    basis = layer.basis.double().numpy()
+    assert basis.shape == (A * B, 30 + most) and np.abs(basis.T @ basis - np.eye(30 + most)).max() < 1e-5
+    moments = ((flat @ basis) ** 2).mean(axis=0)
+    assert layer.eigenvalues.numpy() == pytest.approx(moments, rel=1e-3, abs=1e-6 * moments[0])
+    left = A * B - layer.rank
+    assert layer.tail_mean == pytest.approx((layer.trace - moments.sum()) / left if left else 0.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("alone", [0, 25])
+def test_coordinates_and_what_they_stand_for_are_the_basis(alone: int) -> None:
+    layer = fit(gradients(400), 30, 20, alone=alone)
     g = gradients(6, seed=1).flatten(1)
-    within = layer.reduced(g) @ layer.core
+    within = layer.coordinates(g)
     assert torch.allclose(within, g @ layer.basis, atol=1e-5)
-    assert torch.allclose(layer.expanded(within @ layer.core.T), within @ layer.basis.T, atol=1e-5)
+    assert torch.allclose(inside_of({"x": g}, {"x": layer})["x"], within, atol=1e-5)
+    for count in {5, 20, 20 + alone // 2, 20 + alone}:
+        expected = within[:, :count] @ layer.basis[:, :count].T
+        assert torch.allclose(layer.combined(within[:, :count]), expected, atol=1e-5)
+    assert torch.allclose(combined({"x": within}, {"x": layer})["x"], within @ layer.basis.T, atol=1e-5)
+    some = torch.tensor([0, 3, 19] + [20, 20 + alone - 1] * (alone > 0))
+    assert torch.allclose(layer.restricted(some).basis, layer.basis[:, some], atol=1e-6)
+    assert torch.equal(layer.restricted(some).eigenvalues, layer.eigenvalues[some])
 
 
+@pytest.mark.parametrize("alone", [0, 25])
 @pytest.mark.parametrize("complement", ["truncated", "tail-corrected", "log-mean"])
-def test_the_inverse_is_that_of_the_dense_basis(complement: str) -> None:
-    layer = fit(gradients(400), 30, 20)
-    plain = LayerCurvature(layer.basis.contiguous(), layer.spectrum, layer.trace, layer.rows, layer.examples)
+def test_the_inverse_is_that_of_the_dense_basis(complement: str, alone: int) -> None:
+    layer = fit(gradients(400), 30, 20, alone=alone)
     g = gradients(6, seed=1).flatten(1)
-    made, dense = (Preconditioner.of("x", one, RelativeDamping(0.1), complement) for one in (layer, plain))
-    assert torch.allclose(made.apply(g), dense.apply(g), rtol=1e-3, atol=1e-4 * float(dense.apply(g).abs().max()))
-    assert torch.allclose(made.quadratic(g), dense.quadratic(g), rtol=1e-4)
+    made = Preconditioner.of("x", layer, RelativeDamping(0.1), complement)
+    v, s = layer.basis.double(), layer.eigenvalues
+    lam, tail = 0.1 * layer.trace / (A * B), (layer.trace - float(s.sum())) / (A * B - 20 - alone)
+    mu = {"truncated": lam, "tail-corrected": lam + tail, "log-mean": log_mean(lam, float(s[-1]), tail)}[complement]
+    # Products by themselves have a hundredth of the damping.
+    h = s + lam * torch.cat([torch.ones(20), 0.01 * torch.ones(alone)])
+    inverse = v @ torch.diag(1 / h - 1 / mu) @ v.T + torch.eye(A * B) / mu
+    expected = g.double() @ inverse
+    assert torch.allclose(made.apply(g).double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert torch.allclose(made.quadratic(g).double(), (expected * g).sum(dim=1), rtol=1e-4)
+    turned = transform({"x": g.reshape(-1, A, B)}, {"x": made})["x"].flatten(1).double()
+    assert torch.allclose(turned, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    precise = transform_precisely({"x": g.reshape(-1, A, B)}, {"x": made})["x"].flatten(1).double()
+    assert torch.allclose(precise, expected, rtol=1e-4, atol=2e-6 * float(expected.abs().max()))
 
 
-def test_the_inverse_is_symmetric_where_large_terms_cancel() -> None:
+@pytest.mark.parametrize("alone", [0, 30])
+def test_the_inverse_is_symmetric_where_large_terms_cancel(alone: int) -> None:
     """<H^-1 a, b> = <a, H^-1 b> up to rounding, along the sides as well; a search's transform is not so exact."""
-    layer = fit(gradients(400), 60, 40)
+    layer = fit(gradients(400), 60, 40, alone=alone)
     made = {"x": Preconditioner.of("x", layer, RelativeDamping(1e-7), "truncated")}
     # Large in the direction of the most curvature, which H^-1 takes away.
     large = 300 * layer.basis[:, 0].reshape(A, B)

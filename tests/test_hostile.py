@@ -364,7 +364,7 @@ def test_lists_of_rows_that_are_not_there_are_refused(z: np.ndarray, value: int)
 def test_json_that_is_too_deep(folder: Path) -> None:
     (folder / "manifest.json").write_text("[" * 100_000)
     refused(folder)
-    (folder / "manifest.json").write_text(json.dumps({"format": "lorif-index", "format_version": 5}))
+    (folder / "manifest.json").write_text(json.dumps({"format": "lorif-index", "format_version": 6}))
     refused(folder)
 
 

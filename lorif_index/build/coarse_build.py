@@ -211,8 +211,8 @@ def _from_coordinates(reader: Reader, z: torch.Tensor) -> dict[str, torch.Tensor
         raise StoreError("the index has no sketch: build it anew")
     flat = {}
     for name, part in reader.sketch.layers.items():
-        layer, count = reader.curvature[name], len(part.weights)
-        flat[name] = ((z @ part.weights.T) * part.whitening(layer)) @ layer.basis[:, :count].T
+        layer = reader.curvature[name]
+        flat[name] = layer.combined((z @ part.weights.T) * part.whitening(layer))
     return flat
 
 

@@ -253,7 +253,7 @@ def _stored(reader: Reader, block: GradientBlock) -> Mapping[str, torch.Tensor]:
         z = z - SketchEncoder(reader.sketch, reader.curvature).encode(factors)
     out = {}
     for name, part in reader.sketch.layers.items():
-        count, layer = len(part.weights), reader.curvature[name]
-        inside = (z @ part.weights.T) * part.whitening(layer)
-        out[name] = layer.expanded(inside @ layer.core[:, :count].T) + (dense[name] if dense else 0.0)
+        layer = reader.curvature[name]
+        inside = layer.combined((z @ part.weights.T) * part.whitening(layer))
+        out[name] = inside + (dense[name] if dense else 0.0)
     return out

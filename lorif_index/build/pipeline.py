@@ -94,7 +94,7 @@ from .coverage import EXAMPLES, measure_coverage
 from .encode import RowEncoder, encode_blocks
 from .representation import MEASURED, representation_is_open, representation_of, with_floor
 from .resuming import FITTED, take_fit, unfinished
-from .sizes import QUERY_BYTES, curvature_products, curvature_ranks, disk_sizes
+from .sizes import QUERY_BYTES, CurvatureShape, curvature_shapes, disk_sizes
 from .spans import some_of, unsealed, within, without_overlaps
 
 # Settings that leave every stored number as it is; all others must agree when an interrupted build goes on.
@@ -594,27 +594,28 @@ class _Build:
         else:
             rows, count = self._sample()
             part = Part(rows, count, count, 1.0)
+        shapes = self._shapes()
         with self._stage("curvature") as stage:
             fitted = fit_curvature(
                 part.rows,
                 part.count,
                 self.specs,
-                rank=self._curvature_rank(),
+                rank={name: shape.rank for name, shape in shapes.items()},
                 power_iterations=self.config.power_iterations,
                 seed=self.config.seed,
                 examples=part.examples,
                 stage=stage,
                 device=self._device(),
-                within=curvature_products(self.config, self.specs, str(self.manifest.stored)),
+                within={name: (shape.products, shape.diagonal) for name, shape in shapes.items() if shape.products},
                 ranks=self.ranks,
             )
         if spool is not None:
             spool.close()
         self._keep(fitted)
 
-    def _curvature_rank(self) -> dict[str, int | None]:
-        """Directions of the layers."""
-        return curvature_ranks(self.config, self.specs, str(self.manifest.stored))
+    def _shapes(self) -> dict[str, CurvatureShape]:
+        """Layer -> what is fitted of its curvature."""
+        return curvature_shapes(self.config, self.specs, str(self.manifest.stored))
 
     def _fit_eigencode(self) -> None:
         """Which directions rows of eigencodes hold, by the sample's gradients."""
@@ -659,7 +660,7 @@ class _Build:
                 lambda: stored_gradients(store),
                 len(team),
                 self.specs,
-                rank=self._curvature_rank(),
+                rank={name: shape.rank for name, shape in self._shapes().items()},
                 power_iterations=self.config.power_iterations,
                 seed=self.config.seed,
                 examples=len(team),

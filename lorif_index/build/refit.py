@@ -22,7 +22,7 @@ from ..storage.fitted import save_curvature, save_queries, save_sketch
 from ..storage.manifest import Manifest
 from .coarse_build import make_coarse, random_positions, recalibrate, sketch_of_rows, stored_blocks, stored_queries
 from .pipeline import stored_gradients
-from .sizes import curvature_ranks
+from .sizes import curvature_shapes
 
 _BOUND = "rows are written in the directions of the curvature they were encoded with"
 
@@ -87,7 +87,7 @@ def renew_curvature(reader: Reader, manifest: Manifest, report: Reporter) -> Non
             partial(stored_gradients, store) if everything else partial(stored_blocks, store, chosen),
             len(chosen),
             reader.specs,
-            rank=curvature_ranks(config, reader.specs, "factors"),
+            rank={n: shape.rank for n, shape in curvature_shapes(config, reader.specs, "factors").items()},
             power_iterations=config.power_iterations,
             seed=config.seed,
             examples=len(chosen),

@@ -17,10 +17,16 @@ from ..capture.sources import ModelCapture, ModelGradients
 from ..config import LEAST_FLOOR, BuildConfig
 from ..rows.factors import factorise
 
-# Widths of eigencodes' projections in small models, the widest first, and what the sample's gradients may take on disk
-# meanwhile, once more for probes (`bench.lds`: on the fine-tuned GPT 32, 64 and 128 have .405, .431 and .435).
-_FLOORS = (128, 96, 64, 48)
+# Widths of eigencodes' projections in small models, and what the sample's gradients may take on disk meanwhile, once
+# more for probes.
+_FLOORS = (48, 64, 96, 128, 192, 256)
 _FLOOR_BYTES = 4 << 30
+# From this width on, wide enough is what has so many directions for each bit of a row (`bench.lds`: on the fine-tuned
+# GPT rows of 8,192 bytes have .529 where there are 1.8 and .543 where there are 3, of 1,600 bytes .451 for 9 and .447
+# for 15).
+_WIDE, _DIRECTIONS_A_BIT = 128, 4
+# A model whose directions of the least width so many bytes hold all stays there, however many bytes are asked for.
+_SMALL = 1600
 # Examples of the sample that tell what factors lose.
 MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
@@ -42,14 +48,18 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
     first = itertools.islice(ModelGradients(taken.capture(loss), examples).blocks(), 1)
     if representation_of(least, taken.specs, first) != "eigen":
         return least
-    if sum(spec.dim for spec in taken.specs.values()) <= 8 * config.eigen_bytes:
+    if sum(spec.dim for spec in taken.specs.values()) <= 8 * min(config.eigen_bytes, _SMALL):
         return least
+    found = least
     for floor in _FLOORS:
         wider = dataclasses.replace(config, projection_floor=floor)
         each = sum(spec.dim for spec in layer_specs(taken.layers, wider).values())
-        if 4 * each * min(examples.count, config.curvature_sample) <= _FLOOR_BYTES:
-            return wider
-    return least
+        if 4 * each * min(examples.count, config.curvature_sample) > _FLOOR_BYTES:
+            break
+        found = wider
+        if floor >= _WIDE and each >= _DIRECTIONS_A_BIT * 8 * config.eigen_bytes:
+            break
+    return found
 
 
 def representation_is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:

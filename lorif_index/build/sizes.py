@@ -10,7 +10,7 @@ import torch
 from ..capture.gradients import LayerSpec
 from ..capture.subspace import OVERSAMPLING, SubspaceFit
 from ..config import BITS, BuildConfig
-from ..fit.eigencodes import directions_for, products_for
+from ..fit.eigencodes import alone_for, directions_for, products_for
 from ..rows.codes import CodeLayout
 from ..rows.layout import RowLayout
 from ..search.coarse import default_factory
@@ -56,24 +56,57 @@ class DiskSizes:
         return self.rows + self.fit + self.coarse + self.payloads
 
 
-def curvature_ranks(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str) -> dict[str, int | None]:
-    """Layer -> directions of its curvature that are kept: as the config says, or rows of eigencodes have use for."""
+@dataclass(frozen=True)
+class CurvatureShape:
+    """What is fitted of one layer's curvature.
+
+    Attributes:
+        rank: directions that are found, None for all.
+        products: of its sides' eigenvectors, that they are found among (see `grid`); 0: among all of D.
+        diagonal: further products that are directions by themselves.
+    """
+
+    rank: int | None
+    products: int = 0
+    diagonal: int = 0
+
+    def directions(self, dim: int, rows: int | None = None) -> int:
+        """r of a layer of D = dim, of so many rows if they bound it."""
+        return self.found(dim, rows) + self.diagonal
+
+    def found(self, dim: int, rows: int | None = None) -> int:
+        """The same without the diagonal."""
+        whole = min(dim if self.rank is None else self.rank, dim)
+        return whole if rows is None else min(whole, rows)
+
+    def height(self, dim: int) -> int:
+        """M, rows of the matrix that the directions are."""
+        return self.products or dim
+
+
+def curvature_shapes(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str) -> dict[str, CurvatureShape]:
+    """What is fitted of each layer: as the config says, or what rows of eigencodes have use for; of layers too wide for
+    that within a grid, and then more directions on its diagonal, unless rows have room for all there are anyway."""
     if config.curvature_rank != "auto":
-        return dict.fromkeys(specs, config.curvature_rank)  # type: ignore[arg-type]
+        return dict.fromkeys(specs, CurvatureShape(config.curvature_rank))  # type: ignore[arg-type]
     if stored != "eigen":
-        return dict.fromkeys(specs, CURVATURE_RANK)
-    size, layers = config.eigen_bytes, len(specs)
-    return {n: max(CURVATURE_RANK, directions_for(size, layers, spec.dim)) for n, spec in specs.items()}
+        return dict.fromkeys(specs, CurvatureShape(CURVATURE_RANK))
+    out, chosen = {}, sum(spec.dim for spec in specs.values()) > 8 * config.eigen_bytes
+    for name, spec in specs.items():
+        rank = max(CURVATURE_RANK, directions_for(config.eigen_bytes, len(specs), spec.dim))
+        products = products_for(rank)
+        if products < spec.dim:
+            alone = min(alone_for(config.eigen_bytes, len(specs)), spec.dim - products) if chosen else 0
+            out[name] = CurvatureShape(rank, products, alone)
+        else:
+            out[name] = CurvatureShape(rank)
+    return out
 
 
-def curvature_products(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str) -> dict[str, int]:
-    """Layer -> products of its sides' eigenvectors that its directions are found among (see `grid`); of wide layers
-    whose rows are eigencodes."""
-    if config.curvature_rank != "auto" or stored != "eigen":
-        return {}
-    ranks = curvature_ranks(config, specs, stored)
-    sizes = {name: products_for(rank) for name, rank in ranks.items() if rank is not None}
-    return {name: size for name, size in sizes.items() if size < specs[name].dim}
+def directions_in_all(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, rows: int | None = None) -> int:
+    """Of all layers' curvatures together, of so many rows if they bound them."""
+    shapes = curvature_shapes(config, specs, stored)
+    return sum(shape.directions(specs[name].dim, rows) for name, shape in shapes.items())
 
 
 def disk_sizes(
@@ -97,8 +130,7 @@ def disk_sizes(
         payload_bytes: of an example's payload, on average; 0: none are kept.
         curvature_rows: that the curvature is fitted on, which bound its rank; None: enough.
     """
-    ranks = fitted_ranks(config, specs, stored, curvature_rows)
-    total_rank = sum(ranks.values())
+    total_rank = directions_in_all(config, specs, stored, curvature_rows)
     coordinates = config.sketch_dim if stored in ("both", "coordinates") else 0
     layout = RowLayout(
         specs,
@@ -136,10 +168,13 @@ def fit_sizes(
     curvature_rows: int | None = None,
 ) -> dict[str, int]:
     """Bytes of what all rows share, whatever their number: "projections", "curvature", "eigencodes", "sketch"."""
-    ranks, products = fitted_ranks(config, specs, stored, curvature_rows), curvature_products(config, specs, stored)
-    total = sum(ranks.values())
-    curvature = sum(4 * products.get(n, s.dim) * ranks[n] + 8 * (ranks[n] + OVERSAMPLING) for n, s in specs.items())
-    curvature += sum(4 * (specs[n].d_in ** 2 + specs[n].d_out ** 2) + 8 * size for n, size in products.items())
+    curvature, total = 0, directions_in_all(config, specs, stored, curvature_rows)
+    for name, shape in curvature_shapes(config, specs, stored).items():
+        spec = specs[name]
+        rank = shape.found(spec.dim, curvature_rows)
+        curvature += 4 * shape.height(spec.dim) * rank + 8 * (rank + OVERSAMPLING)
+        if shape.products:
+            curvature += 4 * (spec.d_in**2 + spec.d_out**2) + 8 * (shape.products + 2 * shape.diagonal)
     projections = 0
     if config.projection == "eigen":
         projections = sum(
@@ -160,13 +195,6 @@ def query_count(config: BuildConfig, specs: Mapping[str, LayerSpec], count: int)
     return min(config.calibration_queries, max(QUERY_BYTES // each, 1), count)
 
 
-def fitted_ranks(
-    config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, rows: int | None = None
-) -> dict[str, int]:
-    """Layer -> directions that are found of the curvature, of so many rows if they bound it."""
-    return {n: _rank(r, specs[n], rows) for n, r in curvature_ranks(config, specs, stored).items()}
-
-
 def trained_bytes(dim: int) -> int:
     """Bytes of the default coarse index without rows."""
     return _COARSE_FIXED * dim
@@ -178,17 +206,11 @@ def code_bytes(dim: int) -> int:
     return max(int(factory.removeprefix("PQ").removesuffix("x4fs")) // 2, 1)
 
 
-def _rank(rank: int | None, spec: LayerSpec, rows: int | None) -> int:
-    whole = min(spec.dim if rank is None else rank, spec.dim)
-    return whole if rows is None else min(whole, rows)
-
-
 def curvature_bytes(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, group_bytes: int) -> int:
     """Memory that fitting the curvature takes at once: blocks or dense matrices, in groups of layers."""
-    ranks, products = curvature_ranks(config, specs, stored), curvature_products(config, specs, stored)
     each = []
-    for name, spec in specs.items():
-        size: int = products.get(name, 0)
-        fit = SubspaceFit((), size or spec.dim, ranks[name], spec.dim, 0, torch.device("cpu"), whole_up_to=size)
+    for name, shape in curvature_shapes(config, specs, stored).items():
+        dim, size = specs[name].dim, shape.products
+        fit = SubspaceFit((), shape.height(dim), shape.rank, dim, 0, torch.device("cpu"), whole_up_to=size)
         each.append((fit.held_bytes, fit.nbytes))
     return min(sum(held for held, _ in each), group_bytes) + max((whole for _, whole in each), default=0)

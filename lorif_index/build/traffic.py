@@ -23,7 +23,7 @@ from ..search.calibration import KS, SIGNS
 from ..search.candidates import guessed, most_proposed
 from ..search.coarse import TRAIN_ROWS
 from .coarse_build import TILT_QUERIES, TILTS, TRIED_KS, TRIED_RECALLS
-from .sizes import curvature_products, fit_sizes, fitted_ranks, query_count, trained_bytes
+from .sizes import CurvatureShape, curvature_shapes, directions_in_all, fit_sizes, query_count, trained_bytes
 
 _CPU = torch.device("cpu")
 SEARCHES = ("scan", "candidates")
@@ -109,35 +109,37 @@ def build_traffic(
     out = Traffic(ranks)
     sample = min(count, config.curvature_sample)
     rows = 1 << 62 if curvature_rows is None else curvature_rows
-    kept, products = fitted_ranks(config, specs, stored, rows), curvature_products(config, specs, stored)
+    shapes = curvature_shapes(config, specs, stored)
+    total = directions_in_all(config, specs, stored, rows)
     if config.projection == "eigen":
         sides = eigenbases.fitted_sides(specs)
         out.fitted("projections", eigenbases.side_fits(specs, sides, 0, _CPU), eigenbases.POWER_ITERATIONS)
-    _grids(out, specs, products)
+    _grids(out, specs, shapes)
     fits = {}
-    for name, spec in specs.items():
-        size = products.get(name, 0)
-        fits[name] = SubspaceFit((), size or spec.dim, kept[name], rows, 0, _CPU, whole_up_to=size)
+    for name, shape in shapes.items():
+        dim, size = specs[name].dim, shape.products
+        fits[name] = SubspaceFit((), shape.height(dim), shape.rank, rows, 0, _CPU, whole_up_to=size)
     out.fitted("curvature", fits, config.power_iterations)
     if stored == "eigen":
-        for rank in kept.values():
-            out.summed("eigencodes", 8 * rank)
+        out.summed("eigencodes", 8 * total)
     if fit_sizes(config, specs, stored, coarse=coarse)["sketch"]:
-        _sketch(out, config, sum(kept.values()), sample)
+        _sketch(out, config, total, sample)
     if coarse or stored == "coarse":
-        _coarse(out, config, specs, stored, count, min(config.sketch_dim, sum(kept.values()), sample))
+        _coarse(out, config, specs, stored, count, min(config.sketch_dim, total, sample))
     return out
 
 
-def _grids(out: Traffic, specs: Mapping[str, LayerSpec], products: Mapping[str, int]) -> None:
-    """See `grid.fit_grids`."""
-    shapes = [(specs[name].d_in, specs[name].d_out) for name in products]
-    owners = shared_out([float(a**3 + b**3) for a, b in shapes], out.size)
-    for (a, b), owner, size in zip(shapes, owners, products.values(), strict=True):
+def _grids(out: Traffic, specs: Mapping[str, LayerSpec], shapes: Mapping[str, CurvatureShape]) -> None:
+    """See `grid.fit_grids`, and the sums of the diagonals."""
+    within = {name: shape for name, shape in shapes.items() if shape.products}
+    sides = [(specs[name].d_in, specs[name].d_out) for name in within]
+    owners = shared_out([float(a**3 + b**3) for a, b in sides], out.size)
+    for (a, b), owner, shape in zip(sides, owners, within.values(), strict=True):
         out.reduced("curvature", 8 * (a * a + b * b), owner)
         out.spread("curvature", 4 * (a * a + b * b), owner)
         out.summed("curvature", 8 * a * b)
-        out.spread("curvature", 8 * size, 0)
+        out.spread("curvature", 8 * (shape.products + shape.diagonal), 0)
+        out.summed("curvature", 8 * shape.diagonal)
 
 
 def _sketch(out: Traffic, config: BuildConfig, total: int, sample: int) -> None:
@@ -182,7 +184,7 @@ def search_traffic(
     """Of one search for one query's k best: by "scan", and by "candidates", as many as are taken where nothing was
     calibrated, without going on."""
     out, own = Traffic(ranks), -(-count // ranks)
-    total = sum(fitted_ranks(config, specs, stored).values())
+    total = directions_in_all(config, specs, stored)
     asked = 4 * min(config.sketch_dim, total)
     if stored == "eigen":
         asked += 4 * min(total, 8 * config.eigen_bytes)

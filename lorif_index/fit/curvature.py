@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.functional import pad
 
 from ..capture.gradients import GradientBlock, LayerSpec
 from ..capture.subspace import SubspaceFit, fit_in_groups
@@ -20,6 +21,10 @@ from ..ranks import ALONE, Ranks
 from .grid import Grid, fit_grids
 
 _BATCH_ROWS = 256
+# Share of lambda for directions whose mean squares are all that is known. Of eigenvectors of a full second moment those
+# with the least curvature are fitted to the rows' noise, which lambda makes up for; a mean over n rows of one square is
+# as good for a small one as for a large (EK-FAC is best with hardly any damping: `bench.lds`).
+DIAGONAL_DAMPING = 0.01
 
 RowPass = Callable[[], Iterable[GradientBlock]]
 """Gives the same rows each time it is called."""
@@ -30,12 +35,14 @@ class LayerCurvature:
     """One layer's fitted curvature, in units of squared gradients.
 
     Attributes:
-        core: (M, r) float32, orthonormal columns: V itself, M being D, or its coordinates in the grid's products.
-        spectrum: (at least r,) float64, falling: the eigenvalues of the basis and up to 10 more.
+        core: (M, r - p) float32, orthonormal columns: V itself, M being D, or its coordinates in the grid's first M
+            products.
+        spectrum: (at least r - p,) float64, falling: the eigenvalues of those directions and up to 10 more.
         trace: of C, exact over the rows.
         rows: how many rows were used.
         examples: n, how many examples those rows stand for.
         grid: the products that the basis is made of, or None.
+        diagonal: (p,) float64, falling: mean squares of the grid's other p products, the last directions of V.
     """
 
     core: torch.Tensor
@@ -44,25 +51,52 @@ class LayerCurvature:
     rows: int
     examples: float
     grid: Grid | None = None
+    diagonal: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     @property
     def basis(self) -> torch.Tensor:
         """V, (D, r) float32, orthonormal columns; gradients are vectorised row by row from (d_in, d_out). Made anew at
         each call where there is a grid."""
-        return self.core if self.grid is None else self.grid.gradients(self.core.T).T
+        return self.core if self.grid is None else self.combined(torch.eye(self.rank)).T
 
     def reduced(self, flat: torch.Tensor) -> torch.Tensor:
-        """(n, M), whose products with the core are V^T g, of gradients g (n, D) float32."""
+        """(n, M + p), of which `turned` makes V^T g, of gradients g (n, D) float32."""
         return flat if self.grid is None else self.grid.coordinates(flat)
 
     def expanded(self, reduced: torch.Tensor) -> torch.Tensor:
-        """(n, D) of (n, M): the transpose of `reduced`."""
+        """(n, D) of (n, M + p): the transpose of `reduced`."""
         return reduced if self.grid is None else self.grid.gradients(reduced)
+
+    def coordinates(self, flat: torch.Tensor) -> torch.Tensor:
+        """V^T g, (n, r), of gradients g (n, D) float32."""
+        reduced = self.reduced(flat)
+        if not len(self.diagonal):
+            return reduced @ self.core
+        size = len(self.core)
+        return torch.cat([reduced[:, :size] @ self.core, reduced[:, size:]], dim=1)
+
+    def combined(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """V a, (n, D), of coordinates a (n, at most r) float32: those of the first directions."""
+        count, whole = coordinates.shape[1], self.core.shape[1]
+        reduced = coordinates[:, :whole] @ self.core[:, :count].T
+        if len(self.diagonal):
+            reduced = torch.cat([reduced, pad(coordinates[:, whole:], (0, self.rank - max(count, whole)))], dim=1)
+        return self.expanded(reduced)
 
     def to(self, device: torch.device) -> LayerCurvature:
         """The same with core and grid on a device."""
         grid = None if self.grid is None else self.grid.to(device)
         return replace(self, core=self.core.to(device), grid=grid)
+
+    def restricted(self, directions: torch.Tensor) -> LayerCurvature:
+        """With some directions (m,) int64, rising, of those it has, and nothing else of V."""
+        whole = self.core.shape[1]
+        within, alone = directions[directions < whole], directions[directions >= whole] - whole
+        grid, size = self.grid, len(self.core)
+        if grid is not None:
+            grid = replace(grid, chosen=torch.cat([grid.chosen[:size], grid.chosen[size:][alone]]))
+        core, diagonal = self.core[:, within], self.diagonal[alone]
+        return replace(self, core=core, spectrum=self.spectrum[within], grid=grid, diagonal=diagonal)
 
     @property
     def dim(self) -> int:
@@ -72,12 +106,20 @@ class LayerCurvature:
     @property
     def rank(self) -> int:
         """r, at most D."""
-        return int(self.core.shape[1])
+        return int(self.core.shape[1]) + len(self.diagonal)
 
     @property
     def eigenvalues(self) -> torch.Tensor:
-        """S, (r,) float64, falling."""
-        return self.spectrum[: self.rank]
+        """S, (r,) float64, falling among the first r - p and among the last p."""
+        return torch.cat([self.spectrum[: self.core.shape[1]], self.diagonal])
+
+    def damped(self, lam: float) -> torch.Tensor:
+        """(r,) float64: what H has in each direction: S + lambda, and S + lambda / 100 on the diagonal."""
+        out = self.eigenvalues.double()
+        whole = self.core.shape[1]
+        out[:whole] += lam
+        out[whole:] += lam * DIAGONAL_DAMPING
+        return out
 
     @property
     def tail_mean(self) -> float:
@@ -156,7 +198,7 @@ def fit_curvature(
     examples: float,
     stage: Stage,
     device: torch.device,
-    within: Mapping[str, int] | None = None,
+    within: Mapping[str, tuple[int, int]] | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, LayerCurvature]:
     """Fits every layer; layers are taken together as far as their blocks fit a bounded memory.
@@ -166,14 +208,15 @@ def fit_curvature(
             dense matrices are held (D up to 4 (r + 10)), and twice more where some layers are fitted within a grid.
         count: number of rows of all ranks.
         specs: the layers.
-        rank: r, of all layers or layer by layer, or None for all directions; never above D or the number of rows.
+        rank: r - p, of all layers or layer by layer, or None for all directions; never above D or the number of rows.
         power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
         seed: of the starting blocks.
         examples: n, how many examples the rows stand for.
         stage: told of the rows walked.
         device: where the products are computed.
-        within: layer -> M: its eigenpairs are found among the M products of its sides' eigenvectors that hold most of
-            the rows (see `grid`); r is at most M. The trace is still that of all directions.
+        within: layer -> (M, p): its eigenpairs are found among the M products of its sides' eigenvectors that hold most
+            of the rows (see `grid`), and the next p are directions by themselves. r - p is at most M. The trace is
+            still that of all directions.
         ranks: who have the rows; the result is rank 0's (others' bases may hold anything).
 
     Raises:
@@ -182,14 +225,19 @@ def fit_curvature(
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
     kept = rank if isinstance(rank, Mapping) else dict.fromkeys(specs, rank)
-    sizes = {name: size for name, size in (within or {}).items() if size < specs[name].dim}
+    sizes = {
+        name: (size, min(alone, specs[name].dim - size))
+        for name, (size, alone) in (within or {}).items()
+        if size < specs[name].dim
+    }
     if sizes:
         stage.total = (stage.total or 0) + 2 * count
     grids = fit_grids(rows, count, specs, sizes, stage.advance, device, ranks)
     squares = dict.fromkeys(grids, 0.0)
+    diagonals = {name: torch.zeros(sizes[name][1], dtype=torch.float64, device=device) for name in grids}
     fits = {}
     for name, spec in specs.items():
-        size = grids[name].size if name in grids else 0
+        size = sizes[name][0] if name in grids else 0
         key, dim = ("curvature", name), size or spec.dim
         fits[name] = SubspaceFit(key, dim, kept[name], count, seed, device, whole_up_to=size)
 
@@ -204,7 +252,12 @@ def fit_curvature(
                 if name in grids:
                     squares[name] += block.layers[name].squares()
                 for part in gradients.split(_BATCH_ROWS):
-                    fit.add(grids[name].coordinates(part) if name in grids else part)
+                    if name not in grids:
+                        fit.add(part)
+                        continue
+                    coordinates = grids[name].coordinates(part)
+                    fit.add(coordinates[:, : sizes[name][0]])
+                    diagonals[name] += coordinates[:, sizes[name][0] :].square().sum(dim=0)
             seen += block.count
             stage.advance(block.count)
         walked.append(seen)
@@ -223,7 +276,17 @@ def fit_curvature(
                 f"layer {name!r} has zero gradients in all {count} curvature rows, so its curvature is singular: "
                 "exclude it with LayerSelection(exclude=[...]), or fit from other rows"
             )
-        grid = grids[name].to(torch.device("cpu")) if name in grids else None
-        trace = pairs.trace if grid is None else ranks.total(squares[name]) / examples
-        fitted[name] = LayerCurvature(pairs.vectors, pairs.values, trace, count, examples, grid)
+        if name not in grids:
+            fitted[name] = LayerCurvature(pairs.vectors, pairs.values, pairs.trace, count, examples)
+            continue
+        trace = ranks.total(squares[name]) / examples
+        grid, diagonal = _by_energy(grids[name].to(torch.device("cpu")), ranks.sum(diagonals[name].cpu()) / examples)
+        fitted[name] = LayerCurvature(pairs.vectors, pairs.values, trace, count, examples, grid, diagonal)
     return fitted
+
+
+def _by_energy(grid: Grid, diagonal: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+    """With the products that are directions by themselves in the order of their mean squares, falling."""
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    size = grid.size - len(diagonal)
+    return replace(grid, chosen=torch.cat([grid.chosen[:size], grid.chosen[size:][order]])), diagonal[order]

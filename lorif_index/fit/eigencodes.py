@@ -31,6 +31,8 @@ _LEAST_SHARE = 1e-3
 _SPARE = 1.5
 # But no more: one or two layers would take minutes, and 20 MB each.
 _MOST_DIRECTIONS = 1600
+# And of further products, so many times those that a row has room for.
+_SPARE_ALONE = 3.0
 # They are found among a quarter more products of the sides' eigenvectors, and at least so many (see `grid`).
 _PRODUCTS, _LEAST_PRODUCTS = 1.25, 1024
 
@@ -93,10 +95,12 @@ class EigenCode:
 
     def dense(self, codes: torch.Tensor, curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
         """Layer -> the gradients that rows stand for, (n, D) float32."""
-        return {
-            name: curvature[name].expanded(inside @ curvature[name].core[:, self.layers[name].directions].T)
-            for name, inside in self.decode(codes).items()
-        }
+        out = {}
+        for name, inside in self.decode(codes).items():
+            every = torch.zeros(len(inside), curvature[name].rank)
+            every[:, self.layers[name].directions] = inside
+            out[name] = curvature[name].combined(every)
+        return out
 
     def quadratic(self, codes: torch.Tensor, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
         """g^T H^-1 g of rows in some layers, (n,) float32.
@@ -112,20 +116,26 @@ class EigenCode:
 
 
 class EigenEncoder:
-    """Codes of gradients, with bases and amplitudes folded into one (M, m) matrix a layer."""
+    """Codes of gradients, with the kept directions' bases and amplitudes folded into one (M, m) matrix a layer, and a
+    factor for each product that is a direction by itself."""
 
     def __init__(self, code: EigenCode, curvature: Mapping[str, LayerCurvature], device: torch.device) -> None:
         self._layout = code.layout
         self._device = device
-        self._layers = {
-            name: replace(curvature[name], core=curvature[name].core[:, part.directions] / part.amplitudes).to(device)
-            for name, part in code.layers.items()
-        }
+        self._layers, self._scales = {}, {}
+        for name, part in code.layers.items():
+            kept = curvature[name].restricted(part.directions)
+            within, alone = part.amplitudes.split([kept.core.shape[1], len(kept.diagonal)])
+            self._layers[name] = replace(kept, core=kept.core / within).to(device)
+            self._scales[name] = 1.0 / alone.to(device)
 
     def encode(self, layers: Mapping[str, LayerGradient]) -> torch.Tensor:
         """Rows (n, row bytes) uint8, on the CPU."""
         flat = {n: layers[n].flat().to(self._device, torch.float32) for n in self._layers}
-        parts = [layer.reduced(flat[n]) @ layer.core for n, layer in self._layers.items()]
+        parts = []
+        for name, layer in self._layers.items():
+            within, alone = layer.coordinates(flat[name]).split([layer.core.shape[1], len(layer.diagonal)], dim=1)
+            parts += [within, alone * self._scales[name]]
         return self._layout.encode(torch.cat(parts, dim=1))
 
 
@@ -176,8 +186,13 @@ def half_whitened_rows(
 
 
 def directions_for(row_bytes: int, layers: int, dim: int) -> int:
-    """Directions of a layer's curvature, of D = dim, that rows of so many bytes can choose from."""
+    """Eigenvectors of a layer's curvature, of D = dim, that rows of so many bytes can choose from."""
     return min(-(-int(_SPARE * 8 * row_bytes) // layers), _MOST_DIRECTIONS, dim)
+
+
+def alone_for(row_bytes: int, layers: int) -> int:
+    """Products of the sides' eigenvectors beside them, as directions by themselves."""
+    return -(-int(_SPARE_ALONE * 8 * row_bytes) // layers)
 
 
 def products_for(rank: int) -> int:
@@ -221,7 +236,7 @@ def fit_eigencode(
                 squares[name] += inside.square().sum(dim=0).cpu().double()
             stage.advance(block.count)
     energy = {name: ranks.sum(total) / count for name, total in squares.items()}
-    shares = {n: energy[n] / (layer.eigenvalues.double() + lams[n]) for n, layer in curvature.items()}
+    shares = {n: energy[n] / layer.damped(lams[n]) for n, layer in curvature.items()}
     every = torch.cat(list(shares.values()))
     if not every.sum() > 0:
         raise CurvatureError("all gradients of the eigencodes' sample are zero: fit from other data")

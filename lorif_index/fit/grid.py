@@ -4,7 +4,8 @@ With A = sum G G^T = U a U^T and B = sum G^T G = W b W^T over gradients G (d_in,
 nearly uncorrelated, and their energies fall steeply (the basis of EK-FAC, George et al., arXiv:1806.03884; of a
 higher-order SVD, De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21(4), 2000). The eigenpairs of a
 wide layer's second moment, D = d_in d_out, are found among the M products u_a w_b^T of most energy: an (M, M) matrix
-and one walk in place of blocks of D x r and several, and an (M, r) matrix to keep.
+and one walk in place of blocks of D x r and several, and an (M, r) matrix to keep. Further products are directions by
+themselves, with nothing but a mean square each, as all are in EK-FAC: thousands of them cost no matrix at all.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Grid:
     Attributes:
         left: U, (d_in, d_in) float32, orthonormal columns.
         right: W, (d_out, d_out) float32, the same.
-        chosen: (M,) int64, rising: a d_out + b of the products u_a w_b^T.
+        chosen: (M + p,) int64: a d_out + b of the products u_a w_b^T; M that a basis is made of, rising, and then p
+            that are directions by themselves.
     """
 
     left: torch.Tensor
@@ -44,7 +46,7 @@ class Grid:
 
     @property
     def size(self) -> int:
-        """M."""
+        """M + p."""
         return len(self.chosen)
 
     def to(self, device: torch.device) -> Grid:
@@ -56,11 +58,11 @@ class Grid:
         return torch.matmul(torch.matmul(self.left.T, gradients), self.right).flatten(1)
 
     def coordinates(self, flat: torch.Tensor) -> torch.Tensor:
-        """The same of the chosen products, (n, M)."""
+        """The same of the chosen products, (n, M + p)."""
         return self.turned(flat)[:, self.chosen]
 
     def gradients(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """sum_m c_m u_a w_b^T, (n, D), of coordinates c (n, M) float32."""
+        """sum_m c_m u_a w_b^T, (n, D), of coordinates c (n, M + p) float32."""
         whole = coordinates.new_zeros(len(coordinates), self.dim)
         whole[:, self.chosen] = coordinates
         return self.turned_back(whole)
@@ -75,7 +77,7 @@ def fit_grids(
     rows: Callable[[], Iterable[GradientBlock]],
     count: int,
     specs: Mapping[str, LayerSpec],
-    sizes: Mapping[str, int],
+    sizes: Mapping[str, tuple[int, int]],
     advance: Callable[[int], None],
     device: torch.device,
     ranks: Ranks = ALONE,
@@ -86,7 +88,7 @@ def fit_grids(
         rows: gives this rank's blocks of rows, the same each time.
         count: number of rows of all ranks.
         specs: all layers.
-        sizes: layer -> M, at most D, of the layers that get a grid.
+        sizes: layer -> (M, p), together at most D, of the layers that get a grid.
         advance: told of the rows walked.
         device: where the products are computed.
         ranks: who have the rows.
@@ -136,7 +138,8 @@ def fit_grids(
         energy[name] += grids[name].turned(gradients.flatten(1)).square().sum(dim=0)
 
     walk(weigh)
-    for name, size in sizes.items():
+    for name, (size, alone) in sizes.items():
         order = torch.argsort(ranks.sum(energy[name]), descending=True, stable=True)
-        grids[name] = replace(grids[name], chosen=ranks.spread(order[:size].sort().values, 0))
+        chosen = torch.cat([order[:size].sort().values, order[size : size + alone]])
+        grids[name] = replace(grids[name], chosen=ranks.spread(chosen, 0))
     return grids

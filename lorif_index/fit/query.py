@@ -48,14 +48,24 @@ def products(
 def inside_of(flat: Mapping[str, torch.Tensor], curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
     """Layer -> V^T vec(G), (q, r) float32, of gradients (q, D)."""
     layers = {name: curvature[name] for name in flat}
-    return products({n: layers[n].reduced(g) for n, g in flat.items()}, {n: layer.core for n, layer in layers.items()})
+    reduced = {n: layers[n].reduced(g) for n, g in flat.items()}
+    cores = {n: layer.core for n, layer in layers.items()}
+    inside = products({n: part[:, : len(cores[n])] for n, part in reduced.items()}, cores)
+    return {
+        n: torch.cat([part, reduced[n][:, len(cores[n]) :]], dim=1) if len(layers[n].diagonal) else part
+        for n, part in inside.items()
+    }
 
 
 def combined(within: Mapping[str, torch.Tensor], curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
     """Layer -> V a, (q, D) float32, of coordinates a (q, r)."""
-    layers = {name: curvature[name] for name in within}
-    reduced = products(within, {name: layer.core for name, layer in layers.items()}, transposed=True)
-    return {name: layers[name].expanded(r) for name, r in reduced.items()}
+    cores = {name: curvature[name].core for name in within}
+    widths = {name: core.shape[1] for name, core in cores.items()}
+    reduced = products({name: a[:, : widths[name]] for name, a in within.items()}, cores, transposed=True)
+    for name, part in reduced.items():
+        if len(curvature[name].diagonal):
+            reduced[name] = torch.cat([part, within[name][:, widths[name] :]], dim=1)
+    return {name: curvature[name].expanded(part) for name, part in reduced.items()}
 
 
 def _neighbours(matrices: list[tuple[str, torch.Tensor]]) -> list[list[str]]:
@@ -104,7 +114,7 @@ class Preconditioner:
 
     Attributes:
         layer: the curvature.
-        inside: (r,) float32, 1 / (S + lambda).
+        inside: (r,) float32, 1 / (S + lambda), with less damping on the diagonal (see `LayerCurvature.damped`).
         outside: 1 / mu; 0 where V is complete.
         lam: lambda.
     """
@@ -120,7 +130,7 @@ class Preconditioner:
         Raises:
             CurvatureError: the gradients of the layer are so small that 1 / lambda is beyond float32's range.
         """
-        if 1.0 / self.lam <= torch.finfo(torch.float32).max:
+        if 1.0 / self.lam <= torch.finfo(torch.float32).max and bool(torch.isfinite(self.inside).all()):
             return self
         raise CurvatureError(
             f"lambda={self.lam:.3g} of layer {name!r} has an inverse beyond float32's range: its gradients are too "
@@ -148,7 +158,7 @@ class Preconditioner:
             mu = log_mean(lam, float(layer.eigenvalues[-1]) if layer.rank else tail, tail)
         else:
             mu = lam + tail
-        inside = (1.0 / (layer.eigenvalues.double() + lam)).float()
+        inside = (1.0 / layer.damped(lam)).float()
         return cls(layer, inside, 0.0 if layer.rank == layer.dim else 1.0 / mu, lam)
 
     def within(self, coordinates: torch.Tensor) -> torch.Tensor:
@@ -161,12 +171,11 @@ class Preconditioner:
 
     def apply(self, g: torch.Tensor) -> torch.Tensor:
         """H^-1 g for rows (q, D) float32."""
-        within = self.within(self.layer.reduced(g) @ self.layer.core)
-        return self.with_outside(self.layer.expanded(within @ self.layer.core.T), g)
+        return self.with_outside(self.layer.combined(self.within(self.layer.coordinates(g))), g)
 
     def quadratic(self, g: torch.Tensor) -> torch.Tensor:
         """g^T H^-1 g for rows (n, D) float32, (n,)."""
-        squares = (self.layer.reduced(g) @ self.layer.core).square_()
+        squares = self.layer.coordinates(g).square_()
         out = squares @ self.inside
         if self.outside:
             rest = (g.square().sum(dim=1) - squares.sum(dim=1)).clamp_min_(0.0)
@@ -213,9 +222,17 @@ def turned_precisely(
         one = preconditioners[name]
         core, grid = buffer[: single.numel()].view(single.shape).copy_(single), one.layer.grid
         turned = g.flatten(1) if grid is None else grid.turned(g.flatten(1))
-        part = (turned if grid is None else turned.index_select(1, grid.chosen)).double()
-        within = (part @ core) * (one.inside.double() - one.outside)
+        chosen = None if grid is None else grid.chosen[: len(core)]
+        part = (turned if chosen is None else turned.index_select(1, chosen)).double()
+        inside, alone = one.inside.split([core.shape[1], len(one.layer.diagonal)])
+        within = (part @ core) * (inside.double() - one.outside)
         part = (within @ core.T).add_(part, alpha=one.outside).float()
-        turned = part if grid is None else (turned * one.outside).index_copy_(1, grid.chosen, part)
-        out[name] = turned.reshape(g.shape)
+        if grid is None or chosen is None:
+            out[name] = part.reshape(g.shape)
+            continue
+        whole = (turned * one.outside).index_copy_(1, chosen, part)
+        if len(alone):
+            rest = grid.chosen[len(core) :]
+            whole.index_copy_(1, rest, turned.index_select(1, rest) * alone)
+        out[name] = whole.reshape(g.shape)
     return out

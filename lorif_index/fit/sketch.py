@@ -34,7 +34,7 @@ _BATCH_ROWS = 256
 
 def roots(layer: LayerCurvature, lam: float) -> torch.Tensor:
     """(r,) float32: sqrt(S + lambda)."""
-    return torch.sqrt(layer.eigenvalues.double() + lam).float()
+    return torch.sqrt(layer.damped(lam)).float()
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class SketchEncoder:
             count = len(part.weights)
             if count:
                 weights = part.weights / part.whitening(curvature[name])[:, None]
-                self._matrices[name] = (curvature[name].basis[:, :count] @ weights).to(device or "cpu")
+                self._matrices[name] = curvature[name].combined(weights.T).T.contiguous().to(device or "cpu")
 
     def encode(self, layers: Mapping[str, LayerGradient]) -> torch.Tensor:
         """z (n, k) float32, on the CPU."""
@@ -228,7 +228,7 @@ def fit_sketch(
         layers = {n: LayerSketch(lams[n], w.contiguous()) for n, w in zip(widths, weights, strict=True)}
         return Sketch(layers, kept, method, min(float(pairs.values[:kept].sum()) / pairs.trace, 1.0))
 
-    shares = torch.cat([(s := curvature[n].eigenvalues[:m].double()) / (s + lams[n]) for n, m in widths.items()])
+    shares = torch.cat([_share(curvature[n], lams[n])[:m] for n, m in widths.items()])
     best = torch.zeros(total, dtype=torch.bool)
     best[torch.argsort(shares, descending=True, stable=True)[:kept]] = True
     stage.total = (stage.total or 0) + count
@@ -246,6 +246,13 @@ def fit_sketch(
     if not squares.sum() > 0:
         raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
     return Sketch(layers, kept, method, float(squares[best].sum() / squares.sum()))
+
+
+def _share(layer: LayerCurvature, lam: float) -> torch.Tensor:
+    """(r,) float64: S / (S + lambda), and nothing on the diagonal, so that they fall."""
+    found = layer.eigenvalues.double() / layer.damped(lam)
+    found[layer.core.shape[1] :] = 0.0
+    return found
 
 
 def _whiten(block: GradientBlock, whitened: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -81,10 +81,11 @@ def save_curvature(
     folder: Path, fitted: Mapping[str, LayerCurvature], name: str = FILE
 ) -> tuple[SealedInfo, list[dict[str, Any]]]:
     """Writes `basis_<i>` (D, r) float32 and `spectrum_<i>` (m,) float64 for layer number i; where it has a
-    grid, (M, r), and `left_<i>`, `right_<i>` and `products_<i>`.
+    grid, (M, r - p), and `left_<i>`, `right_<i>`, `products_<i>` (M + p,) and, if p, `diagonal_<i>` (p,) float64.
 
     Returns:
-        the sealed file, and per layer what the manifest keeps: rank, spectrum length, trace, rows, examples.
+        the sealed file, and per layer what the manifest keeps: rank, spectrum length, trace, rows, examples, and of a
+        grid M + p and p.
     """
     arrays: dict[str, np.ndarray] = {}
     facts = []
@@ -104,6 +105,9 @@ def save_curvature(
             arrays[f"left_{i}"], arrays[f"right_{i}"] = layer.grid.left.numpy(), layer.grid.right.numpy()
             arrays[f"products_{i}"] = layer.grid.chosen.numpy().astype("<i8")
             facts[-1]["products"] = layer.grid.size
+        if len(layer.diagonal):
+            arrays[f"diagonal_{i}"] = layer.diagonal.numpy()
+            facts[-1]["diagonal"] = len(layer.diagonal)
     return write_sealed(folder, name, arrays, {}), facts
 
 
@@ -117,17 +121,23 @@ class _CurvatureFacts:
     rows: int
     examples: float
     products: int
+    diagonal: int
+
+    @property
+    def found(self) -> int:
+        """Columns of the matrix."""
+        return self.rank - self.diagonal
 
     @classmethod
     def of(cls, name: str, entry: Any) -> _CurvatureFacts:
         try:
             rank, length, rows = (int(entry[key]) for key in ("rank", "spectrum", "rows"))
-            made_of = int(entry.get("products", 0))
-            facts = cls(rank, length, float(entry["trace"]), rows, float(entry["examples"]), made_of)
+            made_of, alone = int(entry.get("products", 0)), int(entry.get("diagonal", 0))
+            facts = cls(rank, length, float(entry["trace"]), rows, float(entry["examples"]), made_of, alone)
             if (
-                not 0 <= rank <= length
+                not 0 <= facts.found <= length
                 or rows < 0
-                or made_of < 0
+                or not 0 <= alone <= made_of
                 or not (math.isfinite(facts.trace) and math.isfinite(facts.examples))
             ):
                 raise ValueError(f"{rank} directions, {length} eigenvalues, {rows} rows")
@@ -150,7 +160,10 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         self._specs = specs
         self._facts = {name: _CurvatureFacts.of(name, entry) for name, entry in zip(specs, facts, strict=True)}
         # Before memory is taken for what the file cannot hold.
-        need = sum(4 * self._height(name) * entry.rank + 8 * entry.spectrum for name, entry in self._facts.items())
+        need = sum(
+            4 * self._height(name) * entry.found + 8 * (entry.spectrum + entry.diagonal)
+            for name, entry in self._facts.items()
+        )
         if need > sealed.size:
             raise CorruptionError(
                 f"{self.file.path} has {sealed.size} bytes, but its layers are said to take {need}: restore the index"
@@ -179,12 +192,15 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
     def _load(self, name: str) -> LayerCurvature:
         facts, number = self._facts[name], self._numbers[name]
         self.file.verify_once()
-        core = self._room(name, facts.rank)
-        self.file.read_array(f"basis_{number}", (self._height(name), facts.rank), "<f4", out=core.numpy())
-        spectrum = self.file.read_array(f"spectrum_{number}", (facts.spectrum,), "<f8")
-        _check_finite(self.file, core, torch.from_numpy(spectrum))
+        core = self._room(name)
+        self.file.read_array(f"basis_{number}", tuple(core.shape), "<f4", out=core.numpy())
+        spectrum = torch.from_numpy(self.file.read_array(f"spectrum_{number}", (facts.spectrum,), "<f8"))
+        diagonal = torch.zeros(0, dtype=torch.float64)
+        if facts.diagonal:
+            diagonal = torch.from_numpy(self.file.read_array(f"diagonal_{number}", (facts.diagonal,), "<f8"))
+        _check_finite(self.file, core, spectrum, diagonal)
         grid = self._grid(name) if facts.products else None
-        return LayerCurvature(core, torch.from_numpy(spectrum), facts.trace, facts.rows, facts.examples, grid)
+        return LayerCurvature(core, spectrum, facts.trace, facts.rows, facts.examples, grid, diagonal)
 
     def _grid(self, name: str) -> Grid:
         number, spec, count = self._numbers[name], self._specs[name], self._facts[name].products
@@ -199,13 +215,13 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
 
     def _height(self, name: str) -> int:
         """Rows of a layer's core."""
-        return self._facts[name].products or self._specs[name].dim
+        return self._facts[name].products - self._facts[name].diagonal or self._specs[name].dim
 
-    def _room(self, name: str, rank: int) -> torch.Tensor:
+    def _room(self, name: str) -> torch.Tensor:
         """Memory for a layer's core: layers of one shape lie one behind the other (see `query.products`)."""
-        shape = (self._height(name), rank)
+        shape = (self._height(name), self._facts[name].found)
         if shape not in self._rooms:
-            alike = [n for n in self._specs if (self._height(n), self._facts[n].rank) == shape]
+            alike = [n for n in self._specs if (self._height(n), self._facts[n].found) == shape]
             self._rooms[shape] = (alike, torch.empty(len(alike), *shape))
         alike, room = self._rooms[shape]
         return room[alike.index(name)]
