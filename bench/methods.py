@@ -145,7 +145,7 @@ METHODS: dict[str, Method] = {
     "LoGRA d=64": lambda t, m: logra(t, m, dim=64),
     "library, d=32": lambda t, m: library(t, m, projection_floor=32),
     "library, d=64": lambda t, m: library(t, m, projection_floor=64),
-    **{f"library, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b)) for b in (512, 1024, 4096)},
+    **{f"library, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b)) for b in (512, 1024, 4096, 8192, 16384)},
     "library, 1638 bytes": lambda t, m: library(t, m, eigen_bytes=1638),
     "library, 2048 bytes": lambda t, m: library(t, m, eigen_bytes=2048),
     "library, with the head": lambda t, m: library(t, m, layers=LayerSelection(head=True)),
