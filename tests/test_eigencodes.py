@@ -14,8 +14,9 @@ import forged
 import numpy as np
 import oracle
 import pytest
+import torch
 from test_oracle import CASES, Case, projected, within
-from test_representations import inside_scores, lambdas
+from test_representations import damped, inside_scores, lambdas
 
 from lorif_index import BuildConfig, Index
 from lorif_index.errors import ConfigError, CorruptionError, CurvatureError, QueryError
@@ -180,11 +181,22 @@ def test_directions_of_a_grid_are_stored_by_its_products(
     rows, queries = projected(index, train_gradients), projected(index, query_gradients)
     expected = inside_scores(index, queries, stands_for(index), lambdas(index, rows, 0.3), index.layers)
     assert within(index.scores(made.query, damping=0.3), expected, 1e-4)
-    coordinates = index._reader.eigen
-    assert coordinates is not None
     gathered = index._store.gather(np.arange(len(index))).factors
-    for name, dense in coordinates.dense(gathered, index.curvature).items():
-        assert within(dense.double().numpy(), stands_for(index)[name].reshape(len(index), -1), 1e-4)
+    own, lam, z = 0.0, lambdas(index, rows, 0.3), 0.0
+    for name, dense in kept.dense(gathered, index.curvature).items():
+        flat, layer = stands_for(index)[name].reshape(len(index), -1), index.curvature[name]
+        assert within(dense.double().numpy(), flat, 1e-4)
+        inside = flat @ layer.basis.double().numpy()
+        own = own + (inside**2 / damped(layer, lam[name])).sum(axis=1)
+        # The sketch is of the kept directions, half-whitened with the build's damping.
+        if index._reader.sketch is not None:
+            part = index._reader.sketch.layers[name]
+            assert torch.equal(part.directions, kept.layers[name].directions)
+            half = inside / np.sqrt(damped(layer, part.lam))
+            z = z + half[:, part.directions.numpy()] @ part.weights.double().numpy()
+    assert within(index.self_influence(damping=0.3), own * kept.layout.cosine**2, 1e-4)
+    if index._reader.sketch is not None:
+        assert within(index.coordinates(), np.asarray(z), 1e-4)
     index.close()
     again = Index.open(tmp_path / "i", model=made.model)
     assert within(again.scores(made.query, damping=0.3), expected, 1e-4)

@@ -16,6 +16,7 @@ from test_oracle import CASES, Case, expected_scores, projected, within
 
 from lorif_index import BuildConfig, Index
 from lorif_index.errors import QueryError
+from lorif_index.fit.curvature import LayerCurvature
 
 STORES = [("both", 4), ("both", 1), ("coordinates", 8), ("coordinates", 4), ("coordinates", 2), ("coordinates", 1)]
 
@@ -41,9 +42,9 @@ def half_whitening(index: Index, name: str) -> tuple[np.ndarray, np.ndarray, np.
     layer, sketch = index.curvature[name], index._reader.sketch
     assert sketch is not None
     part = sketch.layers[name]
-    count = len(part.weights)
-    s = np.sqrt(layer.eigenvalues.numpy()[:count] + part.lam)
-    return layer.basis.double().numpy()[:, :count], s, part.weights.double().numpy()
+    assert part.directions.tolist() == list(range(len(part.weights)))
+    s = np.sqrt(layer.eigenvalues.numpy()[: len(part.weights)] + part.lam)
+    return layer.basis.double().numpy()[:, : len(part.weights)], s, part.weights.double().numpy()
 
 
 def effective(index: Index) -> dict[str, np.ndarray]:
@@ -102,10 +103,16 @@ def inside_scores(
     total = 0.0
     for name in names:  # type: ignore[attr-defined]
         layer = index.curvature[name]
-        v, s = layer.basis.double().numpy(), layer.eigenvalues.numpy()
+        v = layer.basis.double().numpy()
         q, g = queries[name].reshape(len(queries[name]), -1) @ v, rows[name].reshape(len(rows[name]), -1) @ v
-        total = total + (q / (s + lam[name])) @ g.T
+        total = total + (q / damped(layer, lam[name])) @ g.T
     return np.asarray(total)
+
+
+def damped(layer: LayerCurvature, lam: float) -> np.ndarray:
+    """S + lambda of found directions, S + lambda / 100 on the diagonal."""
+    alone = np.arange(layer.rank) >= layer.rank - len(layer.diagonal)
+    return np.asarray(layer.eigenvalues.numpy() + np.where(alone, 0.01 * lam, lam))
 
 
 @pytest.mark.parametrize("store", ["both", "coordinates"])

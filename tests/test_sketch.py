@@ -96,7 +96,7 @@ def test_all_coordinates_are_the_subspace_part_of_influence(
     sketch = Sketch(sketch.layers, sketch.dim, sketch.method, sketch.energy)
     # 21 coordinates are cut to 16, a multiple of 8: take the rest with full weights instead.
     identity = torch.eye(21).split([7, 7, 7])
-    layers = {n: type(p)(p.lam, w) for (n, p), w in zip(sketch.layers.items(), identity, strict=True)}
+    layers = {n: type(p)(p.lam, w, torch.arange(7)) for (n, p), w in zip(sketch.layers.items(), identity, strict=True)}
     whole = Sketch(layers, 21, method, 1.0)
     query = {name: v for name, v in gradients(4, seed=5).items() if name in names}
     damping = AbsoluteDamping(lam) if lam else None

@@ -178,7 +178,7 @@ def new_sketch(
     ranks: Ranks = ALONE,
 ) -> Sketch:
     """A sketch as the config has it (see `fit_sketch`)."""
-    method = sketch_method(config.sketch, sum(whitened.widths.values()))
+    method = sketch_method(config.sketch, whitened.width)
     return fit_sketch(
         whitened,
         curvature,
@@ -212,7 +212,7 @@ def _from_coordinates(reader: Reader, z: torch.Tensor) -> dict[str, torch.Tensor
     flat = {}
     for name, part in reader.sketch.layers.items():
         layer = reader.curvature[name]
-        flat[name] = layer.combined((z @ part.weights.T) * part.whitening(layer))
+        flat[name] = layer.combined(part.spread((z @ part.weights.T) * part.whitening(layer), layer))
     return flat
 
 

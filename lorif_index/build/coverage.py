@@ -254,6 +254,6 @@ def _stored(reader: Reader, block: GradientBlock) -> Mapping[str, torch.Tensor]:
     out = {}
     for name, part in reader.sketch.layers.items():
         layer = reader.curvature[name]
-        inside = layer.combined((z @ part.weights.T) * part.whitening(layer))
+        inside = layer.combined(part.spread((z @ part.weights.T) * part.whitening(layer), layer))
         out[name] = inside + (dense[name] if dense else 0.0)
     return out

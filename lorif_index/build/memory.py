@@ -17,7 +17,7 @@ from ..search.coarse import TRAIN_ROWS
 from ..search.joint import BYTES_ORDERED, ORDERED_BYTES
 from ..storage.resident import CODE_BYTES
 from .coarse_build import TILT_QUERIES
-from .sizes import code_bytes, curvature_bytes, directions_in_all, disk_sizes, fit_sizes, query_count
+from .sizes import code_bytes, curvature_bytes, directions_kept, disk_sizes, fit_sizes, query_count
 
 # Of a proposed row: its position and score.
 _PROPOSED = 12
@@ -46,7 +46,7 @@ def stage_memory(
     own = -(-count // ranks)
     sizes = disk_sizes(config, specs, stored, own, coarse=coarse, curvature_rows=curvature_rows)
     fit = fit_sizes(config, specs, stored, coarse=coarse, curvature_rows=curvature_rows)
-    total = directions_in_all(config, specs, stored, curvature_rows)
+    total = directions_kept(config, specs, stored, curvature_rows)
     dim = min(config.sketch_dim, max(total, 1))
     wide = sum(spec.dim for spec in specs.values())
     found = {

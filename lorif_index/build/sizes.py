@@ -109,6 +109,12 @@ def directions_in_all(config: BuildConfig, specs: Mapping[str, LayerSpec], store
     return sum(shape.directions(specs[name].dim, rows) for name, shape in shapes.items())
 
 
+def directions_kept(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, rows: int | None = None) -> int:
+    """How many of them a sketch is made of: those that rows of eigencodes keep, or all."""
+    total = directions_in_all(config, specs, stored, rows)
+    return min(total, 8 * config.eigen_bytes) if stored == "eigen" else total
+
+
 def disk_sizes(
     config: BuildConfig,
     specs: Mapping[str, LayerSpec],
@@ -168,7 +174,7 @@ def fit_sizes(
     curvature_rows: int | None = None,
 ) -> dict[str, int]:
     """Bytes of what all rows share, whatever their number: "projections", "curvature", "eigencodes", "sketch"."""
-    curvature, total = 0, directions_in_all(config, specs, stored, curvature_rows)
+    curvature, kept = 0, directions_kept(config, specs, stored, curvature_rows)
     for name, shape in curvature_shapes(config, specs, stored).items():
         spec = specs[name]
         rank = shape.found(spec.dim, curvature_rows)
@@ -183,9 +189,10 @@ def fit_sizes(
             for width, dim in ((spec.width_in, spec.d_in), (spec.width_out, spec.d_out))
             if dim < width
         )
-    eigen = 12 * min(total, 8 * config.eigen_bytes) if stored == "eigen" else 0
+    eigen = 12 * kept if stored == "eigen" else 0
     sketched = coarse or stored in ("both", "coordinates", "coarse")
-    sketch = 4 * min(config.sketch_dim, max(total, 1)) * total if sketched else 0
+    # Eigencodes' sketches name their directions, too.
+    sketch = (4 * min(config.sketch_dim, max(kept, 1)) + (8 if stored == "eigen" else 0)) * kept if sketched else 0
     return {"projections": projections, "curvature": curvature, "eigencodes": eigen, "sketch": sketch}
 
 

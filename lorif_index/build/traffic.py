@@ -23,7 +23,15 @@ from ..search.calibration import KS, SIGNS
 from ..search.candidates import guessed, most_proposed
 from ..search.coarse import TRAIN_ROWS
 from .coarse_build import TILT_QUERIES, TILTS, TRIED_KS, TRIED_RECALLS
-from .sizes import CurvatureShape, curvature_shapes, directions_in_all, fit_sizes, query_count, trained_bytes
+from .sizes import (
+    CurvatureShape,
+    curvature_shapes,
+    directions_in_all,
+    directions_kept,
+    fit_sizes,
+    query_count,
+    trained_bytes,
+)
 
 _CPU = torch.device("cpu")
 SEARCHES = ("scan", "candidates")
@@ -110,7 +118,7 @@ def build_traffic(
     sample = min(count, config.curvature_sample)
     rows = 1 << 62 if curvature_rows is None else curvature_rows
     shapes = curvature_shapes(config, specs, stored)
-    total = directions_in_all(config, specs, stored, rows)
+    kept = directions_kept(config, specs, stored, rows)
     if config.projection == "eigen":
         sides = eigenbases.fitted_sides(specs)
         out.fitted("projections", eigenbases.side_fits(specs, sides, 0, _CPU), eigenbases.POWER_ITERATIONS)
@@ -121,11 +129,11 @@ def build_traffic(
         fits[name] = SubspaceFit((), shape.height(dim), shape.rank, rows, 0, _CPU, whole_up_to=size)
     out.fitted("curvature", fits, config.power_iterations)
     if stored == "eigen":
-        out.summed("eigencodes", 8 * total)
+        out.summed("eigencodes", 8 * directions_in_all(config, specs, stored, rows))
     if fit_sizes(config, specs, stored, coarse=coarse)["sketch"]:
-        _sketch(out, config, total, sample)
+        _sketch(out, config, kept, sample)
     if coarse or stored == "coarse":
-        _coarse(out, config, specs, stored, count, min(config.sketch_dim, total, sample))
+        _coarse(out, config, specs, stored, count, min(config.sketch_dim, kept, sample))
     return out
 
 
@@ -184,10 +192,10 @@ def search_traffic(
     """Of one search for one query's k best: by "scan", and by "candidates", as many as are taken where nothing was
     calibrated, without going on."""
     out, own = Traffic(ranks), -(-count // ranks)
-    total = directions_in_all(config, specs, stored)
-    asked = 4 * min(config.sketch_dim, total)
+    kept = directions_kept(config, specs, stored)
+    asked = 4 * min(config.sketch_dim, kept)
     if stored == "eigen":
-        asked += 4 * min(total, 8 * config.eigen_bytes)
+        asked += 4 * kept
     elif stored in ("both", "factors"):
         asked += 4 * sum(spec.dim for spec in specs.values())
     k = min(k, count)

@@ -147,12 +147,9 @@ class EigenSketcher:
         parts = []
         for name, part in code.layers.items():
             layer = sketch.layers[name]
-            weights = torch.zeros(len(part.directions), sketch.dim)
-            there = part.directions < len(layer.weights)
-            directions = part.directions[there]
-            scale = part.amplitudes[there] / layer.whitening(curvature[name])[directions]
-            weights[there] = layer.weights[directions] * scale[:, None]
-            parts.append(weights)
+            every = torch.zeros(curvature[name].rank, sketch.dim)
+            every[layer.directions] = layer.weights / layer.whitening(curvature[name])[:, None]
+            parts.append(every[part.directions] * part.amplitudes[:, None])
         self._matrix = torch.cat(parts)
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
@@ -167,22 +164,15 @@ def half_whitened_rows(
     curvature: Mapping[str, LayerCurvature],
     lams: Mapping[str, float],
 ) -> Whitened:
-    """Half-whitened coordinates of blocks of rows (n, row bytes); 0 in directions that are not kept."""
-    widths = {n: int(p.directions[-1]) + 1 if len(p.directions) else 0 for n, p in code.layers.items()}
-    places, scales, at = [], [], 0
-    for name, part in code.layers.items():
-        places.append(at + part.directions)
-        scales.append(part.amplitudes / roots(curvature[name], lams[name])[part.directions])
-        at += widths[name]
-    place, scale = torch.cat(places), torch.cat(scales)
+    """Half-whitened coordinates of blocks of rows (n, row bytes), in the directions that are kept."""
+    parts = code.layers.items()
+    scale = torch.cat([p.amplitudes / roots(curvature[name], lams[name])[p.directions] for name, p in parts])
 
     def walk() -> Iterator[torch.Tensor]:
         for block in rows():
-            out = torch.zeros(len(block), at)
-            out[:, place] = code.layout.decode(block) * scale
-            yield out
+            yield code.layout.decode(block) * scale
 
-    return Whitened(walk, count, widths, lams)
+    return Whitened(walk, count, {name: part.directions for name, part in parts}, lams)
 
 
 def directions_for(row_bytes: int, layers: int, dim: int) -> int:

@@ -43,18 +43,24 @@ class LayerSketch:
 
     Attributes:
         lam: lambda that its coordinates were half-whitened with.
-        weights: W_l, (m, k) float32, for the first m of the layer's curvature directions.
+        weights: W_l, (m, k) float32, for m of the layer's curvature directions.
+        directions: (m,) int64, rising: which; the first where rows hold all of them.
     """
 
     lam: float
     weights: torch.Tensor
+    directions: torch.Tensor
     _root: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def whitening(self, layer: LayerCurvature) -> torch.Tensor:
         """(m,) float32: sqrt(S + lambda), S of the layer that the sketch was made for."""
         if not self._root:
-            self._root.append(roots(layer, self.lam)[: len(self.weights)])
+            self._root.append(roots(layer, self.lam)[self.directions])
         return self._root[0]
+
+    def spread(self, inside: torch.Tensor, layer: LayerCurvature) -> torch.Tensor:
+        """(n, r) of what is (n, m) in its own directions; 0 in others."""
+        return torch.zeros(len(inside), layer.rank).index_copy_(1, self.directions, inside)
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,9 @@ class Sketch:
         scaled = {}
         for name, c in inside.items():
             part = self.layers[name]
-            count = len(part.weights)
-            if count:
-                scaled[name] = c[:, :count] * (part.whitening(curvature[name]) * preconditioners[name].inside[:count])
+            if len(part.weights):
+                weights = part.whitening(curvature[name]) * preconditioners[name].inside[part.directions]
+                scaled[name] = c[:, part.directions] * weights
         out = torch.zeros(next(iter(inside.values())).shape[0], self.dim)
         for piece in products(scaled, self._weights(scaled)).values():
             out += piece
@@ -102,8 +108,8 @@ class Sketch:
         used = {name: x for name, part in self.layers.items() if len(part.weights)}
         out = {}
         for name, w in products(used, self._weights(used), transposed=True).items():
-            w = w / self.layers[name].whitening(curvature[name])
-            out[name] = torch.nn.functional.pad(w, (0, curvature[name].rank - w.shape[1]))
+            part = self.layers[name]
+            out[name] = part.spread(w / part.whitening(curvature[name]), curvature[name])
         return {n: out[n] if n in out else torch.zeros(x.shape[0], curvature[n].rank) for n in self.layers}
 
     def _weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -117,10 +123,10 @@ class SketchEncoder:
         self.dim = sketch.dim
         self._matrices = {}
         for name, part in sketch.layers.items():
-            count = len(part.weights)
-            if count:
-                weights = part.weights / part.whitening(curvature[name])[:, None]
-                self._matrices[name] = curvature[name].combined(weights.T).T.contiguous().to(device or "cpu")
+            if len(part.weights):
+                weights = (part.weights / part.whitening(curvature[name])[:, None]).T
+                every = part.spread(weights, curvature[name])
+                self._matrices[name] = curvature[name].combined(every).T.contiguous().to(device or "cpu")
 
     def encode(self, layers: Mapping[str, LayerGradient]) -> torch.Tensor:
         """z (n, k) float32, on the CPU."""
@@ -145,16 +151,21 @@ class Whitened:
     """Half-whitened coordinates of a sample, as a sketch is fitted on them.
 
     Attributes:
-        walk: gives this rank's, (b, sum of widths) float32 a piece, the same each time.
+        walk: gives this rank's, (b, width) float32 a piece, the same each time.
         count: number of rows of all ranks.
-        widths: layer -> how many of its first directions they have.
+        directions: layer -> (m,) int64, rising: which of its directions they have.
         lams: layer -> lambda.
     """
 
     walk: Callable[[], Iterator[torch.Tensor]]
     count: int
-    widths: Mapping[str, int]
+    directions: Mapping[str, torch.Tensor]
     lams: Mapping[str, float]
+
+    @property
+    def width(self) -> int:
+        """Of all layers together."""
+        return sum(len(directions) for directions in self.directions.values())
 
 
 def half_whitened(
@@ -171,7 +182,7 @@ def half_whitened(
         for block in rows():
             yield from _whiten(block, whitened)
 
-    return Whitened(walk, count, {name: layer.rank for name, layer in curvature.items()}, lams)
+    return Whitened(walk, count, {name: torch.arange(layer.rank) for name, layer in curvature.items()}, lams)
 
 
 def fit_sketch(
@@ -199,8 +210,8 @@ def fit_sketch(
         device: where the products are computed.
         ranks: who have the sample's rows.
     """
-    count, widths, lams = whitened.count, whitened.widths, whitened.lams
-    total = sum(widths.values())
+    count, lams, total = whitened.count, whitened.lams, whitened.width
+    widths = [len(directions) for directions in whitened.directions.values()]
     kept = min(dim, total, count)
     kept = kept // 8 * 8 if kept >= 8 else kept
     generator = np.random.Generator(keyed_generator(seed, "sketch-rotation", kept))
@@ -224,11 +235,19 @@ def fit_sketch(
         ((_, pairs),) = fit_in_groups(fits, POWER_ITERATIONS, float(count), add, planned, ranks)
         if not pairs.trace > 0:
             raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
-        weights = (pairs.vectors.double() @ rotation).float().split(list(widths.values()))
-        layers = {n: LayerSketch(lams[n], w.contiguous()) for n, w in zip(widths, weights, strict=True)}
+        weights = (pairs.vectors.double() @ rotation).float().split(widths)
+        layers = {
+            name: LayerSketch(lams[name], part.contiguous(), directions)
+            for (name, directions), part in zip(whitened.directions.items(), weights, strict=True)
+        }
         return Sketch(layers, kept, method, min(float(pairs.values[:kept].sum()) / pairs.trace, 1.0))
 
-    shares = torch.cat([_share(curvature[n], lams[n])[:m] for n, m in widths.items()])
+    shares = torch.cat(
+        [
+            (curvature[n].eigenvalues.double() / curvature[n].damped(lams[n]))[directions]
+            for n, directions in whitened.directions.items()
+        ]
+    )
     best = torch.zeros(total, dtype=torch.bool)
     best[torch.argsort(shares, descending=True, stable=True)[:kept]] = True
     stage.total = (stage.total or 0) + count
@@ -238,21 +257,13 @@ def fit_sketch(
             squares += part.double().square().sum(dim=0).cpu()
     squares = ranks.sum(squares)
     layers, at = {}, 0
-    for name, chosen in zip(widths, best.split(list(widths.values())), strict=True):
-        # Eigenvalues fall, so the chosen ones are the first of each layer.
+    for (name, directions), chosen in zip(whitened.directions.items(), best.split(widths), strict=True):
         taken = int(chosen.sum())
-        layers[name] = LayerSketch(lams[name], rotation[at : at + taken].float().contiguous())
+        layers[name] = LayerSketch(lams[name], rotation[at : at + taken].float().contiguous(), directions[chosen])
         at += taken
     if not squares.sum() > 0:
         raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
     return Sketch(layers, kept, method, float(squares[best].sum() / squares.sum()))
-
-
-def _share(layer: LayerCurvature, lam: float) -> torch.Tensor:
-    """(r,) float64: S / (S + lambda), and nothing on the diagonal, so that they fall."""
-    found = layer.eigenvalues.double() / layer.damped(lam)
-    found[layer.core.shape[1] :] = 0.0
-    return found
 
 
 def _whiten(block: GradientBlock, whitened: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

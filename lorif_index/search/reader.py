@@ -157,9 +157,10 @@ class Reader:
             return None
         sketch = load_sketch(self.folder, self.manifest.sketch, self.specs)
         for name, part in sketch.layers.items():
-            if len(part.weights) > self.curvature.rank(name):
+            most = int(part.directions.max()) + 1 if len(part.directions) else 0
+            if most > self.curvature.rank(name):
                 raise CorruptionError(
-                    f"the sketch weighs {len(part.weights)} directions of layer {name!r}, whose curvature has "
+                    f"the sketch weighs {most} directions of layer {name!r}, whose curvature has "
                     f"{self.curvature.rank(name)}: restore the index from a copy"
                 )
         return sketch

@@ -316,16 +316,16 @@ def self_scores(
         inside = {}
         for name, piece in sketch.layers.items():
             if dense:
-                count = len(piece.weights)
-                inside[name] = (dense[name] @ curvature[name].basis[:, :count]) / piece.whitening(curvature[name])
+                found = curvature[name].coordinates(dense[name])[:, piece.directions]
+                inside[name] = found / piece.whitening(curvature[name])
                 missing = missing - inside[name] @ piece.weights
         for name, preconditioner in preconditioners.items():
             piece = sketch.layers[name]
-            count, scale = len(piece.weights), piece.whitening(curvature[name])
+            scale, weights = piece.whitening(curvature[name]), preconditioner.inside[piece.directions]
             correction = missing @ piece.weights.T
             e = inside[name] + correction if dense else correction
-            total += (e * scale).square() @ preconditioner.inside[:count]
+            total += (e * scale).square() @ weights
             if dense:
                 total += preconditioner.quadratic(dense[name])
-                total -= (inside[name] * scale).square() @ preconditioner.inside[:count]
+                total -= (inside[name] * scale).square() @ weights
     return out

@@ -238,10 +238,15 @@ def _check_finite(file: SealedFile, *parts: torch.Tensor) -> None:
 
 
 def save_sketch(folder: Path, sketch: Sketch, name: str = SKETCH_FILE) -> dict[str, Any]:
-    """Writes `weights_<i>` (m, k) float32 for layer number i; what the manifest keeps."""
-    arrays = {
-        f"weights_{i}": part.weights.numpy() for i, part in enumerate(sketch.layers.values()) if len(part.weights)
-    }
+    """Writes `weights_<i>` (m, k) float32 for layer number i, and `directions_<i>` (m,) int64 where they are not the
+    layer's first; what the manifest keeps."""
+    arrays, chosen = {}, []
+    for i, part in enumerate(sketch.layers.values()):
+        chosen.append(not torch.equal(part.directions, torch.arange(len(part.directions))))
+        if len(part.weights):
+            arrays[f"weights_{i}"] = part.weights.numpy()
+        if chosen[-1]:
+            arrays[f"directions_{i}"] = part.directions.numpy().astype("<i8")
     return {
         "file": write_sealed(folder, name, arrays, {}).to_json(),
         "dim": sketch.dim,
@@ -249,6 +254,7 @@ def save_sketch(folder: Path, sketch: Sketch, name: str = SKETCH_FILE) -> dict[s
         "energy": sketch.energy,
         "lams": [part.lam for part in sketch.layers.values()],
         "counts": [len(part.weights) for part in sketch.layers.values()],
+        "chosen": chosen,
     }
 
 
@@ -263,7 +269,9 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
         file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
         dim, method, energy = int(facts["dim"]), str(facts["method"]), float(facts["energy"])
         lams, counts = [float(v) for v in facts["lams"]], [int(v) for v in facts["counts"]]
-        if len(lams) != len(names) or len(counts) != len(names) or dim < 1 or min(counts) < 0:
+        # Until version 5 directions were always a layer's first.
+        chosen = [bool(v) for v in facts.get("chosen", [False] * len(names))]
+        if {len(lams), len(counts), len(chosen)} != {len(names)} or dim < 1 or min(counts) < 0:
             raise ValueError(f"{len(lams)} layers where the index has {len(names)}")
         if 4 * sum(counts) * dim > file.info.size:
             raise ValueError(f"{sum(counts)} x {dim} weights in {file.info.size} bytes")
@@ -275,10 +283,16 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
         # One matrix of all layers, so that they lie one behind the other (see `query.products`).
         room = torch.empty(sum(counts), dim)
         for i, (name, lam, count) in enumerate(zip(names, lams, counts, strict=True)):
-            part = room[at : at + count]
+            part, directions = room[at : at + count], torch.arange(count)
             if count:
                 file.read_array(f"weights_{i}", (count, dim), "<f4", out=part.numpy())
-            layers[name] = LayerSketch(lam, part)
+            if chosen[i]:
+                directions = torch.from_numpy(file.read_array(f"directions_{i}", (count,), "<i8").astype(np.int64))
+                if count and int(directions.min()) < 0:
+                    raise CorruptionError(
+                        f"{file.path} names direction {int(directions.min())}: restore it from a copy"
+                    )
+            layers[name] = LayerSketch(lam, part, directions)
             at += count
         _check_finite(file, room)
     return Sketch(layers, dim, method, energy)
