@@ -209,11 +209,7 @@ def _from_coordinates(reader: Reader, z: torch.Tensor) -> dict[str, torch.Tensor
     """Layer -> (n, D) float32: the gradients V (S + lambda)^1/2 W z that coordinates stand for."""
     if reader.sketch is None:
         raise StoreError("the index has no sketch: build it anew")
-    flat = {}
-    for name, part in reader.sketch.layers.items():
-        layer = reader.curvature[name]
-        flat[name] = layer.combined(part.spread((z @ part.weights.T) * part.whitening(layer), layer))
-    return flat
+    return {name: part.gradients(z, reader.curvature[name]) for name, part in reader.sketch.layers.items()}
 
 
 def calibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, stage: Stage) -> Calibration | None:

@@ -253,7 +253,5 @@ def _stored(reader: Reader, block: GradientBlock) -> Mapping[str, torch.Tensor]:
         z = z - SketchEncoder(reader.sketch, reader.curvature).encode(factors)
     out = {}
     for name, part in reader.sketch.layers.items():
-        layer = reader.curvature[name]
-        inside = layer.combined(part.spread((z @ part.weights.T) * part.whitening(layer), layer))
-        out[name] = inside + (dense[name] if dense else 0.0)
+        out[name] = part.gradients(z, reader.curvature[name]) + (dense[name] if dense else 0.0)
     return out

@@ -58,6 +58,10 @@ class LayerSketch:
             self._root.append(roots(layer, self.lam)[self.directions])
         return self._root[0]
 
+    def gradients(self, z: torch.Tensor, layer: LayerCurvature) -> torch.Tensor:
+        """V (S + lambda)^1/2 W z, (n, D) float32: what coordinates z (n, k) stand for."""
+        return layer.combined(self.spread((z @ self.weights.T) * self.whitening(layer), layer))
+
     def spread(self, inside: torch.Tensor, layer: LayerCurvature) -> torch.Tensor:
         """(n, r) of what is (n, m) in its own directions; 0 in others."""
         return torch.zeros(len(inside), layer.rank).index_copy_(1, self.directions, inside)
