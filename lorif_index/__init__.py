@@ -25,7 +25,7 @@ The stages, one module each, in the order in which data flows through them:
     planner               scan or candidates, and why
     explain, groups       a score taken apart by layer and token; scores summed by source or label
     locks, manifest, reader      what makes a folder an index, one version after another, and its parts put together
-    coarse_build, build   how it is made; payloads and encode write the rows, coverage says what they keep
+    coarse_build, build   how it is made; payloads and encode write the rows, coverage and outliers look at them
     growth, removal, refit, merging   how it is changed; living answers without removed rows
     damage, repair        bad bytes are found, and mended where that can be
     sizes, estimate       what a build will take

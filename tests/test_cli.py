@@ -168,6 +168,8 @@ def test_search_options_reach_the_index(home):
     with Index.open(home / "index", model=text_model.model) as index:
         for options, arguments in [
             (("--opponents",), {"opponents": True}),
+            (("--normalize", "relatif"), {"normalize": "relatif"}),
+            (("--normalize", "cosine"), {"normalize": "cosine"}),
             (("--damping", "10"), {"damping": 10.0}),
             (("--damping", "absolute:0.01"), {"damping": AbsoluteDamping(0.01)}),
             (("--damping", "paper:0.2"), {"damping": PaperDamping(0.2)}),

@@ -83,8 +83,8 @@ ENGINE = {
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
     "search": "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint "
     "candidates reader explain planner groups",
-    "build": "encode coverage coarse_build growth removal sizes memory traffic spans representation resuming pipeline "
-    "refit merging repair estimate",
+    "build": "encode coverage outliers coarse_build growth removal sizes memory traffic spans representation "
+    "resuming pipeline refit merging repair estimate",
     "huggingface": "chat encoding documents tokenised",
     ".": "index launch",
 }

@@ -28,6 +28,7 @@ from .options import (
     IndexFolder,
     Json,
     MovedModel,
+    Normalize,
     Prompt,
     Recall,
     SearchDamping,
@@ -54,6 +55,7 @@ def search(
     exact: Exact = False,
     damping: SearchDamping = None,
     layers: SearchLayers = None,
+    normalize: Normalize = None,
     model: MovedModel = None,
     device: Device = "auto",
     json: Json = False,
@@ -72,6 +74,7 @@ def search(
                 exact=exact or None,
                 damping=policy,
                 layers=layers or None,
+                normalize=normalize,
                 progress=None,
             )
             if json:
@@ -81,6 +84,7 @@ def search(
                         "fingerprint": asked.index.fingerprint,
                         "prompt": prompt,
                         "opponents": opponents,
+                        "normalize": normalize,
                         "answers": [answer_json(answer) for answer in answers],
                         "stats": asdict(answers[0].stats),
                     }
@@ -97,7 +101,10 @@ def search(
                 f"{stats.estimated_recall:.3f} as estimated, {in_units(stats.bytes_read)} read.",
                 style="dim",
             )
-            screen.print(unit_of_scores(len(asked.index)), style="dim")
+            if normalize is None:
+                screen.print(unit_of_scores(len(asked.index)), style="dim")
+            else:
+                screen.print(f"Scores are divided as --normalize {normalize} says, and have no unit.", style="dim")
 
 
 @app.command()

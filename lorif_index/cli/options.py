@@ -41,6 +41,10 @@ SearchDamping = Annotated[
 SearchLayers = Annotated[
     list[str] | None, typer.Option(help="Sum over these layers only: a name or glob pattern; may be repeated.")
 ]
+Normalize = Annotated[
+    str | None,
+    typer.Option(help="Divide scores by the root of passages' self-influence (relatif), and of the text's (cosine)."),
+]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")]
 

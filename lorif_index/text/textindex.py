@@ -446,6 +446,7 @@ class TextIndex:
         exact: bool | None = None,
         damping: Damping | float | None = None,
         layers: list[str] | None = None,
+        normalize: str | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> list[Answer]:
         """The training passages that did most to make the model expect each text.
@@ -454,7 +455,7 @@ class TextIndex:
             texts: the questions.
             k: hits each.
             prompt: comes before each text and is not itself asked about: only the text's tokens have a loss.
-            opponents, recall, exact, damping, layers, progress: as for `Index.search`.
+            opponents, recall, exact, damping, layers, normalize, progress: as for `Index.search`.
 
         Raises:
             QueryError: a text with no token that has a loss, or beyond the model's context. Else as `Index.search`.
@@ -469,6 +470,7 @@ class TextIndex:
             exact=exact,
             damping=damping,
             layers=layers,
+            normalize=normalize,
             progress=progress,
         )
         passages = self._passages(found)
