@@ -146,6 +146,16 @@ METHODS: dict[str, Method] = {
     "library, d=32": lambda t, m: library(t, m, projection_floor=32),
     "library, d=64": lambda t, m: library(t, m, projection_floor=64),
     **{f"library, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b)) for b in (512, 1024, 4096, 8192, 16384)},
+    **{
+        f"library, largest, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b, eigen_code="largest"))
+        for b in (512, 1024, 1600, 4096, 8192)
+    },
+    "library, largest, with the head": lambda t, m: library(
+        t, m, eigen_code="largest", layers=LayerSelection(head=True)
+    ),
+    "library, 8192 bytes, with the head": lambda t, m: library(
+        t, m, eigen_bytes=8192, layers=LayerSelection(head=True)
+    ),
     "library, 1638 bytes": lambda t, m: library(t, m, eigen_bytes=1638),
     "library, 2048 bytes": lambda t, m: library(t, m, eigen_bytes=2048),
     "library, with the head": lambda t, m: library(t, m, layers=LayerSelection(head=True)),

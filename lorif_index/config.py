@@ -18,6 +18,7 @@ REPRESENTATIONS = ("eigen", "both", "factors", "coordinates", "coarse")
 STORES = ("auto", *REPRESENTATIONS)
 ADAPTERS = ("auto", "only", "include", "exclude")
 BITS = (1, 2, 4, 8)
+EIGEN_CODES = ("levels", "largest")
 """Widths of codes' coordinates."""
 # What projection_floor="auto" is where nothing asks for more.
 LEAST_FLOOR = 32
@@ -144,6 +145,9 @@ class BuildConfig:
             scores' leading subspace is taken from; factors alone as with "auto". "coordinates": the smallest that can
             be rescored. "coarse": the coarse code alone.
         eigen_bytes: most bytes of a row with store="eigen"; the models of an ensemble share it.
+        eigen_code: "levels": 1 to 8 bits for each direction that is kept. "largest": of each group of 8 to 128
+            directions the place and the sign of the largest coordinate, where that keeps more of what directions add:
+            better for the same bytes in models with far more directions than bits (see `rows.largest`).
         sketch_dim: k, the number of coordinates, for all layers together.
         sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
             half-whitened coordinates (layers x r).
@@ -176,6 +180,7 @@ class BuildConfig:
     complement: str = "log-mean"
     store: str = "auto"
     eigen_bytes: int = 1600
+    eigen_code: str = "levels"
     sketch_dim: int = 512
     sketch: str = "auto"
     coordinate_bits: int = 4
@@ -223,6 +228,7 @@ class BuildConfig:
             ("store", STORES),
             ("sketch", ("auto", "pca", "per-layer")),
             ("coordinate_bits", BITS),
+            ("eigen_code", EIGEN_CODES),
             ("dtype", DTYPES),
             ("autocast", (None, "bfloat16", "float16")),
             ("on_nonfinite", ("error", "skip")),

@@ -1228,8 +1228,8 @@ class Index:
 
     def _stored_dtype(self) -> str:
         parts = [self._config.dtype] if self._layout.groups else []
-        parts += [f"{self._layout.eigen.bits} bits"] if self._layout.eigen is not None else []
-        parts += [f"{self._layout.codes.bits} bits"] if self._layout.codes is not None else []
+        parts += [self._layout.eigen.label] if self._layout.eigen is not None else []
+        parts += [self._layout.codes.label] if self._layout.codes is not None else []
         return " + ".join(parts) or "coarse code"
 
     def _chosen(self, layers: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ def test_directions_of_a_grid_are_stored_by_its_products(
 ) -> None:
     made, train_gradients, query_gradients = case
     monkeypatch.setattr("lorif_index.build.sizes.products_for", lambda rank: 20)
-    monkeypatch.setattr("lorif_index.build.sizes.alone_for", lambda row_bytes, layers: 9 if alone else 0)
+    monkeypatch.setattr("lorif_index.build.sizes.alone_for", lambda row_bytes, layers, code: 9 if alone else 0)
     if alone:
         monkeypatch.setattr("lorif_index.build.sizes.directions_for", lambda row_bytes, layers, dim: 15)
         monkeypatch.setattr("lorif_index.build.sizes.CURVATURE_RANK", 15)
@@ -207,12 +207,79 @@ def test_directions_of_a_grid_are_stored_by_its_products(
         Index.open(tmp_path / "i")
 
 
+WHITE = {"first": (20, 16), "second": (12, 12)}
+
+
+def white(folder: Path, code: str, size: int, **settings: Any) -> tuple[Index, dict[str, np.ndarray]]:
+    """An index of gradients whose directions all add as much, and these gradients in float64."""
+    generator = np.random.default_rng(5)
+    g = {name: generator.normal(size=(300, *shape)).astype(np.float32) for name, shape in WHITE.items()}
+    fixed: dict[str, Any] = dict(curvature_rank=None, store="eigen", curvature="empirical", coarse=None)
+    config = BuildConfig(**(fixed | settings), eigen_bytes=size, eigen_code=code)
+    index = Index.build(folder / code, gradients=[g], config=config, progress=False)
+    return index, {name: part.astype(np.float64) for name, part in g.items()}
+
+
+def test_the_largest_of_groups_say_more_of_many_directions(tmp_path: Path) -> None:
+    query = {name: np.random.default_rng(6).normal(size=(12, *shape)) for name, shape in WHITE.items()}
+    asked = {name: torch.from_numpy(q).float() for name, q in query.items()}
+    near, size = {}, 20
+    room = 8 * (size - 4)
+    for code in ("levels", "largest"):
+        index, rows = white(tmp_path, code, size)
+        label, count = index._reader.layout.eigen.label, sum(len(directions) for directions in kept(index).values())
+        assert index.bytes_per_example <= size
+        assert (
+            (label == "1 bits" and count <= room) if code == "levels" else (label == "largest of 16" and count > room)
+        )
+        lam, means = lambdas(index, rows, 0.3), stands_for(index)
+        scores = index.scores(asked, damping=0.3)
+        assert within(scores, inside_scores(index, query, means, lam, index.layers), 1e-4)
+        assert within(index.scores({n: q[:1] for n, q in asked.items()}, damping=0.3)[0], scores[0], 1e-4)
+        hits = index.search(asked, k=7, damping=0.3)
+        assert within(hits.scores, -np.sort(-scores, axis=1)[:, :7], 1e-5) and hits.stats.dtype == label
+        whole = inside_scores(index, query, rows, lam, index.layers)
+        near[code] = np.corrcoef(scores.ravel(), whole.ravel())[0, 1]
+        # Self-influence is that within the kept directions, made neither longer nor shorter.
+        true, stored = np.zeros(len(index)), np.zeros(len(index))
+        for name, directions in kept(index).items():
+            layer = index.curvature[name]
+            for total, of in ((true, rows[name]), (stored, means[name])):
+                inside = of.reshape(len(index), -1) @ layer.basis.double().numpy()
+                total += (inside**2 / damped(layer, lam[name]))[:, directions].sum(axis=1)
+        own = index.self_influence(damping=0.3)
+        assert within(own, index._reader.layout.eigen.cosine**2 * stored, 1e-4)
+        assert 0.85 < own.mean() / true.mean() < 1.15
+        index.verify()
+        again = Index.open(tmp_path / code)
+        assert np.array_equal(again.scores(asked, damping=0.3), scores)
+    assert near["largest"] > near["levels"] + 0.05 > 0.3
+
+
+def test_every_direction_has_its_bit_where_there_is_room(tmp_path: Path) -> None:
+    index, _ = white(tmp_path, "largest", 400)
+    assert index._reader.layout.eigen.label == "4 bits"
+
+
+def test_the_largest_of_groups_are_proposed_by_a_sketch(tmp_path: Path) -> None:
+    index, _ = white(tmp_path, "largest", 20, coarse="PQ16x4fs", sketch_dim=64)
+    asked = {name: part[:5] for name, part in index.gradients(index.ids[:5]).items()}
+    hits = index.search(asked, k=1, exact=False)
+    assert hits.ids[:, 0].tolist() == [0, 1, 2, 3, 4] and hits.stats.plan != "scan"
+    added = index.add(gradients=[asked])
+    assert (index.search(asked, k=2, exact=True).scores[:, 1] > 0).all() and len(added) == 5
+
+
 def test_no_room_is_told(case: Any, tmp_path: Path) -> None:
     made, _, _ = case
     with pytest.raises(CurvatureError, match=r"eigen_bytes=4 leaves no room .* at least 21"):
         build(made, tmp_path, eigen_bytes=4)
+    with pytest.raises(CurvatureError, match=r"eigen_bytes=26 leaves 6 bytes .* pass at least 30"):
+        build(made, tmp_path / "more", eigen_bytes=26)
     with pytest.raises(ConfigError, match="eigen_bytes must be an integer of at least 1, got 0"):
         BuildConfig(eigen_bytes=0)
+    with pytest.raises(ConfigError, match="eigen_code must be one of"):
+        BuildConfig(eigen_code="signs")
     with pytest.raises(ConfigError, match="store='eigen'"):
         BuildConfig(store="eigen", curvature_rows="factors")
 

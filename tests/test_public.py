@@ -68,7 +68,7 @@ PROPERTIES = (
 
 CONFIG = (
     "projection_dim projection_floor projection rank curvature probes curvature_rank curvature_rows curvature_sample "
-    "power_iterations damping complement store eigen_bytes sketch_dim sketch coordinate_bits coarse "
+    "power_iterations damping complement store eigen_bytes eigen_code sketch_dim sketch coordinate_bits coarse "
     "calibration_queries dtype seed layers batch_size device autocast on_nonfinite shard_bytes spool_bytes"
 ).split()
 
@@ -78,7 +78,7 @@ ENGINE = {
     "": "version errors ranks damping config progress markup results",
     "capture": "gradients projection sampling sharded losses probes data layers ensemble spool hooks subspace "
     "eigenbases sources",
-    "rows": "scratch codes factors layout",
+    "rows": "scratch codes largest factors layout",
     "fit": "grid curvature query sketch eigencodes",
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
     "search": "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint "

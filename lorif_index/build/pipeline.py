@@ -630,6 +630,7 @@ class _Build:
                 curvature,
                 lambdas(curvature, self.config),
                 row_bytes=self.config.eigen_bytes,
+                code=self.config.eigen_code,
                 stage=stage,
                 device=self._device(),
                 ranks=self.ranks,

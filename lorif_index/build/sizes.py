@@ -10,7 +10,7 @@ import torch
 from ..capture.gradients import LayerSpec
 from ..capture.subspace import OVERSAMPLING, SubspaceFit
 from ..config import BITS, BuildConfig
-from ..fit.eigencodes import alone_for, directions_for, products_for
+from ..fit.eigencodes import alone_for, directions_for, most_kept, products_for
 from ..rows.codes import CodeLayout
 from ..rows.layout import RowLayout
 from ..search.coarse import default_factory
@@ -96,7 +96,9 @@ def curvature_shapes(config: BuildConfig, specs: Mapping[str, LayerSpec], stored
         rank = max(CURVATURE_RANK, directions_for(config.eigen_bytes, len(specs), spec.dim))
         products = products_for(rank)
         if products < spec.dim:
-            alone = min(alone_for(config.eigen_bytes, len(specs)), spec.dim - products) if chosen else 0
+            alone = (
+                min(alone_for(config.eigen_bytes, len(specs), config.eigen_code), spec.dim - products) if chosen else 0
+            )
             out[name] = CurvatureShape(rank, products, alone)
         else:
             out[name] = CurvatureShape(rank)
@@ -112,7 +114,7 @@ def directions_in_all(config: BuildConfig, specs: Mapping[str, LayerSpec], store
 def directions_kept(config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, rows: int | None = None) -> int:
     """How many of them a sketch is made of: those that rows of eigencodes keep, or all."""
     total = directions_in_all(config, specs, stored, rows)
-    return min(total, 8 * config.eigen_bytes) if stored == "eigen" else total
+    return min(total, most_kept(config.eigen_bytes, config.eigen_code)) if stored == "eigen" else total
 
 
 def disk_sizes(

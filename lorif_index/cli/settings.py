@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..config import BITS, CURVATURES, DTYPES, PROJECTIONS, STORES, BuildConfig, LayerSelection
+from ..config import BITS, CURVATURES, DTYPES, EIGEN_CODES, PROJECTIONS, STORES, BuildConfig, LayerSelection
 from ..errors import ConfigError
 from .options import byte_count, damping_policy
 
@@ -96,6 +96,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "store": Setting("What is kept of a passage: auto, eigen, both, factors, coordinates or coarse.", choices=STORES),
     "eigen_bytes": Setting("Most bytes of a passage, with store eigen.", int, least=1),
+    "eigen_code": Setting("What they are: levels of each direction, or the largest of groups.", choices=EIGEN_CODES),
     "dtype": Setting("Of stored factors: float16, bfloat16 or float32.", choices=DTYPES),
     "sketch_dim": Setting("Coordinates of a passage, for all layers together.", int, least=1),
     "sketch": Setting("Directions of the coordinates: auto, pca or per-layer.", choices=("auto", "pca", "per-layer")),

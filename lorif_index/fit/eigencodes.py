@@ -5,6 +5,8 @@ Directions differ in what they add to it, E_j / (S_j + lambda) with E_j = mean_i
 are kept, as many as a row has room for, each as v_j^T g_i / sqrt(E_j) in 1, 2, 4 or 8 bits. More directions of one bit
 are better than fewer of several (`bench.frontier`): the error of a rounded coordinate is a share of what it adds, that
 of a missing one all of it. In random directions the same bits say much less. Nothing is kept of other directions.
+Where very many add about as much, still more of them are better, of which each group keeps its largest coordinate alone
+(see `rows.largest`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ..errors import CurvatureError
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
 from ..rows.codes import CodeLayout
+from ..rows.largest import GROUPS, LargestLayout, code_bits, codes_of_whole_bytes, kept_share
 from .curvature import LayerCurvature, RowPass
 from .query import Preconditioner, inside_of
 from .sketch import Sketch, Whitened, roots
@@ -56,17 +59,18 @@ class EigenCode:
 
     Attributes:
         layers: layer -> its directions; every layer of the index, in order.
-        bits: of each coordinate.
+        bits: of each coordinate, or of each group's largest.
+        group: coordinates of a group, of which the largest is kept; 1: all are.
     """
 
     layers: Mapping[str, LayerCode]
     bits: int
+    group: int = 1
 
     @cached_property
-    def layout(self) -> CodeLayout:
+    def layout(self) -> CodeLayout | LargestLayout:
         """A piece for each layer, so that each has its own scale."""
-        widths = tuple(len(part.directions) for part in self.layers.values())
-        return CodeLayout(sum(widths), self.bits, widths)
+        return eigen_layout(tuple(len(part.directions) for part in self.layers.values()), self.bits, self.group)
 
     def query(self, inside: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
         """(q, dim) float32, whose inner product with a row's coordinates is its score.
@@ -113,6 +117,11 @@ class EigenCode:
             weights = preconditioner.inside[self.layers[name].directions]
             out += decoded[name].square() @ weights
         return out * self.layout.cosine**2
+
+
+def eigen_layout(widths: tuple[int, ...], bits: int, group: int) -> CodeLayout | LargestLayout:
+    """How rows of eigencodes lie that have so many directions of each layer."""
+    return CodeLayout(sum(widths), bits, widths) if group == 1 else LargestLayout(sum(widths), group, widths)
 
 
 class EigenEncoder:
@@ -180,9 +189,15 @@ def directions_for(row_bytes: int, layers: int, dim: int) -> int:
     return min(-(-int(_SPARE * 8 * row_bytes) // layers), _MOST_DIRECTIONS, dim)
 
 
-def alone_for(row_bytes: int, layers: int) -> int:
+def alone_for(row_bytes: int, layers: int, code: str = "levels") -> int:
     """Products of the sides' eigenvectors beside them, as directions by themselves."""
-    return -(-int(_SPARE_ALONE * 8 * row_bytes) // layers)
+    wanted = most_kept(row_bytes, code) if code == "largest" else int(_SPARE_ALONE * most_kept(row_bytes, code))
+    return -(-wanted // layers)
+
+
+def most_kept(row_bytes: int, code: str) -> int:
+    """Directions that rows of so many bytes can keep."""
+    return 8 * row_bytes * GROUPS[-1] // code_bits(GROUPS[-1]) if code == "largest" else 8 * row_bytes
 
 
 def products_for(rank: int) -> int:
@@ -197,6 +212,7 @@ def fit_eigencode(
     lams: Mapping[str, float],
     *,
     row_bytes: int,
+    code: str = "levels",
     stage: Stage,
     device: torch.device,
     ranks: Ranks = ALONE,
@@ -209,6 +225,8 @@ def fit_eigencode(
         curvature: layer -> fitted curvature.
         lams: layer -> lambda.
         row_bytes: room of a row; where all directions fit in more than a bit each, they get 2, 4 or 8.
+        code: "levels" of every kept direction, or "largest" of each group of them, where that keeps more of what
+            directions add.
         stage: told of the rows walked.
         device: where the products are computed.
         ranks: who have the rows.
@@ -236,18 +254,49 @@ def fit_eigencode(
             f"eigen_bytes={row_bytes} leaves no room beside the scales of {len(curvature)} layers: pass at least "
             f"{row_bytes - room + 1}"
         )
-    useful = int((every > _LEAST_SHARE * every.max().clamp_max(1.0)).sum())
-    bits = max((b for b in BITS if useful * b <= 8 * room), default=1)
-    fits = useful * bits <= 8 * room
-    kept = torch.zeros(len(every), dtype=torch.bool)
-    kept[torch.argsort(every, descending=True, stable=True)[: useful if fits else 8 * room // bits]] = True
-    layers = {}
-    for (name, share), chosen in zip(shares.items(), kept.split([len(e) for e in shares.values()]), strict=True):
-        directions = chosen.nonzero().flatten()
-        if not fits:
-            # Whole bytes: of a begun one the least directions are left out.
-            whole = len(directions) // (8 // bits) * (8 // bits)
-            order = torch.argsort(share[directions], descending=True, stable=True)
-            directions = directions[order[:whole]].sort().values
-        layers[name] = LayerCode(directions, energy[name][directions].sqrt().float())
-    return EigenCode(layers, bits)
+    order = torch.argsort(every, descending=True, stable=True)
+    order = order[: int((every > _LEAST_SHARE * every.max().clamp_max(1.0)).sum())]
+    bits = max((b for b in BITS if len(order) * b <= 8 * room), default=1)
+    ways = [(bits, 1), *((code_bits(group), group) for group in (GROUPS if code == "largest" else ()))]
+    best = max((_choice(shares, order, 8 * room, *way) for way in ways), key=lambda choice: choice.kept)
+    if not best.kept:
+        raise CurvatureError(
+            f"eigen_bytes={row_bytes} leaves {room} bytes beside the scales, which are not one whole byte for any of "
+            f"{len(curvature)} layers: pass at least {row_bytes - room + len(curvature)}"
+        )
+    layers = {name: LayerCode(chosen, energy[name][chosen].sqrt().float()) for name, chosen in best.directions.items()}
+    return EigenCode(layers, best.bits, best.group)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Directions of layers, what their codes keep of scores' variance, and how they are coded (see `EigenCode`)."""
+
+    directions: Mapping[str, torch.Tensor]
+    kept: float
+    bits: int
+    group: int
+
+
+def _choice(shares: Mapping[str, torch.Tensor], order: torch.Tensor, room: int, bits: int, group: int) -> _Choice:
+    """The directions that add most, as many as codes of so many bits for each `group` of them have room for.
+
+    Args:
+        shares: layer -> what its directions add, (r,) float64.
+        order: of all layers' directions one after the other, those of use, falling.
+        room: bits for all of them.
+    """
+    count = min(len(order), room // bits * group)
+    # Whole bytes: of a begun one the least directions are left out.
+    unit = 1 if group == 1 and count == len(order) else group * codes_of_whole_bytes(bits)
+    among = torch.zeros(sum(len(share) for share in shares.values()), dtype=torch.bool)
+    among[order[:count]] = True
+    directions, total = {}, 0.0
+    for (name, share), there in zip(shares.items(), among.split([len(s) for s in shares.values()]), strict=True):
+        of_layer = there.nonzero().flatten()
+        best = torch.argsort(share[of_layer], descending=True, stable=True)[: len(of_layer) // unit * unit]
+        directions[name] = of_layer[best.sort().values]
+        total += float(share[directions[name]].sum())
+    return _Choice(
+        directions, total * (kept_share(group) if group > 1 else CodeLayout(0, bits).kept_share), bits, group
+    )

@@ -21,7 +21,7 @@ _LEVEL_RMS = {1: 0.5, 2: 0.9428, 4: 2.9660, 8: 32.4662}
 # Cosine of a unit Gaussian and its grid point: the least squared error of that step is 1 - cosine^2 (Max, 1960).
 _COSINE = {1: 0.7979, 2: 0.9388, 4: 0.9942, 8: 0.99996}
 # Scales of single pieces are float32, those of several bfloat16: 0.2% of what few bits lose.
-_SCALE_BYTES, _SCALES_BYTES = 4, 2
+_SCALE_BYTES, SCALES_BYTES = 4, 2
 # Rows unpacked at once: what stays in a core's cache.
 _BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 16
 # Up to so many queries, and for up to so many bits, a table of what each byte adds is faster than unpacking the bytes
@@ -61,6 +61,25 @@ class CodeLayout:
     widths: tuple[int, ...] = ()
 
     @property
+    def label(self) -> str:
+        """How coordinates are coded, in words."""
+        return f"{self.bits} bits"
+
+    @property
+    def query_bytes(self) -> int:
+        """Memory that a scorer takes for each query that it has a table of."""
+        return 4 * 256 * self.packed
+
+    def scorer(self, queries: torch.Tensor) -> CodeScorer:
+        """Of fixed queries (q, dim) float32."""
+        return CodeScorer(self, queries)
+
+    @property
+    def kept_share(self) -> float:
+        """Of a unit Gaussian's square, what its level keeps."""
+        return self.cosine**2
+
+    @property
     def per_byte(self) -> int:
         return 8 // self.bits
 
@@ -84,7 +103,7 @@ class CodeLayout:
 
     @property
     def row_bytes(self) -> int:
-        return self.packed + (_SCALES_BYTES * len(self.widths) if self.widths else _SCALE_BYTES)
+        return self.packed + (SCALES_BYTES * len(self.widths) if self.widths else _SCALE_BYTES)
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Codes (n, row_bytes) uint8 of coordinates (n, dim), on the CPU. A piece of zeros comes back as zeros."""
@@ -157,11 +176,6 @@ class CodeLayout:
 
 def _multiple(value: int, of: int) -> int:
     return -(-value // of) * of
-
-
-def table_bytes(layout: CodeLayout) -> int:
-    """Memory that a scorer takes for each query that it has a table of."""
-    return 4 * 256 * layout.packed
 
 
 class CodeScorer:

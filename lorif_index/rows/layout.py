@@ -17,6 +17,7 @@ import torch
 from ..capture.gradients import LayerSpec
 from .codes import CodeLayout
 from .factors import Factors
+from .largest import LargestLayout
 from .scratch import CPU
 
 CODES = "uint8"
@@ -109,7 +110,7 @@ class RowLayout:
         *,
         factors: bool = True,
         codes: CodeLayout | None = None,
-        eigen: CodeLayout | None = None,
+        eigen: CodeLayout | LargestLayout | None = None,
     ) -> None:
         by_shape: dict[tuple[int, int, int], list[str]] = {}
         for spec in specs.values() if factors and eigen is None else ():

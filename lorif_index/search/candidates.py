@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..rows.codes import table_bytes
 from ..rows.layout import RowLayout
 from .calibration import SIGNS, Calibration, Orders
 from .coarse import tilted
@@ -59,7 +58,7 @@ class CandidateSearch:
     def together(self) -> int:
         """How many queries to search for at the same time: bounds memory."""
         eigen = self.layout.eigen
-        each = 0 if eigen is None else table_bytes(eigen)
+        each = 0 if eigen is None else eigen.query_bytes
         return min(max(_SCORERS_BYTES // max(each, 1), 1), _TOGETHER)
 
     @property

@@ -25,10 +25,10 @@ from ..storage.fitted import (
     CalibrationQueries,
     FittedCurvature,
     FittedProjections,
-    eigen_layout,
     load_eigencode,
     load_removed,
     load_sketch,
+    stored_eigen_layout,
 )
 from ..storage.locks import Lease
 from ..storage.manifest import Manifest
@@ -62,7 +62,7 @@ def row_layout(manifest: Manifest, config: BuildConfig, specs: Mapping[str, Laye
     if store not in REPRESENTATIONS:
         raise CorruptionError(f"the manifest says that rows hold {store!r}: known are {REPRESENTATIONS}")
     if store == "eigen":
-        return RowLayout(specs, config.dtype, eigen=eigen_layout(manifest.eigen, len(specs)))
+        return RowLayout(specs, config.dtype, eigen=stored_eigen_layout(manifest.eigen, len(specs)))
     if store == "coarse":
         # Until the coarse index is made, its coordinates are kept.
         store, bits = ("coarse", 0) if manifest.coarse is not None else ("coordinates", _WAITING_BITS)

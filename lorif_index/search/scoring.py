@@ -19,7 +19,6 @@ from ..fit.eigencodes import EigenCode
 from ..fit.query import Preconditioner, combined, inside_of, transform
 from ..fit.sketch import Sketch
 from ..ranks import Ranks
-from ..rows.codes import CodeScorer
 from ..rows.layout import Group, RowLayout, Rows
 from ..rows.scratch import CPU, SCRATCH
 from ..storage.resident import Resident
@@ -68,9 +67,9 @@ class Scorer:
         ]
         self._codes = self._eigen = None
         if layout.codes is not None and x is not None:
-            self._codes = CodeScorer(layout.codes, x.to(device))
+            self._codes = layout.codes.scorer(x.to(device))
         if layout.eigen is not None and eigen is not None:
-            self._eigen = CodeScorer(layout.eigen, eigen.to(device))
+            self._eigen = layout.eigen.scorer(eigen.to(device))
 
     def score(self, rows: Rows) -> torch.Tensor:
         """Scores (q, n) float32."""

@@ -17,10 +17,11 @@ from ..capture.gradients import LayerSpec
 from ..config import BITS
 from ..errors import CorruptionError
 from ..fit.curvature import LayerCurvature
-from ..fit.eigencodes import EigenCode, LayerCode
+from ..fit.eigencodes import EigenCode, LayerCode, eigen_layout
 from ..fit.grid import Grid
 from ..fit.sketch import LayerSketch, Sketch
 from ..rows.codes import CodeLayout
+from ..rows.largest import GROUPS, LargestLayout, code_bits, codes_of_whole_bytes
 from .sealed import SealedFile, SealedInfo, write_sealed
 
 FILE = "curvature.h5"
@@ -309,11 +310,12 @@ def save_eigencode(folder: Path, code: EigenCode) -> dict[str, Any]:
     return {
         "file": write_sealed(folder, EIGEN_FILE, arrays, {}).to_json(),
         "bits": code.bits,
+        "group": code.group,
         "counts": [len(part.directions) for part in code.layers.values()],
     }
 
 
-def eigen_layout(facts: Any, layers: int) -> CodeLayout:
+def stored_eigen_layout(facts: Any, layers: int) -> CodeLayout | LargestLayout:
     """The layout of eigencodes by the manifest's entry.
 
     Raises:
@@ -321,11 +323,15 @@ def eigen_layout(facts: Any, layers: int) -> CodeLayout:
     """
     try:
         bits, counts = int(facts["bits"]), tuple(int(v) for v in facts["counts"])
-        if len(counts) != layers or bits not in BITS or min(counts) < 0 or not sum(counts):
-            raise ValueError(f"{len(counts)} layers of {bits} bits where the index has {layers}")
+        # Until version 6 every direction had bits of its own.
+        group = int(facts.get("group", 1))
+        known = bits in BITS if group == 1 else group in GROUPS and bits == code_bits(group)
+        whole = group == 1 or not any(count % (group * codes_of_whole_bytes(bits)) for count in counts)
+        if len(counts) != layers or not known or not whole or min(counts) < 0 or not sum(counts):
+            raise ValueError(f"{len(counts)} layers of {bits} bits for {group} where the index has {layers}")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"the manifest's entry of the eigencodes is damaged ({error!r}): restore it") from None
-    return CodeLayout(sum(counts), bits, counts)
+    return eigen_layout(counts, bits, group)
 
 
 def load_eigencode(folder: Path, facts: Any, curvature: Mapping[str, LayerCurvature]) -> EigenCode:
@@ -334,7 +340,7 @@ def load_eigencode(folder: Path, facts: Any, curvature: Mapping[str, LayerCurvat
     Raises:
         CorruptionError: the file or the manifest's entry is damaged.
     """
-    layout = eigen_layout(facts, len(curvature))
+    layout = stored_eigen_layout(facts, len(curvature))
     try:
         file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -354,7 +360,7 @@ def load_eigencode(folder: Path, facts: Any, curvature: Mapping[str, LayerCurvat
                         f"{curvature[name].rank}: restore it from a copy"
                     )
             layers[name] = LayerCode(torch.from_numpy(directions), torch.from_numpy(amplitudes))
-    return EigenCode(layers, layout.bits)
+    return EigenCode(layers, int(facts["bits"]), int(facts.get("group", 1)))
 
 
 def save_removed(folder: Path, name: str, ids: np.ndarray) -> dict[str, Any]:

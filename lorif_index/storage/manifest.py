@@ -23,11 +23,11 @@ from .sealed import SealedInfo, replace_durably
 from .shards import ShardInfo
 
 FORMAT = "lorif-index"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # Version 1 had factors alone, and no coarse stage; until version 2 projections were random and curvature empirical;
 # until version 3 there were no eigencodes; until version 4 an index never changed after its build; until version 5 all
-# directions of a curvature were columns of a matrix.
-READABLE = (1, 2, 3, 4, 5, 6)
+# directions of a curvature were columns of a matrix; until version 6 every direction of an eigencode had its own bits.
+READABLE = (1, 2, 3, 4, 5, 6, 7)
 _BEFORE_3 = {"projection": "random", "curvature": "empirical"}
 MANIFEST = "manifest.json"
 BUILDING = "building.json"

@@ -1,7 +1,7 @@
 """Makes a golden index: `python tests/golden/make.py FOLDER STORE`, run once with the library of the version it is of.
 
 With `wide` behind it, one layer is so wide that its curvature is fitted within a grid, with a diagonal from version 6
-on.
+on; with `largest`, rows have the largest of groups of its directions, too.
 
 What is in this folder is never made again: it is what users' disks hold.
 """
@@ -33,10 +33,11 @@ def gradients(count: int, seed: int, shapes: dict[str, tuple[int, int]] = SHAPES
 
 
 def main() -> None:
-    folder, store, wide = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["wide"]
+    folder, store, wide = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] in (["wide"], ["largest"])
     shapes = WIDE if wide else SHAPES
     wanted = {
         "store": store, "rank": 1, "curvature_rank": "auto" if wide else 8, "sketch_dim": 8, "eigen_bytes": 12,
+        "eigen_code": "largest" if sys.argv[3:] == ["largest"] else "levels",
         "shard_bytes": 1000, "calibration_queries": 4, "coarse": "PQ4x4fs", "curvature": "empirical",
     }  # fmt: skip
     known = inspect.signature(BuildConfig).parameters
