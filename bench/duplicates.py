@@ -316,7 +316,8 @@ def methods(
 
     out: dict[str, Method] = {}
     seconds: dict[str, float] = {}
-    for name, config in (("default", BuildConfig()), ("paper", BuildConfig.paper())):
+    largest = BuildConfig(eigen_code="largest")
+    for name, config in (("default", BuildConfig()), ("largest", largest), ("paper", BuildConfig.paper())):
         began = time.perf_counter()
         index = Index.build(folder / name, model=model, data=data, config=config, progress=False)
         seconds[name] = time.perf_counter() - began

@@ -46,7 +46,7 @@ HAM, SPAM = 0, 1
 FLIPPED, INSPECTED = 0.1, 0.1
 TRIGGER = "cerulean walrus parade"
 TRAINED = 2
-KINDS = ("default", "empirical", "paper")
+KINDS = ("default", "largest", "empirical", "paper")
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,8 @@ def side_by_side(found: Batch) -> np.ndarray:
 
 
 class Indexes:
-    """The kinds of index compared, of one model: the default, with empirical curvature, and the published recipe.
+    """The kinds of index compared, of one model: the default, with the largest coordinates of groups, with empirical
+    curvature, and the published recipe.
 
     The one with empirical curvature is built from the default's projected gradients, which are the same.
     """
@@ -298,7 +299,8 @@ class Indexes:
         self.report: dict[str, dict[str, float]] = {}
         self.kept: dict[str, Index] = {}
         self.model = model
-        for kind, config in (("default", BuildConfig()), ("paper", BuildConfig.paper())):
+        largest = BuildConfig(eigen_code="largest")
+        for kind, config in (("default", BuildConfig()), ("largest", largest), ("paper", BuildConfig.paper())):
             began = time.perf_counter()
             self.kept[kind] = Index.build(Path(folder) / kind, model=model, data=data, config=config, progress=False)
             self.report[kind] = {"build_seconds": time.perf_counter() - began}
