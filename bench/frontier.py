@@ -1,7 +1,7 @@
 """Question: what does a stored byte buy in attribution quality? LDS and agreement against bytes per example.
 
-Indexes of the default, from 256 bytes to 16 kB, are each built from the model: their projections widen with the room of
-a row. Then projections of d = 32 and curvature are fitted once, and the same gradients are stored in every way; dense
+Indexes of the default, from 256 bytes to 16 kB, and of eigen_code="largest" are each built from the model: their
+projections widen with the room of a row. Then projections of d = 32 and curvature are fitted once, and the same gradients are stored in every way; dense
 projected gradients (LoGRA), in half precision and rounded to few bits, and the published LoRIF are beside them.
 Agreement is the mean Spearman correlation with the scores of d = 32's unrounded, unfactored gradients under the full
 inverse; what has other projections has none. Bytes are given without and with what all examples share: bases and
@@ -30,6 +30,7 @@ from lorif_index.rows.codes import CodeLayout
 
 Gradients = dict[str, torch.Tensor]
 DEFAULT_BYTES = (256, 512, 1024, 1600, 2048, 4096, 8192, 16384)
+LARGEST_BYTES = (128, 256, 512, 1024, 1600, 2048, 4096)
 CASES: list[tuple[str, dict[str, Any]]] = [
     *(("eigen", {"eigen_bytes": b}) for b in (256, 512, 1024, 1600, 2048, 4096, 8192)),
     *(("coordinates", {"sketch_dim": k, "coordinate_bits": b}) for k in (256, 512, 1024) for b in (1, 2, 4)),
@@ -106,11 +107,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for room in DEFAULT_BYTES[:2] if parsed.smoke else DEFAULT_BYTES:
-            config = BuildConfig(eigen_bytes=room, coarse=None)
-            index = Index.build(folder / f"{room}", model=model, data=task.data, config=config, progress=False)
-            scores = index.scores(task.queries)
-            note("library default", f"eigen_bytes={room}", scores, index.bytes_per_example, shared_bytes(index))
+        for code, family, rooms in (
+            ("levels", "library default", DEFAULT_BYTES),
+            ("largest", "library, largest of groups", LARGEST_BYTES),
+        ):
+            for room in rooms[:2] if parsed.smoke else rooms:
+                config = BuildConfig(eigen_bytes=room, eigen_code=code, coarse=None)
+                index = Index.build(
+                    folder / f"{code}-{room}", model=model, data=task.data, config=config, progress=False
+                )
+                scores = index.scores(task.queries)
+                note(family, f"eigen_bytes={room}", scores, index.bytes_per_example, shared_bytes(index))
         config = BuildConfig(
             curvature_rank=None, store="factors", coarse=None, projection_dim=8 if parsed.smoke else "auto"
         )
