@@ -1,11 +1,11 @@
 """Question: what does a stored byte buy in attribution quality? LDS and agreement against bytes per example.
 
 Indexes of the default, from 256 bytes to 16 kB, and of eigen_code="largest" are each built from the model: their
-projections widen with the room of a row. Then projections of d = 32 and curvature are fitted once, and the same gradients are stored in every way; dense
-projected gradients (LoGRA), in half precision and rounded to few bits, and the published LoRIF are beside them.
-Agreement is the mean Spearman correlation with the scores of d = 32's unrounded, unfactored gradients under the full
-inverse; what has other projections has none. Bytes are given without and with what all examples share: bases and
-curvature, divided by their number.
+projections widen with the room of a row. Then projections of d = 32 and curvature are fitted once, and the same
+gradients are stored in every way; dense projected gradients (LoGRA), in half precision and rounded to few bits, and the
+published LoRIF are beside them. Agreement is the mean Spearman correlation with the scores of d = 32's unrounded,
+unfactored gradients under the full inverse; what has other projections has none. Bytes are given without and with what
+all examples share: bases and curvature, divided by their number.
 """
 
 from __future__ import annotations
