@@ -229,9 +229,7 @@ def test_the_largest_of_groups_say_more_of_many_directions(tmp_path: Path) -> No
         index, rows = white(tmp_path, code, size)
         label, count = index._reader.layout.eigen.label, sum(len(directions) for directions in kept(index).values())
         assert index.bytes_per_example <= size
-        assert (
-            (label == "1 bits" and count <= room) if code == "levels" else (label == "largest of 16" and count > room)
-        )
+        assert (label == "1 bits" and count <= room) if code == "levels" else (label == "largest of 8" and count > room)
         lam, means = lambdas(index, rows, 0.3), stands_for(index)
         scores = index.scores(asked, damping=0.3)
         assert within(scores, inside_scores(index, query, means, lam, index.layers), 1e-4)

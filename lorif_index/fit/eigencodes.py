@@ -91,10 +91,10 @@ class EigenCode:
 
     def decode(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
         """Layer -> what rows (n, row bytes) say of v_j^T vec(G), (n, m) float32, by the layer's directions."""
-        found = self.layout.decode(codes)
+        found = self.layout.decode(codes).split(self.layout.widths, dim=1)
         return {
-            name: found[:, piece.coordinates] * part.amplitudes
-            for (name, part), piece in zip(self.layers.items(), self.layout.pieces, strict=True)
+            name: coordinates * part.amplitudes
+            for (name, part), coordinates in zip(self.layers.items(), found, strict=True)
         }
 
     def dense(self, codes: torch.Tensor, curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
@@ -286,9 +286,10 @@ def _choice(shares: Mapping[str, torch.Tensor], order: torch.Tensor, room: int, 
         order: of all layers' directions one after the other, those of use, falling.
         room: bits for all of them.
     """
-    count = min(len(order), room // bits * group)
-    # Whole bytes: of a begun one the least directions are left out.
-    unit = 1 if group == 1 and count == len(order) else group * codes_of_whole_bytes(bits)
+    together = codes_of_whole_bytes(bits)
+    count = min(len(order), room // bits // together * together * group)
+    # Whole bytes, or whole groups: of what is begun the least directions are left out.
+    unit = (1 if count == len(order) else together) if group == 1 else group
     among = torch.zeros(sum(len(share) for share in shares.values()), dtype=torch.bool)
     among[order[:count]] = True
     directions, total = {}, 0.0

@@ -10,23 +10,23 @@ Gaussians, the largest holds (E max |z|)^2 of g, .64 for the sign of one in a bi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch.nn.functional import embedding_bag, pad
 
-from .codes import SCALES_BYTES, Piece
+from .codes import SCALES_BYTES
+from .scratch import SCRATCH
 
 # E max |z| of so many unit Gaussians (integrated numerically).
 _MEAN_LARGEST = {8: 1.7834, 16: 2.0772, 32: 2.3471, 64: 2.5961, 128: 2.8276}
 GROUPS = tuple(_MEAN_LARGEST)
-# Codes are unpacked from eights, which take as many bytes as a code has bits.
-_EIGHT = 8
 _BLOCK_ROWS = 512
-# Up to so many queries, a table of both signs is faster than weights for each row's groups (a core: 10 us a row
-# against 29 for 8 queries, 135 against 131 for 256), for twice the memory.
-_SIGNED_UP_TO = 8
+# Sums of rows of a table are vectorised over its columns: of 2,060 groups a row, 8 queries take 3 us, one would take
+# 50, and takes 2 by single entries.
+_COLUMNS = 8
 
 
 def kept_share(group: int) -> float:
@@ -46,12 +46,12 @@ def codes_of_whole_bytes(bits: int) -> int:
 
 @dataclass(frozen=True)
 class LargestLayout:
-    """Where the codes of groups lie in a row: packed codes, piece after piece, then the pieces' scales.
+    """Where the codes of groups lie in a row: packed codes, then the pieces' scales.
 
     Attributes:
         dim: number of coordinates.
         group: coordinates of each group: 8, 16, 32, 64 or 128.
-        widths: coordinates of each piece, dim together; whole groups, whose codes are whole bytes.
+        widths: coordinates of each piece that has its own scale, dim together; whole groups.
     """
 
     dim: int
@@ -59,19 +59,25 @@ class LargestLayout:
     widths: tuple[int, ...]
 
     @cached_property
-    def pieces(self) -> tuple[Piece, ...]:
-        out, at, byte = [], 0, 0
+    def pieces(self) -> tuple[slice, ...]:
+        """Which groups are of each piece."""
+        out, at = [], 0
         for width in self.widths:
-            size = width // self.group * code_bits(self.group) // 8
-            out.append(Piece(slice(at, at + width), slice(byte, byte + size)))
-            at, byte = at + width, byte + size
+            out.append(slice(at, at + width // self.group))
+            at = out[-1].stop
         return tuple(out)
+
+    @property
+    def codes(self) -> int:
+        """Number of codes, those that fill the last bytes included."""
+        together = codes_of_whole_bytes(code_bits(self.group))
+        return -(-(self.dim // self.group) // together) * together
 
     @property
     def packed(self) -> int:
         """Bytes of the codes."""
-        last = self.pieces[-1].bytes.stop
-        return last + last % 2
+        size = self.codes * code_bits(self.group) // 8
+        return size + size % 2
 
     @property
     def row_bytes(self) -> int:
@@ -100,58 +106,77 @@ class LargestLayout:
         """Codes (n, row_bytes) uint8 of coordinates (n, dim), on the CPU. A piece of zeros comes back as zeros."""
         z = z.to(device="cpu", dtype=torch.float32)
         out = torch.zeros(z.shape[0], self.row_bytes, dtype=torch.uint8)
+        groups = z.unflatten(1, (-1, self.group))
+        # Places first: torch's max with its indices takes longer.
+        place = groups.abs().argmax(dim=2, keepdim=True)
+        found = groups.gather(2, place).squeeze(2)
+        codes, bits, largest = 2 * place.squeeze(2) + (found >= 0), code_bits(self.group), found.abs()
+        _pack(pad(codes, (0, self.codes - codes.shape[1])), bits, out[:, : self.codes * bits // 8])
         scales = torch.zeros(z.shape[0], len(self.pieces))
         for i, piece in enumerate(self.pieces):
-            if piece.count:
-                scales[:, i] = self._encode(z[:, piece.coordinates], out[:, piece.bytes])
+            if piece.stop > piece.start:
+                scales[:, i] = _scales(groups[:, piece], largest[:, piece])
         out[:, self.packed :] = scales.to(torch.bfloat16).view(torch.uint8).reshape(len(z), -1)
         return out
-
-    def _encode(self, z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Writes one piece's codes into its bytes of rows; its scales (n,)."""
-        # The largest entry first: squares of very small or large coordinates would leave float32.
-        peak = z.abs().amax(dim=1, keepdim=True)
-        unit = z / torch.where(peak > 0, peak, 1.0)
-        groups = unit.unflatten(1, (-1, self.group))
-        largest, place = groups.abs().max(dim=2)
-        sign = groups.gather(2, place.unsqueeze(2)).squeeze(2) >= 0
-        out[:] = _pack(2 * place + sign, code_bits(self.group), out.shape[1])
-        along = largest.sum(dim=1)
-        return torch.where(along > 0, unit.square().sum(dim=1) / along, 0.0) * peak[:, 0]
 
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, pieces) float32."""
         return codes[:, self.packed :].contiguous().view(torch.bfloat16).reshape(len(codes), len(self.widths)).float()
 
     def unpacked(self, codes: torch.Tensor) -> torch.Tensor:
-        """(n, dim / group) int64: twice a group's place, and one more for a positive sign, counted over all groups
-        before it: an index into coordinates of both signs."""
-        found = [_unpack(codes[:, p.bytes], code_bits(self.group), p.count // self.group) for p in self.pieces]
-        each = torch.cat(found, dim=1)
-        return each.add_(torch.arange(0, 2 * self.dim, 2 * self.group, device=codes.device))
+        """(n, dim / group) int32: twice a group's place, and one more for a positive sign, counted over all groups
+        before it: an index into coordinates of both signs. Scratch: the next call overwrites it."""
+        bits, count = code_bits(self.group), self.dim // self.group
+        each = SCRATCH.take("codes", len(codes), self.codes, dtype=torch.uint8, device=codes.device)
+        _unpack(codes[:, : self.codes * bits // 8], bits, each)
+        at = SCRATCH.take("at", len(codes), count, dtype=torch.int32, device=codes.device)
+        first = torch.arange(0, 2 * self.dim, 2 * self.group, dtype=torch.int32, device=codes.device)
+        return at.copy_(each[:, :count]).add_(first)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The stored coordinates, (n, dim) float32; all but one of a group are 0."""
         at, scales = self.unpacked(codes), self.scales(codes)
         signed = (at & 1).float().mul_(2.0).sub_(1.0)
-        counts = torch.tensor([p.count // self.group for p in self.pieces], device=codes.device)
+        counts = torch.tensor([piece.stop - piece.start for piece in self.pieces], device=codes.device)
         values = signed * scales.repeat_interleave(counts, dim=1)
-        return torch.zeros(len(codes), self.dim, device=codes.device).scatter_(1, at >> 1, values)
+        return torch.zeros(len(codes), self.dim, device=codes.device).scatter_(1, (at >> 1).long(), values)
 
 
-def _pack(codes: torch.Tensor, bits: int, size: int) -> torch.Tensor:
-    """(n, size) uint8 of codes (n, m) int64, eight in `bits` bytes, the first in the lowest bits."""
-    eights = pad(codes, (0, -codes.shape[1] % _EIGHT)).unflatten(1, (-1, _EIGHT))
-    words = (eights << (torch.arange(_EIGHT) * bits)).sum(dim=2)
-    return words.contiguous().view(torch.uint8).unflatten(1, (-1, 8))[:, :, :bits].flatten(1)[:, :size]
+def _scales(groups: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """|z|^2 / <z, v>, (n,), of one piece's coordinates (n, groups, g) and the largest of each (n, groups)."""
+    # Counted in the largest of all: squares of very small or large coordinates would leave float32.
+    peak = largest.amax(dim=1)
+    unit = torch.where(peak > 0, peak, 1.0)
+    along = (largest / unit[:, None]).sum(dim=1)
+    squares = (groups / unit[:, None, None]).square().sum(dim=(1, 2))
+    return torch.where(peak > 0, squares / torch.where(along > 0, along, 1.0), 0.0) * peak
 
 
-def _unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """(n, count) int64: what `_pack` was given."""
-    eights = pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
-    words = pad(eights, (0, 8 - bits)).contiguous().view(torch.int64)
-    codes = words >> (torch.arange(_EIGHT, device=packed.device) * bits)
-    return codes.bitwise_and_((1 << bits) - 1).flatten(1)[:, :count]
+def _places(bits: int, count: int) -> Iterator[tuple[slice, slice, slice, int]]:
+    """Where codes lie: of each part of the codes, its columns, those of its first and of its next bytes, and the first
+    bit there. Codes of a part are in neighbouring bytes, so that unpacking reads and writes contiguous parts."""
+    parts = codes_of_whole_bytes(bits)
+    m = count // parts
+    for i in range(parts):
+        byte, bit = divmod(i * bits, 8)
+        yield slice(i * m, (i + 1) * m), slice(byte * m, byte * m + m), slice(byte * m + m, byte * m + 2 * m), bit
+
+
+def _pack(codes: torch.Tensor, bits: int, out: torch.Tensor) -> None:
+    """Codes (n, m) int64 into zeros (n, m bits / 8) uint8."""
+    for part, first, following, bit in _places(bits, codes.shape[1]):
+        out[:, first] |= ((codes[:, part] << bit) & 255).to(torch.uint8)
+        if bit + bits > 8:
+            out[:, following] |= (codes[:, part] >> (8 - bit)).to(torch.uint8)
+
+
+def _unpack(packed: torch.Tensor, bits: int, out: torch.Tensor) -> None:
+    """What `_pack` was given, into (n, m) uint8."""
+    for part, first, following, bit in _places(bits, out.shape[1]):
+        found = packed[:, first] >> bit
+        if bit + bits > 8:
+            found |= packed[:, following] << (8 - bit)
+        torch.bitwise_and(found, (1 << bits) - 1, out=out[:, part])
 
 
 class LargestScorer:
@@ -163,29 +188,31 @@ class LargestScorer:
     """
 
     def __init__(self, layout: LargestLayout, queries: torch.Tensor) -> None:
-        self._layout, self._signed = layout, len(queries) <= _SIGNED_UP_TO
-        columns = queries.T.contiguous()
-        if self._signed:
-            columns = torch.stack([-columns, columns], dim=1).flatten(0, 1)
-        self._columns = columns
+        self._layout, self._count = layout, len(queries)
+        columns = pad(queries.T, (0, -len(queries) % _COLUMNS if len(queries) > 1 else 0))
+        # (2 dim, q), of both signs.
+        self._columns = torch.stack([-columns, columns], dim=1).flatten(0, 1)
 
     def score(self, codes: torch.Tensor) -> torch.Tensor:
         """(q, n) float32 of codes (n, row_bytes)."""
-        return torch.cat([self._block(part) for part in codes.split(_BLOCK_ROWS)]).T
-
-    def _block(self, codes: torch.Tensor) -> torch.Tensor:
-        """(n, q) float32."""
-        at, scales = self._layout.unpacked(codes), self._layout.scales(codes)
         out = torch.zeros(len(codes), self._columns.shape[1], device=codes.device)
-        start = 0
+        for start in range(0, len(codes), _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            self._add(codes[part], out[part])
+        return out[:, : self._count].T
+
+    def _add(self, codes: torch.Tensor, out: torch.Tensor) -> None:
+        """Adds the scores of some rows to (n, q) float32."""
+        at, scales = self._layout.unpacked(codes), self._layout.scales(codes)
+        alone = self._columns.shape[1] == 1
+        if alone:
+            found = SCRATCH.take("found", *at.shape, device=codes.device)
+            torch.index_select(self._columns[:, 0], 0, at.flatten(), out=found.view(-1))
         for i, piece in enumerate(self._layout.pieces):
-            part = at[:, start : start + piece.count // self._layout.group]
-            start += part.shape[1]
-            if not part.shape[1]:
+            if piece.stop == piece.start:
                 continue
-            if self._signed:
-                out.addcmul_(embedding_bag(part, self._columns, mode="sum"), scales[:, i : i + 1])
+            if alone:
+                sums = found[:, piece].sum(dim=1, keepdim=True)
             else:
-                signs = (part & 1).float().mul_(2.0).sub_(1.0).mul_(scales[:, i : i + 1])
-                out += embedding_bag(part >> 1, self._columns, mode="sum", per_sample_weights=signs)
-        return out
+                sums = embedding_bag(at[:, piece], self._columns, mode="sum")
+            out.addcmul_(sums, scales[:, i : i + 1])

@@ -21,7 +21,7 @@ from ..fit.eigencodes import EigenCode, LayerCode, eigen_layout
 from ..fit.grid import Grid
 from ..fit.sketch import LayerSketch, Sketch
 from ..rows.codes import CodeLayout
-from ..rows.largest import GROUPS, LargestLayout, code_bits, codes_of_whole_bytes
+from ..rows.largest import GROUPS, LargestLayout, code_bits
 from .sealed import SealedFile, SealedInfo, write_sealed
 
 FILE = "curvature.h5"
@@ -326,7 +326,7 @@ def stored_eigen_layout(facts: Any, layers: int) -> CodeLayout | LargestLayout:
         # Until version 6 every direction had bits of its own.
         group = int(facts.get("group", 1))
         known = bits in BITS if group == 1 else group in GROUPS and bits == code_bits(group)
-        whole = group == 1 or not any(count % (group * codes_of_whole_bytes(bits)) for count in counts)
+        whole = group == 1 or not any(count % group for count in counts)
         if len(counts) != layers or not known or not whole or min(counts) < 0 or not sum(counts):
             raise ValueError(f"{len(counts)} layers of {bits} bits for {group} where the index has {layers}")
     except (KeyError, TypeError, ValueError) as error:
