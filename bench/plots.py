@@ -17,6 +17,9 @@ OURS, OTHERS, PLAIN = "#c0392b", "#2c6fbb", "#8a8a8a"
 # Method of bench.lds -> name, colour and marker. Like methods have like colours.
 METHODS: dict[str, tuple[str, str, str]] = {
     "library default": ("this library, default", OURS, "*"),
+    "library, 8192 bytes": ("this library, 8,192 bytes", OURS, "H"),
+    "library, largest, 512 bytes": ("this library, largest of groups, 512 bytes", "#e57fb0", "p"),
+    "library, largest, 1600 bytes": ("this library, largest of groups, 1,600 bytes", "#e57fb0", "*"),
     "library, both": ('this library, store="both"', OURS, "P"),
     "LoRIF c=1": ("LoRIF as published, c = 1", "#e08e2b", "v"),
     "LoRIF c=4": ("LoRIF as published, c = 4", "#e08e2b", "^"),
@@ -33,7 +36,12 @@ TASKS = {
     "fashion": "Fashion-MNIST, CNN",
     "finetuned": "GPT, fine-tuned on source code",
 }
-KINDS = {"default": "this library", "empirical": "this library, empirical", "paper": "LoRIF as published"}
+KINDS = {
+    "default": "this library",
+    "largest": "this library, largest of groups",
+    "empirical": "this library, empirical",
+    "paper": "LoRIF as published",
+}
 # Where methods that keep nothing for an example stand on the axis of bytes.
 NOTHING = 60
 
