@@ -234,6 +234,7 @@ def test_flags_and_file_spell_the_same(home, tmp_path):
         "complement": ("truncated", "truncated"),
         "store": ("factors", "factors"),
         "eigen_bytes": ("99", 99),
+        "eigen_code": ("largest", "largest"),
         "dtype": ("float32", "float32"),
         "sketch_dim": ("9", 9),
         "sketch": ("per-layer", "per-layer"),
