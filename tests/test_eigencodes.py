@@ -6,6 +6,7 @@ scores, for any damping and any layers.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from test_oracle import CASES, Case, projected, within
 from test_representations import damped, inside_scores, lambdas
 
 from lorif_index import BuildConfig, Index
-from lorif_index.errors import ConfigError, CorruptionError, CurvatureError, QueryError
+from lorif_index.errors import ConfigError, CorruptionError, CurvatureError, FingerprintError, QueryError
 from lorif_index.fit.eigencodes import directions_for
 
 # Bytes of a row -> bits: 1 for some directions, 1 for all, 2, 4 and 8 for all. There are 10 layers of at most 36.
@@ -254,6 +255,41 @@ def test_the_largest_of_groups_say_more_of_many_directions(tmp_path: Path) -> No
     assert near["largest"] > near["levels"] + 0.05 > 0.3
 
 
+def test_rows_of_other_codes_are_not_merged(tmp_path: Path) -> None:
+    first, _ = white(tmp_path, "largest", 20)
+    second, _ = white(tmp_path / "second", "largest", 20)
+    path = second.path / "manifest.json"
+    facts = json.loads(path.read_text())
+    # The same directions in more room, as another code would take them.
+    facts["eigen"] |= {"bits": 8, "group": 1}
+    path.write_text(json.dumps(facts))
+    forged.forge(second.path)
+    with pytest.raises(FingerprintError, match="eigencodes' bits and group"):
+        Index.merge(tmp_path / "merged", [first.path, second.path], progress=False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"group": 0}, {"group": 12}, {"group": -8}, {"group": 1e308}, {"bits": 5}, {"counts": [121, 128]}]
+)
+def test_groups_that_cannot_be_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    index, _ = white(tmp_path, "largest", 20)
+    path = index.path / "manifest.json"
+    index.close()
+    facts = json.loads(path.read_text())
+    assert facts["eigen"]["group"] == 8 and facts["eigen"]["bits"] == 4
+    facts["eigen"] |= wrong
+    path.write_text(json.dumps(facts))
+    forged.forge(index.path)
+    with pytest.raises(CorruptionError, match="eigencodes is damaged"):
+        Index.open(index.path)
+
+
+@pytest.mark.parametrize("size", [19, 20, 21, 23, 25, 38])
+@pytest.mark.parametrize("code", ["levels", "largest"])
+def test_rows_are_never_longer_than_said(size: int, code: str, tmp_path: Path) -> None:
+    assert white(tmp_path, code, size)[0].bytes_per_example <= size
+
+
 def test_every_direction_has_its_bit_where_there_is_room(tmp_path: Path) -> None:
     index, _ = white(tmp_path, "largest", 400)
     assert index._reader.layout.eigen.label == "4 bits"
@@ -270,9 +306,9 @@ def test_the_largest_of_groups_are_proposed_by_a_sketch(tmp_path: Path) -> None:
 
 def test_no_room_is_told(case: Any, tmp_path: Path) -> None:
     made, _, _ = case
-    with pytest.raises(CurvatureError, match=r"eigen_bytes=4 leaves no room .* at least 21"):
+    with pytest.raises(CurvatureError, match=r"eigen_bytes=4 leaves no room .* at least 22"):
         build(made, tmp_path, eigen_bytes=4)
-    with pytest.raises(CurvatureError, match=r"eigen_bytes=26 leaves 6 bytes .* pass at least 30"):
+    with pytest.raises(CurvatureError, match=r"eigen_bytes=26 leaves 6 bytes .* pass at least 31"):
         build(made, tmp_path / "more", eigen_bytes=26)
     with pytest.raises(ConfigError, match="eigen_bytes must be an integer of at least 1, got 0"):
         BuildConfig(eigen_bytes=0)

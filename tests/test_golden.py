@@ -59,6 +59,13 @@ def test_old_indexes_answer_as_they_did_and_live_on(path: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "i" / "manifest.json").read_text())["format_version"] == READABLE[-1]
 
 
+@pytest.mark.parametrize("path", [p for p in GOLDEN if int(p.name[1]) >= 6], ids=lambda path: path.name)
+def test_old_fits_are_taken(path: Path, tmp_path: Path) -> None:
+    largest = path.name.endswith("-largest")
+    other = Index.build(tmp_path / "other", gradients=[gradients(20, 3, WIDE)], fit=path, progress=False)
+    assert len(other) == 20 and (other._reader.layout.eigen.label[:7] == "largest") == largest
+
+
 def test_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN[0], tmp_path / "i")
     path = tmp_path / "i" / "manifest.json"

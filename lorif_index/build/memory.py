@@ -61,13 +61,16 @@ def stage_memory(
         found["sketch"] = 2 * bases + pca.nbytes
     if coarse or stored == "coarse":
         codes = (count if shared else own) * code_bytes(dim)
-        found["coarse"] = sizes.fit + 2 * codes + 8 * min(count, TRAIN_ROWS) * dim
+        # What makes coordinates of rows of eigencodes is one matrix, put together of its layers'.
+        sketcher = 2 * 4 * total * dim if stored == "eigen" else 0
+        found["coarse"] = sizes.fit + sketcher + 2 * codes + 8 * min(count, TRAIN_ROWS) * dim
         if config.calibration_queries:
             queries = query_count(config, specs, count)
             found["calibrate"] = (
                 sizes.fit
                 + own * code_bytes(dim)
                 + 2 * 4 * wide * queries
+                + (3 * 4 * total * queries if stored == "eigen" else 0)
                 + _proposals(count, own, ranks, min(queries, TILT_QUERIES))
             )
     coordinates = (

@@ -74,7 +74,10 @@ def _fit(manifest: Manifest) -> dict[str, Any]:
     }
     entries = {"projections": manifest.projections, "eigencodes": manifest.eigen, "sketch": sketch}
     digests = {name: None if entry is None else entry["file"]["digest"] for name, entry in entries.items()}
-    return facts | digests | {"rows hold": manifest.stored, "curvature": manifest.curvature.digest}
+    # The same directions may be coded in other ways.
+    coded = None if manifest.eigen is None else [manifest.eigen["bits"], manifest.eigen.get("group", 1)]
+    rows = {"rows hold": manifest.stored, "eigencodes' bits and group": coded}
+    return facts | digests | rows | {"curvature": manifest.curvature.digest}
 
 
 def _check_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:

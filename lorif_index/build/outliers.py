@@ -17,7 +17,7 @@ from ..search.reader import Reader, positions_of
 from ..search.scoring import self_scores
 
 # Rows looked at, and how many of them are few. Below so many there is nothing to say of a hundredth of them.
-EXAMPLES, _FEW, _LEAST = 1000, 0.01, 100
+EXAMPLES, _FEW, _LEAST = 500, 0.01, 100
 # Read and scored together.
 _BLOCK_ROWS = 100
 

@@ -848,7 +848,7 @@ class _Build:
         return reader
 
     def _finish(self) -> None:
-        manifest = self.manifest
+        manifest, reader = self.manifest, self._reader()
         seconds = manifest.report.get("seconds", {})
         for stage, value in self.reporter.seconds.items():
             seconds[stage] = round(seconds.get(stage, 0.0) + value, 6)
@@ -861,8 +861,8 @@ class _Build:
             "row_bytes": row_layout(manifest, self.config, self.specs).row_bytes,
             "peak_rss_bytes": peak_memory(),
             "torch": torch.__version__,
-            "coverage": self._coverage(),
-            "outliers": self._outliers(),
+            "coverage": self._coverage(reader),
+            "outliers": self._outliers(reader),
         }
         if self.ranks.size > 1:
             # What each rank has sent the others, and how much memory it took.
@@ -877,9 +877,9 @@ class _Build:
                 manifest.commit(self.path)
                 (self.path / BUILDING).unlink()
 
-    def _coverage(self) -> dict[str, Any] | None:
+    def _coverage(self, reader: Reader) -> dict[str, Any] | None:
         """What rank 0 keeps of gradients of some of its rows; nothing where a pass of the model takes several ranks."""
-        reader, found = self._reader(), None
+        found = None
         with self.ranks.jointly():
             if self.ranks.first and not (self.capture is not None and is_spread(self.capture.model)):
                 ids = self._drawn(EXAMPLES * self.ranks.size)
@@ -887,9 +887,9 @@ class _Build:
                 found = measure_coverage(reader, self.capture, self.loss, self.examples, here)
         return self.ranks.told(found)
 
-    def _outliers(self) -> dict[str, Any] | None:
+    def _outliers(self, reader: Reader) -> dict[str, Any] | None:
         """Of rank 0's rows."""
-        reader, found = self._reader(), None
+        found = None
         with self.ranks.jointly():
             if self.ranks.first:
                 found = measure_outliers(reader, self._drawn(OUTLIER_EXAMPLES * self.ranks.size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config import BuildConfig
 from ..errors import CorruptionError
 from ..storage.manifest import BUILDING, BUILDING_RANKS, Manifest, check_same, read_manifest
 from ..storage.sealed import SealedInfo, copy_sealed
@@ -65,9 +66,13 @@ def take_fit(folder: Path, manifest: Manifest, into: Path) -> None:
     """
     other = read_manifest(folder)
     keys = ("model", "members", "loss", "autocast", "projection", "layers", "config")
+    mine = {k: manifest.fingerprint[k] for k in keys if k in manifest.fingerprint}
+    theirs = {k: other.fingerprint[k] for k in keys if k in other.fingerprint}
+    # A setting that came later has its default there, as when that index is opened.
+    theirs["config"] = {k: v for k, v in BuildConfig().to_json().items() if k in mine["config"]} | theirs["config"]
     check_same(
-        {k: other.fingerprint[k] for k in keys if k in other.fingerprint},
-        {k: manifest.fingerprint[k] for k in keys if k in manifest.fingerprint},
+        theirs,
+        mine,
         f"the index {folder}, whose fit was to be taken,",
         "build with the same model, loss and config (leave config out to take that index's)",
     )

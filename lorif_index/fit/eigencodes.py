@@ -111,11 +111,13 @@ class EigenCode:
 
         Decoded coordinates are made longer, so that inner products are not shrunk; squares take that back.
         """
-        out = torch.zeros(len(codes))
-        decoded = self.decode(codes)
-        for name, preconditioner in preconditioners.items():
-            weights = preconditioner.inside[self.layers[name].directions]
-            out += decoded[name].square() @ weights
+        weights = [
+            part.amplitudes.square() * preconditioners[name].inside[part.directions]
+            if name in preconditioners
+            else torch.zeros(len(part.directions))
+            for name, part in self.layers.items()
+        ]
+        out = self.layout.squares(codes, torch.cat(weights))
         return out * self.layout.cosine**2
 
 
@@ -152,18 +154,17 @@ class EigenSketcher:
     """Coordinates of a sketch, of rows: with all that is fixed folded into one (dim, k) matrix."""
 
     def __init__(self, code: EigenCode, sketch: Sketch, curvature: Mapping[str, LayerCurvature]) -> None:
-        self._layout = code.layout
         parts = []
         for name, part in code.layers.items():
             layer = sketch.layers[name]
             every = torch.zeros(curvature[name].rank, sketch.dim)
             every[layer.directions] = layer.weights / layer.whitening(curvature[name])[:, None]
             parts.append(every[part.directions] * part.amplitudes[:, None])
-        self._matrix = torch.cat(parts)
+        self._scorer = code.layout.scorer(torch.cat(parts).T)
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """z (n, k) float32 of rows (n, row bytes)."""
-        return self._layout.decode(rows) @ self._matrix
+        return self._scorer.score(rows).T.contiguous()
 
 
 def half_whitened_rows(
@@ -248,11 +249,13 @@ def fit_eigencode(
     every = torch.cat(list(shares.values()))
     if not every.sum() > 0:
         raise CurvatureError("all gradients of the eigencodes' sample are zero: fit from other data")
-    room = row_bytes - CodeLayout(0, 1, (0,) * len(curvature)).row_bytes
-    if room < 1:
+    scales = CodeLayout(0, 1, (0,) * len(curvature)).row_bytes
+    # Codes are padded to pairs of bytes.
+    room = (row_bytes - scales) // 2 * 2
+    if room < 2:
         raise CurvatureError(
             f"eigen_bytes={row_bytes} leaves no room beside the scales of {len(curvature)} layers: pass at least "
-            f"{row_bytes - room + 1}"
+            f"{scales + 2}"
         )
     order = torch.argsort(every, descending=True, stable=True)
     order = order[: int((every > _LEAST_SHARE * every.max().clamp_max(1.0)).sum())]
@@ -262,7 +265,7 @@ def fit_eigencode(
     if not best.kept:
         raise CurvatureError(
             f"eigen_bytes={row_bytes} leaves {room} bytes beside the scales, which are not one whole byte for any of "
-            f"{len(curvature)} layers: pass at least {row_bytes - room + len(curvature)}"
+            f"{len(curvature)} layers: pass at least {scales + len(curvature) + 1}"
         )
     layers = {name: LayerCode(chosen, energy[name][chosen].sqrt().float()) for name, chosen in best.directions.items()}
     return EigenCode(layers, best.bits, best.group)
@@ -297,7 +300,8 @@ def _choice(shares: Mapping[str, torch.Tensor], order: torch.Tensor, room: int, 
         of_layer = there.nonzero().flatten()
         best = torch.argsort(share[of_layer], descending=True, stable=True)[: len(of_layer) // unit * unit]
         directions[name] = of_layer[best.sort().values]
-        total += float(share[directions[name]].sum())
+        # Of scores' variance a direction has the square of what it adds to the mean of g^T H^-1 g.
+        total += float(share[directions[name]].square().sum())
     return _Choice(
         directions, total * (kept_share(group) if group > 1 else CodeLayout(0, bits).kept_share), bits, group
     )

@@ -173,6 +173,10 @@ class CodeLayout:
             out[:, piece.coordinates] = (levels - (2**self.bits - 1) / 2) * scales[:, i : i + 1]
         return out
 
+    def squares(self, codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """sum_j w_j z_j^2 of stored coordinates, (n,) float32, for weights (dim,)."""
+        return self.decode(codes).square_() @ weights
+
 
 def _multiple(value: int, of: int) -> int:
     return -(-value // of) * of

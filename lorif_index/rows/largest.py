@@ -23,10 +23,13 @@ from .scratch import SCRATCH
 # E max |z| of so many unit Gaussians (integrated numerically).
 _MEAN_LARGEST = {8: 1.7834, 16: 2.0772, 32: 2.3471, 64: 2.5961, 128: 2.8276}
 GROUPS = tuple(_MEAN_LARGEST)
-_BLOCK_ROWS = 512
+# Rows unpacked at once: what stays in a core's cache.
+_BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 14
 # Sums of rows of a table are vectorised over its columns: of 2,060 groups a row, 8 queries take 3 us, one would take
 # 50, and takes 2 by single entries.
 _COLUMNS = 8
+# Up to so many queries, a table of both signs is faster than weights for each row's groups, for twice the memory.
+_SIGNED_UP_TO = 64
 
 
 def kept_share(group: int) -> float:
@@ -127,19 +130,28 @@ class LargestLayout:
         """(n, dim / group) int32: twice a group's place, and one more for a positive sign, counted over all groups
         before it: an index into coordinates of both signs. Scratch: the next call overwrites it."""
         bits, count = code_bits(self.group), self.dim // self.group
-        each = SCRATCH.take("codes", len(codes), self.codes, dtype=torch.uint8, device=codes.device)
+        each = SCRATCH.take("largest codes", len(codes), self.codes, dtype=torch.uint8, device=codes.device)
         _unpack(codes[:, : self.codes * bits // 8], bits, each)
-        at = SCRATCH.take("at", len(codes), count, dtype=torch.int32, device=codes.device)
+        at = SCRATCH.take("largest at", len(codes), count, dtype=torch.int32, device=codes.device)
         first = torch.arange(0, 2 * self.dim, 2 * self.group, dtype=torch.int32, device=codes.device)
         return at.copy_(each[:, :count]).add_(first)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The stored coordinates, (n, dim) float32; all but one of a group are 0."""
-        at, scales = self.unpacked(codes), self.scales(codes)
-        signed = (at & 1).float().mul_(2.0).sub_(1.0)
-        counts = torch.tensor([piece.stop - piece.start for piece in self.pieces], device=codes.device)
-        values = signed * scales.repeat_interleave(counts, dim=1)
+        at = self.unpacked(codes)
+        values = self.values(codes, at)
         return torch.zeros(len(codes), self.dim, device=codes.device).scatter_(1, (at >> 1).long(), values)
+
+    def values(self, codes: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """(n, dim / group) float32: what is stored of each group, at those unpacked places."""
+        counts = torch.tensor([piece.stop - piece.start for piece in self.pieces], device=codes.device)
+        return (at & 1).float().mul_(2.0).sub_(1.0).mul_(self.scales(codes).repeat_interleave(counts, dim=1))
+
+    def squares(self, codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """sum_j w_j z_j^2 of stored coordinates, (n,) float32, for weights (dim,)."""
+        at = self.unpacked(codes)
+        found = weights[(at >> 1).flatten().long()].view(at.shape)
+        return (found * self.values(codes, at).square_()).sum(dim=1)
 
 
 def _scales(groups: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -188,25 +200,30 @@ class LargestScorer:
     """
 
     def __init__(self, layout: LargestLayout, queries: torch.Tensor) -> None:
-        self._layout, self._count = layout, len(queries)
-        columns = pad(queries.T, (0, -len(queries) % _COLUMNS if len(queries) > 1 else 0))
-        # (2 dim, q), of both signs.
-        self._columns = torch.stack([-columns, columns], dim=1).flatten(0, 1)
+        self._layout, self._count, self._signed = layout, len(queries), len(queries) <= _SIGNED_UP_TO
+        columns = pad(queries.T, (0, -len(queries) % _COLUMNS if len(queries) > 1 else 0)).contiguous()
+        # (2 dim, q), of both signs, or (dim, q).
+        self._columns = torch.stack([-columns, columns], dim=1).flatten(0, 1) if self._signed else columns
 
     def score(self, codes: torch.Tensor) -> torch.Tensor:
         """(q, n) float32 of codes (n, row_bytes)."""
         out = torch.zeros(len(codes), self._columns.shape[1], device=codes.device)
-        for start in range(0, len(codes), _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
+        step = _BLOCK_ROWS if codes.device.type == "cpu" else _GPU_BLOCK_ROWS
+        for start in range(0, len(codes), step):
+            part = slice(start, start + step)
             self._add(codes[part], out[part])
         return out[:, : self._count].T
 
     def _add(self, codes: torch.Tensor, out: torch.Tensor) -> None:
         """Adds the scores of some rows to (n, q) float32."""
         at, scales = self._layout.unpacked(codes), self._layout.scales(codes)
+        if not self._signed:
+            values = self._layout.values(codes, at)
+            out += embedding_bag(at >> 1, self._columns, mode="sum", per_sample_weights=values)
+            return
         alone = self._columns.shape[1] == 1
         if alone:
-            found = SCRATCH.take("found", *at.shape, device=codes.device)
+            found = SCRATCH.take("largest found", *at.shape, device=codes.device)
             torch.index_select(self._columns[:, 0], 0, at.flatten(), out=found.view(-1))
         for i, piece in enumerate(self._layout.pieces):
             if piece.stop == piece.start:

@@ -326,10 +326,11 @@ def stored_eigen_layout(facts: Any, layers: int) -> CodeLayout | LargestLayout:
         # Until version 6 every direction had bits of its own.
         group = int(facts.get("group", 1))
         known = bits in BITS if group == 1 else group in GROUPS and bits == code_bits(group)
-        whole = group == 1 or not any(count % group for count in counts)
-        if len(counts) != layers or not known or not whole or min(counts) < 0 or not sum(counts):
+        if len(counts) != layers or not known or min(counts) < 0 or not sum(counts):
             raise ValueError(f"{len(counts)} layers of {bits} bits for {group} where the index has {layers}")
-    except (KeyError, TypeError, ValueError) as error:
+        if any(count % group for count in counts):
+            raise ValueError(f"{counts} directions are not whole groups of {group}")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptionError(f"the manifest's entry of the eigencodes is damaged ({error!r}): restore it") from None
     return eigen_layout(counts, bits, group)
 

@@ -144,6 +144,8 @@ class Manifest:
             files.append(self.projections["file"]["digest"])
         if self.eigen is not None:
             files.append(self.eigen["file"]["digest"])
+            if self.eigen.get("group", 1) != 1:
+                files.append(f"largest of {self.eigen['group']}")
         if self.sketch is not None:
             files.append(self.sketch["file"]["digest"])
         if self.stored == "coarse" and self.coarse is not None:
