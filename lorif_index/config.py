@@ -18,8 +18,8 @@ REPRESENTATIONS = ("eigen", "both", "factors", "coordinates", "coarse")
 STORES = ("auto", *REPRESENTATIONS)
 ADAPTERS = ("auto", "only", "include", "exclude")
 BITS = (1, 2, 4, 8)
-EIGEN_CODES = ("levels", "largest")
 """Widths of codes' coordinates."""
+EIGEN_CODES = ("levels", "largest")
 # What projection_floor="auto" is where nothing asks for more.
 LEAST_FLOOR = 32
 

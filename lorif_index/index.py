@@ -65,7 +65,7 @@ from .search.explain import Asked, Explanation, Positions, TrainingData, explain
 from .search.groups import By, sum_groups
 from .search.planner import ANSWERS, Plan, choose_plan, scan
 from .search.reader import Reader
-from .search.scoring import Question, self_scores, told
+from .search.scoring import Question, told
 from .storage.damage import damage_message, damaged_shards, find_damage, folder_bytes
 from .storage.locks import Lease, WriterLock
 from .storage.manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
@@ -642,7 +642,6 @@ class Index:
     ) -> np.ndarray:
         """(m,) float32, of the live rows that this rank holds."""
         preconditioners = self._reader.preconditioners(chosen, policy)
-        sketch = self._reader.sketch if self._layout.codes is not None else None
         out = np.empty(self._store.live_count, dtype=np.float32)
         dead, at = self._store.dead, 0
         with (
@@ -651,8 +650,7 @@ class Index:
             self._ranks.jointly(),
         ):
             for start, rows in self._store.stream():
-                own = self_scores(self._layout, rows, preconditioners, sketch, self._curvature, self._reader.eigen)
-                own = own / self._members
+                own = self._reader.self_scores(rows, preconditioners) / self._members
                 alive = own.numpy() if dead is None else own.numpy()[~dead[start : start + len(rows)]]
                 out[at : at + len(alive)] = alive
                 at += len(alive)

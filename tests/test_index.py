@@ -424,7 +424,8 @@ def test_damaged_and_foreign_folders(index: Index, tmp_path: Path) -> None:
         forged.write(copy / "manifest.json", manifest | changes)
         return copy
 
-    with pytest.raises(FormatVersionError, match=r"version 99, and this library reads versions \(1, 2, .*, 7\)"):
+    versions = r"\(1, 2, 3, 4, 5, 6, 7\)"
+    with pytest.raises(FormatVersionError, match=f"version 99, and this library reads versions {versions}"):
         Index.open(rewritten(format_version=99))
     with pytest.raises(NotAnIndexError, match="not a lorif-index manifest"):
         Index.open(rewritten(format="other"))

@@ -14,7 +14,6 @@ import torch
 
 from ..damping import Damping
 from ..search.reader import Reader, positions_of
-from ..search.scoring import self_scores
 
 # Rows looked at, and how many of them are few. Below so many there is nothing to say of a hundredth of them.
 EXAMPLES, _FEW, _LEAST = 500, 0.01, 100
@@ -39,11 +38,10 @@ def measure_outliers(reader: Reader, shuffled: np.ndarray) -> dict[str, Any] | N
         return None
     damping: Damping = reader.config.damping  # type: ignore[assignment]
     preconditioners = reader.preconditioners(reader.specs, damping)
-    sketch = reader.sketch if reader.layout.codes is not None else None
     parts = []
     for start in range(0, len(positions), _BLOCK_ROWS):
         rows = reader.store.gather(positions[start : start + _BLOCK_ROWS])
-        parts.append(self_scores(reader.layout, rows, preconditioners, sketch, reader.curvature, reader.eigen))
+        parts.append(reader.self_scores(rows, preconditioners))
     own = torch.cat(parts).double().clamp_min(0.0).sort(descending=True).values
     total = float(own.sum())
     if not 0 < total < float("inf"):

@@ -23,7 +23,7 @@ from ..errors import CurvatureError
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
 from ..rows.codes import CodeLayout
-from ..rows.largest import GROUPS, LargestLayout, code_bits, codes_of_whole_bytes, kept_share
+from ..rows.largest import GROUPS, LargestLayout, code_bits, codes_of_whole_bytes
 from .curvature import LayerCurvature, RowPass
 from .query import Preconditioner, inside_of
 from .sketch import Sketch, Whitened, roots
@@ -190,7 +190,7 @@ def directions_for(row_bytes: int, layers: int, dim: int) -> int:
     return min(-(-int(_SPARE * 8 * row_bytes) // layers), _MOST_DIRECTIONS, dim)
 
 
-def alone_for(row_bytes: int, layers: int, code: str = "levels") -> int:
+def alone_for(row_bytes: int, layers: int, code: str) -> int:
     """Products of the sides' eigenvectors beside them, as directions by themselves."""
     wanted = most_kept(row_bytes, code) if code == "largest" else int(_SPARE_ALONE * most_kept(row_bytes, code))
     return -(-wanted // layers)
@@ -213,7 +213,7 @@ def fit_eigencode(
     lams: Mapping[str, float],
     *,
     row_bytes: int,
-    code: str = "levels",
+    code: str,
     stage: Stage,
     device: torch.device,
     ranks: Ranks = ALONE,
@@ -302,6 +302,5 @@ def _choice(shares: Mapping[str, torch.Tensor], order: torch.Tensor, room: int, 
         directions[name] = of_layer[best.sort().values]
         # Of scores' variance a direction has the square of what it adds to the mean of g^T H^-1 g.
         total += float(share[directions[name]].square().sum())
-    return _Choice(
-        directions, total * (kept_share(group) if group > 1 else CodeLayout(0, bits).kept_share), bits, group
-    )
+    # Of a coordinate's square, codes keep their squared cosine.
+    return _Choice(directions, total * eigen_layout((), bits, group).cosine ** 2, bits, group)

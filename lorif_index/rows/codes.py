@@ -75,11 +75,6 @@ class CodeLayout:
         return CodeScorer(self, queries)
 
     @property
-    def kept_share(self) -> float:
-        """Of a unit Gaussian's square, what its level keeps."""
-        return self.cosine**2
-
-    @property
     def per_byte(self) -> int:
         return 8 // self.bits
 

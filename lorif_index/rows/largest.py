@@ -71,15 +71,20 @@ class LargestLayout:
         return tuple(out)
 
     @property
+    def bits(self) -> int:
+        """Of each code."""
+        return code_bits(self.group)
+
+    @property
     def codes(self) -> int:
         """Number of codes, those that fill the last bytes included."""
-        together = codes_of_whole_bytes(code_bits(self.group))
+        together = codes_of_whole_bytes(self.bits)
         return -(-(self.dim // self.group) // together) * together
 
     @property
     def packed(self) -> int:
         """Bytes of the codes."""
-        size = self.codes * code_bits(self.group) // 8
+        size = self.codes * self.bits // 8
         return size + size % 2
 
     @property
@@ -113,8 +118,8 @@ class LargestLayout:
         # Places first: torch's max with its indices takes longer.
         place = groups.abs().argmax(dim=2, keepdim=True)
         found = groups.gather(2, place).squeeze(2)
-        codes, bits, largest = 2 * place.squeeze(2) + (found >= 0), code_bits(self.group), found.abs()
-        _pack(pad(codes, (0, self.codes - codes.shape[1])), bits, out[:, : self.codes * bits // 8])
+        codes, largest = 2 * place.squeeze(2) + (found >= 0), found.abs()
+        _pack(pad(codes, (0, self.codes - codes.shape[1])), self.bits, out[:, : self.codes * self.bits // 8])
         scales = torch.zeros(z.shape[0], len(self.pieces))
         for i, piece in enumerate(self.pieces):
             if piece.stop > piece.start:
@@ -129,9 +134,9 @@ class LargestLayout:
     def unpacked(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, dim / group) int32: twice a group's place, and one more for a positive sign, counted over all groups
         before it: an index into coordinates of both signs. Scratch: the next call overwrites it."""
-        bits, count = code_bits(self.group), self.dim // self.group
+        count = self.dim // self.group
         each = SCRATCH.take("largest codes", len(codes), self.codes, dtype=torch.uint8, device=codes.device)
-        _unpack(codes[:, : self.codes * bits // 8], bits, each)
+        _unpack(codes[:, : self.codes * self.bits // 8], self.bits, each)
         at = SCRATCH.take("largest at", len(codes), count, dtype=torch.int32, device=codes.device)
         first = torch.arange(0, 2 * self.dim, 2 * self.group, dtype=torch.int32, device=codes.device)
         return at.copy_(each[:, :count]).add_(first)

@@ -45,7 +45,7 @@ from .joint import JointProposer
 from .living import LivingRows
 from .pursuit import Proposer
 from .rescoring import Rescorer
-from .scoring import Question, ask
+from .scoring import Question, ask, self_scores
 from .team import Team
 
 # Coordinates wait in so many bits for the coarse code, where that alone is kept in the end.
@@ -309,6 +309,11 @@ class Reader:
     def ask(self, gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]) -> Question:
         """The question that gradients {layer: (q, d_in, d_out)} put to the rows."""
         return ask(self.layout, self.specs, self.sketch, self.curvature, gradients, preconditioners, self.eigen)
+
+    def self_scores(self, rows: Rows, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
+        """g^T H^-1 g of rows, summed over layers, (n,) float32."""
+        sketch = self.sketch if self.layout.codes is not None else None
+        return self_scores(self.layout, rows, preconditioners, sketch, self.curvature, self.eigen)
 
     def coordinates(self, rows: Rows) -> torch.Tensor:
         """z (n, k) float32 of rows: those stored, or computed from factors or eigencodes.

@@ -361,7 +361,7 @@ def load_eigencode(folder: Path, facts: Any, curvature: Mapping[str, LayerCurvat
                         f"{curvature[name].rank}: restore it from a copy"
                     )
             layers[name] = LayerCode(torch.from_numpy(directions), torch.from_numpy(amplitudes))
-    return EigenCode(layers, int(facts["bits"]), int(facts.get("group", 1)))
+    return EigenCode(layers, layout.bits, layout.group if isinstance(layout, LargestLayout) else 1)
 
 
 def save_removed(folder: Path, name: str, ids: np.ndarray) -> dict[str, Any]:
