@@ -98,7 +98,7 @@ def exact(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_with_one_fit_ranks_build_and_answer_the_same(size: int, alone: Any, tmp_path: Path) -> None:
     fits = {kind: str(path) for kind, (path, _) in alone.items()}
     said = together(size, "build_and_ask", tmp_path / "said", folder=str(tmp_path), kinds=KINDS, fits=fits)
-    for kind, (_, expected) in alone.items():
+    for kind, (path, expected) in alone.items():
         found = dict(np.load(tmp_path / f"{kind}.npz"))
         if kind != "coarse":
             sums = [expected["scores"][:, part::3].sum(axis=1, dtype=np.float64) for part in range(3)]
@@ -111,6 +111,13 @@ def test_with_one_fit_ranks_build_and_answer_the_same(size: int, alone: Any, tmp
             assert_same(found, answers(whole, sequences()[:4]), 1e-5)
             whole.verify()
             assert len(whole._manifest.shards) >= size
+            # All ranks' rows were looked at, not one's.
+            with Index.open(path) as reference:
+                told, looked_at = whole.build_report["outliers"], reference.build_report["outliers"]
+            if kind == "coarse":
+                assert told is None and looked_at is None
+            else:
+                assert told == pytest.approx(looked_at, rel=1e-4)
 
 
 def test_fits_of_several_ranks_agree(alone: Any, tmp_path: Path) -> None:

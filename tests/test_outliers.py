@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lorif_index import BuildConfig, Index
 from lorif_index.build import outliers
+from lorif_index.build.coarse_build import random_positions
 from lorif_index.text.show import index_json, show_index
 
 N = 400
@@ -52,9 +53,9 @@ def test_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_sample_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = built(tmp_path / "i", 3)
-    monkeypatch.setattr(outliers, "EXAMPLES", 200)
-    shuffled = np.random.default_rng(0).permutation(N)
-    found = outliers.measure_outliers(index._reader, shuffled)
-    own = np.sort(index.self_influence()[np.sort(shuffled[:200])].astype(np.float64))[::-1]
-    assert found is not None and found["examples"] == 200
+    monkeypatch.setattr(outliers, "_EXAMPLES", 200)
+    found = outliers.measure_outliers(index._reader)
+    chosen, _ = random_positions(index._reader, "outliers", 200)
+    own = np.sort(index.self_influence()[chosen].astype(np.float64))[::-1]
+    assert found is not None and found["examples"] == 200 == len(np.unique(chosen))
     assert found["share"] == pytest.approx(own[:2].sum() / own.sum(), rel=1e-4)

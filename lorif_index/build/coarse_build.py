@@ -130,7 +130,7 @@ def _piece(rank: int) -> str:
     return part_name(f"coarse-rank-{rank}")
 
 
-def _parts(positions: np.ndarray) -> Iterator[np.ndarray]:
+def position_blocks(positions: np.ndarray) -> Iterator[np.ndarray]:
     """Some hundred positions at a time: bounds memory."""
     for start in range(0, len(positions), _BLOCK_ROWS):
         yield positions[start : start + _BLOCK_ROWS]
@@ -138,7 +138,7 @@ def _parts(positions: np.ndarray) -> Iterator[np.ndarray]:
 
 def stored_blocks(store: Store, positions: np.ndarray) -> Iterator[GradientBlock]:
     """Stored gradients of some rows, a block at a time."""
-    for part in _parts(positions):
+    for part in position_blocks(positions):
         factors = store.layout.unpack(store.gather(part))
         yield GradientBlock(part, {name: LayerGradient.from_dense(f.dense()) for name, f in factors.items()})
 
@@ -154,7 +154,7 @@ def sketch_of_rows(reader: Reader, stage: Stage, device: torch.device) -> Sketch
     else:
         whitened = half_whitened_rows(
             reader.eigen,
-            lambda: (store.gather_factors(part) for part in _parts(chosen)),
+            lambda: (store.gather_factors(part) for part in position_blocks(chosen)),
             count,
             curvature,
             lams,

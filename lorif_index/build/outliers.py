@@ -13,36 +13,33 @@ import numpy as np
 import torch
 
 from ..damping import Damping
-from ..search.reader import Reader, positions_of
+from ..search.reader import Reader
+from .coarse_build import position_blocks, random_positions
 
 # Rows looked at, and how many of them are few. Below so many there is nothing to say of a hundredth of them.
-EXAMPLES, _FEW, _LEAST = 500, 0.01, 100
-# Read and scored together.
-_BLOCK_ROWS = 100
+_EXAMPLES, _FEW, _LEAST = 500, 0.01, 100
 
 
-def measure_outliers(reader: Reader, shuffled: np.ndarray) -> dict[str, Any] | None:
-    """What the hundredth of the examples with the largest self-influence g^T H^-1 g holds of it.
-
-    Args:
-        reader: the index.
-        shuffled: ids in random order; the first `EXAMPLES` that have rows are looked at.
+def measure_outliers(reader: Reader) -> dict[str, Any] | None:
+    """What the hundredth of the examples with the largest self-influence g^T H^-1 g holds of it, of 500 random rows;
+    over several ranks, of all ranks' rows, and the same on each.
 
     Returns:
         {"share": of their summed self-influence, in [0, 1], "examples": how many were looked at}, as plain JSON values;
         None where there are no rows, fewer than 100, or no self-influence.
     """
-    positions = positions_of(reader.store, shuffled)
-    positions = np.sort(positions[positions >= 0][:EXAMPLES])
-    if not reader.layout.row_bytes or len(positions) < _LEAST:
+    if not reader.layout.row_bytes:
         return None
-    damping: Damping = reader.config.damping  # type: ignore[assignment]
-    preconditioners = reader.preconditioners(reader.specs, damping)
-    parts = []
-    for start in range(0, len(positions), _BLOCK_ROWS):
-        rows = reader.store.gather(positions[start : start + _BLOCK_ROWS])
-        parts.append(reader.self_scores(rows, preconditioners))
-    own = torch.cat(parts).double().clamp_min(0.0).sort(descending=True).values
+    positions, count = random_positions(reader, "outliers", _EXAMPLES)
+    if count < _LEAST:
+        return None
+    found = [torch.empty(0)]
+    with reader.ranks.jointly():
+        damping: Damping = reader.config.damping  # type: ignore[assignment]
+        preconditioners = reader.preconditioners(reader.specs, damping)
+        found += [reader.self_scores(reader.store.gather(part), preconditioners) for part in position_blocks(positions)]
+    own = np.concatenate(reader.ranks.gather(torch.cat(found).numpy())).astype(np.float64)
+    own = np.sort(own.clip(min=0.0))[::-1]
     total = float(own.sum())
     if not 0 < total < float("inf"):
         return None

@@ -92,7 +92,6 @@ from ..storage.store import Store
 from .coarse_build import calibrate, lambdas, make_coarse, new_sketch, sketch_of_rows
 from .coverage import EXAMPLES, measure_coverage
 from .encode import RowEncoder, encode_blocks
-from .outliers import EXAMPLES as OUTLIER_EXAMPLES
 from .outliers import measure_outliers
 from .representation import MEASURED, representation_is_open, representation_of, with_floor
 from .resuming import FITTED, take_fit, unfinished
@@ -862,7 +861,7 @@ class _Build:
             "peak_rss_bytes": peak_memory(),
             "torch": torch.__version__,
             "coverage": self._coverage(reader),
-            "outliers": self._outliers(reader),
+            "outliers": measure_outliers(reader),
         }
         if self.ranks.size > 1:
             # What each rank has sent the others, and how much memory it took.
@@ -885,14 +884,6 @@ class _Build:
                 ids = self._drawn(EXAMPLES * self.ranks.size)
                 here = ids[positions_of(reader.store, ids) >= 0][:EXAMPLES]
                 found = measure_coverage(reader, self.capture, self.loss, self.examples, here)
-        return self.ranks.told(found)
-
-    def _outliers(self, reader: Reader) -> dict[str, Any] | None:
-        """Of rank 0's rows."""
-        found = None
-        with self.ranks.jointly():
-            if self.ranks.first:
-                found = measure_outliers(reader, self._drawn(OUTLIER_EXAMPLES * self.ranks.size))
         return self.ranks.told(found)
 
     def _sample_ids(self) -> np.ndarray:
