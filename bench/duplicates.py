@@ -29,9 +29,9 @@ from torch.nn import functional
 
 from bench.corpus import gpt
 from bench.environment import CACHE, arguments, keep, table
-from bench.methods import blocks
+from bench.methods import blocks, kinds_of_index
 from bench.tasks import batches, keep_weights, take, with_weights
-from lorif_index import BuildConfig, Index, default_loss
+from lorif_index import Index, default_loss
 
 Batch = dict[str, torch.Tensor]
 BOOKS = tuple("Ge Exo Josh Jdgs Ruth 1Sm 2Sm 1Ki 2Ki 1Chr 2Chr Ezra Neh Psa Isa Jer Mic".split())
@@ -316,8 +316,7 @@ def methods(
 
     out: dict[str, Method] = {}
     seconds: dict[str, float] = {}
-    largest = BuildConfig(eigen_code="largest")
-    for name, config in (("default", BuildConfig()), ("largest", largest), ("paper", BuildConfig.paper())):
+    for name, config in kinds_of_index().items():
         began = time.perf_counter()
         index = Index.build(folder / name, model=model, data=data, config=config, progress=False)
         seconds[name] = time.perf_counter() - began

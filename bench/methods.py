@@ -26,6 +26,15 @@ SWEEP = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 Method = Callable[[Task, nn.Module], Peer]
 
 
+def kinds_of_index() -> dict[str, BuildConfig]:
+    """Kinds of index that the suites on flipped labels, triggers and duplicates build of one model and its data."""
+    return {
+        "default": BuildConfig(),
+        "largest": BuildConfig(eigen_code="largest"),
+        "paper": BuildConfig.paper(),
+    }
+
+
 def random(task: Task, model: nn.Module) -> Peer:
     generator = np.random.default_rng(0)
     scores = generator.standard_normal((size(task.queries), task.count)).astype(np.float32)

@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench.environment import CACHE, RESULTS, arguments, keep, table
-from bench.methods import gathered
+from bench.methods import gathered, kinds_of_index
 from bench.tasks import batches, keep_weights, take, with_weights
 from lorif_index import BuildConfig, Index, default_loss
 
@@ -299,8 +299,7 @@ class Indexes:
         self.report: dict[str, dict[str, float]] = {}
         self.kept: dict[str, Index] = {}
         self.model = model
-        largest = BuildConfig(eigen_code="largest")
-        for kind, config in (("default", BuildConfig()), ("largest", largest), ("paper", BuildConfig.paper())):
+        for kind, config in kinds_of_index().items():
             began = time.perf_counter()
             self.kept[kind] = Index.build(Path(folder) / kind, model=model, data=data, config=config, progress=False)
             self.report[kind] = {"build_seconds": time.perf_counter() - began}
