@@ -35,8 +35,9 @@ def full_index(
 def eigen_index(
     count: int, steps: int, folder: Path = FOLDER, most: int | None = None, settings: Settings | None = None
 ) -> Index:
-    """The index of eigencodes of the first `count` training windows, as the default builds it."""
-    return _index(f"index-eigen-n{count}", {"store": "eigen"} | (settings or {}), count, steps, folder, most)
+    """The index of eigencodes of the first `count` training windows, as the default or another code builds it."""
+    made = {"store": "eigen"} | (settings or {})
+    return _index(f"index-{made.get('eigen_code', 'levels')}-n{count}", made, count, steps, folder, most)
 
 
 def _index(name: str, settings: Settings, count: int, steps: int, folder: Path, most: int | None) -> Index:

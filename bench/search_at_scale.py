@@ -23,6 +23,7 @@ from bench.scale_data import FOLDER, Dense, gradients
 from bench.scale_index import FULL_RANK, derived, eigen_index, full_index
 from bench.scan_cost import drop, published_way, read_raw, resident_fraction
 from lorif_index import Index
+from lorif_index.config import EIGEN_CODES
 from lorif_index.fit.query import transform
 from lorif_index.search.coarse import Coarse, load_faiss
 from lorif_index.search.planner import choose_plan
@@ -238,7 +239,12 @@ def main() -> None:
             "help": "the first query of each source: others than settings were chosen by",
         },
         recall_only={"action": "store_true", "help": "recall at every size and no times; kept apart"},
-        eigen={"action": "store_true", "help": "indexes of eigencodes, the default rows; kept apart"},
+        eigen={
+            "nargs": "?",
+            "const": "levels",
+            "choices": EIGEN_CODES,
+            "help": "indexes of eigencodes, the default rows, or of another eigen_code; kept apart",
+        },
     )
     first, folder, most, steps, sizes, count, fake = (
         parsed.first, FOLDER, None, parsed.steps, sorted(parsed.sizes), parsed.queries, parsed.synthetic,
@@ -275,11 +281,11 @@ def main() -> None:
 
     if parsed.eigen:
         for n in sizes:
-            examine(eigen_index(n, steps, folder, most, settings), n, "eigen")
+            examine(eigen_index(n, steps, folder, most, settings | {"eigen_code": parsed.eigen}), n, parsed.eigen)
         show_recall(result)
         if not parsed.recall_only:
             show_times(result)
-        keep("eigen_at_scale", result | {"first": first}, parsed)
+        keep(f"eigen_at_scale_{parsed.eigen}", result | {"first": first}, parsed)
         return
     whole = full_index(sizes[-1], steps, folder, most, settings)
     for n in sizes:
