@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from bench.environment import CACHE, ROOT, arguments, keep, table, timed
-from bench.scale_data import FOLDER, Dense, gradients
-from bench.scale_index import FULL_RANK, derived, eigen_index, full_index
+from bench.methods import gathered
+from bench.scale_data import FOLDER, Dense, gradients, trained_model, windows
+from bench.scale_index import FULL_RANK, derived, eigen_index, full_index, shorter
 from bench.scan_cost import drop, published_way, read_raw, resident_fraction
 from lorif_index import Index
 from lorif_index.config import EIGEN_CODES
@@ -39,6 +40,14 @@ def asked(split: str, count: int, steps: int, folder: Path, most: int | None) ->
     """Gradients of queries, float32."""
     found = gradients(split, count, steps, folder, most)
     return {name: g.float() for name, g in found.block(0, count).items()}
+
+
+def asked_of(index: Index, split: str, count: int, steps: int, folder: Path, most: int | None) -> Gradients:
+    """The same of the index's own projections, taken from the model."""
+    ids = torch.from_numpy(windows(split, folder, most)[:count].astype(np.int64))
+    parts = ({"input_ids": part} for part in ids.split(64))
+    found = gathered(trained_model(steps, folder, most), parts, index.config, index)
+    return {name: g.reshape(-1, index.specs[name].d_in, index.specs[name].d_out) for name, g in found.items()}
 
 
 def some(queries: Gradients, start: int, stop: int) -> Gradients:
@@ -255,7 +264,7 @@ def main() -> None:
         peer_rows, published_rows, singles, repeats = 1200, 256, 4, 1
         settings = {"curvature_rank": 32, "sketch_dim": 64, "curvature_sample": 600, "calibration_queries": 8}
         shutil.rmtree(folder, ignore_errors=True)
-    queries = {s: asked(s, count if most else 1000, steps, folder, most) for s in SOURCES}
+    queries: dict[str, Gradients] = {}
     result: dict[str, Any] = {"sizes": sizes, "queries": count, "indexes": []}
 
     def examine(index: Index, n: int, rank: int | str) -> None:
@@ -279,14 +288,18 @@ def main() -> None:
         result["indexes"].append(entry)
         print(f"n={n:,} {rank}: done", flush=True)
 
+    asking = (count if most else 1000, steps, folder, most)
     if parsed.eigen:
+        whole = eigen_index(sizes[-1], steps, folder, most, settings | {"eigen_code": parsed.eigen})
+        queries |= {s: asked_of(whole, s, *asking) for s in SOURCES}
         for n in sizes:
-            examine(eigen_index(n, steps, folder, most, settings | {"eigen_code": parsed.eigen}), n, parsed.eigen)
+            examine(shorter(whole, n), n, parsed.eigen)
         show_recall(result)
         if not parsed.recall_only:
             show_times(result)
         keep(f"eigen_at_scale_{parsed.eigen}", result | {"first": first}, parsed)
         return
+    queries |= {s: asked(s, *asking) for s in SOURCES}
     whole = full_index(sizes[-1], steps, folder, most, settings)
     for n in sizes:
         for rank in (1, FULL_RANK):

@@ -83,7 +83,7 @@ def test_a_metric_of_the_damping_is_the_dense_one() -> None:
 
 def test_eigencodes_at_scale(tmp_path: Path) -> None:
     result, _ = smoke(tmp_path / "result.json", "bench.search_at_scale", "--eigen")
-    assert [e["rank"] for e in result["indexes"]] == ["eigen", "eigen"]
+    assert [e["rank"] for e in result["indexes"]] == ["levels", "levels"]
 
 
 def test_results_that_are_kept_say_where_they_come_from() -> None:
