@@ -26,7 +26,7 @@ from .build.pipeline import build_index, check_free, loss_name
 from .build.refit import refit_index
 from .build.removal import as_ids, compact_rows, remove_examples
 from .build.repair import repair_index
-from .capture.data import as_source, batch_count
+from .capture.data import as_source, as_tensors, batch_count
 from .capture.ensemble import as_model, count_of
 from .capture.gradients import GradientBlock, GradientSource, LayerSpec, parse_block
 from .capture.hooks import keep_finite
@@ -1331,6 +1331,7 @@ def _inverse_roots(own: Any) -> torch.Tensor:
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:
     """A query as batches: it may be anything that `data` may be, or one batch with more in it than tensors."""
+    query = as_tensors(query)
     if isinstance(query, Mapping) and query and all(isinstance(v, list) for v in query.values()):
         # A slice of a Hugging Face Dataset: columns of examples; or one example of it: columns of numbers.
         one = not any(isinstance(v[0], (list, torch.Tensor)) for v in query.values() if v)

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lorif_index import BuildConfig, Index
 from lorif_index.capture.data import as_source, batch_count, collate
@@ -31,9 +40,22 @@ class Stream(IterableDataset[Any]):
         return ((X[i], Y[i]) for i in range(N))
 
 
+def read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+class Shuffled(Stream):
+    def __iter__(self) -> Iterator[Any]:
+        return ((X[i], Y[i]) for i in torch.randperm(N).tolist())
+
+
 def forms() -> dict[str, Any]:
     return {
         "tensors": (X, Y),
+        "arrays": (X.numpy(), Y.numpy()),
+        "array and tensor": (read_only(X.numpy()), Y),
         "dataset": Pairs(),
         "tensor dataset": TensorDataset(X, Y),
         "loader": DataLoader(Pairs(), batch_size=BATCH),
@@ -66,7 +88,7 @@ def test_all_forms_are_one_contract(form: str) -> None:
 def test_dict_of_tensors_and_single_tensor() -> None:
     source = as_source({"x": X, "y": Y}, BATCH)
     assert [sorted(b) for _, b in source.batches()] == [["x", "y"]] * 5
-    assert as_source(X, 4).count == N
+    assert as_source(X, 4).count == as_source(X.numpy()[::-1], 4).count == N
 
 
 def test_hugging_face_datasets(tmp_path: Any) -> None:
@@ -109,6 +131,11 @@ def test_collate_refuses_what_it_cannot_stack() -> None:
     ("data", "message"),
     [
         (DataLoader(Pairs(), batch_size=2, shuffle=True), "shuffle=False"),
+        (DataLoader(Pairs(), batch_size=2, sampler=SubsetRandomSampler(range(N))), "SubsetRandomSampler .* each walk"),
+        (DataLoader(Pairs(), sampler=WeightedRandomSampler([1.0] * N, N)), "WeightedRandomSampler .* each walk"),
+        (DataLoader(Pairs(), batch_sampler=BatchSampler(RandomSampler(Y), 4, False)), "RandomSampler .* each walk"),
+        (DataLoader(Shuffled(), batch_size=4), "begins with other data in each walk"),
+        (Shuffled(), "begins with other data in each walk"),
         (((X, Y) for _ in range(2)), "cannot be walked twice"),
         ((X[:0], Y[:0]), "no examples"),
         ((X, Y[:4]), "agree on the number of examples"),
@@ -130,8 +157,17 @@ def test_a_stream_that_changes_is_found_out() -> None:
             return iter([(X[i], Y[i]) for i in range(self.left)])
 
     source = as_source(Shrinking(), 2)
-    with pytest.raises(DataError, match="gave 3 examples where it gave 4"):
+    with pytest.raises(DataError, match="gave 2 examples where it gave 4"):
         list(source.batches())
+
+
+def test_looking_at_a_loader_leaves_the_random_state(seed: int = 3) -> None:
+    torch.manual_seed(seed)
+    before = torch.random.get_rng_state()
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).tolist()
+    source = as_source(DataLoader(Pairs(), batch_size=4, sampler=order, generator=torch.Generator()), 2)
+    assert torch.equal(torch.cat([batch[1] for _, batch in source.batches()]), torch.tensor(order))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_batch_count_sees_nested_batches() -> None:

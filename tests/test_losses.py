@@ -99,3 +99,39 @@ def test_matches_the_loss_of_transformers() -> None:
 def test_unclear_batches_are_refused(logits: torch.Tensor, batch: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         default_loss(Fixed(logits), batch)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.parametrize("length", [7, 5])
+def test_encoder_decoders_are_given_their_labels_moved_on(kind: str, length: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "bart":
+        config = transformers.BartConfig(
+            vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16,
+            pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+        )  # fmt: skip
+        model = transformers.BartForConditionalGeneration(config).eval()
+    else:
+        config = transformers.T5Config(
+            vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+        model = transformers.T5ForConditionalGeneration(config).eval()
+    source, labels = torch.randint(3, 40, (3, 7)), torch.randint(3, 40, (3, length))
+    mask = torch.ones_like(source)
+    # The source's padding says nothing of the labels.
+    mask[1, 4:] = 0
+    labels[2, 3:] = -100
+    found = default_loss(model, {"input_ids": source, "attention_mask": mask, "labels": labels})
+    for i in range(3):
+        one = {"input_ids": source[i : i + 1], "attention_mask": mask[i : i + 1], "labels": labels[i : i + 1]}
+        expected = model(**one).loss * (labels[i] != -100).sum()
+        assert torch.allclose(found[i], expected, rtol=1e-4)
+    hidden = torch.ones_like(labels)
+    hidden[:, -1] = 0
+    given = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    batch = {"input_ids": source, "attention_mask": mask, "labels": labels, "decoder_input_ids": given}
+    assert torch.allclose(default_loss(model, batch), found, rtol=1e-5)
+    fewer = default_loss(model, batch | {"decoder_attention_mask": hidden})
+    assert (fewer[:2] < found[:2]).all()

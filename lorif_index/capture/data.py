@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ Batch = Any
 """A tensor, or a tuple, list or dict of them, with examples along the first dimension."""
 
 _PADDING = {"labels": -100}
+# Of a sampler's two walks so many indices, or batches of them, are compared.
+_COMPARED = 10_000
 
 
 class ExampleSource(Protocol):
@@ -40,12 +43,14 @@ class ExampleSource(Protocol):
 
 
 def as_source(data: Any, batch_size: int) -> ExampleSource:
-    """A source from a torch Dataset, a DataLoader, a Hugging Face Dataset, a tensor, or a tuple or dict of tensors.
+    """A source from a torch Dataset, a DataLoader, a Hugging Face Dataset, a tensor or NumPy array, or a tuple or dict
+    of them.
 
     Raises:
         DataError: anything else; a shuffled loader; a one-shot iterator; no examples.
     """
     source: ExampleSource
+    data = as_tensors(data)
     if isinstance(data, torch.Tensor) or _all_tensors(data):
         source = TensorSource(data, batch_size)
     elif isinstance(data, DataLoader):
@@ -62,6 +67,23 @@ def as_source(data: Any, batch_size: int) -> ExampleSource:
     if source.count == 0:
         raise DataError("the data holds no examples")
     return source
+
+
+def as_tensors(data: Any) -> Any:
+    """A NumPy array of numbers, or a tuple or dict of them and of tensors, as tensors of the same memory; all else as
+    it is."""
+    if isinstance(data, np.ndarray) and data.dtype.kind in "biuf":
+        with warnings.catch_warnings():
+            # Of arrays that cannot be written to, as nothing here does.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(np.ascontiguousarray(data))
+    parts = data.values() if isinstance(data, Mapping) else data if type(data) is tuple else ()
+    if not any(isinstance(part, np.ndarray) for part in parts):
+        return data
+    found = [as_tensors(part) for part in parts]
+    if not all(isinstance(part, torch.Tensor) for part in found):
+        return data
+    return dict(zip(data, found, strict=True)) if isinstance(data, Mapping) else tuple(found)
 
 
 def _collate_of(data: Any) -> Any:
@@ -120,14 +142,19 @@ class MapSource:
 
 
 class StreamSource:
-    """An iterable dataset that gives the same items in the same order each time it is walked."""
+    """An iterable dataset that gives the same items in the same order each time it is walked.
+
+    Raises:
+        DataError: its first items differ from walk to walk.
+    """
 
     def __init__(self, stream: Iterable[Any], batch_size: int, collate_fn: Any) -> None:
         self._stream = stream
         self._collate = collate_fn
         self._batch_size = batch_size
-        self.count = sum(1 for _ in stream)
+        first, self.count = _counted(stream)
         self.random_access = False
+        _same_order(first, stream)
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         at = _aligned(start, self._batch_size)
@@ -147,22 +174,29 @@ class StreamSource:
 
 
 class LoaderSource:
-    """A DataLoader that does not shuffle; its batches, workers and collate function are kept."""
+    """A DataLoader that does not shuffle; its batches, workers and collate function are kept.
+
+    Raises:
+        DataError: it shuffles, or its order differs from walk to walk.
+    """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         if isinstance(loader.sampler, RandomSampler):
-            raise DataError(
-                "the DataLoader shuffles, so row ids would name nothing: pass shuffle=False, or the dataset itself"
-            )
+            raise _shuffled("the DataLoader shuffles")
         self._loader = loader
         ordered = isinstance(loader.sampler, SequentialSampler) and loader.batch_size is not None
+        streamed = isinstance(loader.dataset, IterableDataset)
         self._map: MapSource | None = None
-        if ordered and not isinstance(loader.dataset, IterableDataset):
+        if ordered and not streamed:
             self._map = MapSource(loader.dataset, loader.collate_fn, loader.batch_size or 1)
             full = self._map.count
             self.count = full - full % (loader.batch_size or 1) if loader.drop_last else full
         else:
-            self.count = sum(batch_count(batch) for batch in loader)
+            if not streamed:
+                _same_indices(loader.batch_sampler or loader.sampler)
+            first, self.count = _counted(loader, batch_count)
+            if streamed:
+                _same_order(first, loader)
         # A loader walks to the batch, with its workers.
         self.random_access = False
 
@@ -269,6 +303,50 @@ def _aligned(start: int, batch_size: int) -> int:
 def _chunks(ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for i in range(0, len(ids), size):
         yield ids[i : i + size]
+
+
+def _counted(walk: Iterable[Any], size: Callable[[Any], int] = lambda item: 1) -> tuple[Any, int]:
+    """The first of what is walked over, None where there is nothing, and the sum of all sizes."""
+    first, count = None, 0
+    for item in walk:
+        first, count = item if count == 0 else first, count + size(item)
+    return first, count
+
+
+def _same_indices(sampler: Any) -> None:
+    """Compares what a sampler gives in two walks, whose random state is then as it was."""
+    with torch.random.fork_rng(devices=[]):
+        # One walk after the other: a sampler may keep its place in itself.
+        if list(islice(iter(sampler), _COMPARED)) != list(islice(iter(sampler), _COMPARED)):
+            name = type(getattr(sampler, "sampler", sampler)).__name__
+            raise _shuffled(f"the DataLoader's {name} gives another order in each walk")
+
+
+def _same_order(first: Any, walk: Iterable[Any]) -> None:
+    """Compares what came first in one walk with what comes first in another."""
+    with torch.random.fork_rng(devices=[]):
+        if not _equal(first, next(iter(walk), None)):
+            raise _shuffled(f"the {type(walk).__name__} begins with other data in each walk")
+
+
+def _shuffled(what: str) -> DataError:
+    return DataError(
+        f"{what}, so row ids would name nothing: pass shuffle=False, a torch.utils.data.Subset of what was drawn, or "
+        "the dataset itself"
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two items are the same; where that cannot be told, they are taken to be."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (torch.Tensor, np.ndarray)):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return not isinstance(a, (str, bytes, int, bool)) or a == b
 
 
 def _same_length(expected: int, got: int) -> None:

@@ -39,7 +39,8 @@ def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     - dict with `labels` (n,): cross-entropy of the classifier's logits (n, C).
     - dict with `input_ids` (n, T): next-token cross-entropy, summed over tokens; labels are `labels`, or the inputs;
       -100 and positions that `attention_mask` hides contribute nothing. Encoder-decoder and masked language models
-      and token classifiers are taken unshifted.
+      and token classifiers are taken unshifted; an encoder-decoder's decoder is given `decoder_input_ids`, or the
+      labels moved on by one as its own class does for training, and `decoder_attention_mask` hides labels.
 
     Raises:
         DataError: a batch or logits of another form.
@@ -147,7 +148,7 @@ def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tens
     inputs = batch.get("input_ids")
     if labels is None and inputs is None:
         raise DataError(f"the batch has neither input_ids nor labels, but {sorted(map(str, batch))}: pass loss=fn")
-    mask = batch.get("attention_mask")
+    mask = batch.get("decoder_attention_mask" if _is_encoder_decoder(model) else "attention_mask")
     if labels is None:
         labels = inputs
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
@@ -157,7 +158,7 @@ def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tens
             "several labels an example pass loss=fn with fn(model, batch) -> (n,)"
         )
     _refuse_packed(batch)
-    logits = _logits(model(**_model_inputs(model, batch)))
+    logits = _logits(model(**_model_inputs(model, batch, labels)))
     if logits.shape[-1] == 1:
         raise DataError(
             f"logits {tuple(logits.shape)} have a single class, of which the cross-entropy is always zero"
@@ -187,9 +188,12 @@ def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tens
 def _next_token(model: nn.Module) -> bool:
     """Whether labels are the inputs' next tokens: yes, but for encoder-decoder and masked language models, and for
     classifiers of tokens."""
-    model = base_model(model)
-    config, name = getattr(model, "config", None), type(model).__name__
-    return not getattr(config, "is_encoder_decoder", False) and not any(part in name for part in _UNSHIFTED)
+    name = type(base_model(model)).__name__
+    return not _is_encoder_decoder(model) and not any(part in name for part in _UNSHIFTED)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -243,8 +247,9 @@ def _problem(model: nn.Module) -> str:
     return f" (the model's problem_type is {problem!r})" if isinstance(problem, str) else ""
 
 
-def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch without its labels, and without what the model's forward does not name."""
+def _model_inputs(model: nn.Module, batch: Mapping[str, Any], labels: torch.Tensor) -> dict[str, Any]:
+    """The batch without its labels, and without what the model's forward does not name; what a decoder is to be given
+    is made of the labels, where they are of positions."""
     model = base_model(model)
     named = inspect.signature(model.forward).parameters
     inputs = {k: v for k, v in batch.items() if k in named and k != "labels"}
@@ -255,6 +260,15 @@ def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         # that a tracked position embedding sees whose position it is.
         shown = torch.ones_like(ids) if mask is None else mask.long()
         inputs["position_ids"] = (shown.cumsum(dim=1) - 1).clamp_min(0)
+    given = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
+    if _is_encoder_decoder(model) and labels.ndim == 2 and not given:
+        make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if make is None:
+            raise DataError(
+                f"{type(model).__name__} does not say what its decoder is given for labels: pass decoder_input_ids in "
+                "the batch"
+            )
+        inputs["decoder_input_ids"] = make(labels=labels)
     if "use_cache" in named:
         inputs["use_cache"] = False
     return inputs
