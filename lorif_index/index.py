@@ -42,6 +42,7 @@ from .capture.sources import (
     data_digest,
     is_one_shot,
     model_digest,
+    weights_state,
 )
 from .capture.spool import remove_leftovers
 from .config import BuildConfig
@@ -97,6 +98,7 @@ class Index:
         self._projections = Projections(self._specs, self._config.seed, self._reader.projections)
         self._model = model
         self._loss = loss
+        self._weights = None if model is None else weights_state(model)
         # (id of the first example, data): what the index was built from, as far as this handle was given it.
         self._pieces: list[tuple[int, Any]] = []
 
@@ -355,7 +357,7 @@ class Index:
             given["loss"] = loss_name(loss)
         remedy = "open it with the model and loss that it was built from (another question is put by measure=)"
         check_same({k: built.get(k) for k in given}, given, f"what was given for {self._path}", remedy)
-        self._model, self._loss = model, loss
+        self._model, self._loss, self._weights = model, loss, weights_state(model)
 
     def _query_config(self) -> BuildConfig:
         """The build's config for capturing queries, wherever the model is now."""
@@ -438,7 +440,7 @@ class Index:
             )
         said = {"k": k, "recall": recall, "opponents": opponents, "layers": list(chosen), "way": plan.way}
         ranks.agree("a search", said | {"normalize": normalize, "groups": group_by is not None})
-        prepared = self._prepare(query, measure, policy, chosen, normalize)
+        prepared = self._prepare(query, measure, policy, chosen, normalize, some=False)
         answer = ANSWERS[plan.way](self._reader, prepared.question, plan, k, not opponents, reporter(progress))
         if plan.way != "scan" and answer.positions.min(initial=0) < 0:
             # Inverted lists that were not probed, or a graph in pieces: what is lacking must not look like a row.
@@ -1140,14 +1142,15 @@ class Index:
         policy: Damping,
         chosen: tuple[str, ...],
         normalize: str | None = None,
+        some: bool = True,
     ) -> _Prepared:
-        """Gradients of the query, transformed once into a question to the rows."""
+        """Gradients of the query, transformed once into a question to the rows; `some` as in `_query_gradients`."""
         began = mid = time.perf_counter()
         question: Question | None = None
         with self._ranks.jointly():
             # A pass of a model that is spread over ranks is one of all of them.
             if self._ranks.first or (self._model is not None and is_spread(self._model)):
-                gradients = self._query_gradients(query, measure, chosen)
+                gradients = self._query_gradients(query, measure, chosen, some)
                 mid = time.perf_counter()
                 preconditioners = self._reader.preconditioners(chosen, policy)
                 question = self._reader.ask(gradients, preconditioners)
@@ -1245,13 +1248,25 @@ class Index:
         return as_damping(self._config.damping if damping is None else damping)
 
     def _query_gradients(
-        self, query: Any, measure: PerExample | None, chosen: tuple[str, ...]
+        self, query: Any, measure: PerExample | None, chosen: tuple[str, ...], some: bool = True
     ) -> dict[str, torch.Tensor]:
-        """(q, d_in, d_out) float32 per chosen layer, of the quantity to lower."""
+        """(q, d_in, d_out) float32 per chosen layer, of the quantity to lower.
+
+        Raises:
+            QueryError: there are no examples; none has a gradient; or, unless `some` are enough, one has none.
+        """
         parts = list(self._asked(query, measure, chosen, False))
         if not parts:
             raise QueryError("the query holds no examples")
-        return {name: torch.cat([part.gradients[name] for part in parts]) for name in chosen}
+        found = {name: torch.cat([part.gradients[name] for part in parts]) for name in chosen}
+        there = torch.stack([g.flatten(1).ne(0).any(dim=1) for g in found.values()]).any(dim=0)
+        if not bool(there.any() if some else there.all()):
+            raise QueryError(
+                f"example {int((~there).nonzero()[0])} of the query has no gradient in any layer asked, so that no row "
+                "has a score for it: a loss on no token or label, or a measure that was computed without gradients or "
+                "of another model? Leave it out, or mend the measure"
+            )
+        return found
 
     def _asked(
         self,
@@ -1302,7 +1317,8 @@ class Index:
         """Takes gradients of the model that the index was opened with.
 
         Raises:
-            QueryError: there is none, or, without a measure, it was opened with another loss.
+            QueryError: there is none, or, without a measure, it was opened with another loss. FingerprintError: its
+                weights are no longer those that the index was built from.
         """
         if self._manifest.fingerprint["model"] is None:
             raise QueryError("the index was built from gradients: pass the query as {layer: (q, d_in, d_out)}")
@@ -1313,7 +1329,20 @@ class Index:
             raise QueryError(
                 f"the index was built with loss {built_with!r}: Index.open(path, model=..., loss={built_with})"
             )
+        self._check_weights(self._model)
         return ModelCapture(self._model, self._query_config(), self._projections)
+
+    def _check_weights(self, model: nn.Module) -> None:
+        """Weights that were written to since they were compared are compared again."""
+        state = weights_state(model)
+        if state != self._weights:
+            check_same(
+                {"model": self._manifest.fingerprint["model"]},
+                {"model": model_digest(model)},
+                f"the model that is to ask {self._path}, whose weights have changed since,",
+                "ask with the weights that it was built from, or build an index of the new ones",
+            )
+            self._weights = state
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,11 @@ def test_examples_without_a_gradient_score_nothing(rows: torch.Tensor, tmp_path:
     assert np.isfinite(scores).all() and np.abs(scores[:, [3, 40]]).max() < 1e-5 * np.abs(scores).max()
     assert np.abs(scores[3]).max() < 1e-5 * np.abs(scores).max(), "nor does a question without one"
     assert (np.abs(own[[3, 40]]) < 1e-5 * own.max()).all()
-    assert np.isfinite(index.search(blocks(rows[:9], 9)[0], k=N, normalize="cosine").scores).all()
+    assert np.isfinite(index.search(blocks(rows[4:9], 9)[0], k=N, normalize="cosine").scores).all()
+    with pytest.raises(QueryError, match="example 3 of the query has no gradient"):
+        index.search(blocks(rows[:9], 9)[0], k=5)
+    with pytest.raises(QueryError, match="example 0 of the query has no gradient"):
+        index.scores(blocks(rows[3:4], 1)[0])
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -196,3 +200,55 @@ def test_an_index_moves_with_its_folder(rows: torch.Tensor, tmp_path: Path) -> N
     index.close()
     shutil.move(tmp_path / "i", tmp_path / "j")
     np.testing.assert_array_equal(Index.open(tmp_path / "j").scores(query), before)
+
+
+def classes() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), (torch.randn(N, 5), torch.randint(0, 3, (N,)))
+
+
+def test_questions_that_no_layer_answers(tmp_path: Path) -> None:
+    model, (x, y) = classes()
+    other = classes()[0]
+    index = Index.build(tmp_path / "i", model=model, data=(x, y))
+    for measure in (lambda m, b: m(b[0])[:, 0].detach(), lambda m, b: other(b[0])[:, 0]):
+        with pytest.raises(QueryError, match="example 0 of the query has no gradient"):
+            index.search((x[:4], y[:4]), k=3, measure=measure)
+    ignored = torch.tensor([0, -100, 1])
+    assert np.abs(index.scores((x[:3], ignored))).max(axis=1).tolist()[1] == 0
+    with pytest.raises(QueryError, match="example 1 of the query has no gradient"):
+        index.search((x[:3], ignored), k=3)
+    assert len(index.search((x[:3], ignored), k=3, measure=lambda m, b: m(b[0])[:, 0])) == 3
+
+
+def test_a_model_that_has_changed_asks_nothing(tmp_path: Path) -> None:
+    model, (x, y) = classes()
+    index = Index.build(tmp_path / "i", model=model, data=(x, y))
+    expected = index.scores((x[:4], y[:4]))
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    for opened in (index, Index.open(tmp_path / "i", model=classes()[0])):
+        if opened is not index:
+            opened._model.load_state_dict(model.state_dict())  # type: ignore[union-attr]
+        for ask in (opened.search, opened.scores):
+            with pytest.raises(FingerprintError, match="weights have changed since, differs in model"):
+                ask((x[:4], y[:4]))
+    model.load_state_dict(kept)
+    np.testing.assert_array_equal(index.scores((x[:4], y[:4])), expected)
+
+
+def test_what_differs_is_named(tmp_path: Path) -> None:
+    model, (x, y) = classes()
+    x[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="on_nonfinite='skip'"):
+        Index.build(tmp_path / "i", model=model, data=(x, y))
+    with pytest.raises(FingerprintError, match=r'config.on_nonfinite: "error" there, "skip" here\)'):
+        Index.build(tmp_path / "i", model=model, data=(x, y), config=BuildConfig(on_nonfinite="skip"))
+    x[3] = 0.0
+    index = Index.build(tmp_path / "j", model=model, data=(x, y))
+    index.close()
+    wider = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
+    with pytest.raises(FingerprintError, match=r"layers\[0\].*width_out: 7 there, 9 here"):
+        Index.open(tmp_path / "j", model=wider)

@@ -22,7 +22,7 @@ from .layers import TrackedLayer, kept_rank, layer_specs
 from .losses import PerExample, default_loss
 from .probes import Probes
 from .projection import Projections
-from .sharded import check_weights, lockstep, settle, unwrapped, weights_of
+from .sharded import check_weights, is_spread, lockstep, settle, unwrapped, weights_of
 from .spool import Spool
 
 # Batches beside the first that tell one data set from another.
@@ -319,6 +319,16 @@ def model_digest(model: nn.Module) -> str:
         if data.numel():
             digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return str(digest.hexdigest())
+
+
+def weights_state(model: nn.Module) -> tuple[tuple[int, int], ...] | None:
+    """Which tensors a model's weights are, and how often each was written to: it differs where an optimiser has made a
+    step, or weights were loaded, and costs nothing. None where it says nothing: of models that are sharded, or whose
+    weights are brought in for a pass. What is written to `.data` is not counted by torch."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if is_spread(model) or any(t.is_meta or t.is_inference() for t in tensors):
+        return None
+    return tuple((id(t), t._version) for t in tensors)
 
 
 def data_digest(examples: ExampleSource) -> str:

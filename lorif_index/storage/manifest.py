@@ -437,7 +437,7 @@ def check_same(stored: dict[str, Any], given: dict[str, Any], what: str, remedy:
     stored, given = json.loads(_canonical(stored)), json.loads(_canonical(given))
     different = sorted(k for k in stored.keys() | given.keys() if stored.get(k) != given.get(k))
     if different:
-        lines = "; ".join(f"{k}: {_short(stored.get(k))} there, {_short(given.get(k))} here" for k in different)
+        lines = "; ".join(_said(k, stored.get(k), given.get(k)) for k in different)
         raise FingerprintError(f"{what} differs in {', '.join(different)} ({lines}): {remedy}")
 
 
@@ -456,6 +456,19 @@ def spec_to_json(spec: LayerSpec) -> dict[str, Any]:
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _said(name: str, stored: Any, given: Any) -> str:
+    """What two values of a field are; of those made of parts, the parts that differ."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        keys = [k for k in sorted(stored.keys() | given.keys()) if stored.get(k) != given.get(k)]
+        return "; ".join(_said(f"{name}.{k}", stored.get(k), given.get(k)) for k in keys)
+    if isinstance(stored, list) and isinstance(given, list):
+        if len(stored) != len(given):
+            return f"{name}: {len(stored)} there, {len(given)} here"
+        first = next(i for i, (a, b) in enumerate(zip(stored, given, strict=True)) if a != b)
+        return _said(f"{name}[{first}]", stored[first], given[first])
+    return f"{name}: {_short(stored)} there, {_short(given)} here"
 
 
 def _short(value: Any) -> str:
