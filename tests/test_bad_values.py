@@ -252,3 +252,23 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     wider = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
     with pytest.raises(FingerprintError, match=r"layers\[0\].*width_out: 7 there, 9 here"):
         Index.open(tmp_path / "j", model=wider)
+
+
+@pytest.mark.parametrize("curvature", ["auto", "empirical"])
+def test_nothing_but_damaged_examples(tmp_path: Path, curvature: str) -> None:
+    model, (x, y) = classes()
+    chosen = BuildConfig(on_nonfinite="skip", curvature=curvature)
+    with pytest.raises(NonFiniteError, match="every example of the sample"):
+        Index.build(tmp_path / "i", model=model, data=(x * torch.nan, y), config=chosen)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_what_is_left_of_many_rows_can_be_refitted(tmp_path: Path, store: str) -> None:
+    many = torch.randn(1100, 46)
+    index = Index.build(tmp_path / "i", gradients=blocks(many, 256), config=config(store, coarse="auto"))
+    assert index.coarse is not None
+    index.remove(index.ids[:-10])
+    query = blocks(many[:3], 3)[0]
+    for change in (index.rebuild_coarse, index.refit, lambda: index.compact(), index.refit):
+        change()
+        assert sorted(index.search(query, k=10, exact=False).ids[0]) == list(range(1090, 1100))

@@ -285,9 +285,21 @@ def test_a_string_that_faiss_refuses_is_a_clear_error(train: Any, tmp_path: Path
     assert index.coarse is not None
 
 
+@pytest.mark.parametrize("factory", ["nonsense", "IVF16,nonsense"])
+def test_what_faiss_cannot_read_is_told_at_once(train: Any, tmp_path: Path, factory: str) -> None:
+    with pytest.raises(ConfigError, match=f"faiss refuses coarse='{factory}'.* nonsense"):
+        Index.build(tmp_path / "i", gradients=blocks(train), config=config(coarse=factory))
+    assert not [path for path in (tmp_path / "i").glob("*") if path.suffix in (".h5", ".json")]
+
+
 def test_the_default_string_fits_any_width() -> None:
-    assert default_factory(512) == "PQ256x4fs" and default_factory(1024) == "PQ256x4fs"
-    assert default_factory(64) == "PQ32x4fs" and default_factory(7) == "PQ7x4fs" and default_factory(1) == "PQ1x4fs"
+    assert default_factory(512, 1000) == "PQ256x4fs" and default_factory(1024, 1000) == "PQ256x4fs"
+    assert default_factory(64, 15) == "Flat"
+    assert (
+        default_factory(64, 1000) == "PQ32x4fs"
+        and default_factory(7, 1000) == "PQ7x4fs"
+        and default_factory(1, 1000) == "PQ1x4fs"
+    )
 
 
 def test_small_and_unwanted_indexes_have_none(train: Any, query: Any, tmp_path: Path) -> None:

@@ -361,9 +361,9 @@ def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
             sketch = sketch_of_rows(reader, stage, torch.device("cpu"))
         manifest.sketch = save_sketch(reader.folder, sketch, manifest.new_name("sketch"))
         reader = Reader(reader.folder, manifest)
-    if factory == "auto":
-        factory = default_factory(reader.sketch.dim)  # type: ignore[union-attr]
     fresh = dataclasses.replace(manifest, calibration=None, config=manifest.config | {"coarse": factory})
+    if factory == "auto":
+        factory = default_factory(reader.sketch.dim, reader.live_count)  # type: ignore[union-attr]
     if fresh.queries is None:
         ids, gradients = stored_queries(reader, reader.config.calibration_queries)
         fresh.queries = save_queries(reader.folder, ids, gradients, fresh.new_name("calibration"))

@@ -49,7 +49,7 @@ from ..capture.sources import (
 )
 from ..capture.spool import Spool, remove_leftovers
 from ..config import BuildConfig, CurvatureRows
-from ..errors import ConfigError, CorruptionError, DataError, IndexExistsError, StoreError
+from ..errors import ConfigError, CorruptionError, DataError, IndexExistsError, NonFiniteError, StoreError
 from ..fit.curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
 from ..fit.eigencodes import EigenEncoder, fit_eigencode
 from ..fit.query import Preconditioner
@@ -57,7 +57,7 @@ from ..fit.sketch import SketchEncoder, half_whitened
 from ..progress import Reporter, Stage, peak_memory
 from ..ranks import Ranks, share
 from ..rows.layout import RowLayout
-from ..search.coarse import default_factory, faiss_is_installed, load_faiss
+from ..search.coarse import check_factory, default_factory, faiss_is_installed, load_faiss
 from ..search.reader import Reader, positions_of, row_layout, shard_writer
 from ..search.team import Team
 from ..storage.damage import folder_bytes
@@ -246,6 +246,8 @@ class _Build:
     ) -> tuple[dict[str, Any], BuildConfig]:
         """Makes a source of gradients of what was given; the build's fingerprint, and the config that was asked for."""
         config, loss, path = self.config, self.loss, self.path
+        if config.coarse is not None and (config.coarse != "auto" or config.store == "coarse"):
+            check_factory(config.coarse)
         if isinstance(curvature, str):
             config = self.config = dataclasses.replace(config, curvature=curvature)
             curvature = None
@@ -546,15 +548,24 @@ class _Build:
         if self.ranks.count(int(need > most)) or (everything and isinstance(source, GivenGradients)):
             with self.ranks.jointly("sample"):
                 count = sum(block.count for block in walk())
-            return walk, self.ranks.count(count), None, skipped
+            return walk, self._some(self.ranks.count(count)), None, skipped
         with self._stage(
             "sample" if source is self.source else "probes" if self.curvature is None else "rows", len(wanted) * each
         ) as stage:
             with self.ranks.jointly():
                 spool = Spool(self.path, _told(walk(), stage.advance))
             self.stack.callback(spool.close)
-            count = self.ranks.count(spool.count)
+            count = self._some(self.ranks.count(spool.count))
         return spool.blocks, count, spool, list(skipped)
+
+    def _some(self, count: int) -> int:
+        """The count of rows to fit with, where there are some."""
+        if not count:
+            raise NonFiniteError(
+                "every example of the sample has inf or NaN gradients, and on_nonfinite='skip' leaves nothing to fit "
+                "with: mend the data or the loss"
+            )
+        return count
 
     @contextmanager
     def _stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
@@ -784,7 +795,7 @@ class _Build:
             reader = self._reader()
             factory = self.config.coarse
             if factory in (None, "auto"):
-                factory = default_factory(reader.sketch.dim)  # type: ignore[union-attr]
+                factory = default_factory(reader.sketch.dim, reader.live_count)  # type: ignore[union-attr]
             if self.manifest.queries is None:
                 with self._stage("queries"):
                     ids, gradients = self._calibration_queries()

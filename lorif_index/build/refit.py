@@ -68,7 +68,7 @@ def refit_index(reader: Reader, report: Reporter) -> tuple[Manifest | None, dict
     bare = Reader(reader.folder, manifest)
     factory = str(reader.manifest.coarse["factory"])
     if reader.config.coarse == "auto":
-        factory = default_factory(bare.sketch.dim)  # type: ignore[union-attr]
+        factory = default_factory(bare.sketch.dim, bare.live_count)  # type: ignore[union-attr]
     with report.stage("coarse", len(bare.store)) as stage:
         manifest.coarse = make_coarse(bare, factory, stage)
     bare.close()

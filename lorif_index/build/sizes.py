@@ -13,7 +13,7 @@ from ..config import BITS, BuildConfig
 from ..fit.eigencodes import alone_for, directions_for, most_kept, products_for
 from ..rows.codes import CodeLayout
 from ..rows.layout import RowLayout
-from ..search.coarse import default_factory
+from ..search.coarse import TRAIN_ROWS, default_factory
 
 # Directions of a layer's curvature, where the config says "auto" and rows of eigencodes do not ask for more.
 CURVATURE_RANK = 512
@@ -211,7 +211,7 @@ def trained_bytes(dim: int) -> int:
 
 def code_bytes(dim: int) -> int:
     """Bytes of a row in the coarse index: of the default's; other factory strings are taken to be like it."""
-    factory = default_factory(dim)
+    factory = default_factory(dim, TRAIN_ROWS)
     return max(int(factory.removeprefix("PQ").removesuffix("x4fs")) // 2, 1)
 
 

@@ -27,6 +27,10 @@ from .faiss_file import INNER_PRODUCT, check_faiss, part_of_faiss
 TRAIN_ROWS = 50_000
 _CODE_BYTES = 128
 _LEAST_DIM = 8
+# Codewords of 4 bits.
+_LEAST_TRAINED = 16
+# A width to try strings with.
+_ANY_DIM = 64
 
 
 def faiss_is_installed() -> bool:
@@ -49,8 +53,29 @@ def load_faiss() -> Any:
     return faiss
 
 
-def default_factory(dim: int) -> str:
-    """4 bits for every pair of coordinates, at most 128 bytes, by fast scan; single ones where there are few."""
+def check_factory(factory: str) -> None:
+    """Refuses what faiss cannot read for any width, before an index is built.
+
+    Raises:
+        ConfigError: faiss is not installed, or cannot parse the string.
+    """
+    faiss = load_faiss()
+    if factory == "auto":
+        return
+    try:
+        faiss.index_factory(_ANY_DIM, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        if "could not parse" in str(error):
+            raise ConfigError(
+                f"faiss refuses coarse={factory!r} ({_reason(error)}): choose another factory string, or coarse='auto'"
+            ) from None
+
+
+def default_factory(dim: int, rows: int) -> str:
+    """4 bits for every pair of coordinates, at most 128 bytes, by fast scan; single ones where there are few. What so
+    few rows cannot train is kept as it is."""
+    if rows < _LEAST_TRAINED:
+        return "Flat"
     most = 2 * _CODE_BYTES
     pieces = next((m for m in (most, dim // 2, dim) if m and m <= most and dim % m == 0), 1)
     return f"PQ{pieces}x4fs"
