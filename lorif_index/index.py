@@ -325,8 +325,9 @@ class Index:
                 answer. Such a handle changes nothing in the index.
 
         Raises:
-            NotAnIndexError, FormatVersionError, CorruptionError: the folder. FingerprintError: another model or loss
-            than it was built from, or another tokenizer; the message names what differs.
+            NotAnIndexError, FormatVersionError, CorruptionError: the folder. FingerprintError: another model, a loss
+            of another name (what a loss computes is not compared) or another tokenizer than it was built with; the
+            message names what differs.
         """
         if verify not in VERIFY:
             raise ConfigError(f"verify must be one of {VERIFY}, got {verify!r}")
