@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,55 @@ def test_rows_are_taken_for_what_they_score(store: str, tmp_path: Path, monkeypa
     assert set(found["layers"]) == set(index.layers)
     kept = index.build_report["coverage"]
     assert 0 < kept["rows"] <= 1 and kept["row_examples"] == 2 and kept["seconds"] > 0
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder is the encoder's weight, without a module; and one layer as it should be."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.first, self.enc, self.dec = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(4, 6, bias=False)
+        self.functional = functional
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.enc(torch.tanh(self.first(x))))
+        return nn.functional.linear(hidden, self.enc.weight.T) if self.functional else self.dec(hidden)
+
+
+@pytest.mark.parametrize("projection_dim", [None, 3])
+@pytest.mark.parametrize("functional", [False, True])
+def test_weights_used_without_their_module_are_told_of(
+    functional: bool, projection_dim: int | None, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = Tied(functional), torch.randn(60, 6)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return (model(batch[0]) - batch[0]).square().sum(dim=1)
+
+    layers = ["first", "enc"] + ([] if functional else ["dec"])
+    config = BuildConfig(projection_dim=projection_dim, curvature="empirical", layers=layers)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        index = Index.build(tmp_path / "i", model=model, data=(x, x), loss=loss, config=config, progress=False)
+    told = [str(w.message) for w in caught if "not autograd's" in str(w.message)]
+    assert index.build_report["coverage"]["differing"] == (["enc"] if functional else [])
+    assert len(told) == int(functional) and all("['enc']" in text for text in told)
+
+
+# The tied head is not tracked with them, by choice.
+EMBEDDINGS = LayerSelection(embeddings=True)
+
+
+@pytest.mark.parametrize("make", [cnn, gpt2], ids=["cnn", "gpt2"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"projection": "random", "projection_dim": 5}, {"autocast": "bfloat16"}, {"layers": EMBEDDINGS}]
+)
+def test_no_difference_where_there_is_none(make: Any, settings: Any, tmp_path: Path) -> None:
+    case = make()
+    config = BuildConfig(**({"layers": case.selection} | settings))
+    index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config, progress=False)
+    assert index.build_report["coverage"]["differing"] == []
 
 
 def test_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

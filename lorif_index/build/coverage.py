@@ -5,12 +5,14 @@ projection   of theirs, what lies in the span of the projections: with P = Q R, 
 rows         of the projected gradients', what the stored rows keep: the squared cosine between G and what its row says
 scores       the same under H^-1, in whose inner product scores are taken
 
-The first two need gradients of parameters, one example's and one parameter's at a time.
+The first two need gradients of parameters, one example's and one parameter's at a time; these are compared with those
+captured, too: a model may use a weight without its module, which capture does not see.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +24,9 @@ from torch import nn
 from ..capture.data import Batch, ExampleSource, one_of
 from ..capture.gradients import GradientBlock, LayerGradient
 from ..capture.hooks import Capture
+from ..capture.layers import Use
 from ..capture.losses import PerExample
+from ..capture.sharded import is_dtensor
 from ..capture.sources import ModelCapture
 from ..damping import Damping
 from ..fit.sketch import SketchEncoder
@@ -35,6 +39,8 @@ _WITH_PARAMETERS, _WITH_ROWS = 8, 64
 EXAMPLES = 4 * _WITH_ROWS
 # Not names of layers.
 ALL, SCORES = "", " scores"
+# Relative difference that no rounding of a model in half precision makes.
+_DIFFERS = 0.1
 _ONE_OF = {_WITH_PARAMETERS: 300, _WITH_ROWS: 40}
 
 
@@ -54,7 +60,8 @@ def measure_coverage(
 
     Returns:
         shares of the squared norm, as plain JSON values: {"tracked", "projection", "rows", "scores", "layers": {name:
-        {"share": of all parameters', "projection", "rows"}}, "parameter_examples", "row_examples", "seconds"}. A
+        {"share": of all parameters', "projection", "rows"}}, "differing": layers whose captured gradients are not
+        autograd's, "parameter_examples", "row_examples", "seconds"}. A
         share that is not known is None: those of rows where none are stored, those of parameters where autograd cannot
         give their gradients (out of memory, parameters that are quantised).
     """
@@ -75,8 +82,8 @@ def measure_coverage(
         mine = np.flatnonzero(np.isin(ids, few))
         spans.add(block.select(mine))
         for place in mine.tolist() if not norms.failed else ():
-            norms.add(capture, one_of(batch, place))
-    found: dict[str, Any] = {"tracked": None, "projection": None}
+            norms.add(capture, one_of(batch, place), block.select(np.array([place])))
+    found: dict[str, Any] = {"tracked": None, "projection": None, "differing": sorted(norms.differing)}
     layers: dict[str, dict[str, float | None]] = {name: {} for name in reader.specs}
     if norms.failed:
         few = few[:0]
@@ -108,13 +115,21 @@ class _Norms:
     Attributes:
         total: of all of them, over the examples.
         layers: of each layer's.
+        differing: layers whose projected gradients are others than those captured.
         failed: autograd could not give them; a diagnosis is not worth the build.
     """
 
     def __init__(self, taken: ModelCapture) -> None:
         self.total, self.failed = 0.0, False
+        self.differing: set[str] = set()
+        self._projections = taken.projections
+        # Parameter -> its layer, of those that one module alone uses in a known way.
+        self._plain: dict[int, tuple[str, Use, bool]] = {}
+        self._projected: dict[str, torch.Tensor] = {}
         self.layers = {layer.name: 0.0 for layer in taken.layers}
         self._owner: dict[int, str] = {}
+        # A tied weight may be tracked in some of its modules alone, by choice.
+        holders = Counter(id(p) for m in taken.model.modules() for p in m.parameters(recurse=False))
         for layer in taken.layers:
             for use in layer.uses:
                 weight = getattr(use.module, "weight", None)
@@ -123,18 +138,27 @@ class _Norms:
                     self.failed = True
                     continue
                 self._owner[id(weight)] = layer.name
+                plain = (
+                    len(layer.uses) == 1 and type(use.module) in (nn.Linear, nn.Embedding) and not is_dtensor(weight)
+                )
+                if plain:
+                    self._plain[id(weight)] = layer.name, use, False
                 if use.bias:
                     self._owner[id(use.module.bias)] = layer.name
+                    if id(weight) in self._plain:
+                        self._plain[id(use.module.bias)] = layer.name, use, True
         parameters = [p for p in taken.model.parameters() if p.is_floating_point()]
         trained = [p for p in parameters if p.requires_grad or id(p) in self._owner]
         # A model that was frozen to be asked says nothing of what was trained.
         self._parameters = trained if any(p.requires_grad for p in parameters) else parameters
 
-    def add(self, capture: Capture, batch: Batch) -> None:
-        """Adds a batch of one."""
+    def add(self, capture: Capture, batch: Batch, captured: GradientBlock) -> None:
+        """Adds a batch of one, whose captured gradients are compared."""
+        self._projected.clear()
 
         def on_gradient(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
+                self._project(parameter, parameter.grad)
                 square = float(torch.linalg.vector_norm(parameter.grad.float()).double().square()) / capture.scale**2
                 self.total += square
                 if id(parameter) in self._owner:
@@ -146,6 +170,28 @@ class _Norms:
                 capture.differentiate(batch, self._parameters)
         except RuntimeError:
             self.failed = True
+            return
+        for name, sum_ in self._projected.items():
+            whole, ours = sum_ / capture.scale, captured.layers[name].dense()[0].to(sum_)
+            if float((whole - ours).norm()) > _DIFFERS * float(torch.maximum(whole.norm(), ours.norm())):
+                self.differing.add(name)
+
+    def _project(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
+        """Adds P_in^T dW P_out of one parameter's gradient to its layer's."""
+        if id(parameter) not in self._plain:
+            return
+        name, use, bias = self._plain[id(parameter)]
+        left, right = (self._projections.side(name, side, grad.device, torch.float32) for side in ("in", "out"))
+        rows = grad.float()[None] if bias else grad.float() if isinstance(use.module, nn.Embedding) else grad.float().T
+        rows = rows if right is None else rows @ right
+        # The bias is one more input, the last.
+        place = slice(use.inputs, None) if bias else slice(use.inputs)
+        if left is None:
+            found = rows.new_zeros(use.inputs + use.bias, rows.shape[1])
+            found[place] = rows
+        else:
+            found = left[place].T @ rows
+        self._projected[name] = self._projected.get(name, 0.0) + found
 
 
 @contextmanager

@@ -895,6 +895,13 @@ class _Build:
                 ids = self._drawn(EXAMPLES * self.ranks.size)
                 here = ids[positions_of(reader.store, ids) >= 0][:EXAMPLES]
                 found = measure_coverage(reader, self.capture, self.loss, self.examples, here)
+        if found is not None and found["differing"]:
+            warnings.warn(
+                f"captured gradients of layers {found['differing'][:4]} are not autograd's: the model uses their "
+                "weights without calling the modules, which is not seen, so that their share of scores is wrong. Leave "
+                "them out (layers=LayerSelection(exclude=...)), or let the model call a module",
+                stacklevel=5,
+            )
         return self.ranks.told(found)
 
     def _sample_ids(self) -> np.ndarray:
