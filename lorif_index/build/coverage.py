@@ -138,10 +138,8 @@ class _Norms:
                     self.failed = True
                     continue
                 self._owner[id(weight)] = layer.name
-                plain = (
-                    len(layer.uses) == 1 and type(use.module) in (nn.Linear, nn.Embedding) and not is_dtensor(weight)
-                )
-                if plain:
+                plain = type(use.module) in (nn.Linear, nn.Embedding) and holders[id(weight)] == 1
+                if plain and not is_dtensor(weight):
                     self._plain[id(weight)] = layer.name, use, False
                 if use.bias:
                     self._owner[id(use.module.bias)] = layer.name
