@@ -117,9 +117,9 @@ class BuildConfig:
             width: an int; a fraction of the width (0 < f < 1), such as 1/16; None for no projection; "auto" is 1/16
             for a model's gradients and no projection for gradients handed over by the user.
         projection_floor: the least width that a fraction may give (small models lose too much below it). "auto": 32;
-            where rows are eigencodes of a model's gradients in learnt projections, and `eigen_bytes`, or 1,600, have no
-            room for all directions of that, the widest of 48, 64, 96 and 128, or for larger rows 192 and 256, with
-            which the sample's gradients take no more than 4 GiB; `index.specs` has the widths that it gave.
+            where rows are eigencodes of a model's gradients in learnt projections, and 1,600 bytes have no room for all
+            directions of that, the widest of 48, 64, 96 and 128, or for larger rows 192 and 256, with which the
+            sample's gradients take no more than 4 GiB; `index.specs` has the widths that it gave.
         projection: "eigen": each side's leading eigenvectors, learnt from a sample; "random": random signs, which need
             no pass over data.
         rank: c, the number of factor pairs kept per example and layer; None keeps the full rank.
