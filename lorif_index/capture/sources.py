@@ -322,13 +322,13 @@ def model_digest(model: nn.Module) -> str:
 
 
 def weights_state(model: nn.Module) -> tuple[tuple[int, int], ...] | None:
-    """Which tensors a model's weights are, and how often each was written to: it differs where an optimiser has made a
-    step, or weights were loaded, and costs nothing. None where it says nothing: of models that are sharded, or whose
-    weights are brought in for a pass. What is written to `.data` is not counted by torch."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if is_spread(model) or any(t.is_meta or t.is_inference() for t in tensors):
+    """Which tensors a model's parameters are, and how often each was written to: it differs where an optimiser has made
+    a step, or weights were loaded, and costs nothing. None where it says nothing: of models that are sharded, or whose
+    weights are brought in for a pass. What is written to `.data` is not counted by torch; buffers may be caches."""
+    parameters = list(model.parameters())
+    if is_spread(model) or any(p.is_meta or p.is_inference() for p in parameters):
         return None
-    return tuple((id(t), t._version) for t in tensors)
+    return tuple((id(p), p._version) for p in parameters)
 
 
 def data_digest(examples: ExampleSource) -> str:
