@@ -178,9 +178,11 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
         assert again.scores(case.query).shape[1] == len(index)
         return index._manifest.floor()
 
+    # A usual row has room for all directions: the model stays narrow, for smaller rows, too.
+    assert floor("fits") == 6 and floor("small rows", eigen_bytes=32) == 6
+    monkeypatch.setattr(choice + "_SMALL", 32)
     assert floor("chooses", eigen_bytes=32) == 10
-    # All directions fit; another width is asked for; other rows; directions of one's own number; random projections.
-    assert floor("fits") == 6
+    # Another width is asked for; other rows; directions of one's own number; random projections.
     assert floor("asked", eigen_bytes=32, projection_floor=5) == 5
     assert floor("factors", eigen_bytes=32, store="factors") == 6
     # Factors without being asked for: whole gradients.
@@ -196,7 +198,6 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(choice + "_DIRECTIONS_A_BIT", 100)
     assert floor("not enough", eigen_bytes=32) == 10
     # Of a model that is not small, rows that could hold all directions of the least width gain by others.
-    monkeypatch.setattr(choice + "_SMALL", 32)
     assert floor("large rows", eigen_bytes=4000) == 10
     # What the sample's gradients may take.
     monkeypatch.setattr(choice + "_FLOOR_BYTES", 1000)

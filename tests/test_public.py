@@ -83,7 +83,7 @@ ENGINE = {
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
     "search": "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint "
     "candidates reader explain planner groups",
-    "build": "encode coverage outliers coarse_build growth removal sizes memory traffic spans representation "
+    "build": "encode coverage coarse_build outliers growth removal sizes memory traffic spans representation "
     "resuming pipeline refit merging repair estimate",
     "huggingface": "chat encoding documents tokenised",
     ".": "index launch",
