@@ -26,11 +26,7 @@ from lorif_index.capture.ensemble import Ensemble
 # Bytes of a row of the default with one member: what `eigen_bytes` asks for, or the factors of single predictions.
 SAME_BYTES = {"digits": 340, "finetuned": 1600}
 DAMPING = 0.1
-EACH, TOGETHER, UNROUNDED = (
-    "default, bytes for each member",
-    "eigencodes, bytes of one for all",
-    "unrounded, full inverse",
-)
+EACH = "default, bytes for each member"
 
 
 def of_members(gradients: Gradients, members: tuple[int, ...]) -> Gradients:
@@ -53,32 +49,31 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     values: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
 
-    def note(how: str, members: tuple[int, ...], scores: np.ndarray, each: float) -> None:
+    def note(how: str, members: tuple[int, ...], scores: np.ndarray, each: float, against: str | None = None) -> None:
         found = values[how, members] = lds(scores, halves, truth)
-        alone = values.get((how if how in (EACH, TOGETHER, UNROUNDED) else EACH, (0,)), found)
+        alone = values.get((against or how, (0,)), found)
         figures = {"lds": summary(found), "minus_one": summary(found - alone)}
         rows.append({"stored": how, "members": list(members), "bytes": each, **figures})
         print(rows[-1], flush=True)
 
-    def built(how: str, members: tuple[int, ...], **settings: Any) -> None:
+    def built(how: str, members: tuple[int, ...], against: str | None = None, **settings: Any) -> None:
         config = BuildConfig(coarse=None, damping=DAMPING, **narrow, **settings)
         with tempfile.TemporaryDirectory() as folder:
             index = Index.build(
                 Path(folder) / "i", model=[models[m] for m in members], data=task.data, config=config, progress=False
             )
-            note(how, members, index.scores(task.queries), float(index.bytes_per_example))
+            note(how, members, index.scores(task.queries), float(index.bytes_per_example), against)
 
     each = BuildConfig().eigen_bytes
     for count in counts:
         members = tuple(range(count))
         built(EACH, members, eigen_bytes=count * each)
-        built(TOGETHER, members, store="eigen", eigen_bytes=same)
+        built("eigencodes, bytes of one for all", members, store="eigen", eigen_bytes=same)
         if count > 1 and same == each:
             how = f"the first alone, {count} times the bytes"
-            built(how, (0,), eigen_bytes=count * each)
-            against = summary(values[EACH, members] - values[how, (0,)])
-            rows[-1]["ensemble_minus_this"] = against
-            print("ensemble minus this: {:+.3f} ± {:.3f}".format(*against), flush=True)
+            built(how, (0,), EACH, eigen_bytes=count * each)
+            rows[-1]["ensemble_minus_this"] = summary(values[EACH, members] - values[how, (0,)])
+            print("ensemble minus this: {:+.3f} ± {:.3f}".format(*rows[-1]["ensemble_minus_this"]), flush=True)
     for seed in range(1, max(counts)):
         built(EACH, (seed,))
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +89,7 @@ def main() -> None:
             moment = {name: root.T @ root for name, root in of_members(roots, members).items()}
             scores = dense(of_members(asked, members), of_members(data, members), moment, DAMPING)
             whole = sum(2.0 * g.shape[1] for g in of_members(data, members).values())
-            note(UNROUNDED, members, scores, whole)
+            note("unrounded, full inverse", members, scores, whole)
     lines = [["stored", "checkpoints", "bytes", "LDS", "minus the first alone"]]
     for r in rows:
         lines.append(

@@ -22,10 +22,9 @@ from bench.agreement import correlations
 from bench.environment import ROOT, arguments, keep, table
 from bench.lds import lds, membership, summary
 from bench.lds_truth import gather, make
-from bench.methods import gathered, shared_bytes
+from bench.methods import gathered, shaped, shared_bytes
 from bench.tasks import TASKS, batches, size
 from lorif_index import BuildConfig, CurvatureRows, Index
-from lorif_index.capture.gradients import LayerSpec
 from lorif_index.rows.codes import CodeLayout
 
 Gradients = dict[str, torch.Tensor]
@@ -52,11 +51,6 @@ def rounded(g: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
     """Rows in few bits with a scale each, as coordinates are stored (after a random rotation), and bytes a row."""
     layout, turn = CodeLayout(g.shape[1], bits), rotation(g.shape[1])
     return layout.decode(layout.encode(g @ turn)) @ turn.T, float(layout.row_bytes)
-
-
-def shaped(gradients: Gradients, specs: dict[str, LayerSpec]) -> dict[str, torch.Tensor]:
-    """Layer -> (n, d_in, d_out), from (n, D)."""
-    return {name: g.reshape(-1, specs[name].d_in, specs[name].d_out) for name, g in gradients.items()}
 
 
 def dense(queries: Gradients, rows: Gradients, moment: Gradients, multiple: float) -> np.ndarray:

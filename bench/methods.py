@@ -20,6 +20,7 @@ from torch import nn
 from bench.peers import PEERS, Peer
 from bench.tasks import Task, batches, size, take
 from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, ReleaseDamping
+from lorif_index.capture.gradients import LayerSpec
 from lorif_index.capture.sources import ModelCapture
 
 SWEEP = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
@@ -57,6 +58,11 @@ def gathered(
     """Layer -> (n, D): the same of all batches together."""
     found = list(blocks(model, parts, config, index))
     return {name: torch.cat([block[name] for block in found]) for name in found[0]}
+
+
+def shaped(gradients: dict[str, torch.Tensor], specs: dict[str, LayerSpec]) -> dict[str, torch.Tensor]:
+    """Layer -> (n, d_in, d_out), from (n, D)."""
+    return {name: g.reshape(-1, specs[name].d_in, specs[name].d_out) for name, g in gradients.items()}
 
 
 def shared_bytes(index: Index) -> int:

@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench.environment import CACHE, RESULTS, arguments, keep, table
-from bench.methods import gathered, kinds_of_index
+from bench.methods import gathered, kinds_of_index, shaped
 from bench.tasks import batches, keep_weights, take, with_weights
 from lorif_index import BuildConfig, Index, default_loss
 
@@ -279,8 +279,7 @@ def embeddings(model: Top, data: Batch) -> np.ndarray:
 
 def gradients(index: Index, model: Top, data: Batch) -> Batch:
     """Layer -> (n, d_in, d_out) gradients under the index's projections, not factored."""
-    found = gathered(model, batches(data, 32), index.config, index)
-    return {name: g.reshape(-1, index.specs[name].d_in, index.specs[name].d_out) for name, g in found.items()}
+    return shaped(gathered(model, batches(data, 32), index.config, index), index.specs)
 
 
 def side_by_side(found: Batch) -> np.ndarray:

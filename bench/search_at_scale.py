@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bench.environment import CACHE, ROOT, arguments, keep, table, timed
-from bench.methods import gathered
+from bench.methods import gathered, shaped
 from bench.scale_data import FOLDER, Dense, gradients, trained_model, windows
 from bench.scale_index import FULL_RANK, derived, eigen_index, full_index, shorter
 from bench.scan_cost import drop, published_way, read_raw, resident_fraction
@@ -46,8 +46,7 @@ def asked_of(index: Index, split: str, count: int, steps: int, folder: Path, mos
     """The same of the index's own projections, taken from the model."""
     ids = torch.from_numpy(windows(split, folder, most)[:count].astype(np.int64))
     parts = ({"input_ids": part} for part in ids.split(64))
-    found = gathered(trained_model(steps, folder, most), parts, index.config, index)
-    return {name: g.reshape(-1, index.specs[name].d_in, index.specs[name].d_out) for name, g in found.items()}
+    return shaped(gathered(trained_model(steps, folder, most), parts, index.config, index), index.specs)
 
 
 def some(queries: Gradients, start: int, stop: int) -> Gradients:
