@@ -3,7 +3,8 @@
 The linear datamodeling score (Ilyas et al., arXiv:2202.00622; Park et al., arXiv:2303.14186) is the rank correlation,
 over random halves of the training set, of the scores summed over a half with minus the query's loss after training on
 that half; here its mean over queries. Every method runs at its own default damping, and at the best of a sweep that is
-chosen on the even queries and reported on the odd ones. `bench.lds_truth` makes the truth.
+chosen on the even queries and reported on the odd ones; and with its scores shrunk, as by
+`Index.scores(shrink=True)`. `bench.lds_truth` makes the truth.
 
 Each method's scores are kept, so that methods can be run one by one (`--methods`), other libraries in an environment of
 their own; a call without methods to run gathers what is there.
@@ -24,6 +25,7 @@ from bench.lds_truth import gather, make
 from bench.methods import METHODS
 from bench.peers import Peer
 from bench.tasks import TASKS, Task
+from lorif_index.search.shrinkage import shrink
 
 
 def membership(task: Task) -> np.ndarray:
@@ -60,10 +62,15 @@ def judge(found: Peer, members: np.ndarray, truth: np.ndarray, reference: np.nda
     even, odd = slice(0, None, 2), slice(1, None, 2)
     best = max(each, key=lambda label: each[label][even].mean())
     default = each[found.default]
+    smaller = found.scores[found.default].astype(np.float32)
+    shrink(smaller)
+    shrunk = lds(smaller, members, truth)
     out = {
         "default": found.default,
         "lds": summary(default),
         "lds_odd": summary(default[odd]),
+        "lds_shrunk": summary(shrunk),
+        "shrunk_minus_lds": summary(shrunk - default),
         "best": best,
         "best_odd": summary(each[best][odd]),
         "sweep": {label: summary(values) for label, values in each.items()},
@@ -137,7 +144,7 @@ def main() -> None:
     print(f"ceiling: {best or 'one seed, not known'}")
     reference = kept(score_file(task, parsed.smoke, "library default"))
     base = lds(reference.scores[reference.default], members, truth) if reference is not None else None
-    rows, figures = [["method", "LDS, default", "best on odd", "at", "bytes", "build s", "query ms"]], {}
+    rows, figures = [["method", "LDS, default", "shrunk", "best on odd", "at", "bytes", "build s", "query ms"]], {}
     before = {} if parsed.smoke else _reported(task.name)
     for name in METHODS:
         found = kept(score_file(task, parsed.smoke, name))
@@ -148,13 +155,14 @@ def main() -> None:
         if found is None:
             if name in failed:
                 figures[name] = {"error": failed[name]}
-                rows.append([name, "did not run", "", "", "", "", ""])
+                rows.append([name, "did not run", *[""] * 6])
             continue
         f = figures[name] = judge(found, members, truth, base)
         rows.append(
             [
                 name,
                 "{:.3f} ± {:.3f}".format(*f["lds"]),
+                "{:.3f} ± {:.3f}".format(*f["lds_shrunk"]),
                 "{:.3f} ± {:.3f}".format(*f["best_odd"]),
                 f["best"],
                 f"{f['bytes_per_example']:,.0f}",

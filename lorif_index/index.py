@@ -67,6 +67,7 @@ from .search.groups import By, sum_groups
 from .search.planner import ANSWERS, Plan, choose_plan, scan
 from .search.reader import Reader
 from .search.scoring import Question, told
+from .search.shrinkage import shrink as shrink_scores
 from .storage.damage import damage_message, damaged_shards, find_damage, folder_bytes
 from .storage.locks import Lease, WriterLock
 from .storage.manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
@@ -520,6 +521,7 @@ class Index:
         normalize: str | None = None,
         out: np.ndarray | None = None,
         gather: bool = True,
+        shrink: bool = False,
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
         """Exact scores of every training example, (q, n) float32; column j is row id `index.ids[j]`.
@@ -531,11 +533,16 @@ class Index:
             out: a (q, n) float32 array to write to, for instance a memory map; (q, m) without `gather`.
             gather: of an index that several ranks have opened together: True gives the whole matrix to each of them;
                 False to each the (q, m) columns of the rows that it holds, `index.held_ids`.
+            shrink: for scores that are to be summed, such as to predict what training on a part of the examples would
+                do: those that cannot be told from noise are made small, s * s^2 / (s^2 + t^2), t the universal
+                threshold by the question's own scores (see `search.shrinkage`). Each question's order stays.
 
         Raises:
-            QueryError: as in `search`, or an `out` of another shape or dtype.
+            QueryError: as in `search`, an `out` of another shape or dtype, or `shrink` without all of the columns.
         """
         self = copy(self)
+        if shrink and not gather and self._ranks.size > 1:
+            raise QueryError("shrink=True goes by the scores of all examples, and gather=False gives a part: pass one")
         self._need_rows("scores")
         self._check_normalize(normalize)
         prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers), normalize)
@@ -554,6 +561,8 @@ class Index:
                 at += scores.shape[1]
         if whole:
             out[:] = self._in_order(mine.T).T
+        if shrink:
+            shrink_scores(out)
         return out
 
     def _in_order(self, values: np.ndarray) -> np.ndarray:

@@ -82,7 +82,7 @@ ENGINE = {
     "fit": "grid curvature query sketch eigencodes",
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
     "search": "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint "
-    "candidates reader explain planner groups",
+    "candidates reader explain planner groups shrinkage",
     "build": "encode coverage coarse_build outliers growth removal sizes memory traffic spans representation "
     "resuming pipeline refit merging repair estimate",
     "huggingface": "chat encoding documents tokenised",
