@@ -41,7 +41,7 @@ INDEX = {
     "merge": "path indexes progress",
     "estimate": "model data gradients loss config examples batches disk payload_bytes world_size tokenizer progress",
     "search": "self query k recall rescore measure opponents normalize exact damping layers group_by progress",
-    "scores": "self query measure damping layers normalize out gather progress",
+    "scores": "self query measure damping layers normalize out gather shrink progress",
     "explain": "self query ids data measure damping layers query_tokens progress",
     "groups": "self query by measure damping layers k progress",
     "self_influence": "self damping layers progress",
