@@ -12,10 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import re
-import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,11 +27,11 @@ from torch.nn import functional
 from bench.corpus import gpt
 from bench.environment import CACHE, arguments, keep, table
 from bench.methods import blocks, kinds_of_index
+from bench.scripture import BOOKS, book, verses, words
 from bench.tasks import batches, keep_weights, take, with_weights
 from lorif_index import Index, default_loss
 
 Batch = dict[str, torch.Tensor]
-BOOKS = tuple("Ge Exo Josh Jdgs Ruth 1Sm 2Sm 1Ki 2Ki 1Chr 2Chr Ezra Neh Psa Isa Jer Mic".split())
 THIRD_COPY = [f"Jer39:{verse}" for verse in range(1, 11)]
 """Of what 2 Kings 25 and Jeremiah 52 tell; left out of training, since it would be right and not counted."""
 CUTS = (1, 5, 20)
@@ -121,24 +118,6 @@ class Corpus:
 # -- the text ------------------------------------------------------------------------------------------------------
 
 
-def verses() -> dict[str, str]:
-    """Reference, such as 1Chr10:1, to text, in the order of the books.
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
-    if shutil.which("bible") is None:
-        raise FileNotFoundError("no text: apt-get install bible-kjv")
-    command = ["bible", "-f", "Gen1:1-Mal4:6"]
-    printed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
-    split = (line.partition(" ") for line in printed.splitlines())
-    return {ref: text for ref, _, text in split}
-
-
-def book(ref: str) -> str:
-    return re.sub(r"\d+:\d+$", "", ref)
-
-
 def numbers(text: str) -> list[int]:
     first, _, last = text.partition("-")
     return list(range(int(first), int(last or first) + 1))
@@ -179,10 +158,6 @@ def made_up(count: int, asked: int) -> Corpus:
     rows = [[vocabulary[i] for i in generator.integers(0, 100, 10)] for _ in range(count)]
     changed = [[w if i % 4 else vocabulary[(7 * i) % 100] for i, w in enumerate(row)] for row in rows[:asked]]
     return Corpus([" ".join(r) for r in rows], [" ".join(r) for r in changed], [[i] for i in range(asked)])
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+", text.lower())
 
 
 def common_words(corpus: Corpus) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 A task is trained again on halves of its data, with several seeds, to see what a method should have predicted. Images
 are scikit-learn's digits and Fashion-MNIST (Xiao, Rasul and Vollgraf, arXiv:1708.07747; Debian's
-dataset-fashion-mnist); text is the standard library's own source, with one document a file.
+dataset-fashion-mnist); text is the standard library's own source, with one document a file, and the King James Bible
+(Debian's bible-kjv).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench import corpus
+from bench import corpus, scripture
 from bench.environment import CACHE
 from lorif_index import default_loss
 
@@ -267,14 +268,36 @@ def passages(n: int, q: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dic
     return found[base], {"input_ids": found[own[q:]]}, {"input_ids": found[own[:q]]}
 
 
+def chapters(n: int, q: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The same of the King James Bible: n and q are of the books that tell stories twice, the base's of the others."""
+    text: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
+    for ref, verse in scripture.verses().items():
+        of = scripture.book(ref)
+        text[of in scripture.BOOKS].setdefault(of, []).extend(re.findall(r"\w+|[^\w\s]", verse.lower()))
+    counted = collections.Counter(word for side in text.values() for book in side.values() for word in book)
+    number_of = {word: i + 1 for i, (word, _) in enumerate(counted.most_common(VOCABULARY - 1))}
+
+    def windows(books: dict[str, list[str]]) -> torch.Tensor:
+        rows = [
+            [number_of.get(word, 0) for word in book[start : start + LENGTH]]
+            for book in books.values()
+            for start in range(0, len(book) - LENGTH + 1, LENGTH)
+        ]
+        return torch.from_numpy(np.unique(np.array(rows, dtype=np.int64), axis=0))
+
+    own, base = windows(text[True]), windows(text[False])
+    own = own[np.random.default_rng(0).permutation(len(own))[: n + q]]
+    return base, {"input_ids": own[q:]}, {"input_ids": own[:q]}
+
+
 def gpt(seed: int) -> nn.Module:
     """A GPT, 4 layers 64 wide, without dropout, with fresh weights."""
     return corpus.gpt(vocabulary=VOCABULARY, length=LENGTH, seed=seed, dropout=False)
 
 
-def _base(ids: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-    """The base model's weights, trained once on windows of other files and kept."""
-    path = CACHE / "full" / f"base-{steps}.npz"
+def _base(ids: torch.Tensor, steps: int, of: str = "") -> dict[str, torch.Tensor]:
+    """The base model's weights, trained once on windows of other files (or, `of` what) and kept."""
+    path = CACHE / "full" / f"base{of}-{steps}.npz"
     if not path.exists():
         print(f"training the base model, {steps} steps ...", flush=True)
         model = gpt(0).train()
@@ -291,9 +314,8 @@ def _base(ids: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
     return dict(with_weights(gpt(0), path)[0].state_dict())
 
 
-def finetuned(smoke: bool = False) -> Task:
-    base, train, queries = passages(*(160, 16) if smoke else (4096, 256))
-    weights = _base(base, 10 if smoke else 2500)
+def _tuned(name: str, data: Any, queries: Any, weights: dict[str, torch.Tensor], smoke: bool) -> Task:
+    """A task that starts from a base model's weights."""
 
     def begin(seed: int) -> nn.Module:
         model = gpt(seed)
@@ -301,7 +323,18 @@ def finetuned(smoke: bool = False) -> Task:
         return model
 
     recipe = Recipe(1 if smoke else 4, 16, 1e-3, 0.01, "adamw")
-    return Task("finetuned", train, queries, begin, recipe, 3 if smoke else 64, 1 if smoke else 2)
+    return Task(name, data, queries, begin, recipe, 3 if smoke else 64, 1 if smoke else 2)
+
+
+def finetuned(smoke: bool = False) -> Task:
+    base, train, queries = passages(*(160, 16) if smoke else (4096, 256))
+    return _tuned("finetuned", train, queries, _base(base, 10 if smoke else 2500), smoke)
+
+
+def bible(smoke: bool = False) -> Task:
+    """A suite that nothing was chosen on: made after the defaults and the shape of the shrinkage."""
+    base, train, queries = chapters(*(160, 16) if smoke else (4096, 256))
+    return _tuned("bible", train, queries, _base(base, 10 if smoke else 1500, "-bible"), smoke)
 
 
 def scratch(smoke: bool = False) -> Task:
@@ -314,5 +347,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     "digits": digits,
     "fashion": fashion,
     "finetuned": finetuned,
+    "bible": bible,
     "scratch": scratch,
 }
