@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.agreement import correlations
 from bench.environment import CACHE, RESULTS, arguments, keep, table
@@ -25,7 +26,7 @@ from bench.lds_truth import gather, make
 from bench.methods import METHODS
 from bench.peers import Peer
 from bench.tasks import TASKS, Task
-from lorif_index.search.shrinkage import shrink
+from lorif_index.search.shrinkage import shrink, thresholds
 
 
 def membership(task: Task) -> np.ndarray:
@@ -62,9 +63,10 @@ def judge(found: Peer, members: np.ndarray, truth: np.ndarray, reference: np.nda
     even, odd = slice(0, None, 2), slice(1, None, 2)
     best = max(each, key=lambda label: each[label][even].mean())
     default = each[found.default]
-    smaller = found.scores[found.default].astype(np.float32)
-    shrink(smaller)
-    shrunk = lds(smaller, members, truth)
+    scores = found.scores[found.default].astype(np.float32)
+    smaller = torch.from_numpy(scores.copy())
+    shrink(smaller, thresholds(scores, scores.shape[1]))
+    shrunk = lds(smaller.numpy(), members, truth)
     out = {
         "default": found.default,
         "lds": summary(default),

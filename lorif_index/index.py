@@ -67,7 +67,7 @@ from .search.groups import By, sum_groups
 from .search.planner import ANSWERS, Plan, choose_plan, scan
 from .search.reader import Reader
 from .search.scoring import Question, told
-from .search.shrinkage import shrink as shrink_scores
+from .search.shrinkage import shrinking
 from .storage.damage import damage_message, damaged_shards, find_damage, folder_bytes
 from .storage.locks import Lease, WriterLock
 from .storage.manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
@@ -488,6 +488,7 @@ class Index:
         damping: Damping | float | None = None,
         layers: str | Iterable[str] | None = None,
         k: int | None = None,
+        shrink: bool = False,
         progress: bool | ProgressCallback | None = False,
     ) -> Groups:
         """What whole parts of the training set did to the query: every example's score, summed by source, label, ...
@@ -497,6 +498,7 @@ class Index:
             by: a field of the payloads, or a function of an example's payload that gives text, a number, True, False or
                 None. Examples without one form the group None.
             k: how many groups to keep of each query, of the largest sums; all by default.
+            shrink: as in `scores`: the sums are then of what cannot be chance.
 
         Returns:
             `Groups`, largest sum first. Rows are scanned as they stream by: memory grows with the number of groups.
@@ -507,9 +509,11 @@ class Index:
         """
         self = copy(self)
         self._check_groups(by, k)
-        prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers))
+        question = self._prepare(query, measure, self._policy(damping), self._chosen(layers)).question
+        if shrink:
+            question = shrinking(self._reader, question)
         with reporter(progress) as report:
-            return sum_groups(self._reader, prepared.question, by, k, report)
+            return sum_groups(self._reader, question, by, k, report)
 
     def scores(
         self,
@@ -535,14 +539,13 @@ class Index:
                 False to each the (q, m) columns of the rows that it holds, `index.held_ids`.
             shrink: for scores that are to be summed, such as to predict what training on a part of the examples would
                 do: those that cannot be told from noise are made small, s * s^2 / (s^2 + t^2), t the universal
-                threshold by the question's own scores (see `search.shrinkage`). Each question's order stays.
+                threshold by the question's own scores, of 65,536 at random where there are more (see
+                `search.shrinkage`). Each question's order stays.
 
         Raises:
-            QueryError: as in `search`, an `out` of another shape or dtype, or `shrink` without all of the columns.
+            QueryError: as in `search`, or an `out` of another shape or dtype.
         """
         self = copy(self)
-        if shrink and not gather and self._ranks.size > 1:
-            raise QueryError("shrink=True goes by the scores of all examples, and gather=False gives a part: pass one")
         self._need_rows("scores")
         self._check_normalize(normalize)
         prepared = self._prepare(query, measure, self._policy(damping), self._chosen(layers), normalize)
@@ -554,15 +557,14 @@ class Index:
             raise QueryError(f"out must be {shape} float32, got {out.shape} {out.dtype}")
         whole = self._ranks.size > 1 and gather
         mine = np.empty((shape[0], self._store.live_count), dtype=np.float32) if whole else out
+        question = shrinking(self._reader, prepared.question) if shrink else prepared.question
         with reporter(progress) as report, self._ranks.jointly():
             at = 0
-            for _, scores, _ in scan(self._reader, prepared.question, report):
+            for _, scores, _ in scan(self._reader, question, report):
                 mine[:, at : at + scores.shape[1]] = scores.numpy()
                 at += scores.shape[1]
         if whole:
             out[:] = self._in_order(mine.T).T
-        if shrink:
-            shrink_scores(out)
         return out
 
     def _in_order(self, values: np.ndarray) -> np.ndarray:

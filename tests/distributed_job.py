@@ -104,7 +104,7 @@ def answers(index: Index, query: Any) -> dict[str, np.ndarray]:
     if index.representation != "coarse":
         hits = index.search(query, k=12, exact=True)
         found |= {"scan ids": hits.ids, "scan scores": hits.scores, "scores": index.scores(query)}
-        found |= {"self": index.self_influence(), "ids": index.ids}
+        found |= {"self": index.self_influence(), "ids": index.ids, "shrunk": index.scores(query, shrink=True)}
         worst = index.search(query, k=12, opponents=True, normalize="relatif")
         found |= {"opponent ids": worst.ids, "opponent scores": worst.scores}
     if index.coarse is not None:
@@ -146,6 +146,8 @@ def build_and_ask(
                 mine = together.scores(query, gather=False)
                 held = np.isin(found["ids"], together.held_ids)
                 np.testing.assert_array_equal(mine, found["scores"][:, held])
+                shrunk = together.scores(query, gather=False, shrink=True)
+                np.testing.assert_array_equal(shrunk, found["shrunk"][:, held])
             told[kind] = {"held": len(together.held_ids), "rows": len(together)}
             if rank == 0:
                 np.savez(Path(folder) / f"{kind}.npz", **found)

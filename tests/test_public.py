@@ -43,7 +43,7 @@ INDEX = {
     "search": "self query k recall rescore measure opponents normalize exact damping layers group_by progress",
     "scores": "self query measure damping layers normalize out gather shrink progress",
     "explain": "self query ids data measure damping layers query_tokens progress",
-    "groups": "self query by measure damping layers k progress",
+    "groups": "self query by measure damping layers k shrink progress",
     "self_influence": "self damping layers progress",
     "factors": "self ids",
     "gradients": "self ids",
@@ -82,7 +82,7 @@ ENGINE = {
     "fit": "grid curvature query sketch eigencodes",
     "storage": "sealed shards store resident payloads locks home manifest damage fitted",
     "search": "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint "
-    "candidates reader explain planner groups shrinkage",
+    "candidates reader shrinkage explain planner groups",
     "build": "encode coverage coarse_build outliers growth removal sizes memory traffic spans representation "
     "resuming pipeline refit merging repair estimate",
     "huggingface": "chat encoding documents tokenised",

@@ -18,6 +18,7 @@ from ..errors import QueryError
 from ..progress import Reporter
 from .reader import Reader
 from .scoring import Question, TopK, stream_scores
+from .shrinkage import shrink
 
 # Below so many rows a scan takes a few milliseconds, and is always right.
 SCAN_UP_TO = 10_000
@@ -154,6 +155,8 @@ def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple
         for positions, scores, size in stream_scores(reader.rows, question):
             if question.scale is not None:
                 scores.mul_(question.scale[at : at + scores.shape[1]])
+            if question.thresholds is not None:
+                shrink(scores, question.thresholds)
             at += scores.shape[1]
             yield positions, scores, size
             stage.advance(scores.shape[1], size)

@@ -107,6 +107,7 @@ class Question:
         count: q.
         eigen: (q, dim) float32, for eigencodes, or None.
         scale: (m,) float32 that a scan multiplies the live rows' scores by, or None.
+        thresholds: (q,) float32 by which a scan shrinks scores then (see `shrinkage`), or None.
     """
 
     queries: Mapping[str, torch.Tensor]
@@ -114,12 +115,13 @@ class Question:
     count: int
     eigen: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    thresholds: torch.Tensor | None = None
 
     def some(self, rows: slice) -> Question:
         """Some of the queries."""
-        x, eigen = (None if part is None else part[rows] for part in (self.x, self.eigen))
+        x, eigen, thresholds = (None if part is None else part[rows] for part in (self.x, self.eigen, self.thresholds))
         queries = {n: g[rows] for n, g in self.queries.items()}
-        return Question(queries, x, len(range(self.count)[rows]), eigen, self.scale)
+        return Question(queries, x, len(range(self.count)[rows]), eigen, self.scale, thresholds)
 
     def scaled(self, queries: torch.Tensor | None, rows: torch.Tensor | None) -> Question:
         """Scores are multiplied by the rows' (n,) and by the queries' (q,), each if given."""
@@ -167,7 +169,7 @@ def ask(
 
 
 def told(question: Question | None, ranks: Ranks) -> Question:
-    """Rank 0's question, on all ranks; its scale stays behind."""
+    """Rank 0's question, on all ranks; its scale and thresholds stay behind."""
     if ranks.size == 1 and question is not None:
         return question
     facts, tensors = None, list[torch.Tensor]()

@@ -11,18 +11,66 @@ thresholds its scores, too, at a level found by retraining; here nothing is fitt
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import torch
+
+from .reader import Reader
+from .scoring import Question
 
 # The median of the absolute value of a standard normal variable.
 _MEDIAN_NORMAL = 0.6744897501960817
+# Of more rows a random sample of about so many tells sigma, to about half a percent.
+SAMPLED = 1 << 16
+# Floats of rows and scores that are in memory together while the sample is scored.
+_ROWS_BYTES, _SCORES = 64 << 20, 4 << 20
 
 
-def shrink(scores: np.ndarray) -> None:
-    """Shrinks scores (q, n) float32 of all n examples, in place, a question at a time."""
-    for row in scores:
-        threshold = float(np.median(np.abs(row))) / _MEDIAN_NORMAL * math.sqrt(2.0 * math.log(max(row.shape[0], 1)))
-        if threshold > 0:
-            # Of the ratio, squared: it neither overflows nor vanishes, whatever the scores' units.
-            with np.errstate(divide="ignore", over="ignore"):
-                row /= 1.0 + (threshold / np.abs(row)) ** 2
+def thresholds(scores: np.ndarray, count: int) -> torch.Tensor:
+    """t (q,) float32 of questions, by scores (q, m) of some of `count` examples, or of all."""
+    if not scores.size:
+        return torch.zeros(len(scores))
+    middle = np.array([np.median(np.abs(row)) for row in scores], dtype=np.float64)
+    return torch.from_numpy(middle * (math.sqrt(2.0 * math.log(max(count, 1))) / _MEDIAN_NORMAL)).float()
+
+
+def shrink(scores: torch.Tensor, thresholds: torch.Tensor) -> None:
+    """Shrinks scores (q, m) float32, in place, by their questions' thresholds (q,)."""
+    # Of the ratio, squared: it neither overflows nor vanishes, whatever the scores' units. 0 / 0 leaves all as it is.
+    ratio = (thresholds[:, None] / scores.abs()).nan_to_num_(nan=0.0, posinf=math.inf)
+    scores.div_(ratio.square_().add_(1.0))
+
+
+def shrinking(reader: Reader, question: Question) -> Question:
+    """The question, whose scores a scan shrinks. Over several ranks all call this, and have the same thresholds."""
+    return replace(question, thresholds=thresholds(_sampled(reader, question), reader.live_count))
+
+
+def _sampled(reader: Reader, question: Question) -> np.ndarray:
+    """(q, m) scores of rows at random, scaled as the scan scales them; of all of them where there are few."""
+    ranks, store, rows = reader.ranks, reader.store, len(reader.team)
+    # By positions in the whole index, so that the rows are the same ones however many ranks hold them.
+    some = min(SAMPLED * rows // max(reader.live_count, 1), rows)
+    wanted = np.sort(np.random.default_rng(0).choice(rows, some, replace=False, shuffle=False))
+    found: np.ndarray = np.empty((0, question.count), dtype=np.float32)
+    with ranks.jointly():
+        local = reader.team.locally(wanted)[1]
+        if store.dead is not None:
+            local = local[~store.dead[local]]
+        scorer, found = (
+            question.scorer(reader.layout, reader.device),
+            np.empty((len(local), question.count), np.float32),
+        )
+        step = min(_ROWS_BYTES // max(reader.layout.row_bytes, 1), _SCORES // max(question.count, 1)) + 1
+        for start in range(0, len(local), step):
+            block = local[start : start + step]
+            scores = torch.zeros(question.count, len(block), device=reader.device)
+            if reader.layout.width:
+                scores += scorer.score_factors(reader.rows.factors(block)[0])
+            if reader.layout.codes is not None:
+                scores += scorer.score_codes(reader.rows.codes(block)[0])
+            found[start : start + len(block)] = scores.cpu().T.numpy()
+        if question.scale is not None:
+            found *= question.scale[np.searchsorted(store.live, local)].numpy()[:, None]
+    return np.concatenate(ranks.gather(found)).T
