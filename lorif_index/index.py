@@ -553,6 +553,8 @@ class Index:
         shape = (prepared.question.count, width)
         if out is None:
             out = np.empty(shape, dtype=np.float32)
+        elif not isinstance(out, np.ndarray):
+            raise QueryError(f"out must be an array of {shape} float32, got {type(out).__name__}")
         elif out.shape != shape or out.dtype != np.float32:
             raise QueryError(f"out must be {shape} float32, got {out.shape} {out.dtype}")
         whole = self._ranks.size > 1 and gather
@@ -827,11 +829,12 @@ class Index:
         check_addition(data, gradients, self._model, self._manifest.fingerprint["model"] is not None)
         if data is not None and self._model is not None:
             check_same(
-                {"model": self._manifest.fingerprint["model"], "loss": self._manifest.fingerprint["loss"]},
-                {"model": model_digest(self._model), "loss": loss_name(self._loss)},
-                f"the model that is to give gradients for {self._path}",
+                {"loss": self._manifest.fingerprint["loss"]},
+                {"loss": loss_name(self._loss)},
+                f"the loss that is to give gradients for {self._path}",
                 "open the index with the model and loss that it was built from",
             )
+            self._check_weights(self._model)
             check_tokenizer(self.metadata.get(TOKENIZER), tokenizer, str(self._path))
             data = prepared(data, self._model, self._tokenizer if tokenizer is None else tokenizer)
         with self._changing(progress) as report, ExitStack() as stack:
@@ -1248,6 +1251,8 @@ class Index:
     def _chosen(self, layers: str | Iterable[str] | None) -> tuple[str, ...]:
         if layers is None:
             return self.layers
+        if not isinstance(layers, Iterable):
+            raise QueryError(f"layers takes a layer's name, a glob pattern or a list of them, got {layers!r}")
         patterns = [layers] if isinstance(layers, str) else list(layers)
         if not patterns:
             raise QueryError("layers is empty: name at least one layer, or leave it out for all")
@@ -1304,10 +1309,7 @@ class Index:
         else:
             found = self._captured(query, measure, positions, taken or self._model_capture(measure))
         for block, asked in found:
-            try:
-                block = keep_finite(block, "error", [])
-            except NonFiniteError as error:
-                raise NonFiniteError(f"query: {error}") from None
+            block = keep_finite(block, "error", [], "the query's example")
             if block.count:
                 yield replace(asked, gradients={n: block.layers[n].dense().float().cpu() for n in chosen})
 
@@ -1341,6 +1343,8 @@ class Index:
             raise QueryError(
                 f"the index was built with loss {built_with!r}: Index.open(path, model=..., loss={built_with})"
             )
+        if measure is not None and not callable(measure):
+            raise QueryError(f"measure must be callable, measure(model, batch) -> (q,), got {measure!r}")
         self._check_weights(self._model)
         return ModelCapture(self._model, self._query_config(), self._projections)
 
@@ -1351,8 +1355,8 @@ class Index:
             check_same(
                 {"model": self._manifest.fingerprint["model"]},
                 {"model": model_digest(model)},
-                f"the model that is to ask {self._path}, whose weights have changed since,",
-                "ask with the weights that it was built from, or build an index of the new ones",
+                f"the model given for {self._path}, whose weights have changed since,",
+                "give it the weights that the index was built from, or build an index of the new ones",
             )
             self._weights = state
 

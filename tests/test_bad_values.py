@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 from lorif_index import BuildConfig, Index
-from lorif_index.errors import CurvatureError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
+from lorif_index.errors import (
+    ConfigError,
+    CurvatureError,
+    DataError,
+    FingerprintError,
+    NonFiniteError,
+    QueryError,
+    StoreError,
+)
 
 N = 80
 STORES = ["factors", "both", "coordinates", "eigen"]
@@ -272,3 +280,54 @@ def test_what_is_left_of_many_rows_can_be_refitted(tmp_path: Path, store: str) -
     for change in (index.rebuild_coarse, index.refit, lambda: index.compact(), index.refit):
         change()
         assert sorted(index.search(query, k=10, exact=False).ids[0]) == list(range(1090, 1100))
+
+
+def test_labels_and_tokens_out_of_range(tmp_path: Path) -> None:
+    model, (x, y) = classes()
+    index = Index.build(tmp_path / "i", model=model, data=(x, y))
+    with pytest.raises(DataError, match="label 7 of example 1 .* 3 classes .* 0 to 2"):
+        index.search((x[:2], torch.tensor([1, 7])))
+    y[40] = -1
+    with pytest.raises(DataError, match="label -1 of example 8 ") as found:
+        Index.build(tmp_path / "labels", model=model, data=(x, y))
+    assert any("examples 32 to 63" in note for note in found.value.__notes__)
+    embedded = nn.Sequential(nn.Embedding(10, 8), nn.Flatten(), nn.Linear(32, 4)).eval()
+    with pytest.raises(IndexError) as raised:
+        Index.build(tmp_path / "tokens", model=embedded, data=(torch.full((N, 4), 12), y.clamp_min(0)))
+    assert any("examples 0 to 31" in note for note in raised.value.__notes__)
+
+
+def test_labels_left_out_are_no_labels_out_of_range(tmp_path: Path) -> None:
+    model, (x, y) = classes()
+    y[:3] = -100
+    index = Index.build(tmp_path / "i", model=model, data=(x, y), config=BuildConfig(store="factors", dtype="float32"))
+    scores = index.scores((x[5:7], y[5:7]))
+    assert not scores[:, :3].any() and (scores[:, 3:] != 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("unit", [1e20, 1e30, 1e36])
+def test_gradients_whose_squares_overflow(rows: torch.Tensor, tmp_path: Path, store: str, unit: float) -> None:
+    with pytest.raises(NonFiniteError, match="layer 'a' has inf or NaN, though the gradients have none.*scale the inp"):
+        Index.build(tmp_path / "i", gradients=blocks(rows * unit), config=config(store, dtype="float32"))
+
+
+def test_arguments_of_another_type(tmp_path: Path) -> None:
+    model, (x, y) = classes()
+    index, query = Index.build(tmp_path / "i", model=model, data=(x, y)), (x[:2], y[:2])
+    wrong: dict[str, Any] = {
+        "ids must be several integers, got 3": lambda: index.remove(3),  # type: ignore[arg-type]
+        "ids must be several integers, got '3'": lambda: index.remove("3"),  # type: ignore[arg-type]
+        "layers takes .* got 0": lambda: index.search(query, layers=0),  # type: ignore[arg-type]
+        "out must be an array of .2, 80. float32, got list": lambda: index.scores(query, out=[1]),  # type: ignore[arg-type]
+        "measure must be callable, .* got 'logit'": lambda: index.search(query, measure="logit"),  # type: ignore[arg-type]
+        "example 1 in layer '0' has inf or NaN: look at that example, or compute in a wider dtype$": lambda: (
+            index.search((torch.stack([x[0], x[1] * torch.nan]), y[:2]))
+        ),
+    }
+    for message, call in wrong.items():
+        with pytest.raises((QueryError, NonFiniteError), match=message):
+            call()
+    with pytest.raises(ConfigError, match="device='gpu0' is no device .*'cuda'"):
+        BuildConfig(device="gpu0")
+    assert BuildConfig(device=torch.device("cpu")).device == "cpu"  # type: ignore[arg-type]

@@ -57,6 +57,8 @@ def as_ids(ids: Iterable[int]) -> np.ndarray:
     Raises:
         QueryError: they are no integers.
     """
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, (Iterable, np.ndarray)):
+        raise QueryError(f"ids must be several integers, got {ids!r}: pass a list of ids, such as [{ids!r}]")
     given = ids if isinstance(ids, np.ndarray) else np.asarray(list(ids))
     if given.size == 0:
         return np.empty(0, dtype=np.int64)

@@ -178,7 +178,7 @@ class Capture:
         try:
             with self._hooked():
                 with self._casting():
-                    rows = functions(self.model, batch)
+                    rows = self._rows(functions, ids, batch)
                 if not self._isolated and (agreed(self.model, self._n > 1) if self._in_step else self._n > 1):
                     self._check_isolation(rows.sum(dim=0))
                 self._active = True
@@ -196,6 +196,15 @@ class Capture:
             self._active = False
             self._probing = None
             self._sums = {}
+
+    def _rows(self, functions: PerExample, ids: np.ndarray, batch: Batch) -> torch.Tensor:
+        """What is differentiated. An error in the user's code, or in the model's, says which examples it met."""
+        try:
+            return functions(self.model, batch)
+        except Exception as error:
+            which = f"example {ids[0]}" if len(ids) == 1 else f"examples {ids[0]} to {ids[-1]}"
+            error.add_note(f"The model and its loss were given {which} when this was raised.")
+            raise
 
     # -- the pass ------------------------------------------------------------------------------------------------
 
@@ -478,12 +487,13 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def keep_finite(block: GradientBlock, policy: str, skipped: list[int]) -> GradientBlock:
+def keep_finite(block: GradientBlock, policy: str, skipped: list[int], what: str = "example") -> GradientBlock:
     """Applies the policy for examples with inf or NaN in any layer.
 
     Args:
         policy: "error" or "skip".
         skipped: ids left out are appended.
+        what: the examples are, for the message.
 
     Raises:
         NonFiniteError: under "error", with the example's id and layer.
@@ -500,9 +510,10 @@ def keep_finite(block: GradientBlock, policy: str, skipped: list[int]) -> Gradie
         flags = finite.cpu().numpy()
         if policy == "error":
             bad = int(block.ids[int(np.flatnonzero(~flags)[0])])
+            skip = ", or pass on_nonfinite='skip' to leave such examples out and have their ids recorded"
             raise NonFiniteError(
-                f"the gradient of example {bad} in layer {name!r} has inf or NaN: look at that example, compute in a "
-                "wider dtype, or pass on_nonfinite='skip' to leave such examples out and have their ids recorded"
+                f"the gradient of {what} {bad} in layer {name!r} has inf or NaN: look at that example, or compute in a "
+                f"wider dtype{skip if what == 'example' else ''}"
             )
         fine &= flags
     if fine.all():

@@ -106,12 +106,28 @@ def checked_logits(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    _check_labels(labels, logits.shape[-1])
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if logits.ndim > 2:
         logits = logits.movedim(-1, 1)
     losses = functional.cross_entropy(logits, labels.long(), reduction="none", ignore_index=IGNORE)
     return losses.flatten(1).sum(dim=1) if losses.ndim > 1 else losses
+
+
+def _check_labels(labels: torch.Tensor, classes: int) -> None:
+    """On a GPU a label out of range ends the process's use of it, not only the call.
+
+    Raises:
+        DataError: a label is neither one of the classes nor -100.
+    """
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
+    if bool(wrong.any()):
+        raise DataError(
+            f"the label {int(labels[wrong][0])} of example {int(wrong.nonzero()[0, 0])} of the batch is none of the "
+            f"{classes} classes of the model's logits, 0 to {classes - 1}: mend the label, or make it {IGNORE} to "
+            "leave it out"
+        )
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from ..capture.gradients import GradientBlock, LayerSpec
 from ..capture.subspace import SubspaceFit, fit_in_groups
-from ..errors import CurvatureError
+from ..errors import CurvatureError, NonFiniteError
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
 from .grid import Grid, fit_grids
@@ -220,7 +220,7 @@ def fit_curvature(
         ranks: who have the rows; the result is rank 0's (others' bases may hold anything).
 
     Raises:
-        CurvatureError: no rows, or a layer whose rows are all zero.
+        CurvatureError: no rows, or a layer whose rows are all zero. NonFiniteError: the rows' squares overflow.
     """
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
@@ -271,6 +271,7 @@ def fit_curvature(
                     f"a pass over the curvature rows gave {seen} rows where {count} were counted before"
                 )
         walked.clear()
+        refuse_overflow(name, torch.tensor(pairs.trace))
         if not pairs.trace > 0:
             raise CurvatureError(
                 f"layer {name!r} has zero gradients in all {count} curvature rows, so its curvature is singular: "
@@ -283,6 +284,19 @@ def fit_curvature(
         grid, diagonal = _by_energy(grids[name].to(torch.device("cpu")), ranks.sum(diagonals[name].cpu()) / examples)
         fitted[name] = LayerCurvature(pairs.vectors, pairs.values, trace, count, examples, grid, diagonal)
     return fitted
+
+
+def refuse_overflow(layer: str, *parts: torch.Tensor) -> None:
+    """Each gradient is finite, but products of them need not be.
+
+    Raises:
+        NonFiniteError: a part of what was fitted has inf or NaN.
+    """
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise NonFiniteError(
+            f"the curvature of layer {layer!r} has inf or NaN, though the gradients have none: they, or the layer's "
+            "inputs, are too large for their squares to be float32 (above 1e19): scale the inputs or the loss down"
+        )
 
 
 def _by_energy(grid: Grid, diagonal: torch.Tensor) -> tuple[Grid, torch.Tensor]:

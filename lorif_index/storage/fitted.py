@@ -16,7 +16,7 @@ import torch
 from ..capture.gradients import LayerSpec
 from ..config import BITS
 from ..errors import CorruptionError
-from ..fit.curvature import LayerCurvature
+from ..fit.curvature import LayerCurvature, refuse_overflow
 from ..fit.eigencodes import EigenCode, LayerCode, eigen_layout
 from ..fit.grid import Grid
 from ..fit.sketch import LayerSketch, Sketch
@@ -87,10 +87,14 @@ def save_curvature(
     Returns:
         the sealed file, and per layer what the manifest keeps: rank, spectrum length, trace, rows, examples, and of a
         grid M + p and p.
+
+    Raises:
+        NonFiniteError: a layer's has inf or NaN; nothing is written.
     """
     arrays: dict[str, np.ndarray] = {}
     facts = []
-    for i, layer in enumerate(fitted.values()):
+    for i, (key, layer) in enumerate(fitted.items()):
+        refuse_overflow(key, layer.core, layer.spectrum, layer.diagonal, torch.tensor(layer.trace))
         arrays[f"basis_{i}"] = layer.core.numpy()
         arrays[f"spectrum_{i}"] = layer.spectrum.double().numpy()
         facts.append(
