@@ -6,7 +6,9 @@ layers and a new head are trained; what is below them is frozen, so that its out
 what is trained, 13 linear maps. No setting was chosen by the figures reported.
 
 Mislabelled: a tenth of the labels is flipped, and training examples are inspected in the order of a score;
-self-influence and influence on held-out loss are after Koh and Liang (arXiv:1703.04730). Poisoned: twenty pieces of
+self-influence and influence on held-out loss are after Koh and Liang (arXiv:1703.04730). Influence on held-out loss
+with `normalize="cosine"`, so that each mail asked counts alike and no example's size does, was chosen on the first
+seed's flips. Poisoned: twenty pieces of spam
 spam with a rare phrase are labelled as real, and held-out spam with the phrase asks where its verdict is from.
 """
 
@@ -287,6 +289,11 @@ def side_by_side(found: Batch) -> np.ndarray:
     return torch.cat([g.flatten(1) for g in found.values()], dim=1).numpy()
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of length one."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1), 1e-30)[:, None]
+
+
 class Indexes:
     """The kinds of index compared, of one model: the default, with the largest coordinates of groups, with empirical
     curvature, and the published recipe.
@@ -371,8 +378,14 @@ def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: 
             for kind in KINDS:
                 index = indexes.kept[kind]
                 scores[f"self-influence, {kind}"] = index.self_influence()
-                scores[f"held-out influence, {kind}"] = -index.scores(indexes.query(kind, asked)).mean(axis=0)
-            scores["gradient norm"] = np.square(side_by_side(indexes.stored)).sum(axis=1)
+                question = indexes.query(kind, asked)
+                scores[f"held-out influence, {kind}"] = -index.scores(question).mean(axis=0)
+                cosines = index.scores(question, normalize="cosine")
+                scores[f"held-out influence, {kind}, cosine"] = -cosines.mean(axis=0)
+            stored = side_by_side(indexes.stored)
+            scores["gradient norm"] = np.square(stored).sum(axis=1)
+            directions = unit(side_by_side(indexes.query("empirical", asked))).mean(axis=0)
+            scores["held-out gradient cosine"] = -unit(stored) @ directions
             run["builds"] = indexes.report
         run["results"] = {name: found_by(score, flipped) for name, score in scores.items()}
         runs.append(run)
@@ -452,8 +465,7 @@ def poisoned(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: boo
         result["builds"] = indexes.report
         stored, asked = side_by_side(indexes.stored), side_by_side(indexes.query("empirical", queries))
     note("gradient dot", ranked(asked @ stored.T))
-    norms = np.linalg.norm(stored, axis=1)
-    note("gradient cosine", ranked(asked @ (stored / np.maximum(norms, 1e-30)[:, None]).T))
+    note("gradient cosine", ranked(asked @ unit(stored).T))
     note("embedding cosine", ranked(embeddings(model, queries) @ embeddings(model, data).T))
     note("random", ranked(generator.random((len(target), len(labels)))))
     print(

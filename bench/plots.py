@@ -35,6 +35,8 @@ TASKS = {
     "digits": "digits, MLP",
     "fashion": "Fashion-MNIST, CNN",
     "finetuned": "GPT, fine-tuned on source code",
+    "scratch": "GPT, source code from scratch",
+    "bible": "GPT, fine-tuned on the Bible",
 }
 KINDS = {
     "default": "this library",
@@ -204,13 +206,13 @@ def draw(path: Path, also: Path | None = None) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 9, "svg.hashsalt": "lorif", "axes.titlesize": 10})
-    figure = pyplot.figure(figsize=(11, 17), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.25))
-    panels = upper.subplots(2, 2)
+    figure = pyplot.figure(figsize=(11, 21), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.45, 1.25))
+    panels = upper.subplots(3, 2)
     handles = {}
     for task, axes in zip(TASKS, panels.flat, strict=False):
         handles |= {handle.get_label(): handle for handle in scatter(axes, task)}
-    ensembles(panels[1, 1])
+    ensembles(panels[2, 1])
     upper.legend(
         handles.values(),
         handles.keys(),

@@ -166,6 +166,17 @@ def test_no_difference_where_there_is_none(make: Any, settings: Any, tmp_path: P
     assert index.build_report["coverage"]["differing"] == []
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_what_a_projection_leaves_of_two_classes_is_rounding(seed: int, tmp_path: Path) -> None:
+    """Output gradients are (a, -a), of which a projection to one number, with equal signs, leaves rounding alone."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    data = torch.randn(60, 8), torch.randint(0, 2, (60,))
+    config = BuildConfig(projection="random", projection_dim=1, curvature="empirical", seed=seed)
+    index = Index.build(tmp_path / "i", model=model, data=data, config=config, progress=False)
+    assert index.build_report["coverage"]["differing"] == []
+
+
 def test_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [{"a": np.random.default_rng(0).normal(size=(20, 3, 4)).astype(np.float32)}]
     assert Index.build(tmp_path / "g", gradients=blocks, progress=False).build_report["coverage"] is None

@@ -11,6 +11,7 @@ captured, too: a model may use a weight without its module, which capture does n
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -39,8 +40,9 @@ _WITH_PARAMETERS, _WITH_ROWS = 8, 64
 EXAMPLES = 4 * _WITH_ROWS
 # Not names of layers.
 ALL, SCORES = "", " scores"
-# Relative difference that no rounding of a model in half precision makes.
-_DIFFERS = 0.1
+# Relative difference that no rounding of a model in half precision makes; but what a projection leaves of a gradient may
+# be rounding alone, a part of the whole of no more than this.
+_DIFFERS, _ROUNDING = 0.1, 0.01
 _ONE_OF = {_WITH_PARAMETERS: 300, _WITH_ROWS: 40}
 
 
@@ -126,6 +128,7 @@ class _Norms:
         # Parameter -> its layer, of those that one module alone uses in a known way.
         self._plain: dict[int, tuple[str, Use, bool]] = {}
         self._projected: dict[str, torch.Tensor] = {}
+        self._whole: dict[str, float] = {}
         self.layers = {layer.name: 0.0 for layer in taken.layers}
         self._owner: dict[int, str] = {}
         # A tied weight may be tracked in some of its modules alone, by choice.
@@ -153,6 +156,7 @@ class _Norms:
     def add(self, capture: Capture, batch: Batch, captured: GradientBlock) -> None:
         """Adds a batch of one, whose captured gradients are compared."""
         self._projected.clear()
+        self._whole.clear()
 
         def on_gradient(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
@@ -170,8 +174,9 @@ class _Norms:
             self.failed = True
             return
         for name, sum_ in self._projected.items():
-            whole, ours = sum_ / capture.scale, captured.layers[name].dense()[0].to(sum_)
-            if float((whole - ours).norm()) > _DIFFERS * float(torch.maximum(whole.norm(), ours.norm())):
+            theirs, ours = sum_ / capture.scale, captured.layers[name].dense()[0].to(sum_)
+            least = _ROUNDING * math.sqrt(self._whole[name]) / capture.scale
+            if float((theirs - ours).norm()) > max(_DIFFERS * float(torch.maximum(theirs.norm(), ours.norm())), least):
                 self.differing.add(name)
 
     def _project(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
@@ -190,6 +195,7 @@ class _Norms:
         else:
             found = left[place].T @ rows
         self._projected[name] = self._projected.get(name, 0.0) + found
+        self._whole[name] = self._whole.get(name, 0.0) + float(grad.float().square().sum())
 
 
 @contextmanager
