@@ -6,10 +6,10 @@ layers and a new head are trained; what is below them is frozen, so that its out
 what is trained, 13 linear maps. No setting was chosen by the figures reported.
 
 Mislabelled: a tenth of the labels is flipped, and training examples are inspected in the order of a score;
-self-influence and influence on held-out loss are after Koh and Liang (arXiv:1703.04730). Influence on held-out loss
-with `normalize="cosine"`, so that each mail asked counts alike and no example's size does, was chosen on the first
-seed's flips. Poisoned: twenty pieces of spam
-spam with a rare phrase are labelled as real, and held-out spam with the phrase asks where its verdict is from.
+self-influence and influence on held-out loss are after Koh and Liang (arXiv:1703.04730). "Right" is influence on the
+held-out mails that the model gets right alone, with `normalize="relatif"`: chosen on the flips of the first two seeds,
+to be judged by the others. Poisoned: twenty pieces of spam with a rare phrase are labelled as real, and held-out spam
+with the phrase asks where its verdict is from.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ HAM, SPAM = 0, 1
 FLIPPED, INSPECTED = 0.1, 0.1
 TRIGGER = "cerulean walrus parade"
 TRAINED = 2
+# Seeds of flips that how to ask held-out mails was chosen on; the mean over the others is "later".
+CHOSEN_ON = 2
 KINDS = ("default", "largest", "empirical", "paper")
 
 
@@ -363,11 +365,11 @@ def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: 
         flipped, labels, generator = flips(train, seed)
         data = features | {"labels": torch.from_numpy(labels)}
         model, seconds = fine_tune(base, data, sizes, seed, smoke)
-        margin = margins(model, data)
+        margin, right = margins(model, data), margins(model, asked) > 0
         run: dict[str, Any] = {
             "seed": seed,
             "training_seconds": seconds,
-            "held_out_accuracy": float((margins(model, asked) > 0).mean()),
+            "held_out_accuracy": float(right.mean()),
             "flipped_learnt": float((margin[flipped] > 0).mean()),
             "others_learnt": float((margin[~flipped] > 0).mean()),
         }
@@ -380,12 +382,15 @@ def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: 
                 scores[f"self-influence, {kind}"] = index.self_influence()
                 question = indexes.query(kind, asked)
                 scores[f"held-out influence, {kind}"] = -index.scores(question).mean(axis=0)
-                cosines = index.scores(question, normalize="cosine")
-                scores[f"held-out influence, {kind}, cosine"] = -cosines.mean(axis=0)
+                for way in ("relatif", "cosine"):
+                    found = -index.scores(question, normalize=way)
+                    scores[f"held-out influence, {kind}, {way}"] = found.mean(axis=0)
+                    scores[f"held-out influence, {kind}, {way}, right"] = found[right].mean(axis=0)
             stored = side_by_side(indexes.stored)
             scores["gradient norm"] = np.square(stored).sum(axis=1)
-            directions = unit(side_by_side(indexes.query("empirical", asked))).mean(axis=0)
-            scores["held-out gradient cosine"] = -unit(stored) @ directions
+            questions = side_by_side(indexes.query("empirical", asked))
+            scores["held-out gradients, relatif, right"] = -unit(stored) @ questions[right].mean(axis=0)
+            scores["held-out gradients, cosine"] = -unit(stored) @ unit(questions).mean(axis=0)
             run["builds"] = indexes.report
         run["results"] = {name: found_by(score, flipped) for name, score in scores.items()}
         runs.append(run)
@@ -395,14 +400,14 @@ def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: 
             f"{run['results']['self-influence, default']['auc']:.3f}",
             flush=True,
         )
-    summary = {
-        name: {
-            f"{key}_{what}": float(function([run["results"][name][key] for run in runs]))
-            for key in ("auc", "found")
-            for what, function in (("mean", np.mean), ("least", np.min), ("most", np.max))
-        }
-        for name in runs[0]["results"]
-    }
+    summary: dict[str, dict[str, float]] = {}
+    for name in runs[0]["results"]:
+        of = summary[name] = {}
+        for key in ("auc", "found"):
+            each = [run["results"][name][key] for run in runs]
+            of |= {f"{key}_mean": float(np.mean(each)), f"{key}_least": min(each), f"{key}_most": max(each)}
+            if len(each) > CHOSEN_ON:
+                of[f"{key}_later"] = float(np.mean(each[CHOSEN_ON:]))
     return {"summary": summary, "runs": runs}
 
 
@@ -530,11 +535,14 @@ def main() -> None:
     seconds = time.perf_counter() - began
 
     print(f"\nMislabelled: {FLIPPED:.0%} of {sizes.train} labels flipped, {len(flips['runs'])} seeds")
-    rows = [["inspected by", "AUC", "(least, most)", f"found in first {INSPECTED:.0%}", "(least, most)"]]
+    rows = [
+        ["inspected by", "AUC", "(least, most)", "later", f"found in first {INSPECTED:.0%}", "(least, most)", "later"]
+    ]
     for name, s in sorted(flips["summary"].items(), key=lambda item: -item[1]["auc_mean"]):
         row = [name]
         for key in ("auc", "found"):
             row += [f"{s[f'{key}_mean']:.3f}", f"({s[f'{key}_least']:.3f}, {s[f'{key}_most']:.3f})"]
+            row.append(f"{s[f'{key}_later']:.3f}" if f"{key}_later" in s else "")
         rows.append(row)
     table(rows)
     print(f"\nPoisoned: {poison['planted']} planted among {sizes.train}, {poison['queries']} queries")

@@ -40,8 +40,8 @@ _WITH_PARAMETERS, _WITH_ROWS = 8, 64
 EXAMPLES = 4 * _WITH_ROWS
 # Not names of layers.
 ALL, SCORES = "", " scores"
-# Relative difference that no rounding of a model in half precision makes; but what a projection leaves of a gradient may
-# be rounding alone, a part of the whole of no more than this.
+# Relative difference that no rounding of a model in half precision makes; but what a projection leaves of a gradient
+# may be rounding alone, a part of the whole of no more than this.
 _DIFFERS, _ROUNDING = 0.1, 0.01
 _ONE_OF = {_WITH_PARAMETERS: 300, _WITH_ROWS: 40}
 
