@@ -90,3 +90,24 @@ def test_results_that_are_kept_say_where_they_come_from() -> None:
     for path in (ROOT / "bench" / "results").glob("*.json"):
         environment = json.loads(path.read_text())["environment"]
         assert len(environment["commit"]) == 40 and environment["command"].startswith("python -m bench."), path.name
+
+
+def test_windows_of_books_that_tell_stories_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from bench import scripture, tasks
+
+    generator = np.random.default_rng(0)
+
+    def text(book: str) -> dict[str, str]:
+        letter = "a" if book in scripture.BOOKS else "b"
+        rows = generator.integers(0, 50, (40, 70))
+        return {f"{book}{i + 1}:1": " ".join(f"{letter}{w}," for w in row) for i, row in enumerate(rows)}
+
+    monkeypatch.setattr(scripture, "verses", lambda: text("Ge") | text("1Chr") | text("Acts"))
+    base, train, queries = tasks.chapters(100, 20)
+    assert base.shape == (40 * 140 // 64, 64)
+    assert (len(train["input_ids"]), len(queries["input_ids"])) == (100, 20)
+    asked, learnt, before = (set(map(tuple, ids.tolist())) for ids in (queries["input_ids"], train["input_ids"], base))
+    assert len(asked) == 20 and len(learnt) == 100 and not asked & learnt
+    comma = next(iter(set.intersection(*map(set, before))))
+    assert set().union(*before) & set().union(*learnt, *asked) == {comma}
