@@ -161,6 +161,8 @@ def readable(name: str) -> str:
         for what in ("self-influence", "held-out influence"):
             if name == f"{what}, {kind}":
                 return f"{label}: {what}"
+            if name == f"{what}, {kind}, relatif, right":
+                return f"{label}: {what}, relatif, right"
     return name
 
 
@@ -179,6 +181,9 @@ def mislabelled() -> list[tuple[str, float, float, str]]:
     values: dict[str, list[float]] = {}
     if found:
         for name in found["mislabelled"]["summary"]:
+            if name.startswith("held-out influence") and name.endswith(("cosine", "cosine, right", "relatif")):
+                # In the JSON alone: too many to show.
+                continue
             values[readable(name)] = [run["results"][name]["found"] for run in found["mislabelled"]["runs"]]
     for run in others["runs"] if others else []:
         for name, value in of_others(run["results"], "found").items():
@@ -223,7 +228,8 @@ def draw(path: Path, also: Path | None = None) -> None:
     )
     panels = lower.subplots(2, 2, height_ratios=(1.4, 1))
     few = len((kept("other_libraries_mislabelled") or {"runs": []})["runs"])
-    what = f"share of all flips; other libraries: {few} of 3 seeds" if few else "share of all flips"
+    many = len((kept("mislabelled") or {"mislabelled": {"runs": []}})["mislabelled"]["runs"])
+    what = f"share of all flips; other libraries: {few} of {many} seeds" if few else "share of all flips"
     bars(panels[0, 0], "Mislabelled: in the first 10%", what, mislabelled())
     bars(panels[0, 1], "Poisoned: among the 20 first", "recall@20", of_suite("poisoned", "recall@20"))
     bars(panels[1, 0], "Tail-patch: a step on the 16 first", "nats of log-probability", tail_patch())
