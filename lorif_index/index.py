@@ -828,13 +828,13 @@ class Index:
         """
         check_addition(data, gradients, self._model, self._manifest.fingerprint["model"] is not None)
         if data is not None and self._model is not None:
+            # The digest, not whether weights were written to since: what is added stays.
             check_same(
-                {"loss": self._manifest.fingerprint["loss"]},
-                {"loss": loss_name(self._loss)},
-                f"the loss that is to give gradients for {self._path}",
+                {"model": self._manifest.fingerprint["model"], "loss": self._manifest.fingerprint["loss"]},
+                {"model": model_digest(self._model), "loss": loss_name(self._loss)},
+                f"the model that is to give gradients for {self._path}",
                 "open the index with the model and loss that it was built from",
             )
-            self._check_weights(self._model)
             check_tokenizer(self.metadata.get(TOKENIZER), tokenizer, str(self._path))
             data = prepared(data, self._model, self._tokenizer if tokenizer is None else tokenizer)
         with self._changing(progress) as report, ExitStack() as stack:
@@ -1355,8 +1355,8 @@ class Index:
             check_same(
                 {"model": self._manifest.fingerprint["model"]},
                 {"model": model_digest(model)},
-                f"the model given for {self._path}, whose weights have changed since,",
-                "give it the weights that the index was built from, or build an index of the new ones",
+                f"the model that is to ask {self._path}, whose weights have changed since,",
+                "ask with the weights that it was built from, or build an index of the new ones",
             )
             self._weights = state
 

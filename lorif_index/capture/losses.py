@@ -106,12 +106,13 @@ def checked_logits(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    labels = labels.long()
     _check_labels(labels, logits.shape[-1])
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if logits.ndim > 2:
         logits = logits.movedim(-1, 1)
-    losses = functional.cross_entropy(logits, labels.long(), reduction="none", ignore_index=IGNORE)
+    losses = functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
     return losses.flatten(1).sum(dim=1) if losses.ndim > 1 else losses
 
 
