@@ -104,17 +104,6 @@ class CurvatureRows:
             raise ConfigError(f"rows_per_example must be an integer of at least 1, got {self.rows_per_example!r}")
 
 
-def _device(device: Any) -> str:
-    """A device's name, if torch knows it."""
-    # Here, so that a config can be read without torch.
-    import torch
-
-    try:
-        return str(torch.device(str(device)))
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is no device ({error}): pass 'cpu', 'cuda', 'cuda:1' or None") from None
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -262,8 +251,8 @@ class BuildConfig:
                 f"curvature_rows='factors' fits the curvature after everything was stored, and store={self.store!r} "
                 "keeps what needs it before: pass store='factors', or curvature_rows='sample'"
             )
-        if self.device is not None:
-            object.__setattr__(self, "device", _device(self.device))
+        if self.device is not None and not isinstance(self.device, str):
+            object.__setattr__(self, "device", str(self.device))
         object.__setattr__(self, "damping", as_damping(self.damping))
         object.__setattr__(self, "layers", LayerSelection.of(self.layers))
         self._check_projection()

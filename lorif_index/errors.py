@@ -78,3 +78,8 @@ class LockedError(StoreError):
 
 class CorruptionError(StoreError):
     """Stored bytes do not match their recorded size or checksum."""
+
+
+def told(error: BaseException) -> str:
+    """An error's message with its notes, where no traceback shows them."""
+    return " ".join([str(error), *getattr(error, "__notes__", ())])

@@ -553,10 +553,9 @@ class Index:
         shape = (prepared.question.count, width)
         if out is None:
             out = np.empty(shape, dtype=np.float32)
-        elif not isinstance(out, np.ndarray):
-            raise QueryError(f"out must be an array of {shape} float32, got {type(out).__name__}")
-        elif out.shape != shape or out.dtype != np.float32:
-            raise QueryError(f"out must be {shape} float32, got {out.shape} {out.dtype}")
+        elif getattr(out, "shape", None) != shape or getattr(out, "dtype", None) != np.float32:
+            got = f"{out.shape} {out.dtype}" if hasattr(out, "shape") and hasattr(out, "dtype") else type(out).__name__
+            raise QueryError(f"out must be {shape} float32, got {got}")
         whole = self._ranks.size > 1 and gather
         mine = np.empty((shape[0], self._store.live_count), dtype=np.float32) if whole else out
         question = shrinking(self._reader, prepared.question) if shrink else prepared.question
@@ -1254,6 +1253,8 @@ class Index:
         if not isinstance(layers, Iterable):
             raise QueryError(f"layers takes a layer's name, a glob pattern or a list of them, got {layers!r}")
         patterns = [layers] if isinstance(layers, str) else list(layers)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise QueryError(f"layers takes a layer's name, a glob pattern or a list of them, got {layers!r}")
         if not patterns:
             raise QueryError("layers is empty: name at least one layer, or leave it out for all")
         for pattern in patterns:

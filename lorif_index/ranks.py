@@ -261,7 +261,7 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        mine = None if error is None else [type(error).__name__, str(error), isinstance(error, LorifError)]
+        mine = None if error is None else [type(error).__name__, errors.told(error), isinstance(error, LorifError)]
         try:
             found = self.gather_values(mine)
         except DistributedError:

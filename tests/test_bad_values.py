@@ -21,6 +21,7 @@ from lorif_index.errors import (
     NonFiniteError,
     QueryError,
     StoreError,
+    told,
 )
 
 N = 80
@@ -290,11 +291,30 @@ def test_labels_and_tokens_out_of_range(tmp_path: Path) -> None:
     y[40] = -1
     with pytest.raises(DataError, match="label -1 of example 8 ") as found:
         Index.build(tmp_path / "labels", model=model, data=(x, y))
-    assert any("examples 32 to 63" in note for note in found.value.__notes__)
+    assert "examples 32 to 63, counted from 0" in told(found.value)
     embedded = nn.Sequential(nn.Embedding(10, 8), nn.Flatten(), nn.Linear(32, 4)).eval()
     with pytest.raises(IndexError) as raised:
         Index.build(tmp_path / "tokens", model=embedded, data=(torch.full((N, 4), 12), y.clamp_min(0)))
-    assert any("examples 0 to 31" in note for note in raised.value.__notes__)
+    assert "examples 0 to 31," in told(raised.value)
+
+
+def test_errors_of_scattered_examples_name_them(tmp_path: Path) -> None:
+    model, (x, y) = classes()
+    Index.build(tmp_path / "i", model=model, data=(x, y.clone()))
+    y[60] = 5
+    reopened = Index.open(tmp_path / "i", model=model, data=(x, y))
+    with pytest.raises(DataError, match="label 5 of example 2 of the batch") as found:
+        reopened.explain((x[:1], y[:1]), [3, 5, 60, 79])
+    assert "a batch of examples 3, 5, 60, 79, counted from 0" in told(found.value)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        if not len(batch[0]):
+            raise ValueError("empty!")
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    index = Index.build(tmp_path / "j", model=model, data=(x, y.clamp_max(2)), loss=loss)
+    with pytest.raises((ValueError, QueryError), match="empty|no examples"):
+        index.search((x[:0], y[:0]))
 
 
 def test_labels_left_out_are_no_labels_out_of_range(tmp_path: Path) -> None:
@@ -317,9 +337,10 @@ def test_arguments_of_another_type(tmp_path: Path) -> None:
     index, query = Index.build(tmp_path / "i", model=model, data=(x, y)), (x[:2], y[:2])
     wrong: dict[str, Any] = {
         "ids must be several integers, got 3": lambda: index.remove(3),  # type: ignore[arg-type]
-        "ids must be several integers, got '3'": lambda: index.remove("3"),  # type: ignore[arg-type]
+        "ids must be integers, got an array of <U1": lambda: index.remove("3"),  # type: ignore[arg-type]
+        r"layers takes .* got \[0\]": lambda: index.search(query, layers=[0]),  # type: ignore[list-item]
         "layers takes .* got 0": lambda: index.search(query, layers=0),  # type: ignore[arg-type]
-        "out must be an array of .2, 80. float32, got list": lambda: index.scores(query, out=[1]),  # type: ignore[arg-type]
+        "out must be .2, 80. float32, got list": lambda: index.scores(query, out=[1]),  # type: ignore[arg-type]
         "measure must be callable, .* got 'logit'": lambda: index.search(query, measure="logit"),  # type: ignore[arg-type]
         "example 1 in layer '0' has inf or NaN: look at that example, or compute in a wider dtype$": lambda: (
             index.search((torch.stack([x[0], x[1] * torch.nan]), y[:2]))
@@ -328,6 +349,19 @@ def test_arguments_of_another_type(tmp_path: Path) -> None:
     for message, call in wrong.items():
         with pytest.raises((QueryError, NonFiniteError), match=message):
             call()
-    with pytest.raises(ConfigError, match="device='gpu0' is no device .*'cuda'"):
-        BuildConfig(device="gpu0")
+    for given in ({"model": model, "data": (x, y)}, {"gradients": blocks(torch.randn(N, 46))}):
+        with pytest.raises(ConfigError, match="device='gpu0' is no device .*'cuda'"):
+            Index.build(tmp_path / "j", config=BuildConfig(device="gpu0"), **given)
+        assert not (tmp_path / "j").exists() or not any((tmp_path / "j").iterdir())
     assert BuildConfig(device=torch.device("cpu")).device == "cpu"  # type: ignore[arg-type]
+
+
+def test_scores_fill_whatever_has_a_shape(tmp_path: Path) -> None:
+    import h5py
+
+    model, (x, y) = classes()
+    index = Index.build(tmp_path / "i", model=model, data=(x, y))
+    with h5py.File(tmp_path / "scores.h5", "w") as file:
+        out = file.create_dataset("scores", (2, N), "f4")
+        index.scores((x[:2], y[:2]), out=out)
+        assert np.array_equal(out[:], index.scores((x[:2], y[:2])))

@@ -40,6 +40,7 @@ from ..capture.sources import (
     ModelGradients,
     ProbedGradients,
     Rewound,
+    asked_device,
     curvature_source,
     data_digest,
     finite_blocks,
@@ -246,6 +247,7 @@ class _Build:
     ) -> tuple[dict[str, Any], BuildConfig]:
         """Makes a source of gradients of what was given; the build's fingerprint, and the config that was asked for."""
         config, loss, path = self.config, self.loss, self.path
+        asked_device(config)
         if config.coarse is not None and (config.coarse != "auto" or config.store == "coarse"):
             check_factory(config.coarse)
         if isinstance(curvature, str):
@@ -916,7 +918,7 @@ class _Build:
     def _device(self) -> torch.device:
         if self.capture is not None:
             return self.capture.capture(self.loss).device
-        return torch.device(self.config.device or "cpu")
+        return asked_device(self.config) or torch.device("cpu")
 
 
 def wants_coarse(config: BuildConfig, count: int) -> bool:

@@ -57,9 +57,10 @@ def as_ids(ids: Iterable[int]) -> np.ndarray:
     Raises:
         QueryError: they are no integers.
     """
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, (Iterable, np.ndarray)):
-        raise QueryError(f"ids must be several integers, got {ids!r}: pass a list of ids, such as [{ids!r}]")
-    given = ids if isinstance(ids, np.ndarray) else np.asarray(list(ids))
+    try:
+        given = ids if isinstance(ids, np.ndarray) else np.asarray(list(ids))
+    except TypeError:
+        raise QueryError(f"ids must be several integers, got {ids!r}: pass a list of them, such as [3, 5]") from None
     if given.size == 0:
         return np.empty(0, dtype=np.int64)
     if given.ndim != 1 or given.dtype.kind not in "iu":

@@ -202,8 +202,9 @@ class Capture:
         try:
             return functions(self.model, batch)
         except Exception as error:
-            which = f"example {ids[0]}" if len(ids) == 1 else f"examples {ids[0]} to {ids[-1]}"
-            error.add_note(f"The model and its loss were given {which} when this was raised.")
+            note = f"(raised for a batch of examples {_listed(ids)}, counted from 0)"
+            if len(ids) and note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
             raise
 
     # -- the pass ------------------------------------------------------------------------------------------------
@@ -485,6 +486,14 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
             module.training = training
         for p, flag in needed:
             p.requires_grad_(flag)
+
+
+def _listed(ids: np.ndarray) -> str:
+    """Ids in order, for a message: as a range, where none is left out."""
+    if len(ids) > 1 and int(ids[-1]) - int(ids[0]) == len(ids) - 1:
+        return f"{ids[0]} to {ids[-1]}"
+    shown = ", ".join(str(i) for i in ids[:64])
+    return shown if len(ids) <= 64 else f"{shown}, ..."
 
 
 def keep_finite(block: GradientBlock, policy: str, skipped: list[int], what: str = "example") -> GradientBlock:

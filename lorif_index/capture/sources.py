@@ -209,10 +209,25 @@ class ModelCapture:
         return summed(self.model, default_loss if function is None else function)
 
 
+def asked_device(config: BuildConfig) -> torch.device | None:
+    """The config's device, if it names one.
+
+    Raises:
+        ConfigError: torch does not know it. A config with such a name can be read all the same: an index is opened
+        where what it was built on is not.
+    """
+    try:
+        return None if config.device is None else torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device={config.device!r} is no device ({error}): pass 'cpu', 'cuda', 'cuda:1' or None"
+        ) from None
+
+
 def check_device(model: nn.Module, config: BuildConfig) -> None:
     """The model must be on devices of the type that was asked for; weights without data are brought to them."""
-    devices = {p.device for p in model.parameters() if not p.is_meta}
-    if config.device is not None and devices and {torch.device(config.device).type} != {d.type for d in devices}:
+    wanted, devices = asked_device(config), {p.device for p in model.parameters() if not p.is_meta}
+    if wanted is not None and devices and {wanted.type} != {d.type for d in devices}:
         raise ConfigError(
             f"device={config.device!r}, but the model's parameters are on {sorted(map(str, devices))}: move the model "
             f"with model.to({config.device!r}), or leave device out"

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from .reader import Reader
-from .scoring import Question
+from .scoring import Question, stream_scores
 
 # The median of the absolute value of a standard normal variable.
 _MEDIAN_NORMAL = 0.6744897501960817
 # Of more rows a random sample of about so many tells sigma, to about half a percent.
 SAMPLED = 1 << 16
-# Floats of rows and scores that are in memory together while the sample is scored.
-_ROWS_BYTES, _SCORES = 64 << 20, 4 << 20
+# Questions whose scores of the sample are in memory together: 64 MiB. Bytes of rows that are read at once.
+_TOGETHER, _ROWS_BYTES = 256, 64 << 20
 
 
 def thresholds(scores: np.ndarray, count: int) -> torch.Tensor:
@@ -44,33 +44,45 @@ def shrink(scores: torch.Tensor, thresholds: torch.Tensor) -> None:
 
 def shrinking(reader: Reader, question: Question) -> Question:
     """The question, whose scores a scan shrinks. Over several ranks all call this, and have the same thresholds."""
-    return replace(question, thresholds=thresholds(_sampled(reader, question), reader.live_count))
+    found = []
+    for start in range(0, question.count, _TOGETHER):
+        parts = reader.ranks.gather(_some_scores(reader, question.some(slice(start, start + _TOGETHER))))
+        scores = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        found.append(thresholds(scores.T, reader.live_count))
+    return replace(question, thresholds=torch.cat(found))
 
 
-def _sampled(reader: Reader, question: Question) -> np.ndarray:
-    """(q, m) scores of rows at random, scaled as the scan scales them; of all of them where there are few."""
-    ranks, store, rows = reader.ranks, reader.store, len(reader.team)
-    # By positions in the whole index, so that the rows are the same ones however many ranks hold them.
-    some = min(SAMPLED * rows // max(reader.live_count, 1), rows)
-    wanted = np.sort(np.random.default_rng(0).choice(rows, some, replace=False, shuffle=False))
-    found: np.ndarray = np.empty((0, question.count), dtype=np.float32)
-    with ranks.jointly():
-        local = reader.team.locally(wanted)[1]
-        if store.dead is not None:
-            local = local[~store.dead[local]]
-        scorer, found = (
-            question.scorer(reader.layout, reader.device),
-            np.empty((len(local), question.count), np.float32),
-        )
-        step = min(_ROWS_BYTES // max(reader.layout.row_bytes, 1), _SCORES // max(question.count, 1)) + 1
-        for start in range(0, len(local), step):
-            block = local[start : start + step]
-            scores = torch.zeros(question.count, len(block), device=reader.device)
-            if reader.layout.width:
-                scores += scorer.score_factors(reader.rows.factors(block)[0])
-            if reader.layout.codes is not None:
-                scores += scorer.score_codes(reader.rows.codes(block)[0])
-            found[start : start + len(block)] = scores.cpu().T.numpy()
+def _some_scores(reader: Reader, question: Question) -> np.ndarray:
+    """(m, q) scores of this rank's rows, scaled as the scan scales them: of all where the index has few, else of those
+    in a sample."""
+    out: np.ndarray = np.empty((0, question.count), dtype=np.float32)
+    with reader.ranks.jointly():
+        if reader.live_count <= SAMPLED:
+            streamed = [scores.T.numpy() for _, scores, _ in stream_scores(reader.rows, question)]
+            out, places = np.concatenate([out, *streamed]), np.arange(reader.store.live_count)
+        else:
+            out, places = _sampled(reader, question)
         if question.scale is not None:
-            found *= question.scale[np.searchsorted(store.live, local)].numpy()[:, None]
-    return np.concatenate(ranks.gather(found)).T
+            out *= question.scale[places].numpy()[:, None]
+    return out
+
+
+def _sampled(reader: Reader, question: Question) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows at random: scores (m, q), and their places among this rank's live rows."""
+    store, layout, rows = reader.store, reader.layout, len(reader.team)
+    # By positions in the whole index, so that the rows are the same ones however many ranks hold them.
+    some = min(SAMPLED * rows // reader.live_count, rows)
+    local = reader.team.locally(np.sort(np.random.default_rng(0).choice(rows, some, replace=False, shuffle=False)))[1]
+    if store.dead is not None:
+        local = local[~store.dead[local]]
+    scorer, step = question.scorer(layout, reader.device), _ROWS_BYTES // max(layout.row_bytes, 1) + 1
+    out = np.empty((len(local), question.count), dtype=np.float32)
+    for start in range(0, len(local), step):
+        block = local[start : start + step]
+        scores = torch.zeros(question.count, len(block), device=reader.device)
+        if layout.width:
+            scores += scorer.score_factors(store.gather_factors(block).to(reader.device))
+        if layout.codes is not None:
+            scores += scorer.score_codes(store.gather_codes(block).to(reader.device))
+        out[start : start + len(block)] = scores.cpu().T.numpy()
+    return out, np.searchsorted(store.live, local)
