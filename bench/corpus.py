@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import re
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,23 @@ def sequences(count: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(windows[chosen].astype(np.int64))
 
 
+def tokens(text: str) -> list[str]:
+    """Words, and marks one by one."""
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def numbers(words: Iterable[str], vocabulary: int) -> dict[str, int]:
+    """Of the most common words their numbers from 1, falling; 0 is left to all others."""
+    common = collections.Counter(words).most_common(vocabulary - 1)
+    return {word: i + 1 for i, (word, _) in enumerate(common)}
+
+
 def _word_ids() -> np.ndarray:
     words: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if "site-packages" not in path.parts:
-            words += re.findall(r"\w+|[^\w\s]", path.read_text(encoding="utf-8", errors="ignore"))
-    common = collections.Counter(words).most_common(VOCABULARY - 1)
-    number = {word: i + 1 for i, (word, _) in enumerate(common)}
+            words += tokens(path.read_text(encoding="utf-8", errors="ignore"))
+    number = numbers(words, VOCABULARY)
     return np.array([number.get(word, 0) for word in words], dtype=np.int16)
 
 

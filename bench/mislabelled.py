@@ -377,10 +377,10 @@ def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: 
         scores["neighbours' labels"] = disagreement(untouched, labels, sizes.neighbours)
         with tempfile.TemporaryDirectory() as folder:
             indexes = Indexes(folder, model, data)
-            for kind in KINDS:
+            questions = {kind: indexes.query(kind, asked) for kind in KINDS}
+            for kind, question in questions.items():
                 index = indexes.kept[kind]
                 scores[f"self-influence, {kind}"] = index.self_influence()
-                question = indexes.query(kind, asked)
                 scores[f"held-out influence, {kind}"] = -index.scores(question).mean(axis=0)
                 for way in ("relatif", "cosine"):
                     found = -index.scores(question, normalize=way)
@@ -388,9 +388,9 @@ def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: 
                     scores[f"held-out influence, {kind}, {way}, right"] = found[right].mean(axis=0)
             stored = side_by_side(indexes.stored)
             scores["gradient norm"] = np.square(stored).sum(axis=1)
-            questions = side_by_side(indexes.query("empirical", asked))
-            scores["held-out gradients, relatif, right"] = -unit(stored) @ questions[right].mean(axis=0)
-            scores["held-out gradients, cosine"] = -unit(stored) @ unit(questions).mean(axis=0)
+            directions, held = unit(stored), side_by_side(questions["empirical"])
+            scores["held-out gradients, relatif, right"] = -directions @ held[right].mean(axis=0)
+            scores["held-out gradients, cosine"] = -directions @ unit(held).mean(axis=0)
             run["builds"] = indexes.report
         run["results"] = {name: found_by(score, flipped) for name, score in scores.items()}
         runs.append(run)

@@ -12,7 +12,6 @@ import argparse
 import collections
 import hashlib
 import os
-import re
 import shutil
 import site
 import sysconfig
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.corpus import gpt
+from bench.corpus import gpt, tokens
 from bench.environment import CACHE
 from lorif_index import BuildConfig, default_loss
 from lorif_index.capture.sources import ModelCapture
@@ -66,7 +65,7 @@ def _files(patterns: tuple[str, ...], most: int | None) -> list[Path]:
 
 
 def _words(path: Path) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", path.read_text(encoding="utf-8", errors="ignore"))
+    return tokens(path.read_text(encoding="utf-8", errors="ignore"))
 
 
 def _read_everything(most: int | None) -> dict[str, np.ndarray]:

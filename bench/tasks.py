@@ -8,9 +8,7 @@ dataset-fashion-mnist); text is the standard library's own source, with one docu
 
 from __future__ import annotations
 
-import collections
 import gzip
-import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -231,12 +229,11 @@ def documents() -> tuple[np.ndarray, np.ndarray]:
         for number, source in enumerate(sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))):
             if "site-packages" in source.parts:
                 continue
-            found = re.findall(r"\w+|[^\w\s]", source.read_text(encoding="utf-8", errors="ignore"))
+            found = corpus.tokens(source.read_text(encoding="utf-8", errors="ignore"))
             whole = len(found) // LENGTH * LENGTH
             words += found[:whole]
             files += [number] * (whole // LENGTH)
-        common = collections.Counter(words).most_common(VOCABULARY - 1)
-        number_of = {word: i + 1 for i, (word, _) in enumerate(common)}
+        number_of = corpus.numbers(words, VOCABULARY)
         ids = np.array([number_of.get(word, 0) for word in words], dtype=np.int16).reshape(-1, LENGTH)
         np.savez(path, ids=ids, files=np.array(files, dtype=np.int32))
     with np.load(path, allow_pickle=False) as kept:
@@ -273,9 +270,9 @@ def chapters(n: int, q: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dic
     text: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
     for ref, verse in scripture.verses().items():
         of = scripture.book(ref)
-        text[of in scripture.BOOKS].setdefault(of, []).extend(re.findall(r"\w+|[^\w\s]", verse.lower()))
-    counted = collections.Counter(word for side in text.values() for book in side.values() for word in book)
-    number_of = {word: i + 1 for i, (word, _) in enumerate(counted.most_common(VOCABULARY - 1))}
+        text[of in scripture.BOOKS].setdefault(of, []).extend(corpus.tokens(verse.lower()))
+    words = (word for side in text.values() for book in side.values() for word in book)
+    number_of = corpus.numbers(words, VOCABULARY)
 
     def windows(books: dict[str, list[str]]) -> torch.Tensor:
         rows = [

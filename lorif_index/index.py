@@ -1250,9 +1250,7 @@ class Index:
     def _chosen(self, layers: str | Iterable[str] | None) -> tuple[str, ...]:
         if layers is None:
             return self.layers
-        if not isinstance(layers, Iterable):
-            raise QueryError(f"layers takes a layer's name, a glob pattern or a list of them, got {layers!r}")
-        patterns = [layers] if isinstance(layers, str) else list(layers)
+        patterns = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise QueryError(f"layers takes a layer's name, a glob pattern or a list of them, got {layers!r}")
         if not patterns:

@@ -160,8 +160,8 @@ class _Norms:
 
         def on_gradient(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
-                self._project(parameter, parameter.grad)
                 square = float(torch.linalg.vector_norm(parameter.grad.float()).double().square()) / capture.scale**2
+                self._project(parameter, parameter.grad, square)
                 self.total += square
                 if id(parameter) in self._owner:
                     self.layers[self._owner[id(parameter)]] += square
@@ -175,12 +175,12 @@ class _Norms:
             return
         for name, sum_ in self._projected.items():
             theirs, ours = sum_ / capture.scale, captured.layers[name].dense()[0].to(sum_)
-            least = _ROUNDING * math.sqrt(self._whole[name]) / capture.scale
+            least = _ROUNDING * math.sqrt(self._whole[name])
             if float((theirs - ours).norm()) > max(_DIFFERS * float(torch.maximum(theirs.norm(), ours.norm())), least):
                 self.differing.add(name)
 
-    def _project(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
-        """Adds P_in^T dW P_out of one parameter's gradient to its layer's."""
+    def _project(self, parameter: torch.Tensor, grad: torch.Tensor, square: float) -> None:
+        """Adds P_in^T dW P_out of one parameter's gradient to its layer's, and its squared norm."""
         if id(parameter) not in self._plain:
             return
         name, use, bias = self._plain[id(parameter)]
@@ -195,7 +195,7 @@ class _Norms:
         else:
             found = left[place].T @ rows
         self._projected[name] = self._projected.get(name, 0.0) + found
-        self._whole[name] = self._whole.get(name, 0.0) + float(grad.float().square().sum())
+        self._whole[name] = self._whole.get(name, 0.0) + square
 
 
 @contextmanager

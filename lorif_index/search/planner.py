@@ -151,13 +151,9 @@ def _caveat(reader: Reader, damping: Damping) -> str:
 def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """(positions (m,), scores (q, m), bytes read) of the live rows of every block that this rank holds."""
     with report.stage("scan", reader.store.live_count) as stage:
-        at = 0
         for positions, scores, size in stream_scores(reader.rows, question):
-            if question.scale is not None:
-                scores.mul_(question.scale[at : at + scores.shape[1]])
             if question.thresholds is not None:
                 shrink(scores, question.thresholds)
-            at += scores.shape[1]
             yield positions, scores, size
             stage.advance(scores.shape[1], size)
 

@@ -234,13 +234,16 @@ def rebuild(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch
 
 
 def stream_scores(rows: Resident, question: Question) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """(positions (m,) int64, scores (q, m) on the CPU, bytes read) of the live rows of every block, in order."""
-    scorer, dead = question.scorer(rows.layout, rows.device), rows.store.dead
+    """(positions (m,) int64, scaled scores (q, m) on the CPU, bytes read) of the live rows of every block, in order."""
+    scorer, dead, at = question.scorer(rows.layout, rows.device), rows.store.dead, 0
     for start, block, read in rows.stream():
         scores, positions = scorer.score(block).cpu(), torch.arange(start, start + len(block))
         if dead is not None:
             alive = torch.from_numpy(~dead[start : start + len(block)])
             scores, positions = scores[:, alive], positions[alive]
+        if question.scale is not None:
+            scores.mul_(question.scale[at : at + len(positions)])
+        at += len(positions)
         yield positions, scores, read
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..capture.sampling import drawn
 from .reader import Reader
 from .scoring import Question, stream_scores
 
@@ -53,26 +54,22 @@ def shrinking(reader: Reader, question: Question) -> Question:
 
 
 def _some_scores(reader: Reader, question: Question) -> np.ndarray:
-    """(m, q) scores of this rank's rows, scaled as the scan scales them: of all where the index has few, else of those
-    in a sample."""
+    """(m, q) scaled scores of this rank's rows: of all where the index has few, else of those in a sample."""
     out: np.ndarray = np.empty((0, question.count), dtype=np.float32)
     with reader.ranks.jointly():
-        if reader.live_count <= SAMPLED:
-            streamed = [scores.T.numpy() for _, scores, _ in stream_scores(reader.rows, question)]
-            out, places = np.concatenate([out, *streamed]), np.arange(reader.store.live_count)
+        if reader.live_count > SAMPLED:
+            out = _sampled(reader, question)
         else:
-            out, places = _sampled(reader, question)
-        if question.scale is not None:
-            out *= question.scale[places].numpy()[:, None]
+            out = np.concatenate([out, *(scores.T.numpy() for _, scores, _ in stream_scores(reader.rows, question))])
     return out
 
 
-def _sampled(reader: Reader, question: Question) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows at random: scores (m, q), and their places among this rank's live rows."""
+def _sampled(reader: Reader, question: Question) -> np.ndarray:
+    """(m, q) scaled scores of this rank's rows among some at random."""
     store, layout, rows = reader.store, reader.layout, len(reader.team)
     # By positions in the whole index, so that the rows are the same ones however many ranks hold them.
-    some = min(SAMPLED * rows // reader.live_count, rows)
-    local = reader.team.locally(np.sort(np.random.default_rng(0).choice(rows, some, replace=False, shuffle=False)))[1]
+    wanted = np.sort(drawn(rows, SAMPLED * rows // reader.live_count, 0, "shrinkage"))
+    local = reader.team.locally(wanted)[1]
     if store.dead is not None:
         local = local[~store.dead[local]]
     scorer, step = question.scorer(layout, reader.device), _ROWS_BYTES // max(layout.row_bytes, 1) + 1
@@ -85,4 +82,6 @@ def _sampled(reader: Reader, question: Question) -> tuple[np.ndarray, np.ndarray
         if layout.codes is not None:
             scores += scorer.score_codes(store.gather_codes(block).to(reader.device))
         out[start : start + len(block)] = scores.cpu().T.numpy()
-    return out, np.searchsorted(store.live, local)
+    if question.scale is not None:
+        out *= question.scale[np.searchsorted(store.live, local)].numpy()[:, None]
+    return out
