@@ -1,0 +1,57 @@
+"""docs/transformers.md is true: its examples run, with small models, and take as many lines as it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import CHAT, decoder_tokenizer, make_model
+from tiny_text import SENTENCES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
+EXAMPLES = dict(re.findall(r"<!-- example: (.*?) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
+
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+
+def test_the_examples_run(tmp_path: Path) -> None:
+    tokenizer = decoder_tokenizer()
+    tokenizer.pad_token, tokenizer.chat_template = "<|endoftext|>", CHAT
+    make_model("gpt2").save_pretrained(tmp_path / "my-model")
+    tokenizer.save_pretrained(tmp_path / "my-model")
+    texts = datasets.Dataset.from_dict({"text": SENTENCES})
+    texts.save_to_disk(tmp_path / "my-texts")
+    tokens = texts.map(lambda r: tokenizer(r["text"]) | {"labels": tokenizer(r["text"])["input_ids"]})
+    tokens.remove_columns("text").save_to_disk(tmp_path / "my-tokens")
+    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    config = transformers.ViTConfig(**small, image_size=8, patch_size=4, num_labels=3)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "my-classifier")
+    # One process for all: most of the time goes by in importing.
+    code = "\n".join(EXAMPLES.values())
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert SENTENCES[3] in done.stdout and "lora_A.default" in done.stdout, done.stdout
+
+
+def test_as_many_lines_as_it_says() -> None:
+    assert len(EXAMPLES) == 3
+    for name, code in EXAMPLES.items():
+        about = [
+            line for line in code.splitlines() if re.search(r"lorif_index|\bIndex\.|\bindex\.|IndexCallback", line)
+        ]
+        said = re.search(rf"^\| {name} \| (\d+) \|$", PAGE, re.MULTILINE)
+        assert said and int(said[1]) == len(about), (name, about)

@@ -1,0 +1,112 @@
+"""The README and the docs are true: what they show runs, what they name exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def block(mark: str) -> str:
+    found = re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found, mark
+    return found[1]
+
+
+def test_the_life_of_an_index_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "living.md").read_text()
+    found = re.search(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert found
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1400 300 1700"
+
+
+def test_the_explanation_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "explain.md").read_text()
+    found = re.search(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert found
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("[('eights', "), done.stdout
+    assert done.stdout.splitlines()[-1] == str([(4, 2)] * 5), done.stdout
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", block("example")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    asked, found = (line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("labels"))
+    same = [row.count(label) for label, row in zip(json.loads(asked), json.loads(found), strict=True)]
+    assert sum(same) >= 0.8 * 4 * 5, done.stdout
+
+
+def test_the_commands_use_the_constraints_and_known_extras() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    for mark in ("demo-command", "test-command"):
+        command = block(mark)
+        assert "-c constraints.txt" in command
+        for extra in re.findall(r"\.\[([\w,]+)\]", command)[0].split(","):
+            assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+def test_ci_runs_the_readme_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "test-command" in script and "pip install" not in script
+    extract = script.split("command=$(")[1].split("\n")[0].rstrip(")")
+    done = subprocess.run(["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == block("test-command")
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "bench").glob("*.md"),
+    ]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_modules_named_in_the_architecture_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.split("| module | what it does |")[1].split("## ")[0]
+    named = set(
+        re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    )
+    there = {p.stem for p in (ROOT / "lorif_index").rglob("*.py")} - {
+        "__init__",
+        "__main__",
+        "version",
+        "errors",
+        "progress",
+    }
+    assert named == there
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_no_placeholders(page: str) -> None:
+    assert not re.search(r"\b(TODO|TBD|DEMO_TEXT|FIGURES)\b", (ROOT / page).read_text())

@@ -1,0 +1,357 @@
+"""Commands: explain and bench, the settings of a build in flags and files, completion, and the page that lists them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import ASKED, document, lorif
+from tiny_text import SENTENCES, tiny_model_folder, write_jsonl
+from typer.testing import CliRunner
+
+from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection
+from lorif_index.cli import app, benches
+from lorif_index.cli.settings import SETTINGS, Settings, read_config
+from lorif_index.errors import ConfigError
+from lorif_index.text.textindex import TextIndex, load_text_model
+from scripts.cli_page import PAGE, page, program
+
+ROOT = Path(__file__).parents[2]
+
+
+def fenced(text: str, mark: str) -> str:
+    found = re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert found, mark
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder in which the commands of docs/cli.md have been run: a model, texts, settings.yaml, runs/idx."""
+    folder = tmp_path_factory.mktemp("commands")
+    tiny_model_folder(folder / "model")
+    write_jsonl(folder / "texts.jsonl", [{"text": s} for s in SENTENCES])
+    (folder / "settings.yaml").write_text(fenced(PAGE.read_text(), "config"))
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        printed = {}
+        for line in fenced(PAGE.read_text(), "commands").splitlines():
+            words = shlex.split(line)
+            code, out, err = lorif(*words[1:])
+            assert (code, err) == (0, ""), line
+            printed[words[1]] = out
+    finally:
+        os.chdir(before)
+    (folder / "printed.json").write_text(json.dumps(printed))
+    return folder
+
+
+# -- the page
+
+
+def test_the_page_lists_every_command_and_option():
+    assert page(PAGE.read_text()) == PAGE.read_text(), "python -m scripts.cli_page"
+    for name, command in program().commands.items():
+        part = PAGE.read_text().partition(f"\n## lorif {name}\n")[2].partition("\n## ")[0]
+        assert part, name
+        shared = "as for [`lorif build`]" in part
+        for parameter in command.params:
+            for option in [o for o in parameter.opts if o.startswith("-")]:
+                listed = re.search(rf"^\| `[^`]*{re.escape(option)}\b", part, re.MULTILINE)
+                assert listed or (shared and parameter.name in [*SETTINGS, "config"]), f"{name} {option}"
+
+
+def commands_in_the_docs():
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for block in re.findall(r"```(?:bash|console|sh)\n(.*?)```", path.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if "lorif" in words[:1] or (".venv/bin/lorif" in words[-3:]):
+                    yield path.name, words[words.index("lorif" if "lorif" in words else ".venv/bin/lorif") + 1 :]
+
+
+def test_every_command_in_the_docs_can_be_read():
+    seen = set()
+    for where, words in commands_in_the_docs():
+        if words[0].startswith("--"):
+            continue
+        command = program().commands.get(words[0])
+        assert command is not None, f"{where}: {words}"
+        command.make_context(words[0], list(words[1:]))
+        seen.add(words[0])
+    assert {"demo", "build", "search", "info", "explain", "estimate", "report", "serve", "bench"} <= seen
+
+
+def test_the_commands_of_the_page_do_what_their_settings_say(home):
+    printed = json.loads((home / "printed.json").read_text())
+    made = json.loads(printed["info"])
+    config = BuildConfig.from_json(made["config"])
+    assert config == BuildConfig(
+        store="eigen",
+        projection_dim=Fraction(1, 16),
+        damping=0.3,
+        layers=LayerSelection(include=("*.mlp.*",), bias=False),
+        eigen_bytes=1600,  # the flag, not the file's 2048
+    )
+    assert [layer["name"] for layer in made["layers"]] == ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
+    assert printed["build"].startswith("10 passages indexed") and "as eigen" in printed["estimate"]
+    assert printed["search"].count("texts.jsonl") == 5 and printed["explain"].count("texts.jsonl") == 3
+
+
+def test_an_index_from_python_is_opened_by_the_commands(home, monkeypatch):
+    pytest.importorskip("jinja2")
+    monkeypatch.chdir(home)
+    text = PAGE.read_text()
+    exec(compile(fenced(text, "index from python"), str(PAGE), "exec"), {})
+    printed = {}
+    for line in fenced(text, "commands on it").splitlines():
+        words = shlex.split(line)
+        code, out, err = lorif(*words[1:])
+        assert (code, err) == (0, ""), line
+        printed[words[1]] = out
+    assert printed["search"].count("line ") == 10 and printed["explain"].count("line ") == 3
+    assert SENTENCES[3] in (home / "row.html").read_text()
+    # What the table says of `add`, and of rows without gradients.
+    code, _, err = lorif("add", "runs/own", "--data", "texts.jsonl", "--model", "model")
+    assert code == 1 and "use Index.add" in err
+    for refused in (("search", "runs/own", ASKED), ("explain", "runs/own", ASKED)):
+        code, _, err = lorif(*refused)
+        assert code == 1 and "pass --model" in err
+
+
+def test_the_example_of_texts_runs(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    write_jsonl(home / "more.jsonl", [{"text": "The dog ran over the moon."}])
+    names = {}
+    exec(compile(fenced((ROOT / "docs" / "api.md").read_text(), "example: texts"), "api.md", "exec"), names)
+    with names["texts"].index as index:
+        assert len(index) == len(SENTENCES) and index.ids[-1] == len(SENTENCES)
+    loss, hits = capsys.readouterr().out.splitlines()[0].split(" ", 1)
+    assert float(loss) > 0 and hits.count("texts.jsonl:") == 3
+
+
+# -- explain
+
+
+def test_explain_says_what_the_library_says(home):
+    asked = TextIndex(*opened(home))
+    with asked.index:
+        expected = asked.explain([ASKED], [[2, 7]], layers=["*.c_fc"], damping=0.5)[0]
+        best = [hit.id for hit in asked.ask([ASKED], 3)[0].hits]
+        worst = [hit.id for hit in asked.ask([ASKED], 2, opponents=True)[0].hits]
+    options = ("--text", ASKED, "--id", 2, "--id", 7, "--layers", "*.c_fc", "--damping", "0.5")
+    found = document("explain", home / "runs/idx", *options)
+    assert found["opponents"] is False and found["answers"][0]["text"] == ASKED
+    for one, e in zip(found["answers"][0]["explanations"], expected, strict=True):
+        assert one["id"] == e.explanation.id and one["text"] == SENTENCES[one["id"]]
+        np.testing.assert_allclose(one["tokens"], e.explanation.tokens, rtol=1e-4, atol=1e-9)
+        assert "".join(one["texts"]) == SENTENCES[one["id"]] and len(one["query_texts"]) == len(one["query_tokens"])
+        assert sum(one["tokens"]) == pytest.approx(one["score"], rel=1e-4, abs=1e-7)
+    for arguments, ids in ((("-k", 3), best), (("-k", 2, "--opponents"), worst)):
+        found = document("explain", home / "runs/idx", "--text", ASKED, *arguments)
+        assert [one["id"] for one in found["answers"][0]["explanations"]] == ids
+
+
+def opened(home):
+    text_model = load_text_model(home / "model", "cpu")
+    return Index.open(home / "runs/idx", model=text_model.model), text_model
+
+
+def part_of(share, score):
+    """In per cent, or where that would say nothing as it is."""
+    return f"{share / abs(score):+.0%}" if abs(share) < 10 * abs(score) else f"{share:+.3g}"
+
+
+def test_explain_for_people(home):
+    code, out, err = lorif("explain", home / "runs/idx", "--text", ASKED, "--id", 3)
+    assert (code, err) == (0, "") and "\x1b" not in out
+    assert SENTENCES[3] in " ".join(out.split()) and "3  score " in out and "from its stored row" in out
+    shares = document("explain", home / "runs/idx", "--text", ASKED, "--id", 3)["answers"][0]["explanations"][0]
+    place = int(np.argmax(np.abs(shares["tokens"])))
+    assert f"“{shares['texts'][place]}” {part_of(shares['tokens'][place], shares['score'])}" in out
+    layer = max(shares["layers"].values(), key=abs)
+    assert part_of(layer, shares["score"]) in out.partition("  layers")[2]
+
+
+def test_explained_texts_cannot_steer_the_terminal(home, tmp_path, monkeypatch):
+    # In colour, so that what is ours and what is theirs are told apart: ours are SGR sequences alone.
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": f"\x1b[2J[bold]x[/] [/nix] \u202e {s}"} for s in SENTENCES])
+    document("build", tmp_path / "index", "--model", home / "model", "--data", data)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    code, out, _ = lorif("explain", tmp_path / "index", "--text", ASKED, "--id", 0)
+    assert code == 0 and re.search(r"\x1b\[[\d;]*48;", out), "no shade"
+    plain = re.sub(r"\x1b\[[\d;]*m", "", out)
+    assert "\x1b" not in plain and "\u202e" not in plain
+    assert "⟨U+001B⟩[2J[bold]x[/] [/nix] ⟨U+202E⟩" in " ".join(plain.split())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(("--id", 99), "no row with id 99"), (("--damping", "0.1", "--layers", "nix*"), "matches none")],
+)
+def test_explain_fails_in_one_line(home, options, message):
+    code, out, err = lorif("explain", home / "runs/idx", "--text", ASKED, *options)
+    assert (code, out) == (1, "") and err.count("\n") == 1 and message in err
+
+
+def test_report_says_as_json_what_it_wrote(home, tmp_path):
+    pytest.importorskip("jinja2")
+    said = document("report", home / "runs/idx", "--query", ASKED, "-k", 2, "-o", tmp_path / "page.html")
+    assert said == {"page": str(tmp_path / "page.html"), "bytes": (tmp_path / "page.html").stat().st_size}
+
+
+# -- settings
+
+
+def test_settings_are_all_of_build_config():
+    assert set(SETTINGS) == {f.name for f in dataclasses.fields(BuildConfig)}
+
+
+def test_flags_and_file_spell_the_same(home, tmp_path):
+    """Every setting, in a value that is not the default, as a flag and as a line."""
+    written = {
+        "projection_dim": ("1/2", Fraction(1, 2)),
+        "projection_floor": ("8", 8),
+        "projection": ("random", "random"),
+        "rank": ("full", None),
+        "curvature": ("empirical", "empirical"),
+        "probes": ("2", 2),
+        "curvature_rank": ("full", None),
+        "curvature_rows": ("factors", "factors"),
+        "curvature_sample": ("99", 99),
+        "power_iterations": ("3", 3),
+        "damping": ("absolute:1e-3", AbsoluteDamping(1e-3)),
+        "complement": ("truncated", "truncated"),
+        "store": ("factors", "factors"),
+        "eigen_bytes": ("99", 99),
+        "eigen_code": ("largest", "largest"),
+        "dtype": ("float32", "float32"),
+        "sketch_dim": ("9", 9),
+        "sketch": ("per-layer", "per-layer"),
+        "coordinate_bits": ("8", 8),
+        "coarse": ("none", None),
+        "calibration_queries": ("0", 0),
+        "batch_size": ("7", 7),
+        "seed": ("5", 5),
+        "autocast": ("bfloat16", "bfloat16"),
+        "on_nonfinite": ("skip", "skip"),
+        "shard_bytes": ("2MiB", 2 << 20),
+        "spool_bytes": ("3GB", 3 * 10**9),
+        "layers": ("*.mlp.*", LayerSelection(include=("*.mlp.*",))),
+        "device": ("cpu", "cpu"),
+    }
+    assert set(written) == set(SETTINGS)
+    expected = BuildConfig(**{name: value for name, (_, value) in written.items() if name != "device"})
+    file = tmp_path / "all.yaml"
+    file.write_text(
+        "".join(f"{name}: '{text}'\n" if "*" in text else f"{name}: {text}\n" for name, (text, _) in written.items())
+    )
+    assert Settings(file, {}).read() == (expected, "cpu")
+    flags = [word for name, (text, _) in written.items() for word in (f"--{name.replace('_', '-')}", text)]
+    made = document("build", tmp_path / "index", "--model", home / "model", "--data", home / "texts.jsonl", *flags)
+    assert BuildConfig.from_json(made["config"]) == expected
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("", {}),
+        ("rank: null\ncoarse: null\nseed: 3", {"rank": None, "coarse": None, "seed": 3}),
+        ("damping: {rule: absolute, lam: 0.5}", {"damping": {"rule": "absolute", "lam": 0.5}}),
+        ("layers: ['a', 'b']", {"layers": ["a", "b"]}),
+        ("projection_dim: 0.25", {"projection_dim": 0.25}),
+    ],
+)
+def test_a_file_is_read_as_it_is_written(tmp_path, text, values):
+    (tmp_path / "f.yaml").write_text(text)
+    assert read_config(tmp_path / "f.yaml") == values
+    assert isinstance(Settings(tmp_path / "f.yaml", {}).read()[0], BuildConfig)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("eigen_byte: 3", "unknown key 'eigen_byte': did you mean eigen_bytes?"),
+        ("layers: {exclud: [a]}", "layers: unknown key 'exclud': did you mean exclude?"),
+        ("qqqq: 3", "known are autocast, batch_size"),
+        ("3: 4", "unknown key 3"),
+        ("rank: 1\nrank: 2", "rank is there twice"),
+        ("layers: {include: a, include: b}", "layers: include is there twice"),
+        ("- rank", "holds a list"),
+        ("rank: [", "is not YAML"),
+        ("rank: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("rank: some", "rank takes an integer or full"),
+        ("rank: 0", "rank must be an integer of at least 1"),
+        ("shard_bytes: lots", "shard_bytes takes bytes"),
+        ("damping: {rule: nix}", "unknown damping rule 'nix'"),
+        ("damping: {rule: [a]}", "with "),
+        ("projection_dim: {fraction: [1, 0]}", "with "),
+        ("layers: {include: 3}", "layers"),
+    ],
+)
+def test_a_file_that_is_wrong_fails_before_anything_is_written(home, tmp_path, text, message):
+    (tmp_path / "f.yaml").write_text(text)
+    command = ("build", tmp_path / "index", "--model", home / "model", "--data", home / "texts.jsonl")
+    code, out, err = lorif(*command, "--config", tmp_path / "f.yaml")
+    assert (code, out) == (1, "") and err.count("\n") == 1, err
+    assert message in err and "f.yaml" in err and not (tmp_path / "index").exists()
+    with pytest.raises(ConfigError):
+        Settings(tmp_path / "f.yaml", {}).read()
+
+
+def test_a_lost_file_is_one_line(tmp_path):
+    code, _, err = lorif("estimate", "--model", "m", "--data", "d", "--config", tmp_path / "none.yaml")
+    assert code == 1 and "none.yaml" in err and err.count("\n") == 1
+
+
+# -- bench
+
+
+def test_bench_lists_and_suggests():
+    code, out, err = lorif("bench")
+    assert (code, err) == (0, "") and "scan_cost" in out and "environment" not in out
+    code, out, err = lorif("bench", "scan_costs")
+    assert (code, out) == (1, "") and "did you mean scan_cost?" in err
+
+
+def test_bench_runs_with_its_own_options(tmp_path, monkeypatch):
+    """From anywhere, paths being the caller's; a folder there of the same name is not taken for the benchmarks."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise RuntimeError('another bench')")
+    monkeypatch.chdir(tmp_path)
+    assert lorif("bench", "plots", "--out", "here.svg")[0] == 0
+    assert (tmp_path / "here.svg").read_text().startswith("<?xml")
+    assert lorif("bench", "plots", "--nix")[0] == 2
+
+
+def test_bench_without_a_checkout_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(benches, "_PACKAGE", tmp_path / "site" / "lorif_index")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = lorif("bench", "lds")
+    assert (code, out) == (1, "") and "not installed with the package" in err and "checkout" in err
+
+
+# -- completion
+
+
+def test_completion_knows_commands_options_and_values():
+    def completed(words: str) -> list[str]:
+        asked = {"_LORIF_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = CliRunner().invoke(app, [], prog_name="lorif", env=asked)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    assert completed("lorif ex") == ["explain"]
+    assert completed("lorif build --store ") == ["auto", "eigen", "both", "factors", "coordinates", "coarse"]
+    assert "--install-completion" in lorif("--help")[1]

@@ -1,0 +1,143 @@
+"""What large indexes and several ranks take: said by formulas, and compared with what is sent and held."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from bench import scale_on_paper
+from lorif_index import BuildConfig, Index
+from lorif_index.build.memory import stage_memory
+from lorif_index.build.traffic import Traffic, build_traffic, search_traffic
+from lorif_index.capture.gradients import LayerSpec
+from lorif_index.errors import ConfigError, StoreError
+from lorif_index.ranks import ALONE
+from lorif_index.search import joint
+from lorif_index.search.candidates import most_proposed
+from lorif_index.search.flat import FlatSketch
+from lorif_index.search.joint import JointProposer
+from lorif_index.search.team import Team
+from lorif_index.storage.store import Store
+from lorif_index.text.show import show_estimate
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tables_of_the_page_are_those_of_the_command() -> None:
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert scale_on_paper.filled(page) == page, "python -m bench.scale_on_paper --write"
+
+
+def test_ranks_send_what_was_said(tmp_path: Path) -> None:
+    """Two real ranks, in every stage whose messages are more than words."""
+    pytest.importorskip("transformers")
+    kept = tmp_path / "result.json"
+    line = [sys.executable, "-m", "bench.rank_accuracy", "--smoke", "--json", str(kept)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads(kept.read_text())["results"]
+    compared = {stage: part for stage, part in result["sent"].items() if part["compared"]}
+    assert set(compared) == {"curvature", "sketch", "coarse", "calibrate"}
+    for stage, part in compared.items():
+        most = 1.6 if stage == "calibrate" else 1.02
+        assert 0.98 <= part["said"] / part["taken"] <= most, (stage, part)
+    for stage in ("queries", "scan"):
+        assert result["sent"][stage]["said"] == pytest.approx(result["sent"][stage]["taken"], rel=0.1), stage
+    assert result["disk"]["said"] == pytest.approx(result["disk"]["taken"], rel=0.2)
+    assert result["memory"]["said"] == pytest.approx(result["memory"]["taken"], rel=0.35)
+
+
+def test_volumes_are_those_of_ring_algorithms() -> None:
+    traffic = Traffic(4)
+    traffic.summed("a", 1000)
+    traffic.reduced("b", 1000, 1)
+    traffic.spread("c", 1000, 2)
+    traffic.moved("d", 1000, 3, 0)
+    traffic.moved("d", 1000, 0, 0)
+    traffic.gathered("e", 1000)
+    assert traffic.sent == {
+        "a": [1500] * 4,
+        "b": [1000, 0, 1000, 1000],
+        "c": [0, 0, 1000, 0],
+        "d": [0, 0, 0, 1000],
+        "e": [3000] * 4,
+    }
+    alone = Traffic(1)
+    for act in (alone.summed, alone.gathered):
+        act("a", 1000)
+    alone.reduced("a", 1000, 0)
+    alone.spread("a", 1000, 0)
+    assert alone.most() == {"a": 0}
+
+
+def test_an_estimate_of_ranks_is_of_each() -> None:
+    torch.manual_seed(0)
+    blocks = [{"a": torch.randn(64, 12, 10)} for _ in range(20)]
+    config = BuildConfig(store="factors", curvature_rank=20, calibration_queries=8)
+    found = Index.estimate(gradients=blocks, config=config, world_size=4, examples=10**6)
+    ranks = found.ranks
+    assert ranks is not None and ranks.size == 4
+    assert (
+        ranks.disk["rows"] == pytest.approx(found.disk["rows"] / 4, rel=0.01) and ranks.disk["fit"] == found.disk["fit"]
+    )
+    assert ranks.seconds.keys() == found.seconds.keys() and 0 < ranks.seconds_total < found.seconds_total
+    assert {"curvature", "sketch", "coarse", "calibrate", "scan", "candidates"} <= ranks.sent.keys()
+    assert json.loads(json.dumps(found.to_json()))["ranks"]["seconds_total"] == ranks.seconds_total
+    out = io.StringIO()
+    show_estimate(Console(file=out, width=120), found, None)
+    assert "Each of 4 ranks" in out.getvalue() and "candidates, a query" in out.getvalue()
+    with pytest.raises(ConfigError, match="world_size must be an integer of at least 1, got 0"):
+        Index.estimate(gradients=blocks, world_size=0)
+
+
+@pytest.mark.parametrize("stored", ["eigen", "both", "factors", "coordinates", "coarse"])
+def test_more_ranks_take_less_each_and_none_send_nothing(stored: str) -> None:
+    specs = {name: LayerSpec(name, 768, 3072, 48, 192, 1) for name in "abc"}
+    config = BuildConfig(projection_floor=32, store=stored)
+    alone = stage_memory(config, specs, stored, 10**8)
+    each = stage_memory(config, specs, stored, 10**8, ranks=8, shared=False)
+    assert alone.keys() == each.keys() and each["search"] < 0.3 * alone["search"]
+    assert not any(build_traffic(config, specs, stored, 10**6, 1).most().values())
+    assert not any(search_traffic(config, specs, stored, 10**6, 1).most().values())
+    # What is fitted is sent once, whatever N is.
+    one, two = (build_traffic(config, specs, stored, n, 8).most() for n in (10**6, 10**8))
+    assert one["curvature"] == two["curvature"] and one["sketch"] == two["sketch"] > 0
+
+
+def test_proposals_are_bounded_and_put_in_order_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [most_proposed(n) for n in (10, 50_000, 10**6, 10**9)] == [10, 20_000, 250_000, 1 << 18]
+    generator = torch.Generator().manual_seed(0)
+    z, x = torch.randn(300, 16, generator=generator), torch.randn(7, 16, generator=generator).numpy()
+    flat = FlatSketch([z], 300, 16, torch.device("cpu"))
+    team = Team(ALONE, [], [], slice(0, 0), 300)
+    proposer = JointProposer(flat, team, tilts=True, of_folder=False)
+    monkeypatch.setattr(joint, "ORDERED_BYTES", 3 * 20 * joint.BYTES_ORDERED)
+    for got, expected in zip(proposer.search(x, 20, 0.1), flat.search(x, 20, 0.1), strict=True):
+        assert got.shape == (7, 20) and np.array_equal(got, expected)
+
+
+def test_too_many_open_files_is_no_damage(tmp_path: Path) -> None:
+    from test_store import make
+
+    store, _, _ = make(tmp_path, 210)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
+        with pytest.raises(StoreError, match=r"Too many open files.*ulimit -n.*shard_bytes"):
+            for _ in store.stream():
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    store.close()
+    again = Store(tmp_path, store.layout, [shard.info for shard in store.shards])
+    assert sum(len(rows) for _, rows in again.stream()) == 210
