@@ -21,8 +21,8 @@ from bench.environment import ROOT, arguments, keep, peak_rss, table, timed
 from lorif_index import BuildConfig, Index, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture, ModelGradients
-from lorif_index.rows.factors import factorise
-from lorif_index.rows.layout import RowLayout
+from lorif_index.codecs.layout import RowLayout
+from lorif_index.codecs.truncation import factorise
 
 BATCH = 32
 

@@ -22,7 +22,7 @@ from bench.lds_truth import gather, make
 from bench.methods import gathered
 from bench.tasks import TASKS, Task, batches, per_example
 from lorif_index import BuildConfig, Index
-from lorif_index.fit.query import log_mean
+from lorif_index.curvature.inverse import log_mean
 
 Matrices = dict[str, torch.Tensor]
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

@@ -19,9 +19,9 @@ from bench.agreement import agreement
 from bench.environment import CACHE, arguments, keep, table
 from bench.scale_data import FOLDER, gradients
 from lorif_index import BuildConfig, Index
-from lorif_index.capture.projection import keyed_generator
 from lorif_index.capture.sources import ModelCapture
-from lorif_index.fit.query import transform
+from lorif_index.curvature.inverse import transform
+from lorif_index.linalg.projection import keyed_generator
 
 Gradients = dict[str, torch.Tensor]
 FACTORS = [("factors", {"rank": c}) for c in (1, 2, 4, 8)]

@@ -25,7 +25,7 @@ from bench.lds_truth import gather, make
 from bench.methods import gathered, shaped, shared_bytes
 from bench.tasks import TASKS, batches, size
 from lorif_index import BuildConfig, CurvatureRows, Index
-from lorif_index.rows.codes import CodeLayout
+from lorif_index.codecs.bits import CodeLayout
 
 Gradients = dict[str, torch.Tensor]
 DEFAULT_BYTES = (256, 512, 1024, 1600, 2048, 4096, 8192, 16384)

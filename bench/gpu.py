@@ -24,10 +24,10 @@ from bench.scan_cost import drop, read_raw
 from lorif_index import BuildConfig, Index
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture, ModelGradients
-from lorif_index.capture.subspace import SubspaceFit
+from lorif_index.codecs.bits import CodeLayout
+from lorif_index.codecs.layout import RowLayout
 from lorif_index.errors import ConfigError
-from lorif_index.rows.codes import CodeLayout
-from lorif_index.rows.layout import RowLayout
+from lorif_index.linalg.subspace import SubspaceFit
 from lorif_index.search.flat import FlatSketch
 from lorif_index.search.scoring import Question, stream_scores
 from lorif_index.storage.resident import Resident

@@ -35,7 +35,7 @@ from bench.methods import blocks, gathered
 from bench.tasks import TASKS, Task, batches, size
 from lorif_index import BuildConfig, LayerSelection
 from lorif_index.capture.gradients import LayerSpec
-from lorif_index.capture.projection import Projections
+from lorif_index.linalg.projection import Projections
 
 HEADS = {"digits": "4", "finetuned": "transformer.wte"}
 OUT_BY_DEFAULT = ("finetuned",)

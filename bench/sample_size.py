@@ -18,8 +18,8 @@ from bench.agreement import agreement
 from bench.corpus import gpt, sequences, train
 from bench.environment import arguments, keep, table
 from lorif_index import BuildConfig, Index
+from lorif_index.curvature.inverse import Preconditioner, transform
 from lorif_index.damping import RelativeDamping
-from lorif_index.fit.query import Preconditioner, transform
 
 QUERIES = 64
 

@@ -18,7 +18,7 @@ import torch
 from bench.scale_data import FOLDER, gradients, trained_model, windows
 from lorif_index import BuildConfig, Index
 from lorif_index.capture.gradients import LayerSpec
-from lorif_index.rows.layout import RowLayout, Rows
+from lorif_index.codecs.layout import RowLayout, Rows
 from lorif_index.storage.manifest import read_manifest, spec_to_json
 from lorif_index.storage.store import StoreWriter
 

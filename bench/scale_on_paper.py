@@ -22,8 +22,8 @@ from lorif_index.build.traffic import build_traffic, search_traffic
 from lorif_index.capture import eigenbases
 from lorif_index.capture.gradients import LayerSpec
 from lorif_index.capture.layers import kept_rank
-from lorif_index.capture.subspace import grouped
 from lorif_index.config import LEAST_FLOOR
+from lorif_index.linalg.subspace import grouped
 from lorif_index.search.candidates import most_proposed
 from lorif_index.storage.manifest import LARGEST
 

@@ -25,7 +25,7 @@ from bench.scale_index import FULL_RANK, derived, eigen_index, full_index, short
 from bench.scan_cost import drop, published_way, read_raw, resident_fraction
 from lorif_index import Index
 from lorif_index.config import EIGEN_CODES
-from lorif_index.fit.query import transform
+from lorif_index.curvature.inverse import transform
 from lorif_index.search.coarse import Coarse, load_faiss
 from lorif_index.search.planner import choose_plan
 from lorif_index.search.scoring import TopK, stream_scores

@@ -20,18 +20,12 @@ from torch import nn
 
 from .build.coarse_build import rebuild, recalibrate
 from .build.estimate import Estimate, estimate_build
-from .build.growth import add_examples, check_addition
-from .build.merging import merge_indexes
 from .build.pipeline import build_index, check_free, loss_name
-from .build.refit import refit_index
-from .build.removal import as_ids, compact_rows, remove_examples
-from .build.repair import repair_index
 from .capture.data import as_source, as_tensors, batch_count
 from .capture.ensemble import as_model, count_of
 from .capture.gradients import GradientBlock, GradientSource, LayerSpec, parse_block
 from .capture.hooks import keep_finite
 from .capture.losses import PerExample
-from .capture.projection import Projections
 from .capture.sharded import is_spread
 from .capture.sources import (
     GivenGradients,
@@ -46,9 +40,9 @@ from .capture.sources import (
 )
 from .capture.spool import remove_leftovers
 from .config import BuildConfig
+from .curvature.fit import LayerCurvature
 from .damping import Damping, as_damping
 from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
-from .fit.curvature import LayerCurvature
 from .huggingface.tokenised import (
     TOKENIZER,
     check_tokenizer,
@@ -57,6 +51,12 @@ from .huggingface.tokenised import (
     prepared_rows,
     tokenizer_digest,
 )
+from .life.add import add_examples, check_addition
+from .life.merge import merge_indexes
+from .life.refit import refit_index
+from .life.remove import as_ids, compact_rows, remove_examples
+from .life.repair import repair_index
+from .linalg.projection import Projections
 from .markup import table
 from .progress import ProgressCallback, Reporter, reporter
 from .ranks import ALONE, Ranks

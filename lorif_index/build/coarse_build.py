@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from ..capture.gradients import GradientBlock, LayerGradient
-from ..capture.sampling import drawn
+from ..codecs.eigencodes import half_whitened_rows
 from ..config import BuildConfig
+from ..curvature.fit import LayerCurvature
+from ..curvature.inverse import Preconditioner
+from ..curvature.sketch import Sketch, Whitened, fit_sketch, half_whitened, sketch_method
 from ..damping import as_damping
 from ..errors import ConfigError, StoreError
-from ..fit.curvature import LayerCurvature
-from ..fit.eigencodes import half_whitened_rows
-from ..fit.query import Preconditioner
-from ..fit.sketch import Sketch, Whitened, fit_sketch, half_whitened, sketch_method
+from ..linalg.sampling import drawn
 from ..progress import Reporter, Stage
 from ..ranks import ALONE, Ranks
 from ..search.calibration import KS, SIGNS, Calibration, Orders, learn, loss_curve

@@ -29,8 +29,8 @@ from ..capture.layers import Use
 from ..capture.losses import PerExample
 from ..capture.sharded import is_dtensor
 from ..capture.sources import ModelCapture
+from ..curvature.sketch import SketchEncoder
 from ..damping import Damping
-from ..fit.sketch import SketchEncoder
 from ..search.reader import Reader, positions_of
 
 # Examples whose parameters' gradients are taken, and whose rows are compared; at most one of so many in the index, so

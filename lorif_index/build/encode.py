@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from ..capture.gradients import GradientBlock, LayerSpec, energies
+from ..codecs.eigencodes import EigenEncoder
+from ..codecs.layout import RowLayout, Rows
+from ..codecs.truncation import factorise
+from ..curvature.sketch import SketchEncoder
 from ..errors import NonFiniteError
-from ..fit.eigencodes import EigenEncoder
-from ..fit.sketch import SketchEncoder
 from ..progress import Stage
-from ..rows.factors import factorise
-from ..rows.layout import RowLayout, Rows
 from ..storage.payloads import Payloads
 from ..storage.store import StoreWriter
 

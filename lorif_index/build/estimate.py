@@ -25,7 +25,6 @@ from ..capture.data import as_source
 from ..capture.ensemble import probes_of
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
-from ..capture.projection import Projections
 from ..capture.sharded import device_of
 from ..capture.sources import (
     GivenGradients,
@@ -39,6 +38,7 @@ from ..capture.sources import (
 from ..capture.spool import Spool
 from ..config import BuildConfig, CurvatureRows
 from ..errors import LorifError
+from ..linalg.projection import Projections
 from ..progress import Reporter, peak_memory
 from ..ranks import ALONE
 from ..storage.manifest import read_manifest

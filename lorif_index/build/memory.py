@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 
 from ..capture.gradients import LayerSpec
-from ..capture.subspace import GROUP_BYTES, SubspaceFit
 from ..config import BuildConfig
+from ..linalg.subspace import GROUP_BYTES, SubspaceFit
 from ..search.candidates import most_proposed
 from ..search.coarse import TRAIN_ROWS
 from ..search.joint import BYTES_ORDERED, ORDERED_BYTES

@@ -31,8 +31,6 @@ from ..capture.data import ExampleSource, as_source
 from ..capture.ensemble import count_of, probes_of
 from ..capture.gradients import GradientBlock, GradientSource, LayerGradient, LayerSpec
 from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
-from ..capture.projection import ALGORITHM, Projections
-from ..capture.sampling import drawn
 from ..capture.sharded import DataRanks, data_ranks, evened, is_spread
 from ..capture.sources import (
     GivenGradients,
@@ -49,15 +47,17 @@ from ..capture.sources import (
     model_digest,
 )
 from ..capture.spool import Spool, remove_leftovers
+from ..codecs.eigencodes import EigenEncoder, fit_eigencode
+from ..codecs.layout import RowLayout
 from ..config import BuildConfig, CurvatureRows
+from ..curvature.fit import LayerCurvature, Part, RowPass, fit_curvature, mix
+from ..curvature.inverse import Preconditioner
+from ..curvature.sketch import SketchEncoder, half_whitened
 from ..errors import ConfigError, CorruptionError, DataError, IndexExistsError, NonFiniteError, StoreError
-from ..fit.curvature import LayerCurvature, Part, RowPass, fit_curvature, mix
-from ..fit.eigencodes import EigenEncoder, fit_eigencode
-from ..fit.query import Preconditioner
-from ..fit.sketch import SketchEncoder, half_whitened
+from ..linalg.projection import ALGORITHM, Projections
+from ..linalg.sampling import drawn
 from ..progress import Reporter, Stage, peak_memory
 from ..ranks import Ranks, share
-from ..rows.layout import RowLayout
 from ..search.coarse import check_factory, default_factory, faiss_is_installed, load_faiss
 from ..search.reader import Reader, positions_of, row_layout, shard_writer
 from ..search.team import Team

@@ -14,8 +14,8 @@ from ..capture.gradients import GradientBlock, LayerSpec
 from ..capture.layers import layer_specs
 from ..capture.losses import PerExample
 from ..capture.sources import ModelCapture, ModelGradients
+from ..codecs.truncation import factorise
 from ..config import LEAST_FLOOR, BuildConfig
-from ..rows.factors import factorise
 
 # Widths of eigencodes' projections in small models, and what the sample's gradients may take on disk meanwhile, once
 # more for probes.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ..capture.gradients import LayerSpec
-from ..capture.subspace import OVERSAMPLING, SubspaceFit
+from ..codecs.bits import CodeLayout
+from ..codecs.eigencodes import alone_for, directions_for, most_kept, products_for
+from ..codecs.layout import RowLayout
 from ..config import BITS, BuildConfig
-from ..fit.eigencodes import alone_for, directions_for, most_kept, products_for
-from ..rows.codes import CodeLayout
-from ..rows.layout import RowLayout
+from ..linalg.subspace import OVERSAMPLING, SubspaceFit
 from ..search.coarse import TRAIN_ROWS, default_factory
 
 # Directions of a layer's curvature, where the config says "auto" and rows of eigencodes do not ask for more.

@@ -15,9 +15,9 @@ import torch
 
 from ..capture import eigenbases
 from ..capture.gradients import LayerSpec
-from ..capture.subspace import OVERSAMPLING, SubspaceFit, grouped
 from ..config import BuildConfig
-from ..fit.sketch import POWER_ITERATIONS, sketch_method
+from ..curvature.sketch import POWER_ITERATIONS, sketch_method
+from ..linalg.subspace import OVERSAMPLING, SubspaceFit, grouped
 from ..ranks import shared_out
 from ..search.calibration import KS, SIGNS
 from ..search.candidates import guessed, most_proposed

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from ..errors import CurvatureError
+from ..linalg.projection import Projections
+from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
 from .data import ExampleSource
@@ -23,9 +25,7 @@ from .gradients import GradientBlock, LayerGradient, LayerSpec
 from .hooks import Capture
 from .layers import TrackedLayer
 from .losses import PerExample
-from .projection import Projections
 from .sharded import lockstep
-from .subspace import SubspaceFit, fit_in_groups
 
 Side = tuple[str, str]
 """(layer, "in" or "out")."""

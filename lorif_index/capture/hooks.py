@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import CaptureError, NonFiniteError
+from ..linalg.projection import Projections
 from .data import Batch, batch_count, to_device
 from .gradients import GradientBlock, LayerGradient, LayerSpec
 from .layers import TrackedLayer, Use, output_positions, positions, stored_inputs_first
 from .losses import PerExample
-from .projection import Projections
 from .sharded import (
     Columns,
     Spread,

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..linalg.projection import keyed_generator
 from .losses import IGNORE, LogitsOf, checked_logits
-from .projection import keyed_generator
 
 # Up to so many classes of a single prediction, rows may be exact.
 EXACT_UP_TO = 16

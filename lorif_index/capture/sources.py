@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import BuildConfig, CurvatureRows
 from ..errors import ConfigError, DataError
+from ..linalg.projection import Projections
 from .data import ExampleSource, as_source
 from .eigenbases import Walk, walk_model
 from .ensemble import summed, tracked_layers
@@ -21,7 +22,6 @@ from .hooks import Capture, keep_finite
 from .layers import TrackedLayer, kept_rank, layer_specs
 from .losses import PerExample, default_loss
 from .probes import Probes
-from .projection import Projections
 from .sharded import check_weights, is_spread, lockstep, settle, unwrapped, weights_of
 from .spool import Spool
 

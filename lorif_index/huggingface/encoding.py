@@ -12,8 +12,8 @@ import xxhash
 from torch import nn
 
 from ..capture.losses import IGNORE, base_model, offset_positions
-from ..capture.projection import keyed_generator
 from ..errors import ConfigError, DataError
+from ..linalg.projection import keyed_generator
 from .chat import chat_tokens, completion_tokens
 
 KINDS = {

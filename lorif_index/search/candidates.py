@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..rows.layout import RowLayout
+from ..codecs.layout import RowLayout
 from .calibration import SIGNS, Calibration, Orders
 from .coarse import tilted
 from .pursuit import Counts, Found, Proposer, Pursuit, coordinates

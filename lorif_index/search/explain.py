@@ -20,8 +20,8 @@ from ..capture.gradients import GradientBlock, energies
 from ..capture.hooks import Capture
 from ..capture.layers import Use
 from ..capture.sources import data_digest
+from ..curvature.inverse import Preconditioner, transform_precisely, turned_precisely
 from ..errors import DataError
-from ..fit.query import Preconditioner, transform_precisely, turned_precisely
 from ..progress import Stage
 from .reader import Reader, positions_of
 

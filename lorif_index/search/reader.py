@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from ..capture.gradients import LayerGradient, LayerSpec
+from ..codecs.bits import CodeLayout
+from ..codecs.eigencodes import EigenCode, EigenSketcher
+from ..codecs.layout import RowLayout, Rows
+from ..codecs.scratch import CPU
 from ..config import REPRESENTATIONS, BuildConfig
+from ..curvature.inverse import Preconditioner
+from ..curvature.sketch import Sketch, SketchEncoder
 from ..damping import Damping
 from ..errors import CorruptionError, FingerprintError, LorifError, StoreError
-from ..fit.eigencodes import EigenCode, EigenSketcher
-from ..fit.query import Preconditioner
-from ..fit.sketch import Sketch, SketchEncoder
 from ..ranks import ALONE, Ranks
-from ..rows.codes import CodeLayout
-from ..rows.layout import RowLayout, Rows
-from ..rows.scratch import CPU
 from ..storage.fitted import (
     CalibrationQueries,
     FittedCurvature,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..rows.scratch import SCRATCH
+from ..codecs.scratch import SCRATCH
 from ..storage.resident import Resident
 from .scoring import Scorer
 from .team import Team

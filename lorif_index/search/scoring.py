@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..capture.gradients import LayerSpec
-from ..fit.curvature import LayerCurvature
-from ..fit.eigencodes import EigenCode
-from ..fit.query import Preconditioner, combined, inside_of, transform
-from ..fit.sketch import Sketch
+from ..codecs.eigencodes import EigenCode
+from ..codecs.layout import Group, RowLayout, Rows
+from ..codecs.scratch import CPU, SCRATCH
+from ..curvature.fit import LayerCurvature
+from ..curvature.inverse import Preconditioner, combined, inside_of, transform
+from ..curvature.sketch import Sketch
 from ..ranks import Ranks
-from ..rows.layout import Group, RowLayout, Rows
-from ..rows.scratch import CPU, SCRATCH
 from ..storage.resident import Resident
 
 # From here on, rebuilding U V^T once and one matrix product for all queries is faster than a product a query

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..capture.sampling import drawn
+from ..linalg.sampling import drawn
 from .reader import Reader
 from .scoring import Question, stream_scores
 

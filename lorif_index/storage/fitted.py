@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from ..capture.gradients import LayerSpec
+from ..codecs.bits import CodeLayout
+from ..codecs.eigencodes import EigenCode, LayerCode, eigen_layout
+from ..codecs.largest import GROUPS, LargestLayout, code_bits
 from ..config import BITS
+from ..curvature.fit import LayerCurvature, refuse_overflow
+from ..curvature.grid import Grid
+from ..curvature.sketch import LayerSketch, Sketch
 from ..errors import CorruptionError
-from ..fit.curvature import LayerCurvature, refuse_overflow
-from ..fit.eigencodes import EigenCode, LayerCode, eigen_layout
-from ..fit.grid import Grid
-from ..fit.sketch import LayerSketch, Sketch
-from ..rows.codes import CodeLayout
-from ..rows.largest import GROUPS, LargestLayout, code_bits
 from .sealed import SealedFile, SealedInfo, write_sealed
 
 FILE = "curvature.h5"

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..rows.layout import Rows
-from ..rows.scratch import CPU, SCRATCH
+from ..codecs.layout import Rows
+from ..codecs.scratch import CPU, SCRATCH
 from .store import Store
 
 # Codes of all rows are kept in the CPU's memory up to so many bytes; beyond, those asked for are read by position.

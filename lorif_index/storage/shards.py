@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import xxhash
 
+from ..codecs.layout import RowLayout, Rows
 from ..errors import CorruptionError
-from ..rows.layout import RowLayout, Rows
 from .sealed import SealedFile, SealedInfo, write_sealed
 
 # bfloat16 has no HDF5 type of its own: its bits are stored as unsigned integers, and the attribute `dtype` says so.

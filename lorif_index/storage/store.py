@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..rows.layout import RowLayout, Rows
+from ..codecs.layout import RowLayout, Rows
 from .shards import Part, Shard, ShardInfo, write_shard
 
 BLOCK_BYTES = 4 << 20

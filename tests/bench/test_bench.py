@@ -66,7 +66,7 @@ def test_a_metric_of_the_damping_is_the_dense_one() -> None:
     pytest.importorskip("transformers")
     from bench.levers import diagonal, under
     from lorif_index.capture.gradients import LayerSpec
-    from lorif_index.capture.projection import Projections, projection_matrix
+    from lorif_index.linalg.projection import Projections, projection_matrix
 
     generator = np.random.default_rng(0)
     spec = LayerSpec("a", 7, 6, 3, 2, 1)

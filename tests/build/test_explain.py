@@ -15,8 +15,8 @@ from tiny_text import SENTENCES, tiny_model_folder
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
-from lorif_index.capture.projection import projection_matrix
 from lorif_index.errors import DataError, QueryError
+from lorif_index.linalg.projection import projection_matrix
 from lorif_index.search.explain import Explanation
 from lorif_index.storage.store import Store
 from lorif_index.text.textindex import TextIndex, build_text_index, load_text_model

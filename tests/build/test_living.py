@@ -596,7 +596,7 @@ def test_a_coarse_index_trained_again_leaves_the_old_one_whole(
 
         with monkeypatch.context() as patch:
             patch.setattr("lorif_index.build.coarse_build.recalibrate", stop)
-            patch.setattr("lorif_index.build.refit.recalibrate", stop)
+            patch.setattr("lorif_index.life.refit.recalibrate", stop)
             with pytest.raises(KeyboardInterrupt):
                 change(index)
         with Index.open(index.path) as again:

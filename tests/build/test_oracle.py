@@ -26,7 +26,7 @@ from lorif_index import (
     ReleaseDamping,
     default_loss,
 )
-from lorif_index.capture.projection import projection_matrix
+from lorif_index.linalg.projection import projection_matrix
 
 SMALL_RANK = 12
 

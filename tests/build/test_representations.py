@@ -15,8 +15,8 @@ import torch
 from test_oracle import CASES, Case, expected_scores, projected, within
 
 from lorif_index import BuildConfig, Index
+from lorif_index.curvature.fit import LayerCurvature
 from lorif_index.errors import QueryError
-from lorif_index.fit.curvature import LayerCurvature
 
 STORES = [("both", 4), ("both", 1), ("coordinates", 8), ("coordinates", 4), ("coordinates", 2), ("coordinates", 1)]
 

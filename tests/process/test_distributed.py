@@ -21,8 +21,8 @@ from forked import CONTEXT
 
 from lorif_index import Index
 from lorif_index.build.spans import some_of, unsealed, without_overlaps
-from lorif_index.capture.sampling import drawn
 from lorif_index.errors import ConfigError, NotAnIndexError, StoreError
+from lorif_index.linalg.sampling import drawn
 from lorif_index.ranks import ALONE, Ranks
 from lorif_index.storage.sealed import SealedInfo
 from lorif_index.storage.shards import ShardInfo

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorif_index.codecs.bits import CodeLayout, CodeScorer
 from lorif_index.config import BITS
-from lorif_index.rows.codes import CodeLayout, CodeScorer
 
 # Mean squared error of the best uniform quantiser of a unit Gaussian (Max, 1960); 8 bits: step^2 / 12 and clipping.
 DISTORTION = {1: 0.3634, 2: 0.1188, 4: 0.01154, 8: 1e-4}

@@ -19,9 +19,9 @@ from lorif_index import (
     ReleaseDamping,
 )
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
+from lorif_index.curvature.fit import LayerCurvature, fit_curvature
+from lorif_index.curvature.inverse import Preconditioner, log_mean
 from lorif_index.errors import ConfigError, CurvatureError
-from lorif_index.fit.curvature import LayerCurvature, fit_curvature
-from lorif_index.fit.query import Preconditioner, log_mean
 from lorif_index.progress import Stage
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.capture import eigenbases
-from lorif_index.capture.projection import projection_matrix
 from lorif_index.errors import CurvatureError, FingerprintError
+from lorif_index.linalg.projection import projection_matrix
 
 
 def second_moments(model: nn.Module, name: str, data: Any, bias: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +54,7 @@ def test_projections_are_the_leading_eigenvectors(
     make: Any, layer: str, whole_up_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eigenbases, "_WHOLE_UP_TO", whole_up_to)
-    monkeypatch.setattr("lorif_index.capture.subspace.OVERSAMPLING", 2)
+    monkeypatch.setattr("lorif_index.linalg.subspace.OVERSAMPLING", 2)
     case = make()
     config = BuildConfig(projection_dim=4, layers=[layer], batch_size=7)
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)

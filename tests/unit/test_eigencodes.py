@@ -20,8 +20,8 @@ from test_oracle import CASES, Case, projected, within
 from test_representations import damped, inside_scores, lambdas
 
 from lorif_index import BuildConfig, Index
+from lorif_index.codecs.eigencodes import directions_for
 from lorif_index.errors import ConfigError, CorruptionError, CurvatureError, FingerprintError, QueryError
-from lorif_index.fit.eigencodes import directions_for
 
 # Bytes of a row -> bits: 1 for some directions, 1 for all, 2, 4 and 8 for all. There are 10 layers of at most 36.
 SOME, ALL = 40, 65

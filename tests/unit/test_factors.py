@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.rows.factors import factorise, truncate
+from lorif_index.codecs.truncation import factorise, truncate
 
 
 def optimal_error(g: torch.Tensor, rank: int) -> torch.Tensor:

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.damping import RelativeDamping
-from lorif_index.fit.curvature import LayerCurvature, fit_curvature
-from lorif_index.fit.grid import Grid
-from lorif_index.fit.query import (
+from lorif_index.curvature.fit import LayerCurvature, fit_curvature
+from lorif_index.curvature.grid import Grid
+from lorif_index.curvature.inverse import (
     Preconditioner,
     combined,
     inside_of,
@@ -21,6 +20,7 @@ from lorif_index.fit.query import (
     transform_precisely,
     turned_precisely,
 )
+from lorif_index.damping import RelativeDamping
 from lorif_index.progress import Stage
 
 A, B = 12, 9

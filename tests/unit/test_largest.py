@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorif_index.rows.largest import GROUPS, LargestLayout, code_bits, codes_of_whole_bytes, kept_share
+from lorif_index.codecs.largest import GROUPS, LargestLayout, code_bits, codes_of_whole_bytes, kept_share
 
 
 def layout_of(group: int, *units: int) -> LargestLayout:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.capture.projection import Projections, projection_matrix
 from lorif_index.errors import DataError
+from lorif_index.linalg.projection import Projections, projection_matrix
 
 
 def test_golden_values() -> None:

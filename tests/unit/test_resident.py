@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lorif_index.capture.gradients import LayerSpec
-from lorif_index.rows.codes import CodeLayout
-from lorif_index.rows.layout import RowLayout, Rows
+from lorif_index.codecs.bits import CodeLayout
+from lorif_index.codecs.layout import RowLayout, Rows
 from lorif_index.storage import resident
 from lorif_index.storage.resident import Resident
 from lorif_index.storage.store import Store, StoreWriter

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorif_index.capture.gradients import LayerSpec
-from lorif_index.fit.query import products
-from lorif_index.rows.layout import RowLayout
+from lorif_index.codecs.layout import RowLayout
+from lorif_index.curvature.inverse import products
 from lorif_index.search.scoring import Scorer, TopK
 
 SPECS = {

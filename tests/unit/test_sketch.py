@@ -10,12 +10,12 @@ import torch
 
 from lorif_index import AbsoluteDamping
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.fit.curvature import fit_curvature
-from lorif_index.fit.query import Preconditioner, transform
-from lorif_index.fit.sketch import PCA_UP_TO, Sketch, SketchEncoder, fit_sketch, half_whitened, sketch_method
+from lorif_index.codecs.bits import CodeLayout
+from lorif_index.codecs.layout import RowLayout
+from lorif_index.curvature.fit import fit_curvature
+from lorif_index.curvature.inverse import Preconditioner, transform
+from lorif_index.curvature.sketch import PCA_UP_TO, Sketch, SketchEncoder, fit_sketch, half_whitened, sketch_method
 from lorif_index.progress import Stage
-from lorif_index.rows.codes import CodeLayout
-from lorif_index.rows.layout import RowLayout
 from lorif_index.search.scoring import ask
 
 SPECS = {"a": LayerSpec("a", 5, 4, 5, 4, 1), "b": LayerSpec("b", 6, 3, 6, 3, 1), "c": LayerSpec("c", 3, 3, 3, 3, 1)}

@@ -13,16 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..fit.curvature import fit_curvature
-from ..fit.query import Preconditioner
+from ..build.coarse_build import (
+    make_coarse,
+    random_positions,
+    recalibrate,
+    sketch_of_rows,
+    stored_blocks,
+    stored_queries,
+)
+from ..build.pipeline import stored_gradients
+from ..build.sizes import curvature_shapes
+from ..curvature.fit import fit_curvature
+from ..curvature.inverse import Preconditioner
 from ..progress import Reporter
 from ..search.coarse import default_factory, faiss_is_installed
 from ..search.reader import Reader
 from ..storage.fitted import save_curvature, save_queries, save_sketch
 from ..storage.manifest import Manifest
-from .coarse_build import make_coarse, random_positions, recalibrate, sketch_of_rows, stored_blocks, stored_queries
-from .pipeline import stored_gradients
-from .sizes import curvature_shapes
 
 _BOUND = "rows are written in the directions of the curvature they were encoded with"
 

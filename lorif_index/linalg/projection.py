@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from ..errors import DataError
-from .gradients import GradientBlock, LayerGradient, LayerSpec
 
 ALGORITHM = "philox4x64-signs-1"
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from ..capture.gradients import GradientBlock, LayerGradient
-from ..capture.projection import keyed_generator
-from ..capture.subspace import SubspaceFit, fit_in_groups
 from ..errors import CurvatureError
+from ..linalg.projection import keyed_generator
+from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
-from .curvature import LayerCurvature, RowPass
-from .query import Preconditioner, products
+from .fit import LayerCurvature, RowPass
+from .inverse import Preconditioner, products
 
 # Above so many half-whitened coordinates (at k = 512: W takes 512 MiB, its fit about 5 GiB), each layer's own
 # eigenvectors stand for the PCA over all layers, for many times the candidates (`bench.sketch_choices`).

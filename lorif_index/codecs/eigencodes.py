@@ -19,14 +19,14 @@ import torch
 
 from ..capture.gradients import LayerGradient
 from ..config import BITS
+from ..curvature.fit import LayerCurvature, RowPass
+from ..curvature.inverse import Preconditioner, inside_of
+from ..curvature.sketch import Sketch, Whitened, roots
 from ..errors import CurvatureError
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
-from ..rows.codes import CodeLayout
-from ..rows.largest import GROUPS, LargestLayout, code_bits, codes_of_whole_bytes
-from .curvature import LayerCurvature, RowPass
-from .query import Preconditioner, inside_of
-from .sketch import Sketch, Whitened, roots
+from .bits import CodeLayout
+from .largest import GROUPS, LargestLayout, code_bits, codes_of_whole_bytes
 
 # Directions that add less than this, of at most 1, add nothing that could be seen.
 _LEAST_SHARE = 1e-3

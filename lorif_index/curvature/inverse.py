@@ -16,7 +16,7 @@ import torch
 
 from ..damping import Damping
 from ..errors import CurvatureError
-from .curvature import LayerCurvature
+from .fit import LayerCurvature
 
 # For so few rows, layers of one shape are multiplied together: a row by itself takes three times as long.
 _FEW_ROWS = 8

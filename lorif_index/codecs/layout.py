@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from ..capture.gradients import LayerSpec
-from .codes import CodeLayout
-from .factors import Factors
+from .bits import CodeLayout
 from .largest import LargestLayout
 from .scratch import CPU
+from .truncation import Factors
 
 CODES = "uint8"
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, CODES: torch.uint8}

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..build.coarse_build import rebuild
+from ..build.pipeline import check_free
+from ..build.resuming import take_fit
 from ..errors import ConfigError, FingerprintError
 from ..progress import Reporter
 from ..search.reader import Reader
@@ -16,9 +19,6 @@ from ..storage.fitted import load_removed, save_removed
 from ..storage.locks import WriterLock
 from ..storage.manifest import BUILDING, Manifest, check_same, collect, open_version
 from ..storage.sealed import copy_sealed
-from .coarse_build import rebuild
-from .pipeline import check_free
-from .resuming import take_fit
 
 
 def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[int]:

@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import pad
 
 from ..capture.gradients import GradientBlock, LayerSpec
-from ..capture.subspace import SubspaceFit, fit_in_groups
 from ..errors import CurvatureError, NonFiniteError
+from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
 from .grid import Grid, fit_grids

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from ..capture.projection import keyed_generator
+from ..linalg.projection import keyed_generator
 
 ITERATIONS = 16
 # Above this width the Gram matrix's squaring costs more than the products that it saves.

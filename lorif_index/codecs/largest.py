@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch.nn.functional import embedding_bag, pad
 
-from .codes import SCALES_BYTES
+from .bits import SCALES_BYTES
 from .scratch import SCRATCH
 
 # E max |z| of so many unit Gaussians (integrated numerically).

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..capture.gradients import GradientBlock, LayerSpec
-from ..capture.subspace import with_fixed_signs
+from ..linalg.subspace import with_fixed_signs
 from ..ranks import ALONE, Ranks
 
 # The sides and the choice of products are taken of about so many rows, evenly spread: they need not be exact, since

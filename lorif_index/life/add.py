@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
+from ..build.encode import RowEncoder, encode_blocks
 from ..capture.gradients import GradientSource, energies
 from ..capture.sources import finite_blocks
+from ..codecs.eigencodes import EigenEncoder
+from ..curvature.sketch import SketchEncoder
 from ..errors import CorruptionError, DataError, StoreError
-from ..fit.eigencodes import EigenEncoder
-from ..fit.sketch import SketchEncoder
 from ..progress import Reporter
 from ..search.coarse import load_faiss
 from ..search.reader import Reader, shard_writer
 from ..storage.manifest import ADDING, Manifest, read_manifest
 from ..storage.payloads import Payloads
-from .encode import RowEncoder, encode_blocks
 
 
 def check_addition(data: Any, gradients: Any, model: Any, from_model: bool) -> None:

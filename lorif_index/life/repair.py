@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ..build.coarse_build import rebuild
 from ..errors import CorruptionError, StoreError
 from ..progress import Reporter
 from ..search.coarse import faiss_is_installed
@@ -17,7 +18,6 @@ from ..search.reader import Reader
 from ..storage.damage import Damage, damage_message, find_damage
 from ..storage.locks import WriterLock
 from ..storage.manifest import Manifest, collect, read_manifest
-from .coarse_build import rebuild
 from .refit import renew_curvature
 
 _ASIDE = "damaged-"

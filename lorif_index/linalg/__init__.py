@@ -1,0 +1,1 @@
+"""Linear algebra: streamed subspaces, projections, random samples."""
