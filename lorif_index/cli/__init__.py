@@ -15,8 +15,9 @@ Exit codes: 0 done, 1 an error of the user's or of the files, in one line, 2 usa
 
 from __future__ import annotations
 
-# In the order in which `lorif --help` lists the commands.
-from . import asking, benches, browsing, keeping, making
 from .app import app, main
+
+# In the order in which `lorif --help` lists the commands.
+from . import making, asking, keeping, browsing, benches  # noqa: F401  # isort: skip
 
 __all__ = ["app", "main"]
