@@ -8,18 +8,16 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from .codecs.registry import CODECS, codec_class
 from .damping import Damping, PaperDamping, RelativeDamping, as_damping, damping_from_json
 from .errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
 PROJECTIONS = ("eigen", "random")
 CURVATURES = ("auto", "mixed", "ggn", "empirical")
-REPRESENTATIONS = ("eigen", "both", "factors", "coordinates", "coarse")
-STORES = ("auto", *REPRESENTATIONS)
+COMPLEMENTS = ("log-mean", "tail-corrected", "truncated")
+COARSE_KINDS = ("auto", "flat", "none")
 ADAPTERS = ("auto", "only", "include", "exclude")
-BITS = (1, 2, 4, 8)
-"""Widths of codes' coordinates."""
-EIGEN_CODES = ("levels", "largest")
 # What projection_floor="auto" is where nothing asks for more.
 LEAST_FLOOR = 32
 
@@ -108,6 +106,123 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def stores() -> tuple[str, ...]:
+    """What `BuildConfig.store` may be: the row codecs that are registered."""
+    return ("auto", *CODECS)
+
+
+def _check_integers(of: Any, **least: int) -> None:
+    """Refuses fields that are no integers, or below their least."""
+    for name, bound in least.items():
+        value = getattr(of, name)
+        if not _is_int(value) or value < bound:
+            raise ConfigError(f"{name} must be an integer of at least {bound}, got {value!r}")
+
+
+def _check_among(of: Any, **allowed: tuple[Any, ...]) -> None:
+    """Refuses fields that are none of the values known."""
+    for name, values in allowed.items():
+        if getattr(of, name) not in values:
+            raise ConfigError(f"{name} must be one of {values}, got {getattr(of, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What is fitted on.
+
+    Attributes:
+        size: of the random sample, in examples.
+        rows: "sample" fits the curvature on unfactored gradients of the sample; "stored" on all stored rows, after they
+            were written (the published order).
+        probes: random rows an example of the Gauss-Newton matrix; None: 1 for sequences; for single predictions exact
+            rows where classes and examples are few, else 1 to 4, the fewer the larger the sample (see `probes`).
+    """
+
+    size: int = 10_000
+    rows: str = "sample"
+    probes: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_integers(self, size=1)
+        _check_among(self, rows=("sample", "stored"))
+        if self.probes is not None and (not _is_int(self.probes) or self.probes < 1):
+            raise ConfigError(f"probes must be an integer of at least 1, or None for the default, got {self.probes!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoarseIndex:
+    """What proposes candidates.
+
+    Attributes:
+        kind: "auto": 4-bit product quantisation with fast scan, in at most 128 bytes a row, from 1,024 examples on and
+            where faiss is installed; "flat": the coordinates themselves; "none": every search scans.
+        dim: k, the number of coordinates, for all layers together.
+        sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
+            half-whitened coordinates (layers x r).
+        queries: training examples whose exact answers calibrate the number of candidates; 0: none.
+    """
+
+    kind: str = "auto"
+    dim: int = 512
+    sketch: str = "auto"
+    queries: int = 128
+
+    def __post_init__(self) -> None:
+        _check_integers(self, dim=1, queries=0)
+        _check_among(self, kind=COARSE_KINDS, sketch=("auto", "pca", "per-layer"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Where and in which pieces the work is done; no stored number hangs on these, but on `autocast`.
+
+    Attributes:
+        device: where the model is expected to be, or where gradients handed over are worked on; None: where they are.
+        autocast: None, "bfloat16" or "float16": mixed precision of the forward pass and the loss.
+        shard_bytes: size of a shard's rows, in bytes; also the memory that collecting them takes.
+        spool_bytes: most bytes of disk that temporary curvature rows may take; above it they are recomputed per pass.
+    """
+
+    device: str | None = None
+    autocast: str | None = None
+    shard_bytes: int = 64 << 20
+    spool_bytes: int = 16 << 30
+
+    def __post_init__(self) -> None:
+        _check_integers(self, shard_bytes=1, spool_bytes=0)
+        _check_among(self, autocast=(None, "bfloat16", "float16"))
+        if self.device is not None and not isinstance(self.device, str):
+            object.__setattr__(self, "device", str(self.device))
+
+
+PARTS: dict[str, tuple[type[Any], str]] = {
+    "sample": (Sample, "size"),
+    "coarse": (CoarseIndex, "kind"),
+    "compute": (Compute, "device"),
+}
+"""Fields of `BuildConfig` that are objects: their class, and the attribute that a bare value stands for."""
+
+
+def _part(name: str, given: Any) -> Any:
+    """The object of a field: itself, a bare value, None, or a dict of its attributes.
+
+    Raises:
+        ConfigError: it is none of those, or has an unknown key.
+    """
+    kind, short = PARTS[name]
+    if isinstance(given, kind):
+        return given
+    if isinstance(given, dict):
+        known = [f.name for f in dataclasses.fields(kind)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown keys {unknown} of {name}: known are {known}")
+        return kind(**given)
+    if name == "coarse" and given is None:
+        given = "none"
+    return kind(**{short: given})
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     """Every choice of a build. `BuildConfig()` is the recommended default, `BuildConfig.paper()` the published recipe.
@@ -126,44 +241,27 @@ class BuildConfig:
         curvature: what the curvature is the second moment of. "ggn": rows that estimate the Gauss-Newton matrix, for a
             loss that says where its logits are; "empirical": the gradients themselves; "mixed": a quarter of the trace
             of "ggn" replaced by as much of the empirical; "auto": "mixed" where it can be.
-        probes: random rows an example of the Gauss-Newton matrix; None: 1 for sequences; for single predictions exact
-            rows where classes and examples are few, else 1 to 4, the fewer the larger the sample (see `probes`).
         curvature_rank: r, the number of curvature directions kept per layer; None keeps all; "auto": 512, or more where
             layers are so few that rows of eigencodes have room for more (see `eigencodes.directions_for`).
-        curvature_rows: "sample" fits the curvature on unfactored gradients of a random sample; "factors" on all stored
-            factors, after they were written (the published order).
-        curvature_sample: size of that sample, in examples.
         power_iterations: subspace iterations of the randomised SVD that fits the curvature.
         damping: the default damping of searches; a number is a multiple of trace / D.
         complement: the weight of directions outside the subspace. "log-mean": what a tail of falling eigenvalues gives
             a gradient on average (`query.log_mean`); "tail-corrected": 1 / (lambda + mean tail eigenvalue);
             "truncated": 1 / lambda.
-        store: what is kept per example. "eigen": the unfactored gradient's coordinates in the layers' curvature
-            eigenbases, in few bits (see `eigencodes`). "auto": that, or factors alone where they lose less than 1% of
-            the gradients' squared norm (one position per example, the full rank) or the curvature is of them.
-            "factors": the published design. "both": factors, and coordinates of the unfactored gradient, which the
-            scores' leading subspace is taken from; factors alone as with "auto". "coordinates": the smallest that can
-            be rescored. "coarse": the coarse code alone.
-        eigen_bytes: most bytes of a row with store="eigen"; the models of an ensemble share it.
-        eigen_code: "levels": 1 to 8 bits for each direction that is kept. "largest": of each group of 8 to 128
-            directions the place and the sign of the largest coordinate, where that keeps more of what directions add:
-            better for the same bytes in models with far more directions than bits (see `rows.largest`).
-        sketch_dim: k, the number of coordinates, for all layers together.
-        sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
-            half-whitened coordinates (layers x r).
-        coordinate_bits: of each stored coordinate: 1, 2, 4 or 8.
-        coarse: a `faiss.index_factory` string for the coarse index; "auto": 4-bit product quantisation with fast scan
-            in at most 128 bytes, from 1,024 examples on and where faiss is installed; None: none, every search scans.
-        calibration_queries: training examples whose exact answers calibrate the number of candidates; 0: none.
+        store: the row codec, what is kept of an example. "eigen": the unfactored gradient's coordinates in the layers'
+            curvature eigenbases, in few bits (see `codecs.eigencodes`). "factors": the published design. "largest": of
+            each group of 8 to 128 directions the place and the sign of the largest coordinate, where that keeps more
+            than "eigen" (see `codecs.largest`). "auto": "eigen", or "factors" where they lose less than 1% of the
+            gradients' squared norm (one position per example, the full rank) or the curvature is of them.
+        eigen_bytes: most bytes of a row with "eigen" and "largest"; the models of an ensemble share it.
         dtype: of the stored factors: "float16", "bfloat16" or "float32".
         seed: of projections, samples and starting blocks.
         layers: a LayerSelection, or glob patterns or module classes (see `LayerSelection.of`).
         batch_size: examples per forward and backward pass, where the data does not come in batches already.
-        device: where the model is expected to be, or where gradients handed over are worked on; None: where they are.
-        autocast: None, "bfloat16" or "float16": mixed precision of the forward pass and the loss.
         on_nonfinite: "error" stops at an example whose gradient has inf or NaN; "skip" records and leaves it out.
-        shard_bytes: size of a shard's rows, in bytes; also the memory that collecting them takes.
-        spool_bytes: most bytes of disk that temporary curvature rows may take; above it they are recomputed per pass.
+        sample: what is fitted on, a `Sample`; a bare number is its size.
+        coarse: what proposes candidates, a `CoarseIndex`; a bare word is its kind, None is "none".
+        compute: devices, precision and memory, a `Compute`.
     """
 
     projection_dim: int | float | Fraction | str | None = "auto"
@@ -171,91 +269,65 @@ class BuildConfig:
     projection: str = "eigen"
     rank: int | None = 1
     curvature: str = "auto"
-    probes: int | None = None
     curvature_rank: int | str | None = "auto"
-    curvature_rows: str = "sample"
-    curvature_sample: int = 10_000
     power_iterations: int = 2
     damping: Damping | float = field(default_factory=RelativeDamping)
     complement: str = "log-mean"
     store: str = "auto"
     eigen_bytes: int = 1600
-    eigen_code: str = "levels"
-    sketch_dim: int = 512
-    sketch: str = "auto"
-    coordinate_bits: int = 4
-    coarse: str | None = "auto"
-    calibration_queries: int = 128
     dtype: str = "float16"
     seed: int = 0
     layers: LayerSelection | Any = None
     batch_size: int = 32
-    device: str | None = None
-    autocast: str | None = None
     on_nonfinite: str = "error"
-    shard_bytes: int = 64 << 20
-    spool_bytes: int = 16 << 30
+    sample: Sample | Any = field(default_factory=Sample)
+    coarse: CoarseIndex | Any = field(default_factory=CoarseIndex)
+    compute: Compute | Any = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("projection_floor", 1),
-            ("curvature_sample", 1),
-            ("power_iterations", 0),
-            ("seed", 0),
-            ("batch_size", 1),
-            ("shard_bytes", 1),
-            ("spool_bytes", 0),
-            ("sketch_dim", 1),
-            ("eigen_bytes", 1),
-            ("calibration_queries", 0),
-        ):
-            value = getattr(self, name)
-            if name == "projection_floor" and value == "auto":
-                continue
-            if not _is_int(value) or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        _check_integers(self, power_iterations=0, seed=0, batch_size=1, eigen_bytes=1)
+        if self.projection_floor != "auto":
+            _check_integers(self, projection_floor=1)
         for name in ("rank", "curvature_rank"):
             value = getattr(self, name)
             if name == "curvature_rank" and value == "auto":
                 continue
             if value is not None and (not _is_int(value) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, or None for the full rank, got {value!r}")
-        for name, allowed in (
-            ("projection", PROJECTIONS),
-            ("curvature", CURVATURES),
-            ("curvature_rows", ("sample", "factors")),
-            ("complement", ("log-mean", "tail-corrected", "truncated")),
-            ("store", STORES),
-            ("sketch", ("auto", "pca", "per-layer")),
-            ("coordinate_bits", BITS),
-            ("eigen_code", EIGEN_CODES),
-            ("dtype", DTYPES),
-            ("autocast", (None, "bfloat16", "float16")),
-            ("on_nonfinite", ("error", "skip")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.coarse is not None and (not isinstance(self.coarse, str) or not self.coarse):
-            raise ConfigError(f"coarse must be a faiss.index_factory string, 'auto' or None, got {self.coarse!r}")
-        if self.store == "coarse" and self.coarse is None:
-            raise ConfigError("store='coarse' keeps the coarse code alone, but coarse=None leaves it out")
-        if self.probes is not None and (not _is_int(self.probes) or self.probes < 1):
-            raise ConfigError(f"probes must be an integer of at least 1, or None for the default, got {self.probes!r}")
-        if self.curvature_rows == "factors" and self.curvature in ("mixed", "ggn"):
+        _check_among(
+            self,
+            projection=PROJECTIONS,
+            curvature=CURVATURES,
+            complement=COMPLEMENTS,
+            store=stores(),
+            dtype=DTYPES,
+            on_nonfinite=("error", "skip"),
+        )
+        for name in PARTS:
+            object.__setattr__(self, name, _part(name, getattr(self, name)))
+        if self.sample.rows == "stored" and self.curvature in ("mixed", "ggn"):
             raise ConfigError(
-                f"curvature={self.curvature!r} needs rows of its own, and curvature_rows='factors' takes the stored "
-                "gradients: pass curvature_rows='sample', or curvature='empirical'"
+                f"curvature={self.curvature!r} needs rows of its own, and Sample(rows='stored') takes the stored "
+                "gradients: pass Sample(rows='sample'), or curvature='empirical'"
             )
-        if self.curvature_rows == "factors" and self.store not in ("auto", "factors"):
+        if self.sample.rows == "stored" and self.store != "auto" and "curvature" in codec_class(self.store).depends_on:
             raise ConfigError(
-                f"curvature_rows='factors' fits the curvature after everything was stored, and store={self.store!r} "
-                "keeps what needs it before: pass store='factors', or curvature_rows='sample'"
+                f"Sample(rows='stored') fits the curvature after everything was stored, and store={self.store!r} needs "
+                "it before: pass store='factors', or Sample(rows='sample')"
             )
-        if self.device is not None and not isinstance(self.device, str):
-            object.__setattr__(self, "device", str(self.device))
+        if self.sample.rows == "stored" and self.store != "auto" and "curvature" in codec_class(self.store).depends_on:
+            raise ConfigError(
+                f"Sample(rows='stored') fits the curvature after everything was stored, and store={self.store!r} needs "
+                "it before: pass store='factors', or Sample(rows='sample')"
+            )
         object.__setattr__(self, "damping", as_damping(self.damping))
         object.__setattr__(self, "layers", LayerSelection.of(self.layers))
         self._check_projection()
+
+    @property
+    def policy(self) -> Damping:
+        """`damping`, as a policy."""
+        return as_damping(self.damping)
 
     def _check_projection(self) -> None:
         dim = self.projection_dim
@@ -278,7 +350,7 @@ class BuildConfig:
             "curvature": "empirical",
             "rank": 1,
             "curvature_rank": 2048,
-            "curvature_rows": "factors",
+            "sample": Sample(rows="stored"),
             "power_iterations": 3,
             "damping": PaperDamping(),
             "complement": "truncated",
@@ -305,6 +377,8 @@ class BuildConfig:
             value = getattr(self, f.name)
             if f.name in ("damping", "layers"):
                 value = value.to_json()
+            elif f.name in PARTS:
+                value = dataclasses.asdict(value)
             elif isinstance(value, Fraction):
                 value = {"fraction": [value.numerator, value.denominator]}
             out[f.name] = value

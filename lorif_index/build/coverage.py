@@ -23,15 +23,14 @@ import torch
 from torch import nn
 
 from ..capture.data import Batch, ExampleSource, one_of
-from ..capture.gradients import GradientBlock, LayerGradient
+from ..capture.gradients import GradientBlock
 from ..capture.hooks import Capture
 from ..capture.layers import Use
 from ..capture.losses import PerExample
 from ..capture.sharded import is_dtensor
 from ..capture.sources import ModelCapture
-from ..curvature.sketch import SketchEncoder
-from ..damping import Damping
-from ..search.reader import Reader, positions_of
+from ..curvature.inverse import Preconditioner
+from ..search.rows import IndexRows
 
 # Examples whose parameters' gradients are taken, and whose rows are compared; at most one of so many in the index, so
 # that it costs little beside the build.
@@ -47,8 +46,9 @@ _ONE_OF = {_WITH_PARAMETERS: 300, _WITH_ROWS: 40}
 
 
 def measure_coverage(
-    reader: Reader,
-    taken: ModelCapture | None,
+    rows: IndexRows,
+    preconditioners: Mapping[str, Preconditioner],
+    taken: ModelCapture,
     loss: PerExample | None,
     examples: ExampleSource | None,
     shuffled: np.ndarray,
@@ -56,7 +56,8 @@ def measure_coverage(
     """What an index that was just built keeps; None where it was not built from a model.
 
     Args:
-        reader: the index.
+        rows: of the index.
+        preconditioners: layer -> H^-1 under the index's damping.
         taken, loss, examples: what it was built from.
         shuffled: ids in random order.
 
@@ -64,21 +65,21 @@ def measure_coverage(
         shares of the squared norm, as plain JSON values: {"tracked", "projection", "rows", "scores", "layers": {name:
         {"share": of all parameters', "projection", "rows"}}, "differing": layers whose captured gradients are not
         autograd's, "parameter_examples", "row_examples", "seconds"}. A
-        share that is not known is None: those of rows where none are stored, those of parameters where autograd cannot
+        share that is not known is None: those of parameters where autograd cannot
         give their gradients (out of memory, parameters that are quantised).
     """
-    if taken is None or examples is None:
+    if examples is None:
         return None
     began = time.perf_counter()
     # Damaged gradients were skipped, and have no row.
     there = shuffled[:EXAMPLES]
-    there = there[positions_of(reader.store, there) >= 0]
-    counts = {most: min(most, max(len(reader.store) // each, 2)) for most, each in _ONE_OF.items()}
-    rows, few = np.sort(there[: counts[_WITH_ROWS]]), np.sort(there[: counts[_WITH_PARAMETERS]])
+    there = there[rows.store.positions_of(there) >= 0]
+    counts = {most: min(most, max(len(rows.store) // each, 2)) for most, each in _ONE_OF.items()}
+    wanted, few = np.sort(there[: counts[_WITH_ROWS]]), np.sort(there[: counts[_WITH_PARAMETERS]])
     capture = taken.capture(loss).trust()
-    spans, kept, norms = _Spans(taken), _Kept(reader), _Norms(taken)
+    spans, kept, norms = _Spans(taken), _Kept(rows, preconditioners), _Norms(taken)
     # One walk: data without random access are walked through to find some.
-    for ids, batch in examples.select(rows):
+    for ids, batch in examples.select(wanted):
         block = capture.gradients(ids, batch)
         kept.add(block)
         mine = np.flatnonzero(np.isin(ids, few))
@@ -86,7 +87,7 @@ def measure_coverage(
         for place in mine.tolist() if not norms.failed else ():
             norms.add(capture, one_of(batch, place), block.select(np.array([place])))
     found: dict[str, Any] = {"tracked": None, "projection": None, "differing": sorted(norms.differing)}
-    layers: dict[str, dict[str, float | None]] = {name: {} for name in reader.specs}
+    layers: dict[str, dict[str, float | None]] = {name: {} for name in rows.codec.specs}
     if norms.failed:
         few = few[:0]
     else:
@@ -102,7 +103,7 @@ def measure_coverage(
         "scores": kept.share(SCORES),
         "layers": layers,
         "parameter_examples": len(few),
-        "row_examples": len(rows),
+        "row_examples": len(wanted),
         "seconds": round(time.perf_counter() - began, 6),
     }
 
@@ -248,23 +249,19 @@ def _inverse_root(taken: ModelCapture, layer: str, side: str) -> torch.Tensor | 
 class _Kept:
     """What rows keep: of each layer, of `ALL`, and of what `SCORES` weigh."""
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._sums = {name: [0.0, 0.0] for name in (*reader.specs, ALL, SCORES)}
+    def __init__(self, rows: IndexRows, preconditioners: Mapping[str, Preconditioner]) -> None:
+        self._rows, self._preconditioners = rows, preconditioners
+        self._sums = {name: [0.0, 0.0] for name in (*rows.codec.specs, ALL, SCORES)}
 
     def share(self, name: str) -> float | None:
         return _ratio(*self._sums[name])
 
     def add(self, block: GradientBlock) -> None:
-        reader = self._reader
-        if not reader.layout.row_bytes:
-            return
-        damping: Damping = reader.config.damping  # type: ignore[assignment]
-        preconditioners = reader.preconditioners(reader.specs, damping)
         products = torch.zeros(2, 3, block.count, dtype=torch.float64)
-        for name, row in _stored(reader, block).items():
+        kept = self._rows.store.gather(self._rows.store.positions_of(block.ids))
+        for name, row in self._rows.codec.decode(kept).items():
             whole = block.layers[name].flat().cpu()
-            turned = [preconditioners[name].apply(g) for g in (whole, row)]
+            turned = [self._preconditioners[name].apply(g) for g in (whole, row)]
             of_layer = _products(whole, row, whole, row)
             products += torch.stack([of_layer, _products(whole, row, *turned)])
             _add(self._sums[name], of_layer)
@@ -284,24 +281,3 @@ def _add(sums: list[float], products: torch.Tensor) -> None:
     cosine = torch.where(others > 0, both.clamp(min=0).square() / others.clamp(min=torch.finfo(others.dtype).tiny), 0.0)
     sums[0] += float(cosine.sum())
     sums[1] += float(own.sum())
-
-
-def _stored(reader: Reader, block: GradientBlock) -> Mapping[str, torch.Tensor]:
-    """Layer -> (n, D) float32, the gradients that the rows of a block's examples stand for."""
-    rows = reader.store.gather(positions_of(reader.store, block.ids))
-    if reader.eigen is not None:
-        return reader.eigen.dense(rows.factors, reader.curvature)
-    dense = {}
-    if reader.layout.groups:
-        dense = {name: f.dense().flatten(1) for name, f in reader.layout.unpack(rows).items()}
-    if reader.layout.codes is None or reader.sketch is None:
-        return dense
-    # G~ = U V^T + V (S + lambda)^1/2 W (z - z_f)
-    z = reader.layout.codes.decode(rows.codes)
-    if dense:
-        factors = {n: LayerGradient.from_dense(g.unsqueeze(1)) for n, g in dense.items()}
-        z = z - SketchEncoder(reader.sketch, reader.curvature).encode(factors)
-    out = {}
-    for name, part in reader.sketch.layers.items():
-        out[name] = part.gradients(z, reader.curvature[name]) + (dense[name] if dense else 0.0)
-    return out

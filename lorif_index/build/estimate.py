@@ -36,16 +36,19 @@ from ..capture.sources import (
     is_one_shot,
 )
 from ..capture.spool import Spool
+from ..codecs.registry import CODECS, codec_class
 from ..config import BuildConfig, CurvatureRows
 from ..errors import LorifError
 from ..linalg.projection import Projections
 from ..progress import Reporter, peak_memory
 from ..ranks import ALONE
+from ..storage.fitted import query_bytes
 from ..storage.manifest import read_manifest
-from .memory import stage_memory
-from .pipeline import build_index, check_arguments, wants_coarse
-from .representation import representation_of, with_floor
-from .sizes import disk_sizes, query_count
+from .candidates import query_count, wants_coarse
+from .choice import chosen_codec, with_floor
+from .inputs import Given, check_arguments
+from .pipeline import build_index
+from .sizes import Shapes
 from .traffic import build_traffic, search_traffic
 
 # Rows of the two miniature indexes: above `COARSE_FROM`, and above the default rank of the curvature.
@@ -107,7 +110,7 @@ class Estimate:
 
     Attributes:
         examples: N.
-        stored: what rows will hold.
+        codec: by which rows will be written.
         bytes_per_example: of a row.
         disk: bytes by part: "rows", "fit", "coarse", "payloads".
         temporary: bytes of gradients that are on disk meanwhile.
@@ -118,7 +121,7 @@ class Estimate:
     """
 
     examples: int
-    stored: str
+    codec: str
     bytes_per_example: int
     disk: dict[str, int]
     temporary: int
@@ -164,27 +167,22 @@ def estimate_build(
     with tempfile.TemporaryDirectory(prefix="lorif-estimate-", dir=folder) as place:
         seen = _Handful(model, data, gradients, loss, config, batches, Path(place))
         count = seen.count if examples is None else examples
-        stored = seen.stored()
-        coarse = wants_coarse(config, count)
-        rows = _curvature_rows(seen, count)
-        sizes = disk_sizes(
-            config, seen.specs, stored, count, coarse=coarse, payload_bytes=payload_bytes, curvature_rows=rows
-        )
+        codec = chosen_codec(seen.config, seen.specs, seen.rows)
+        shapes = Shapes(seen.config, seen.specs, codec, wants_coarse(config, count), _curvature_rows(seen, count))
+        sizes = shapes.disk(count, payload_bytes)
         with report.stage("estimate") as stage:
-            lines = _miniatures(seen, stored, coarse, Path(place), stage.advance)
+            lines = _miniatures(seen, shapes, Path(place), stage.advance)
         now = peak_memory()
         return Estimate(
             examples=count,
-            stored=stored,
+            codec=codec,
             bytes_per_example=sizes.row,
             disk={"rows": sizes.rows, "fit": sizes.fit, "coarse": sizes.coarse, "payloads": sizes.payloads},
             temporary=_temporary(config, seen, count),
-            memory=now + _most(_held(seen, stored, count, coarse, rows, 1)),
+            memory=now + _most(shapes.memory(count)),
             seconds=_seconds(seen, count, lines),
-            choices=_choices(config, seen, count, coarse, disk, payload_bytes),
-            ranks=None
-            if world_size == 1
-            else _of_ranks(seen, stored, count, coarse, rows, world_size, payload_bytes, now, lines),
+            choices=_choices(config, seen, count, shapes.coarse, disk, payload_bytes),
+            ranks=None if world_size == 1 else _of_ranks(seen, shapes, count, world_size, payload_bytes, now, lines),
         )
 
 
@@ -193,34 +191,22 @@ Lines = tuple[dict[str, Callable[[int], float]], float]
 
 
 def _of_ranks(
-    seen: _Handful,
-    stored: str,
-    count: int,
-    coarse: bool,
-    rows: int,
-    size: int,
-    payload_bytes: float,
-    now: int,
-    lines: Lines,
+    seen: _Handful, shapes: Shapes, count: int, size: int, payload_bytes: float, now: int, lines: Lines
 ) -> RankEstimate:
-    config, specs = seen.config, seen.specs
     own = -(-count // size)
-    there = {"coarse": coarse, "curvature_rows": rows}
-    sizes = disk_sizes(config, specs, stored, own, payload_bytes=payload_bytes, **there)  # type: ignore[arg-type]
-    whole = disk_sizes(config, specs, stored, count, **there)  # type: ignore[arg-type]
+    sizes, whole = shapes.disk(own, payload_bytes), shapes.disk(count)
     # Every folder has all calibration queries, and its own rows' codes.
     codes = whole.coarse - (count - own) * whole.code if whole.coarse else 0
-    sent = build_traffic(config, specs, stored, count, size, **there)  # type: ignore[arg-type]
-    held = _held(seen, stored, count, coarse, rows, size)
-    asked = search_traffic(config, specs, stored, count, size).most()
+    sent, held = build_traffic(shapes, count, size), shapes.memory(count, ranks=size)
+    asked = search_traffic(shapes, count, size).most()
     return RankEstimate(
         size=size,
         disk={"rows": sizes.rows, "fit": sizes.fit, "coarse": codes, "payloads": sizes.payloads},
-        temporary=_temporary(config, seen, count, size),
+        temporary=_temporary(shapes.config, seen, count, size),
         memory=now + _most(held),
         held=held,
         seconds=_seconds(seen, count, lines, size),
-        sent=sent.most() | (asked if coarse else {"scan": asked["scan"]}),
+        sent=sent.most() | (asked if shapes.coarse else {"scan": asked["scan"]}),
         published=sizes.fit + max(codes - own * whole.code, 0),
     )
 
@@ -265,8 +251,8 @@ class _Handful:
         self.each, self.rows = _timed(ModelGradients(capture.capture(loss), examples).blocks(), batches)
         logits = _logits(config, loss)
         if logits is not None:
-            sample = min(config.curvature_sample, self.count)
-            probes = probes_of(capture.model, logits, config.probes, config.seed, sample)
+            sample = min(config.sample.size, self.count)
+            probes = probes_of(capture.model, logits, config.sample.probes, config.seed, sample)
             probed = ProbedGradients(capture.capture(loss), examples, probes)
             each, _ = _timed(probed.blocks(), batches * probes.each, keep=False)
             self.probe = each, probes.each
@@ -287,17 +273,13 @@ class _Handful:
             taken.append(time.perf_counter() - began)
         return _line(sizes, taken)
 
-    def stored(self) -> str:
-        """What rows will hold."""
-        return representation_of(self.config, self.specs, self.rows)
-
 
 def _device(capture: ModelCapture) -> torch.device:
     return device_of(capture.model)
 
 
 def _logits(config: BuildConfig, loss: PerExample | None) -> LogitsOf | None:
-    if config.curvature_rows == "factors" or config.curvature == "empirical":
+    if config.sample.rows == "stored" or config.curvature == "empirical":
         return None
     return logits_of(default_loss if loss is None else loss)
 
@@ -331,8 +313,8 @@ def _line(at: list[int], seconds: list[float]) -> Callable[[int], float]:
 def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[str, float]:
     """Of one of several ranks: each takes its part of the examples, and what is not of examples is the same for all."""
     config = seen.config
-    sample, late = min(count, config.curvature_sample), config.curvature_rows == "factors"
-    (known, share), whole = lines, min(count, config.curvature_sample) == count
+    sample, late = min(count, config.sample.size), config.sample.rows == "stored"
+    (known, share), whole = lines, min(count, config.sample.size) == count
 
     def own(examples: int) -> int:
         return -(-examples // ranks)
@@ -344,12 +326,12 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
         seconds["sample"] = own(sample) * seen.each
     if seen.probe is not None:
         seconds["probes"] = own(sample) * seen.probe[1] * seen.probe[0]
-    for stage, n in (("curvature", _curvature_rows(seen, count)), ("eigencodes", sample), ("sketch", sample)):
+    for stage, n in (("curvature", _curvature_rows(seen, count)), ("codec", sample), ("sketch", sample)):
         if stage in known:
             seconds[stage] = share * known[stage](own(n))
     seconds["encode"] = share * known["encode"](own(count)) + (0.0 if whole and not late else own(count) * seen.each)
     if "coarse" in known:
-        seconds["queries"] = own(query_count(config, seen.specs, count)) * seen.each
+        seconds["queries"] = own(query_count(config, query_bytes(seen.specs), count)) * seen.each
     for stage in ("coarse", "calibrate"):
         if stage in known:
             seconds[stage] = known[stage](own(count))
@@ -358,15 +340,15 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
 
 def _curvature_rows(seen: _Handful, count: int) -> int:
     """Rows that the curvature will be fitted on."""
-    if seen.config.curvature_rows == "factors":
+    if seen.config.sample.rows == "stored":
         return count
-    sample = min(count, seen.config.curvature_sample)
+    sample = min(count, seen.config.sample.size)
     if seen.probe is None:
         return sample
     return sample * (seen.probe[1] + (seen.config.curvature != "ggn"))
 
 
-def _miniatures(seen: _Handful, stored: str, coarse: bool, folder: Path, advance: Callable[[int], None]) -> Lines:
+def _miniatures(seen: _Handful, shapes: Shapes, folder: Path, advance: Callable[[int], None]) -> Lines:
     specs = _some_layers(seen.specs)
     share = sum(spec.dim for spec in seen.specs.values()) / sum(spec.dim for spec in specs.values())
     config = dataclasses.replace(
@@ -374,31 +356,20 @@ def _miniatures(seen: _Handful, stored: str, coarse: bool, folder: Path, advance
         projection_dim=None,
         projection="random",
         curvature="empirical",
-        curvature_sample=_LARGE,
+        sample=dataclasses.replace(seen.config.sample, size=_LARGE),
         layers=None,
-        store=stored,
-        coarse=("auto" if seen.config.coarse is None else seen.config.coarse) if coarse else None,
-        device=None,
+        store=shapes.codec,
+        coarse=dataclasses.replace(seen.config.coarse, kind=seen.config.coarse.kind if shapes.coarse else "none"),
+        compute=dataclasses.replace(seen.config.compute, device=None),
         on_nonfinite="skip",
     )
     with closing(Spool(folder, _alike(seen.rows, specs, _LARGE, seen.config.seed))) as rows:
         taken: list[dict[str, float]] = []
         for size in (_SMALL, _LARGE):
             path = folder / f"miniature-{size}"
-            build_index(
-                path,
-                model=None,
-                data=None,
-                gradients=_First(rows, size),
-                loss=None,
-                curvature=None if config.curvature_rows == "factors" else CurvatureRows(_First(rows, size)),
-                config=config,
-                metadata={},
-                payloads=None,
-                fit=None,
-                reporter=Reporter(),
-                ranks=ALONE,
-            )
+            own = None if config.sample.rows == "stored" else CurvatureRows(_First(rows, size))
+            given = Given(None, None, _First(rows, size), None, own, config, {}, None, None)
+            build_index(path, given, Reporter(), ALONE)
             taken.append(read_manifest(path).report["seconds"])
             advance(size)
     stages = taken[0].keys() & taken[1].keys()
@@ -467,12 +438,12 @@ def _moved(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _temporary(config: BuildConfig, seen: _Handful, count: int, ranks: int = 1) -> int:
-    sample = -(-min(count, config.curvature_sample) // ranks)
+    sample = -(-min(count, config.sample.size) // ranks)
     rows = sample * (1 + (seen.probe[1] if seen.probe is not None else 0))
-    if config.curvature_rows == "factors":
+    if config.sample.rows == "stored":
         return 0
     need = 4 * sum(spec.dim for spec in seen.specs.values())
-    return sum(n * need for n in (sample, rows - sample) if n * need <= config.spool_bytes)
+    return sum(n * need for n in (sample, rows - sample) if n * need <= config.compute.spool_bytes)
 
 
 def _most(held: dict[str, int]) -> int:
@@ -480,28 +451,16 @@ def _most(held: dict[str, int]) -> int:
     return max(size for stage, size in held.items() if stage != "search")
 
 
-def _held(seen: _Handful, stored: str, count: int, coarse: bool, rows: int, ranks: int) -> dict[str, int]:
-    """Of a rank, beside what is resident now, a batch's gradients included."""
-    return stage_memory(seen.config, seen.specs, stored, count, coarse=coarse, ranks=ranks, curvature_rows=rows)
-
-
 def _choices(
     config: BuildConfig, seen: _Handful, count: int, coarse: bool, disk: int | None, payload_bytes: float
 ) -> list[Choice]:
     """Ways to store rows, by rising bytes."""
-    tried: list[dict[str, Any]] = [{"store": "coarse"}]
-    tried += [{"store": "coordinates", "coordinate_bits": bits} for bits in (1, 4, 8)]
-    tried += [{"store": "eigen", "eigen_bytes": size} for size in (400, 800, 1600, 3200, 6400)]
-    tried += [{"store": "factors", "rank": rank, "dtype": dtype} for rank in (1, 4) for dtype in ("float16", "float32")]
-    tried += [{"store": "both", "rank": 1}]
-    tried += [{"store": "factors", "rank": 1, "curvature_rank": rank} for rank in (128, 2048)]
-    tried += [{"store": "factors", "rank": 1, "projection_dim": d} for d in (16, 64)]
     out = []
-    for settings in tried:
+    for settings in ({"store": name} | more for name in CODECS for more in codec_class(name).choices()):
         try:
             changed = dataclasses.replace(config, **settings)
             specs = _respecified(seen.specs, changed, "projection_dim" in settings)
-            sizes = disk_sizes(changed, specs, settings["store"], count, coarse=coarse, payload_bytes=payload_bytes)
+            sizes = Shapes(changed, specs, str(settings["store"]), coarse).disk(count, payload_bytes)
         except LorifError:
             # Not with the other choices of this config.
             continue

@@ -7,38 +7,34 @@ arXiv:2003.11630). `search(..., normalize="relatif")` takes that out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..damping import Damping
-from ..search.reader import Reader
-from .coarse_build import position_blocks, random_positions
+from ..curvature.inverse import Preconditioner
+from ..search.rows import IndexRows
 
 # Rows looked at, and how many of them are few. Below so many there is nothing to say of a hundredth of them.
 _EXAMPLES, _FEW, _LEAST = 500, 0.01, 100
 
 
-def measure_outliers(reader: Reader) -> dict[str, Any] | None:
+def measure_outliers(rows: IndexRows, preconditioners: Mapping[str, Preconditioner]) -> dict[str, Any] | None:
     """What the hundredth of the examples with the largest self-influence g^T H^-1 g holds of it, of 500 random rows;
     over several ranks, of all ranks' rows, and the same on each.
 
     Returns:
         {"share": of their summed self-influence, in [0, 1], "examples": how many were looked at}, as plain JSON values;
-        None where there are no rows, fewer than 100, or no self-influence.
+        None where there are fewer than 100 rows, or no self-influence.
     """
-    if not reader.layout.row_bytes:
-        return None
-    positions, count = random_positions(reader, "outliers", _EXAMPLES)
+    positions, count = rows.drawn("outliers", _EXAMPLES)
     if count < _LEAST:
         return None
     found = [torch.empty(0)]
-    with reader.ranks.jointly():
-        damping: Damping = reader.config.damping  # type: ignore[assignment]
-        preconditioners = reader.preconditioners(reader.specs, damping)
-        found += [reader.self_scores(reader.store.gather(part), preconditioners) for part in position_blocks(positions)]
-    own = np.concatenate(reader.ranks.gather(torch.cat(found).numpy())).astype(np.float64)
+    with rows.ranks.jointly():
+        found += [rows.codec.self_influence(part, preconditioners) for part in rows.blocks(positions)]
+    own = np.concatenate(rows.ranks.gather(torch.cat(found).numpy())).astype(np.float64)
     own = np.sort(own.clip(min=0.0))[::-1]
     total = float(own.sum())
     if not 0 < total < float("inf"):

@@ -11,29 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ..capture import eigenbases
 from ..capture.gradients import LayerSpec
 from ..config import BuildConfig
-from ..curvature.sketch import POWER_ITERATIONS, sketch_method
+from ..curvature.fit import CurvatureShape
+from ..curvature.sketch import POWER_ITERATIONS, kept_dim, sketch_method, sketch_subspace
+from ..linalg.scratch import CPU
 from ..linalg.subspace import OVERSAMPLING, SubspaceFit, grouped
 from ..ranks import shared_out
 from ..search.calibration import KS, SIGNS
 from ..search.candidates import guessed, most_proposed
-from ..search.coarse import TRAIN_ROWS
-from .coarse_build import TILT_QUERIES, TILTS, TRIED_KS, TRIED_RECALLS
-from .sizes import (
-    CurvatureShape,
-    curvature_shapes,
-    directions_in_all,
-    directions_kept,
-    fit_sizes,
-    query_count,
-    trained_bytes,
-)
+from ..search.coarse import TRAIN_ROWS, codebook_bytes
+from ..storage.fitted import query_bytes
+from .candidates import TILT_QUERIES, TILTS, TRIED_KS, TRIED_RECALLS
+from .sizes import Shapes
 
-_CPU = torch.device("cpu")
 SEARCHES = ("scan", "candidates")
 """Stages of searches, which are not a build's."""
 # Of a row that is proposed or found: its position and its score.
@@ -94,46 +86,29 @@ class Traffic:
         self.sent.setdefault(stage, [0] * self.size)[rank] += size
 
 
-def build_traffic(
-    config: BuildConfig,
-    specs: dict[str, LayerSpec],
-    stored: str,
-    count: int,
-    ranks: int,
-    *,
-    coarse: bool = True,
-    curvature_rows: int | None = None,
-) -> Traffic:
+def build_traffic(shapes: Shapes, count: int, ranks: int) -> Traffic:
     """Of a build into one folder that all ranks share. Where each has its own, rank 0 also sends what was fitted, once:
-    `disk_sizes(...).fit` and the calibration queries.
+    `shapes.disk(...).fit` and the calibration queries.
 
     Args:
-        config: the choices, with a number for `projection_floor`.
-        specs, stored, coarse: as in `disk_sizes`.
+        shapes: of the index.
         count: n, of all ranks.
         ranks: K.
-        curvature_rows: that the curvature is fitted on, of all ranks; None: as many as its rank needs.
     """
-    out = Traffic(ranks)
-    sample = min(count, config.curvature_sample)
-    rows = 1 << 62 if curvature_rows is None else curvature_rows
-    shapes = curvature_shapes(config, specs, stored)
-    kept = directions_kept(config, specs, stored, rows)
+    out, config, specs = Traffic(ranks), shapes.config, shapes.specs
+    sample = min(count, config.sample.size)
+    rows = 1 << 62 if shapes.curvature_rows is None else shapes.curvature_rows
     if config.projection == "eigen":
-        sides = eigenbases.fitted_sides(specs)
-        out.fitted("projections", eigenbases.side_fits(specs, sides, 0, _CPU), eigenbases.POWER_ITERATIONS)
-    _grids(out, specs, shapes)
-    fits = {}
-    for name, shape in shapes.items():
-        dim, size = specs[name].dim, shape.products
-        fits[name] = SubspaceFit((), shape.height(dim), shape.rank, rows, 0, _CPU, whole_up_to=size)
+        sides = eigenbases.fitted_sides(dict(specs))
+        out.fitted("projections", eigenbases.side_fits(dict(specs), sides, 0, CPU), eigenbases.POWER_ITERATIONS)
+    _grids(out, specs, shapes.curvature)
+    fits = {name: shape.fit(name, specs[name].dim, rows, 0, CPU) for name, shape in shapes.curvature.items()}
     out.fitted("curvature", fits, config.power_iterations)
-    if stored == "eigen":
-        out.summed("eigencodes", 8 * directions_in_all(config, specs, stored, rows))
-    if fit_sizes(config, specs, stored, coarse=coarse)["sketch"]:
-        _sketch(out, config, kept, sample)
-    if coarse or stored == "coarse":
-        _coarse(out, config, specs, stored, count, min(config.sketch_dim, kept, sample))
+    if shapes.rows.summed:
+        out.summed("codec", shapes.rows.summed)
+    if shapes.coarse:
+        _sketch(out, config, shapes.rows.directions, sample)
+        _coarse(out, shapes, count, min(config.coarse.dim, shapes.rows.directions, sample))
     return out
 
 
@@ -152,24 +127,20 @@ def _grids(out: Traffic, specs: Mapping[str, LayerSpec], shapes: Mapping[str, Cu
 
 def _sketch(out: Traffic, config: BuildConfig, total: int, sample: int) -> None:
     """See `sketch.fit_sketch`."""
-    if sketch_method(config.sketch, total) != "pca":
+    if sketch_method(config.coarse.sketch, total) != "pca":
         out.summed("sketch", 8 * total)
         return
-    kept = min(config.sketch_dim, total, sample)
-    kept = kept // 8 * 8 if kept >= 8 else kept
-    out.fitted("sketch", {"sketch": SubspaceFit((), total, kept, sample, 0, _CPU)}, POWER_ITERATIONS)
+    kept = kept_dim(config.coarse.dim, total, sample)
+    out.fitted("sketch", {"sketch": sketch_subspace(total, kept, sample, 0, CPU)}, POWER_ITERATIONS)
 
 
-def _coarse(
-    out: Traffic, config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, count: int, dim: int
-) -> None:
-    """The coarse index's sample, and its calibration (see `coarse_build`)."""
-    ranks, own = out.size, -(-count // out.size)
-    queries = query_count(config, specs, count)
-    out.gathered("queries", -(-queries // ranks) * (8 + 4 * sum(spec.dim for spec in specs.values())))
+def _coarse(out: Traffic, shapes: Shapes, count: int, dim: int) -> None:
+    """The coarse codes' sample, and their calibration (see `candidates`)."""
+    ranks, own, queries = out.size, -(-count // out.size), shapes.queries(count)
+    out.gathered("queries", -(-queries // ranks) * query_bytes(shapes.specs))
     for rank in range(1, ranks):
         out.moved("coarse", 4 * dim * (min(count, TRAIN_ROWS) // ranks), rank, 0)
-    out.spread("coarse", trained_bytes(dim), 0)
+    out.spread("coarse", codebook_bytes(dim), 0)
     if not queries:
         return
     limit = most_proposed(count)
@@ -179,42 +150,28 @@ def _coarse(
         out.gathered("calibrate", _FOUND * proposed * min(TILT_QUERIES, queries) * len(TILTS))
         # Then one query after the other, as deep as any search may go.
         out.gathered("calibrate", _FOUND * proposed * queries)
-        if stored == "both":
-            out.summed("calibrate", 8 * (limit + answers) * queries)
+        out.spread("calibrate", 8 * answers * queries, 0)
         for k in TRIED_KS:
             for _ in TRIED_RECALLS:
-                _pursued(out, "calibrate", stored, count, min(k, answers), queries)
+                _pursued(out, "calibrate", count, min(k, answers), queries)
 
 
-def search_traffic(
-    config: BuildConfig, specs: Mapping[str, LayerSpec], stored: str, count: int, ranks: int, *, k: int = 10
-) -> Traffic:
+def search_traffic(shapes: Shapes, count: int, ranks: int, *, k: int = 10) -> Traffic:
     """Of one search for one query's k best: by "scan", and by "candidates", as many as are taken where nothing was
     calibrated, without going on."""
     out, own = Traffic(ranks), -(-count // ranks)
-    kept = directions_kept(config, specs, stored)
-    asked = 4 * min(config.sketch_dim, kept)
-    if stored == "eigen":
-        asked += 4 * kept
-    elif stored in ("both", "factors"):
-        asked += 4 * sum(spec.dim for spec in specs.values())
+    asked = shapes.rows.question + (4 * min(shapes.config.coarse.dim, shapes.rows.directions) if shapes.coarse else 0)
     k = min(k, count)
     for way in SEARCHES:
         out.spread(way, asked, 0)
         out.summed(way, 8 * (k + 1))
     out.gathered("scan", _FOUND * min(k, own))
-    _pursued(out, "candidates", stored, count, k, 1)
+    _pursued(out, "candidates", count, k, 1)
     return out
 
 
-def _pursued(out: Traffic, stage: str, stored: str, count: int, k: int, queries: int) -> None:
+def _pursued(out: Traffic, stage: str, count: int, k: int, queries: int) -> None:
     """A search for some queries together, by as many rows as are taken where nothing was calibrated (see `pursuit`)."""
-    wide, deep = (min(rows, most_proposed(count)) for rows in guessed(k))
-    deep = deep if stored == "both" else wide
+    wide = min(guessed(k), most_proposed(count))
     out.gathered(stage, _FOUND * min(wide, -(-count // out.size)) * queries)
-    if stored in ("both", "coordinates"):
-        out.summed(stage, 8 * (wide * queries + 1))
-    if stored == "both":
-        out.spread(stage, 8 * deep * queries, 0)
-    if stored != "coordinates":
-        out.summed(stage, 4 * (deep * queries + 1))
+    out.summed(stage, 4 * (wide * queries + 1))

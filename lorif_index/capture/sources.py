@@ -197,13 +197,13 @@ class ModelCapture:
             self.specs,
             self.projections,
             self._function(function),
-            self.config.autocast,
+            self.config.compute.autocast,
         )
 
     def sides(self, function: PerExample | None, examples: ExampleSource, ids: np.ndarray) -> Walk:
         """A walk over the inputs and output gradients of the layers on some examples (see `eigenbases`)."""
         function = self._function(function)
-        return walk_model(self.model, self.layers, self.specs, function, self.config.autocast, examples, ids)
+        return walk_model(self.model, self.layers, self.specs, function, self.config.compute.autocast, examples, ids)
 
     def _function(self, function: PerExample | None) -> PerExample:
         return summed(self.model, default_loss if function is None else function)
@@ -217,10 +217,10 @@ def asked_device(config: BuildConfig) -> torch.device | None:
         where what it was built on is not.
     """
     try:
-        return None if config.device is None else torch.device(config.device)
+        return None if config.compute.device is None else torch.device(config.compute.device)
     except RuntimeError as error:
         raise ConfigError(
-            f"device={config.device!r} is no device ({error}): pass 'cpu', 'cuda', 'cuda:1' or None"
+            f"device={config.compute.device!r} is no device ({error}): pass 'cpu', 'cuda', 'cuda:1' or None"
         ) from None
 
 
@@ -229,8 +229,8 @@ def check_device(model: nn.Module, config: BuildConfig) -> None:
     wanted, devices = asked_device(config), {p.device for p in model.parameters() if not p.is_meta}
     if wanted is not None and devices and {wanted.type} != {d.type for d in devices}:
         raise ConfigError(
-            f"device={config.device!r}, but the model's parameters are on {sorted(map(str, devices))}: move the model "
-            f"with model.to({config.device!r}), or leave device out"
+            f"device={config.compute.device!r}, but the model's parameters are on {sorted(map(str, devices))}: move "
+            f"the model with model.to({config.compute.device!r}), or leave device out"
         )
 
 

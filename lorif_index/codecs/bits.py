@@ -1,4 +1,4 @@
-"""Codes: coordinates in 1, 2, 4 or 8 bits each, with a scale for each piece of an example's coordinates.
+"""Bits: coordinates in 1, 2, 4 or 8 bits each, with a scale for each piece of an example's coordinates.
 
 The coordinates of a piece are to look like equal Gaussians, for which a uniform grid with the best step for a unit
 Gaussian is within 1 dB of the best quantiser (Max, IRE Trans. Inf. Theory 6(1), 1960). The scale is |z|^2 / <z, v>, v
@@ -12,16 +12,16 @@ from functools import cached_property
 
 import torch
 
-from .scratch import SCRATCH
+from ..linalg.scratch import SCRATCH
 
 # Best uniform steps for a unit Gaussian and 2^bits levels (Max, 1960, table II; 8 bits by minimising numerically).
 _STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
-# Root mean square of a unit Gaussian's level, counted from the middle (integrated numerically).
-_LEVEL_RMS = {1: 0.5, 2: 0.9428, 4: 2.9660, 8: 32.4662}
 # Cosine of a unit Gaussian and its grid point: the least squared error of that step is 1 - cosine^2 (Max, 1960).
 _COSINE = {1: 0.7979, 2: 0.9388, 4: 0.9942, 8: 0.99996}
-# Scales of single pieces are float32, those of several bfloat16: 0.2% of what few bits lose.
-_SCALE_BYTES, SCALES_BYTES = 4, 2
+BITS = (1, 2, 4, 8)
+"""Widths of coordinates."""
+# Of a piece's scale, a bfloat16: 0.2% of what few bits lose.
+SCALE_BYTES = 2
 # Rows unpacked at once: what stays in a core's cache.
 _BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 16
 # Up to so many queries, and for up to so many bits, a table of what each byte adds is faster than unpacking the bytes
@@ -53,12 +53,12 @@ class CodeLayout:
     Attributes:
         dim: number of coordinates.
         bits: of each coordinate.
-        widths: coordinates of each piece that has its own scale, dim together; none: all are one piece.
+        widths: coordinates of each piece that has its own scale, dim together.
     """
 
     dim: int
     bits: int
-    widths: tuple[int, ...] = ()
+    widths: tuple[int, ...]
 
     @property
     def label(self) -> str:
@@ -80,9 +80,6 @@ class CodeLayout:
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        if not self.widths:
-            # A multiple of 4 bytes, so that the scale is aligned.
-            return (Piece(slice(0, self.dim), slice(0, _multiple(-(-self.dim // self.per_byte), 4))),)
         out, at, byte = [], 0, 0
         for width in self.widths:
             size = -(-width // self.per_byte)
@@ -94,11 +91,11 @@ class CodeLayout:
     def packed(self) -> int:
         """Bytes of the levels."""
         last = self.pieces[-1].bytes.stop
-        return _multiple(last, 2) if self.widths else last
+        return last + last % 2
 
     @property
     def row_bytes(self) -> int:
-        return self.packed + (SCALES_BYTES * len(self.widths) if self.widths else _SCALE_BYTES)
+        return self.packed + SCALE_BYTES * len(self.widths)
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Codes (n, row_bytes) uint8 of coordinates (n, dim), on the CPU. A piece of zeros comes back as zeros."""
@@ -108,8 +105,7 @@ class CodeLayout:
         for i, piece in enumerate(self.pieces):
             if piece.count:
                 scales[:, i] = self._encode(z[:, piece.coordinates], out[:, piece.bytes])
-        kept = scales.to(torch.bfloat16) if self.widths else scales
-        out[:, self.packed :] = kept.contiguous().view(torch.uint8).reshape(len(z), -1)
+        out[:, self.packed :] = scales.to(torch.bfloat16).view(torch.uint8).reshape(len(z), -1)
         return out
 
     def _encode(self, z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -145,13 +141,7 @@ class CodeLayout:
 
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, pieces) float32."""
-        kept = codes[:, self.packed :].contiguous().view(torch.bfloat16 if self.widths else torch.float32)
-        return kept.reshape(len(codes), -1).float()
-
-    def norms(self, codes: torch.Tensor) -> torch.Tensor:
-        """(n,) float32, about the norms of what is decoded: levels of like coordinates differ little in theirs."""
-        counts = torch.tensor([float(piece.count) for piece in self.pieces], device=codes.device)
-        return (self.scales(codes).square() @ counts).sqrt() * _LEVEL_RMS[self.bits]
+        return codes[:, self.packed :].contiguous().view(torch.bfloat16).reshape(len(codes), -1).float()
 
     @property
     def cosine(self) -> float:
@@ -171,10 +161,6 @@ class CodeLayout:
     def squares(self, codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """sum_j w_j z_j^2 of stored coordinates, (n,) float32, for weights (dim,)."""
         return self.decode(codes).square_() @ weights
-
-
-def _multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
 
 
 class CodeScorer:

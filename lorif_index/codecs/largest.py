@@ -13,12 +13,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import embedding_bag, pad
 
-from .bits import SCALES_BYTES
-from .scratch import SCRATCH
+from ..linalg.scratch import SCRATCH
+from .bits import SCALE_BYTES, CodeLayout
+from .eigencodes import EigenCodec, Way
 
 # E max |z| of so many unit Gaussians (integrated numerically).
 _MEAN_LARGEST = {8: 1.7834, 16: 2.0772, 32: 2.3471, 64: 2.5961, 128: 2.8276}
@@ -42,9 +44,33 @@ def code_bits(group: int) -> int:
     return group.bit_length()
 
 
-def codes_of_whole_bytes(bits: int) -> int:
-    """Least number of codes of so many bits that end with a byte."""
-    return 8 // math.gcd(bits, 8)
+class LargestCodec(EigenCodec):
+    """Eigencodes of which each group keeps its largest coordinate alone, where that keeps more of what directions add
+    than a few bits for each of fewer directions; else these."""
+
+    name: ClassVar[str] = "largest"
+
+    @classmethod
+    def layout_of(cls, way: Way, counts: tuple[int, ...]) -> CodeLayout | LargestLayout:
+        if way.group == 1:
+            return CodeLayout(sum(counts), way.bits, counts)
+        return LargestLayout(sum(counts), way.group, counts)
+
+    @classmethod
+    def ways(cls, directions: int, room: int) -> list[Way]:
+        return [*super().ways(directions, room), *(Way(code_bits(group), group) for group in GROUPS)]
+
+    @classmethod
+    def most_kept(cls, row_bytes: int) -> int:
+        return 8 * row_bytes * GROUPS[-1] // code_bits(GROUPS[-1])
+
+    @classmethod
+    def alone(cls, row_bytes: int, layers: int) -> int:
+        return -(-cls.most_kept(row_bytes) // layers)
+
+    @classmethod
+    def _knows(cls, way: Way) -> bool:
+        return super()._knows(way) or (way.group in GROUPS and way.bits == code_bits(way.group))
 
 
 @dataclass(frozen=True)
@@ -78,7 +104,7 @@ class LargestLayout:
     @property
     def codes(self) -> int:
         """Number of codes, those that fill the last bytes included."""
-        together = codes_of_whole_bytes(self.bits)
+        together = Way(self.bits).together
         return -(-(self.dim // self.group) // together) * together
 
     @property
@@ -89,7 +115,7 @@ class LargestLayout:
 
     @property
     def row_bytes(self) -> int:
-        return self.packed + SCALES_BYTES * len(self.widths)
+        return self.packed + SCALE_BYTES * len(self.widths)
 
     @property
     def label(self) -> str:
@@ -172,7 +198,7 @@ def _scales(groups: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 def _places(bits: int, count: int) -> Iterator[tuple[slice, slice, slice, int]]:
     """Where codes lie: of each part of the codes, its columns, those of its first and of its next bytes, and the first
     bit there. Codes of a part are in neighbouring bytes, so that unpacking reads and writes contiguous parts."""
-    parts = codes_of_whole_bytes(bits)
+    parts = Way(bits).together
     m = count // parts
     for i in range(parts):
         byte, bit = divmod(i * bits, 8)

@@ -7,6 +7,7 @@ of tensor operations does not grow with examples or layers.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ class Factors:
         return torch.bmm(self.left.transpose(1, 2), self.right)
 
 
-def factorise(block: GradientBlock, specs: dict[str, LayerSpec]) -> dict[str, Factors]:
+def factorise(block: GradientBlock, specs: Mapping[str, LayerSpec]) -> dict[str, Factors]:
     """Factors of every layer of a block of finite gradients.
 
     Exact, and without iteration, where the gradient comes as a pair of at most c columns (an example with at most c

@@ -25,6 +25,48 @@ _BATCH_ROWS = 256
 # with the least curvature are fitted to the rows' noise, which lambda makes up for; a mean over n rows of one square is
 # as good for a small one as for a large (EK-FAC is best with hardly any damping: `bench.lds`).
 DIAGONAL_DAMPING = 0.01
+CURVATURE_RANK = 512
+"""Directions of a layer's curvature, where the config says "auto" and a codec does not ask for more."""
+
+
+@dataclass(frozen=True)
+class CurvatureShape:
+    """What is fitted of one layer's curvature.
+
+    Attributes:
+        rank: directions that are found, None for all.
+        products: of its sides' eigenvectors, that they are found among (see `grid`); 0: among all of D.
+        diagonal: further products that are directions by themselves.
+    """
+
+    rank: int | None
+    products: int = 0
+    diagonal: int = 0
+
+    def directions(self, dim: int, rows: int | None = None) -> int:
+        """r of a layer of D = dim, of so many rows if they bound it."""
+        return self.found(dim, rows) + self.diagonal
+
+    def found(self, dim: int, rows: int | None = None) -> int:
+        """The same without the diagonal."""
+        whole = min(dim if self.rank is None else self.rank, dim)
+        return whole if rows is None else min(whole, rows)
+
+    def height(self, dim: int) -> int:
+        """M, rows of the matrix that the directions are."""
+        return self.products or dim
+
+    def fit(self, name: str, dim: int, rows: int, seed: int, device: torch.device) -> SubspaceFit:
+        """Of one layer, by so many rows."""
+        key = ("curvature", name)
+        return SubspaceFit(key, self.height(dim), self.rank, rows, seed, device, whole_up_to=self.products)
+
+
+def fit_bytes(shapes: Mapping[str, CurvatureShape], specs: Mapping[str, LayerSpec], group_bytes: int) -> int:
+    """Memory that fitting the curvature takes at once: blocks or dense matrices, in groups of layers."""
+    fits = [shape.fit(name, specs[name].dim, specs[name].dim, 0, torch.device("cpu")) for name, shape in shapes.items()]
+    return min(sum(fit.held_bytes for fit in fits), group_bytes) + max((fit.nbytes for fit in fits), default=0)
+
 
 RowPass = Callable[[], Iterable[GradientBlock]]
 """Gives the same rows each time it is called."""
@@ -192,13 +234,12 @@ def fit_curvature(
     count: int,
     specs: Mapping[str, LayerSpec],
     *,
-    rank: int | Mapping[str, int | None] | None,
+    shapes: Mapping[str, CurvatureShape],
     power_iterations: int,
     seed: int,
     examples: float,
     stage: Stage,
     device: torch.device,
-    within: Mapping[str, tuple[int, int]] | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, LayerCurvature]:
     """Fits every layer; layers are taken together as far as their blocks fit a bounded memory.
@@ -208,15 +249,14 @@ def fit_curvature(
             dense matrices are held (D up to 4 (r + 10)), and twice more where some layers are fitted within a grid.
         count: number of rows of all ranks.
         specs: the layers.
-        rank: r - p, of all layers or layer by layer, or None for all directions; never above D or the number of rows.
+        shapes: layer -> what is fitted: r - p directions, never more than D or rows there are; where it has products,
+            among those M of its sides' eigenvectors that hold most of the rows (see `grid`), the next p being
+            directions by themselves. The trace is that of all directions in any case.
         power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
         seed: of the starting blocks.
         examples: n, how many examples the rows stand for.
         stage: told of the rows walked.
         device: where the products are computed.
-        within: layer -> (M, p): its eigenpairs are found among the M products of its sides' eigenvectors that hold most
-            of the rows (see `grid`), and the next p are directions by themselves. r - p is at most M. The trace is
-            still that of all directions.
         ranks: who have the rows; the result is rank 0's (others' bases may hold anything).
 
     Raises:
@@ -224,22 +264,17 @@ def fit_curvature(
     """
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
-    kept = rank if isinstance(rank, Mapping) else dict.fromkeys(specs, rank)
     sizes = {
-        name: (size, min(alone, specs[name].dim - size))
-        for name, (size, alone) in (within or {}).items()
-        if size < specs[name].dim
+        name: (shape.products, min(shape.diagonal, specs[name].dim - shape.products))
+        for name, shape in shapes.items()
+        if 0 < shape.products < specs[name].dim
     }
     if sizes:
         stage.total = (stage.total or 0) + 2 * count
     grids = fit_grids(rows, count, specs, sizes, stage.advance, device, ranks)
     squares = dict.fromkeys(grids, 0.0)
     diagonals = {name: torch.zeros(sizes[name][1], dtype=torch.float64, device=device) for name in grids}
-    fits = {}
-    for name, spec in specs.items():
-        size = sizes[name][0] if name in grids else 0
-        key, dim = ("curvature", name), size or spec.dim
-        fits[name] = SubspaceFit(key, dim, kept[name], count, seed, device, whole_up_to=size)
+    fits = {name: shapes[name].fit(name, spec.dim, count, seed, device) for name, spec in specs.items()}
 
     def planned(passes: int) -> None:
         stage.total = (stage.total or 0) + passes * count

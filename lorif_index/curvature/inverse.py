@@ -236,3 +236,21 @@ def turned_precisely(
             whole.index_copy_(1, rest, turned.index_select(1, rest) * alone)
         out[name] = whole.reshape(g.shape)
     return out
+
+
+def inverses(curvature: Mapping[str, LayerCurvature], damping: Damping, complement: str) -> dict[str, Preconditioner]:
+    """Layer -> H^-1 under a damping policy.
+
+    Raises:
+        CurvatureError: a layer's H is singular.
+    """
+    return {name: Preconditioner.of(name, layer, damping, complement) for name, layer in curvature.items()}
+
+
+def lambdas(curvature: Mapping[str, LayerCurvature], damping: Damping, complement: str) -> dict[str, float]:
+    """Layer -> lambda of a damping policy.
+
+    Raises:
+        CurvatureError: a layer's H is singular, or float32 cannot hold its inverse.
+    """
+    return {name: one.usable(name).lam for name, one in inverses(curvature, damping, complement).items()}

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..capture.gradients import GradientBlock, LayerGradient
+from ..capture.gradients import LayerGradient
 from ..errors import CurvatureError
 from ..linalg.projection import keyed_generator
 from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
-from .fit import LayerCurvature, RowPass
+from .fit import LayerCurvature
 from .inverse import Preconditioner, products
 
 # Above so many half-whitened coordinates (at k = 512: W takes 512 MiB, its fit about 5 GiB), each layer's own
@@ -57,10 +57,6 @@ class LayerSketch:
         if not self._root:
             self._root.append(roots(layer, self.lam)[self.directions])
         return self._root[0]
-
-    def gradients(self, z: torch.Tensor, layer: LayerCurvature) -> torch.Tensor:
-        """V (S + lambda)^1/2 W z, (n, D) float32: what coordinates z (n, k) stand for."""
-        return layer.combined(self.spread((z @ self.weights.T) * self.whitening(layer), layer))
 
     def spread(self, inside: torch.Tensor, layer: LayerCurvature) -> torch.Tensor:
         """(n, r) of what is (n, m) in its own directions; 0 in others."""
@@ -107,15 +103,6 @@ class Sketch:
             out += piece
         return out
 
-    def taken(self, x: torch.Tensor, curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
-        """What of each layer's subspace <x, z> accounts for: (S + lambda)^-1/2 (W x)_l, (q, r) float32."""
-        used = {name: x for name, part in self.layers.items() if len(part.weights)}
-        out = {}
-        for name, w in products(used, self._weights(used), transposed=True).items():
-            part = self.layers[name]
-            out[name] = part.spread(w / part.whitening(curvature[name]), curvature[name])
-        return {n: out[n] if n in out else torch.zeros(x.shape[0], curvature[n].rank) for n in self.layers}
-
     def _weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: self.layers[name].weights for name in names}
 
@@ -150,6 +137,17 @@ def sketch_method(asked: str, total: int) -> str:
     return "pca" if total <= PCA_UP_TO else "per-layer"
 
 
+def kept_dim(dim: int, total: int, rows: int) -> int:
+    """k of a sketch of `total` half-whitened coordinates of so many rows: a multiple of 8 where there are that many."""
+    kept = min(dim, total, rows)
+    return kept // 8 * 8 if kept >= 8 else kept
+
+
+def sketch_subspace(total: int, kept: int, rows: int, seed: int, device: torch.device) -> SubspaceFit:
+    """The PCA over all layers of a sketch."""
+    return SubspaceFit(("sketch",), total, kept, rows, seed, device)
+
+
 @dataclass(frozen=True)
 class Whitened:
     """Half-whitened coordinates of a sample, as a sketch is fitted on them.
@@ -173,7 +171,7 @@ class Whitened:
 
 
 def half_whitened(
-    rows: RowPass,
+    rows: Callable[[], Iterable[Mapping[str, LayerGradient]]],
     count: int,
     curvature: Mapping[str, LayerCurvature],
     lams: Mapping[str, float],
@@ -216,8 +214,7 @@ def fit_sketch(
     """
     count, lams, total = whitened.count, whitened.lams, whitened.width
     widths = [len(directions) for directions in whitened.directions.values()]
-    kept = min(dim, total, count)
-    kept = kept // 8 * 8 if kept >= 8 else kept
+    kept = kept_dim(dim, total, count)
     generator = np.random.Generator(keyed_generator(seed, "sketch-rotation", kept))
     rotation = torch.linalg.qr(torch.from_numpy(generator.standard_normal((kept, kept)))).Q
 
@@ -227,7 +224,7 @@ def fit_sketch(
             stage.advance(len(part))
 
     if method == "pca":
-        fits = {"sketch": SubspaceFit(("sketch",), total, kept, count, seed, device)}
+        fits = {"sketch": sketch_subspace(total, kept, count, seed, device)}
 
         def planned(passes: int) -> None:
             stage.total = (stage.total or 0) + passes * count
@@ -270,10 +267,11 @@ def fit_sketch(
     return Sketch(layers, kept, method, float(squares[best].sum() / squares.sum()))
 
 
-def _whiten(block: GradientBlock, whitened: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Pieces (b, total) of the half-whitened coordinates of a block."""
-    flat = {name: block.layers[name].flat() for name in whitened}
+def _whiten(layers: Mapping[str, LayerGradient], whitened: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Pieces (b, total) of the half-whitened coordinates of some gradients."""
+    flat = {name: layers[name].flat() for name in whitened}
+    count = len(next(iter(flat.values())))
     return [
         torch.cat([flat[n][i : i + _BATCH_ROWS].to(m.device, torch.float32) @ m for n, m in whitened.items()], dim=1)
-        for i in range(0, block.count, _BATCH_ROWS)
+        for i in range(0, count, _BATCH_ROWS)
     ]

@@ -6,22 +6,21 @@ Until the manifest is replaced, no reader sees any of it.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 
-from ..build.encode import RowEncoder, encode_blocks
-from ..capture.gradients import GradientSource, energies
+from ..build.encode import encode_blocks
+from ..capture.gradients import GradientSource
 from ..capture.sources import finite_blocks
-from ..codecs.eigencodes import EigenEncoder
-from ..curvature.sketch import SketchEncoder
-from ..errors import CorruptionError, DataError, StoreError
+from ..errors import DataError, StoreError
 from ..progress import Reporter
 from ..search.coarse import load_faiss
-from ..search.reader import Reader, shard_writer
+from ..search.reader import Reader
 from ..storage.manifest import ADDING, Manifest, read_manifest
 from ..storage.payloads import Payloads
+from ..storage.store import StoreWriter
+from .candidates import grow_codes
 
 
 def check_addition(data: Any, gradients: Any, model: Any, from_model: bool) -> None:
@@ -37,14 +36,6 @@ def check_addition(data: Any, gradients: Any, model: Any, from_model: bool) -> N
         raise DataError("the index was built from gradients: pass gradients= to add, too")
     if data is not None and model is None:
         raise DataError("data needs the index's model to take gradients of: Index.open(path, model=..., loss=...)")
-
-
-def row_encoder(reader: Reader, device: torch.device) -> RowEncoder:
-    """Encodes gradients as the index's rows are encoded."""
-    layout, curvature = reader.layout, reader.curvature
-    eigen = None if reader.eigen is None else EigenEncoder(reader.eigen, curvature, device)
-    sketch = None if layout.codes is None or reader.sketch is None else SketchEncoder(reader.sketch, curvature, device)
-    return RowEncoder(layout, reader.specs, eigen, sketch)
 
 
 def add_examples(
@@ -78,11 +69,8 @@ def add_examples(
         "payloads": None if payloads is None else payloads.digest,
     }
     manifest = _unfinished(reader, pending)
-    if reader.layout.row_bytes:
-        _append_rows(reader, manifest, source, payloads, report, device)
-        _append_to_coarse(reader, manifest, report)
-    else:
-        _append_codes(reader, manifest, source, payloads, report, device)
+    _append_rows(reader, manifest, source, payloads, report, device)
+    grow_codes(reader, manifest, report)
     if len(manifest.shards) == len(reader.manifest.shards):
         raise DataError(f"no example is left to add: all {source.count} were skipped for inf or NaN")
     manifest.pending = None
@@ -99,16 +87,12 @@ def _unfinished(reader: Reader, pending: dict[str, Any]) -> Manifest:
         except StoreError:
             # It was never part of the index.
             found = None
-        if found is not None and found.pending == pending and reader.layout.row_bytes:
+        if found is not None and found.pending == pending:
             return found
-    old = reader.manifest
-    return dataclasses.replace(
-        old,
-        shards=list(old.shards),
-        skipped=list(old.skipped),
-        next_id=old.next_id + pending["examples"],
-        pending=pending,
-    )
+    fresh = reader.manifest.copy()
+    fresh.next_id += pending["examples"]
+    fresh.pending = pending
+    return fresh
 
 
 def _append_rows(
@@ -132,53 +116,11 @@ def _append_rows(
         note()
         manifest.write(folder, ADDING)
 
-    encoder = row_encoder(reader, device)
-    writer = shard_writer(folder, manifest, reader.layout, reader.config)
+    encoder, size = reader.codec.encoder(device), reader.config.compute.shard_bytes
+    writer = StoreWriter(folder, reader.codec.row_bytes, size, manifest.shards, manifest.naming("shard"))
     with report.stage("encode", source.count - start) as stage:
         blocks = finite_blocks(source.blocks(start), reader.config.on_nonfinite, skipped)
         encode_blocks(blocks, encoder, writer, stage, on_sealed, payloads=payloads, shift=shift)
     note()
     # Whatever comes after this is done again quickly.
     manifest.write(folder, ADDING)
-
-
-def _append_to_coarse(reader: Reader, manifest: Manifest, report: Reporter) -> None:
-    if reader.manifest.coarse is None:
-        return
-    coarse = reader.growing_coarse()
-    grown = Reader(reader.folder, manifest)
-    try:
-        with report.stage("coarse", len(grown.store) - len(reader.store)) as stage:
-            for _, rows in grown.store.stream(len(reader.store)):
-                coarse.add(grown.coordinates(rows).numpy())
-                stage.advance(len(rows))
-        manifest.coarse = grown.keep_coarse(coarse)
-    finally:
-        grown.close()
-
-
-def _append_codes(
-    reader: Reader,
-    manifest: Manifest,
-    source: GradientSource,
-    payloads: Payloads | None,
-    report: Reporter,
-    device: torch.device,
-) -> None:
-    """Where rows are in the coarse index only: it takes their coordinates, and the shards their ids."""
-    if reader.sketch is None:
-        raise CorruptionError(f"{reader.folder} has no sketch, and keeps nothing but coordinates: restore it")
-    shift, skipped = reader.manifest.next_id, list[int]()
-    encoder, coarse = SketchEncoder(reader.sketch, reader.curvature, device), reader.growing_coarse()
-    writer = shard_writer(reader.folder, manifest, reader.layout, reader.config)
-    with report.stage("encode", source.count) as stage:
-        for block in finite_blocks(source.blocks(), reader.config.on_nonfinite, skipped):
-            coarse.add(encoder.encode(block.layers).numpy())
-            kept = None if payloads is None else payloads.encode(block.ids.tolist())
-            writer.append(reader.layout.empty(block.count), block.ids + shift, energies(block), kept)
-            stage.advance(block.count)
-        writer.flush()
-    manifest.skipped = [*manifest.skipped, *(shift + i for i in sorted(skipped))]
-    grown = Reader(reader.folder, manifest, reader.layout)
-    manifest.coarse = grown.keep_coarse(coarse)
-    grown.close()

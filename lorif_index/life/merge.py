@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ..build.coarse_build import rebuild
-from ..build.pipeline import check_free
-from ..build.resuming import take_fit
-from ..errors import ConfigError, FingerprintError
+from ..build.state import check_free, take_fit
+from ..errors import ConfigError
 from ..progress import Reporter
-from ..search.reader import Reader
 from ..storage.fitted import load_removed, save_removed
 from ..storage.locks import WriterLock
 from ..storage.manifest import BUILDING, Manifest, check_same, collect, open_version
 from ..storage.sealed import copy_sealed
+from .candidates import renew_candidates
 
 
 def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[int]:
@@ -34,7 +32,7 @@ def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[i
         ids are in the whole.
 
     Raises:
-        ConfigError: fewer than two parts, or ones that keep the coarse code alone. FingerprintError: another fit; the
+        ConfigError: fewer than two parts. FingerprintError: another fit; the
         message names what differs. IndexExistsError: the folder is not free.
     """
     if len(parts) < 2:
@@ -44,10 +42,6 @@ def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[i
     try:
         manifests = [manifest for manifest, _ in opened]
         first = manifests[0]
-        if first.stored == "coarse":
-            raise ConfigError(
-                "indexes that keep the coarse code alone (store='coarse') cannot be merged: each has its own codebooks"
-            )
         for part, other in zip(parts[1:], manifests[1:], strict=True):
             check_same(
                 _fit(first),
@@ -66,18 +60,12 @@ def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[i
 
 def _fit(manifest: Manifest) -> dict[str, Any]:
     """What two indexes must have in common for their rows to lie in one."""
-    if manifest.curvature is None:
-        raise FingerprintError("an index without curvature cannot be merged")
-    sketch = manifest.sketch if manifest.stored in ("both", "coordinates") else None
-    facts = {
-        key: manifest.fingerprint.get(key) for key in ("model", "members", "loss", "autocast", "projection", "layers")
-    }
-    entries = {"projections": manifest.projections, "eigencodes": manifest.eigen, "sketch": sketch}
-    digests = {name: None if entry is None else entry["file"]["digest"] for name, entry in entries.items()}
-    # The same directions may be coded in other ways.
-    coded = None if manifest.eigen is None else [manifest.eigen["bits"], manifest.eigen.get("group", 1)]
-    rows = {"rows hold": manifest.stored, "eigencodes' bits and group": coded}
-    return facts | digests | rows | {"curvature": manifest.curvature.digest}
+    fields = ("model", "members", "loss", "autocast", "projection", "layers")
+    fits = {}
+    for name in ("projections", "curvature", "codec"):
+        entry = manifest.fits.get(name)
+        fits[name] = entry | {"file": entry["file"]["digest"]} if entry is not None and "file" in entry else entry
+    return {key: manifest.fingerprint.get(key) for key in fields} | fits | {"rows": manifest.codec}
 
 
 def _check_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
@@ -97,21 +85,12 @@ def _check_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None
 
 def _write(path: Path, parts: Sequence[Path], manifests: Sequence[Manifest], report: Reporter) -> list[int]:
     first = manifests[0]
-    merged = dataclasses.replace(
-        first,
-        shards=[],
-        skipped=[],
-        coarse=None,
-        calibration=None,
-        queries=None,
-        sketch=None,
-        removed=None,
-        generation=0,
-        next_id=0,
-        next_file=0,
-        fitted_ids=0,
-        part=None,
-        fingerprint=first.fingerprint | {"data": [m.fingerprint.get("data") for m in manifests], "examples": 0},
+    merged = Manifest(
+        first.fingerprint | {"data": [m.fingerprint.get("data") for m in manifests], "examples": 0},
+        first.config,
+        first.layers,
+        report=first.report,
+        metadata=first.metadata,
     )
     whole = first.part is not None
     if whole:
@@ -148,10 +127,7 @@ def _write(path: Path, parts: Sequence[Path], manifests: Sequence[Manifest], rep
     if removed:
         merged.removed = save_removed(path, merged.new_name("removed"), np.concatenate(removed))
     if any(manifest.coarse is not None for manifest in manifests):
-        reader = Reader(path, merged)
-        rebuild(reader, str(merged.config.get("coarse") or "auto"), report)
-        reader.close()
-    else:
-        merged.commit(path)
+        renew_candidates(path, merged, report)
+    merged.commit(path)
     (path / BUILDING).unlink(missing_ok=True)
     return shifts

@@ -6,7 +6,6 @@ writes what is left into new files.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,12 +13,12 @@ import torch
 
 from ..errors import QueryError
 from ..progress import Reporter, Stage
-from ..search.coarse import Coarse
-from ..search.reader import Reader, positions_of, shard_writer
+from ..search.reader import Reader
 from ..storage.fitted import load_removed, save_queries, save_removed
 from ..storage.manifest import Manifest
 from ..storage.shards import ShardInfo
-from ..storage.store import Store
+from ..storage.store import Store, StoreWriter
+from .candidates import keep_codes
 
 # Neighbouring shards below this share of `shard_bytes` are written as one.
 _SMALL = 0.5
@@ -37,14 +36,14 @@ def remove_examples(reader: Reader, ids: Iterable[int]) -> int:
     wanted = np.unique(as_ids(ids))
     if not len(wanted):
         return 0
-    positions = positions_of(reader.store, wanted)
+    positions = reader.store.positions_of(wanted)
     if positions.min() < 0:
         raise QueryError(
             f"the index has no row with id {int(wanted[positions < 0][0])} to remove: ids are in index.ids"
         )
     if len(wanted) == reader.store.live_count:
         raise QueryError(f"removing all {len(wanted)} rows would leave an index of nothing: delete its folder instead")
-    manifest = dataclasses.replace(reader.manifest)
+    manifest = reader.manifest.copy()
     old = np.empty(0, np.int64) if manifest.removed is None else load_removed(reader.folder, manifest.removed)
     manifest.removed = save_removed(reader.folder, manifest.new_name("removed"), np.union1d(old, wanted))
     manifest.commit(reader.folder)
@@ -76,10 +75,11 @@ def compact_rows(reader: Reader, report: Reporter) -> Manifest | None:
         the next version, or None where there is nothing to do.
     """
     store = reader.store
-    runs = _runs(store, reader.config.shard_bytes)
+    runs = _runs(store, reader.config.compute.shard_bytes)
     if all(len(run) == 1 and not dirty for run, dirty in runs) and reader.manifest.removed is None:
         return None
-    manifest = dataclasses.replace(reader.manifest, shards=[], removed=None)
+    manifest = reader.manifest.copy()
+    manifest.shards, manifest.removed = [], None
     with report.stage("compact", store.live_count) as stage:
         for run, dirty in runs:
             if len(run) == 1 and not dirty:
@@ -89,10 +89,10 @@ def compact_rows(reader: Reader, report: Reporter) -> Manifest | None:
                 _rewrite(reader, run, manifest, stage)
     if store.dead is not None:
         _compact_queries(reader, manifest)
-        _compact_coarse(reader, manifest, report)
-    elif reader.manifest.coarse is not None:
-        # The same rows at the same positions: the codes stay, under the name that goes with the new shards.
-        _keep(reader, manifest, reader.growing_coarse())
+    codes = reader.codes()
+    if codes is not None:
+        # Under a name of its own, that goes with the new shards.
+        keep_codes(reader, manifest, codes.rows[store.live])
     manifest.commit(reader.folder)
     return manifest
 
@@ -105,7 +105,7 @@ def _runs(store: Store, shard_bytes: int) -> list[tuple[list[int], bool]]:
         first = store.first_position(number)
         dirty = dead is not None and bool(dead[first : first + shard.count].any())
         left = shard.count if dead is None else int((~dead[first : first + shard.count]).sum())
-        small = left * max(store.layout.row_bytes, 8) < _SMALL * shard_bytes
+        small = left * store.row_bytes < _SMALL * shard_bytes
         alike = bool(runs) and _kind(store.shards[runs[-1][0][-1]].info) == _kind(shard.info)
         if small and small_before and alike:
             runs[-1] = ([*runs[-1][0], number], runs[-1][1] or dirty)
@@ -115,15 +115,16 @@ def _runs(store: Store, shard_bytes: int) -> list[tuple[list[int], bool]]:
     return runs
 
 
-def _kind(info: ShardInfo) -> tuple[bool, bool]:
-    """Shards of one kind can be written as one."""
-    return "energies" in info.sealed.offsets, "payloads" in info.sealed.offsets
+def _kind(info: ShardInfo) -> bool:
+    """Whether there are payloads: shards that are alike can be written as one."""
+    return "payloads" in info.sealed.offsets
 
 
 def _rewrite(reader: Reader, run: list[int], manifest: Manifest, stage: Stage) -> None:
     """Writes the living rows of some shards into new ones."""
     store = reader.store
-    writer = shard_writer(reader.folder, manifest, store.layout, reader.config)
+    size, name = reader.config.compute.shard_bytes, manifest.naming("shard")
+    writer = StoreWriter(reader.folder, store.row_bytes, size, manifest.shards, name)
     for number in run:
         shard, first = store.shards[number], store.first_position(number)
         alive = (
@@ -133,15 +134,14 @@ def _rewrite(reader: Reader, run: list[int], manifest: Manifest, stage: Stage) -
         for part in np.array_split(alive, max(-(-len(alive) // _rows_at_once(store)), 1)):
             if not len(part):
                 continue
-            rows = store.gather(part + first) if store.layout.row_bytes else store.layout.empty(len(part))
             payloads = shard.payloads(part) if shard.has_payloads else None
-            writer.append(rows, ids[part], None if energies is None else energies[part], payloads)
-            stage.advance(len(part), len(part) * store.layout.row_bytes)
+            writer.append(store.gather(part + first), ids[part], energies[part], payloads)
+            stage.advance(len(part), len(part) * store.row_bytes)
     writer.flush()
 
 
 def _rows_at_once(store: Store) -> int:
-    return max((8 << 20) // max(store.layout.row_bytes, 64), 1)
+    return max((8 << 20) // max(store.row_bytes, 64), 1)
 
 
 def _compact_queries(reader: Reader, manifest: Manifest) -> None:
@@ -149,34 +149,9 @@ def _compact_queries(reader: Reader, manifest: Manifest) -> None:
     if reader.queries is None:
         return
     ids = reader.queries.ids()
-    kept = positions_of(reader.store, ids) >= 0
+    kept = reader.store.positions_of(ids) >= 0
     if kept.all():
         return
     which = torch.from_numpy(np.flatnonzero(kept))
     gradients = {name: g[which] for name, g in reader.queries.gradients().items()}
-    manifest.queries = save_queries(reader.folder, ids[kept], gradients, manifest.new_name("calibration"))
-
-
-def _compact_coarse(reader: Reader, manifest: Manifest, report: Reporter) -> None:
-    """The coarse index with the living rows alone, as it was trained."""
-    if reader.manifest.coarse is None:
-        return
-    coarse, live = reader.growing_coarse(), reader.store.live
-    kept = coarse.rebuilt(live) if not reader.layout.row_bytes else None
-    coarse.clear()
-    with report.stage("coarse", len(live)) as stage:
-        for part in np.array_split(np.arange(len(live)), max(-(-len(live) // _rows_at_once(reader.store)), 1)):
-            if kept is not None:
-                coarse.add_rebuilt(kept[part])
-            else:
-                coarse.add(reader.coordinates(reader.store.gather(live[part])).numpy())
-            stage.advance(len(part))
-    _keep(reader, manifest, coarse)
-
-
-def _keep(reader: Reader, manifest: Manifest, coarse: Coarse) -> None:
-    written = Reader(reader.folder, manifest, reader.layout)
-    try:
-        manifest.coarse = written.keep_coarse(coarse)
-    finally:
-        written.close()
+    manifest.fits["queries"] = save_queries(reader.folder, manifest.new_name("queries"), ids[kept], gradients)

@@ -10,14 +10,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..build.coarse_build import rebuild
+from ..codecs.registry import codec_class
 from ..errors import CorruptionError, StoreError
 from ..progress import Reporter
 from ..search.coarse import faiss_is_installed
-from ..search.reader import Reader
+from ..search.reader import config_of
 from ..storage.damage import Damage, damage_message, find_damage
 from ..storage.locks import WriterLock
 from ..storage.manifest import Manifest, collect, read_manifest
+from .candidates import renew_candidates, rows_of
 from .refit import renew_curvature
 
 _ASIDE = "damaged-"
@@ -51,9 +52,8 @@ def repair_index(folder: Path, report: Reporter) -> dict[str, Any]:
             if (folder / name).exists():
                 (folder / name).rename(folder / f"{_ASIDE}{name}.kept")
         dropped = [damage for damage in found if damage.rows]
-        fresh = dataclasses.replace(
-            manifest, shards=[shard for shard in manifest.shards if shard.sealed.file not in names]
-        )
+        fresh = manifest.copy()
+        fresh.shards = [shard for shard in manifest.shards if shard.sealed.file not in names]
         fresh.report = manifest.report | {
             "repaired": [*manifest.report.get("repaired", []), *(dataclasses.asdict(damage) for damage in dropped)]
         }
@@ -69,19 +69,15 @@ def _check_mendable(folder: Path, manifest: Manifest, found: list[Damage]) -> No
     Raises:
         CorruptionError: it cannot; the message says what.
     """
-    names = {damage.file for damage in found}
-    hopeless = []
-    if manifest.stored == "coarse":
-        hopeless.append("the coarse code is all that is stored of the rows")
-    if manifest.curvature is not None and manifest.curvature.file in names and manifest.stored != "factors":
-        hopeless.append("rows are written in the directions of the damaged curvature")
-    for entry, why in (
-        (manifest.projections, "the learnt projections cannot be fitted without the model"),
-        (manifest.eigen, "what eigencodes mean is not told by them"),
-        (manifest.sketch if manifest.stored in ("both", "coordinates") else None, "coordinates hang on their sketch"),
-        (manifest.removed, "which examples were removed is not told by anything else"),
+    names, hopeless = {damage.file for damage in found}, []
+    files, bound = manifest.files(), codec_class(str(manifest.codec)).depends_on
+    for name, why in (
+        ("projections", "the learnt projections cannot be fitted without the model"),
+        ("curvature", "rows are written in the directions of the damaged curvature" if "curvature" in bound else ""),
+        ("codec", "what rows mean is not told by them"),
+        ("removed", "which examples were removed is not told by anything else"),
     ):
-        if entry is not None and entry["file"]["file"] in names:
+        if why and name in files and files[name].file in names:
             hopeless.append(why)
     if all(shard.sealed.file in names for shard in manifest.shards):
         hopeless.append("no shard is whole")
@@ -91,28 +87,25 @@ def _check_mendable(folder: Path, manifest: Manifest, found: list[Damage]) -> No
 
 def _renew(folder: Path, manifest: Manifest, names: set[str], dropped: bool, report: Reporter) -> list[str]:
     """Makes anew what is damaged, and what was made of rows that are gone; commits."""
-    rebuilt = []
-    had_coarse = manifest.coarse is not None
-    if manifest.curvature is not None and manifest.curvature.file in names:
-        fitted = dataclasses.replace(manifest, coarse=None, sketch=None, calibration=None)
-        reader = Reader(folder, fitted)
-        renew_curvature(reader, fitted, report)
-        reader.close()
-        manifest = fitted
-        rebuilt.append("curvature")
-    for field in ("sketch", "queries", "coarse"):
-        entry = getattr(manifest, field)
-        if entry is not None and entry["file"]["file"] in names:
-            setattr(manifest, field, None)
-            rebuilt.append(field)
-    if dropped and had_coarse and "coarse" not in rebuilt:
-        rebuilt.append("coarse")
-    if dropped or set(rebuilt) & {"sketch", "coarse", "curvature"}:
+    rebuilt, had_coarse = [], manifest.coarse is not None
+    for name, info in manifest.files().items():
+        if info.file in names:
+            rebuilt.append(name)
+            if name == "coarse":
+                manifest.coarse = None
+            elif name != "curvature":
+                del manifest.fits[name]
+    if "curvature" in rebuilt:
+        rows = rows_of(folder, manifest, config_of(manifest))
+        renew_curvature(rows, manifest, report)
+        rows.close()
+        manifest.fits.pop("sketch", None)
+    if had_coarse and (dropped or "sketch" not in manifest.fits):
         manifest.coarse = None
-    if had_coarse and manifest.coarse is None and faiss_is_installed():
-        reader = Reader(folder, manifest)
-        rebuild(reader, str(manifest.config.get("coarse") or "auto"), report)
-        reader.close()
-    else:
-        manifest.commit(folder)
+        rebuilt += [] if "coarse" in rebuilt or "curvature" in rebuilt else ["coarse"]
+    if manifest.coarse is None or "queries" not in manifest.fits:
+        manifest.calibration = None
+    if had_coarse and manifest.calibration is None and faiss_is_installed():
+        renew_candidates(folder, manifest, report)
+    manifest.commit(folder)
     return rebuilt

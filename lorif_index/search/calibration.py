@@ -28,40 +28,34 @@ _LEAST_LOSS, _GROUPS, _LEAST_GROUP = 1e-6, 12, 8
 
 @dataclass(frozen=True)
 class Orders:
-    """What was learnt for one sign, of the coarse order and of the order by coordinates after it.
+    """What was learnt of the coarse order for one sign.
 
     Attributes:
         ks: answers asked for, rising.
         targets: recalls, rising.
-        wide: [k][target] -> rows to take by coarse order, or None where no number up to the limit reached the target.
-        deep: [k][target] -> how many of those, by coordinates, to score exactly; as wide where there is one order.
+        wide: [k][target] -> rows to propose, or None where no number up to the limit reached the target.
         alone: [k] -> recall of the coarse order alone: the share of the k best among its own k best.
         losses: (k, estimated loss, real loss) of searches of several depths, in groups of like estimates; the more was
             estimated, the more was lost.
-        tilt: of both orders, <x, z> + tilt |x| |z|.
+        tilt: of the order, <x, z> + tilt |x| |z|.
     """
 
     ks: tuple[int, ...]
     targets: tuple[float, ...]
     wide: tuple[tuple[int | None, ...], ...]
-    deep: tuple[tuple[int | None, ...], ...]
     alone: tuple[float, ...]
     losses: tuple[tuple[int, float, float], ...] = ()
     tilt: float = 0.0
 
-    def needed(self, k: int, recall: float) -> tuple[int, int] | None:
-        """(wide, deep) of the next larger k and recall that were calibrated; None: beyond what was."""
+    def needed(self, k: int, recall: float) -> int | None:
+        """Rows to propose at the next larger k and recall that were calibrated; None: beyond what was."""
         row = next((i for i, known in enumerate(self.ks) if known >= k), None)
         column = next((j for j, target in enumerate(self.targets) if target >= recall - 1e-9), None)
-        if row is None or column is None:
+        if row is None or column is None or self.wide[row][column] is None:
             return None
         # A single best answer is a small sample of the queries' answers: what ten take, it is given too.
         rows = [i for i in range(row, len(self.ks)) if i == row or self.ks[i] <= _POOLED]
-        wide = [w for i in rows if (w := self.wide[i][column]) is not None]
-        deep = [d for i in rows if (d := self.deep[i][column]) is not None]
-        if self.wide[row][column] is None or not wide or not deep:
-            return None
-        return max(*wide, k), max(*deep, k)
+        return max(k, *(w for i in rows if (w := self.wide[i][column]) is not None))
 
     def recall_alone(self, k: int) -> float:
         """Recall of the coarse order alone."""
@@ -88,20 +82,19 @@ class Orders:
             tuple(map(int, data["ks"])),
             tuple(map(float, data["targets"])),
             counts(data["wide"]),
-            counts(data["deep"]),
             tuple(map(float, data["alone"])),
             tuple((int(k), float(lost), float(real)) for k, lost, real in data["losses"]),
             float(data["tilt"]),
         )
-        lengths = {len(made.wide), len(made.deep), len(made.alone)}
-        widths = {len(row) for row in (*made.wide, *made.deep)}
+        lengths = {len(made.wide), len(made.alone)}
+        widths = {len(row) for row in made.wide}
         if not made.ks or lengths != {len(made.ks)} or widths != {len(made.targets)}:
             raise ValueError("tables of the wrong form")
         if not all(0 < k < _MOST for k in made.ks) or any(a >= b for a, b in pairwise(made.ks)):
             raise ValueError(f"numbers of answers {made.ks}")
         numbers = (*made.alone, *made.targets, made.tilt)
         if not all(map(math.isfinite, numbers)) or not all(
-            v is None or 0 <= v < _MOST for row in (*made.wide, *made.deep) for v in row
+            v is None or 0 <= v < _MOST for row in made.wide for v in row
         ):
             raise ValueError("tables of no counts")
         if not all(k > 0 and 0 < lost <= 1 and 0 < real <= 1 for k, lost, real in made.losses):
@@ -150,47 +143,29 @@ class Calibration:
             raise CorruptionError(f"the manifest's calibration is not as expected: {error!r}") from None
 
 
-def learn(coarse: np.ndarray, fine: np.ndarray | None, limit: int) -> Orders:
-    """What one sign's calibration queries say.
+def learn(coarse: np.ndarray, limit: int) -> Orders:
+    """What one sign's calibration queries say: the least number of rows at which the mean recall over the queries, less
+    its standard error, reaches each target.
 
     Args:
         coarse: (q, m) int64: place in the coarse order of each query's exact answers, best answer first; `limit` or
             more where the coarse order up to `limit` does not have it.
-        fine: the same in the order by coordinates, or None where there is none.
         limit: how far the coarse order was followed.
-
-    Of all pairs (wide, deep) at which the mean recall over the queries, less its standard error, reaches the target,
-    the cheapest.
     """
     queries, most = coarse.shape
     ks = tuple(k for k in KS if k <= most) or (most,)
     steps = np.unique(np.geomspace(1, max(limit, 1), 160).astype(np.int64))
-    wide: list[list[int | None]] = []
-    deep: list[list[int | None]] = []
+    wide: list[tuple[int | None, ...]] = []
     for k in ks:
-        first = coarse[:, :k]
-        second = first if fine is None else fine[:, :k]
-        found: list[tuple[int, int] | None] = [None] * len(TARGETS)
-        for d in steps.tolist():
-            # Answers that d exact scores reach count by their place in the coarse order; the others are lost.
-            places = np.sort(np.where(second < d, first, limit), axis=1)
-            at = steps[steps >= d]
-            recall = np.stack([np.searchsorted(row, at, side="left") for row in places]) / k
-            mean = recall.mean(axis=0)
-            error = recall.std(axis=0, ddof=1) / math.sqrt(queries) if queries > 1 else np.zeros_like(mean)
-            sure = np.where(mean >= 1.0, 1.0, mean - error)
-            for j, target in enumerate(TARGETS):
-                reached = np.flatnonzero(sure >= target - 1e-9)
-                if len(reached):
-                    pair = (d, d) if fine is None else (int(at[reached[0]]), d)
-                    if fine is None and int(at[reached[0]]) > d:
-                        continue
-                    if found[j] is None or _cost(*pair) < _cost(*found[j]):  # type: ignore[misc]
-                        found[j] = pair
-        wide.append([None if pair is None else pair[0] for pair in found])
-        deep.append([None if pair is None else pair[1] for pair in found])
+        places = np.sort(coarse[:, :k], axis=1)
+        recall = np.stack([np.searchsorted(row, steps, side="left") for row in places]) / k
+        mean = recall.mean(axis=0)
+        error = recall.std(axis=0, ddof=1) / math.sqrt(queries) if queries > 1 else np.zeros_like(mean)
+        sure = np.where(mean >= 1.0, 1.0, mean - error)
+        reached = [np.flatnonzero(sure >= target - 1e-9) for target in TARGETS]
+        wide.append(tuple(int(steps[found[0]]) if len(found) else None for found in reached))
     alone = tuple(float((coarse[:, :k] < k).mean()) for k in ks)
-    return Orders(ks, TARGETS, tuple(map(tuple, wide)), tuple(map(tuple, deep)), alone)
+    return Orders(ks, TARGETS, tuple(wide), alone)
 
 
 def loss_curve(estimated: np.ndarray, real: np.ndarray, least: float) -> list[tuple[float, float]]:
@@ -218,8 +193,3 @@ def _rising(values: list[float]) -> list[float]:
             pool = ((mean * count + pool[0] * pool[1]) / (count + pool[1]), count + pool[1])
         pools.append(pool)
     return [mean for mean, count in pools for _ in range(count)]
-
-
-def _cost(wide: int, deep: int) -> float:
-    """An exact score costs about ten scores by coordinates (measured at c = 4)."""
-    return wide + 10.0 * deep

@@ -1,20 +1,20 @@
-"""Candidates: how a search by candidates begins, by what calibration learnt, and the orders calibration looks at."""
+"""Candidates: how a search by candidates begins, by what calibration learnt, and the order calibration looks at."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..codecs.layout import RowLayout
+from ..codecs.base import RowCodec
 from .calibration import SIGNS, Calibration, Orders
-from .coarse import tilted
-from .pursuit import Counts, Found, Proposer, Pursuit, coordinates
+from .proposers import Proposer
+from .pursuit import Pursued, Pursuit, coordinates
 from .rescoring import Rescorer
 from .scoring import Question
 
 _FIRST_GUESS, _GUESSED_TILT = 1000, 0.05
 # Queries searched for together, at most, and what their scorers may take.
 _TOGETHER, _SCORERS_BYTES = 128, 256 << 20
-_LEAST_WIDE, _LEAST_DEEP, _LEAST_LIMIT = 256, 64, 20_000
+_LEAST_WIDE, _LEAST_LIMIT = 256, 20_000
 # A quarter of a million rows, which is as far as `bench.search_at_scale` has followed: calibration, which looks at that
 # many for each of its queries, would else take memory by N.
 _MOST_LIMIT = 1 << 18
@@ -25,13 +25,13 @@ def most_proposed(rows: int) -> int:
     return min(max(min(rows // 4, _MOST_LIMIT), _LEAST_LIMIT), rows)
 
 
-def guessed(k: int) -> tuple[int, int]:
-    """Rows to propose, and to score exactly, where nothing was calibrated."""
-    return max(2 * _FIRST_GUESS, 40 * k), max(_FIRST_GUESS, 20 * k)
+def guessed(k: int) -> int:
+    """Rows to propose where nothing was calibrated."""
+    return max(2 * _FIRST_GUESS, 40 * k)
 
 
 class CandidateSearch:
-    """Coarse search, narrowing and exact rescoring over one index.
+    """Coarse search and exact rescoring over one index.
 
     Args:
         rows: scores the index's rows.
@@ -50,16 +50,14 @@ class CandidateSearch:
         return most_proposed(len(self._rows))
 
     @property
-    def layout(self) -> RowLayout:
+    def codec(self) -> RowCodec:
         """Of the rows."""
-        return self._rows.layout
+        return self._rows.codec
 
     @property
     def together(self) -> int:
         """How many queries to search for at the same time: bounds memory."""
-        eigen = self.layout.eigen
-        each = 0 if eigen is None else eigen.query_bytes
-        return min(max(_SCORERS_BYTES // max(each, 1), 1), _TOGETHER)
+        return min(max(_SCORERS_BYTES // max(self.codec.query_bytes, 1), 1), _TOGETHER)
 
     @property
     def tilts(self) -> bool:
@@ -71,32 +69,28 @@ class CandidateSearch:
         orders = self._orders(largest)
         return orders is None or orders.needed(k, recall) is not None
 
-    def first_counts(self, k: int, recall: float, *, largest: bool) -> Counts:
-        """How many rows to begin with: as calibrated, or a guess."""
-        return self.counts_by(self._orders(largest), k, recall)
+    def first_count(self, k: int, recall: float, *, largest: bool) -> int:
+        """How many rows to propose to begin with: as calibrated, or a guess."""
+        return self.count_by(self._orders(largest), k, recall)
 
-    def counts_by(self, orders: Orders | None, k: int, recall: float) -> Counts:
+    def count_by(self, orders: Orders | None, k: int, recall: float) -> int:
         """The same by given tables."""
-        if orders is None:
-            wide, deep = guessed(k)
-        else:
-            wide, deep = orders.needed(k, recall) or (self.limit, self.limit)
-        wide = min(max(wide, 2 * k, _LEAST_WIDE), self.limit)
-        return Counts(wide, min(max(deep, k + k // 4, _LEAST_DEEP), wide) if self.layout.narrows else wide)
+        wide = guessed(k) if orders is None else orders.needed(k, recall) or self.limit
+        return min(max(wide, 2 * k, _LEAST_WIDE), self.limit)
 
-    def run(self, question: Question, k: int, recall: float, *, largest: bool, counts: Counts) -> Found:
+    def run(self, question: Question, k: int, recall: float, *, largest: bool, wide: int) -> Pursued:
         """Searches for the k best rows of each query, going on while the recall estimated is less than that wanted."""
         orders = self._orders(largest)
         tilt = 0.0 if not self.tilts else _GUESSED_TILT if orders is None else orders.tilt
         pursuit = Pursuit(
             self._rows, self._coarse, question, k=k, largest=largest, limit=self.limit, orders=orders, tilt=tilt
         )
-        return pursuit.run(counts, recall)
+        return pursuit.run(wide, recall)
 
     def trial(
-        self, question: Question, k: int, *, largest: bool, counts: Counts, tilt: float, without: np.ndarray
-    ) -> Found:
-        """A search that takes these counts and no more, with raw estimates; `without` as in `Pursuit`."""
+        self, question: Question, k: int, *, largest: bool, wide: int, tilt: float, without: np.ndarray
+    ) -> Pursued:
+        """A search that proposes so many rows and no more, with raw estimates; `without` as in `Pursuit`."""
         pursuit = Pursuit(
             self._rows,
             self._coarse,
@@ -108,19 +102,12 @@ class CandidateSearch:
             tilt=tilt,
             without=without,
         )
-        return pursuit.run(counts, 0.0)
+        return pursuit.run(wide, 0.0)
 
     def order(self, question: Question, count: int, tilt: float, *, largest: bool) -> np.ndarray:
         """(q, count) positions in coarse order."""
         sign = np.float32(1.0 if largest else -1.0)
         return self._coarse.search(coordinates(question).numpy() * sign, count, tilt)[0]
-
-    def by_coordinates(self, question: Question, positions: np.ndarray, tilt: float, *, largest: bool) -> np.ndarray:
-        """(m,) float32: place in the order by coordinates, as scores, of rows at some positions for one query."""
-        asked = [(question.scorer(self.layout, self._rows.device), positions)]
-        (found,), _ = self._rows.by_codes(asked, lambda function, items: [function(item) for item in items])
-        signed = found[None, :, 0] * np.float32(1 if largest else -1)
-        return tilted(signed, coordinates(question).numpy(), found[:, 1], tilt)[0]
 
     def coarse_only(self, question: Question, k: int, *, largest: bool) -> tuple[np.ndarray, np.ndarray, float]:
         """The k best by coarse score: positions, approximate scores (q, k), and the recall learnt for that."""

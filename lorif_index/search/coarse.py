@@ -1,9 +1,11 @@
-"""Coarse: a FAISS index over the coordinates, which proposes candidates by inner product. The one module that knows
-faiss; most `faiss.index_factory` strings will do (see `faiss_file`), and flat 4-bit product quantisation with fast
-scan is the default (André, Kermarrec and Le Scouarnec, VLDB 2015; Douze et al., arXiv:2401.08281).
+"""Coarse: short codes of the rows' coordinates, from which candidates are proposed by inner product.
 
-What a code leaves out grows with its row's norm. A search may therefore *tilt* its order, <x, z> + tilt |x| |z|: large
-rows are given the benefit of the doubt. In the index the norm takes the place of the last two coordinates.
+The one module that knows faiss, which searches the codes. On disk they are arrays like all others.
+
+By default codes are of product quantisation, 4 bits for every pair of coordinates, searched by fast scan (André,
+Kermarrec and Le Scouarnec, VLDB 2015; Douze et al., arXiv:2401.08281). What a code leaves out grows with its row's
+norm. A search may therefore *tilt* its order, <x, z> + tilt |x| |z|: a bonus that grows with the row's norm. In the
+codes the norm takes the place of the last two coordinates.
 """
 
 from __future__ import annotations
@@ -12,25 +14,25 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, CorruptionError
-from ..storage.sealed import SealedFile, SealedInfo, file_digest, part_name, seal_file
-from .faiss_file import INNER_PRODUCT, check_faiss, part_of_faiss
+from ..storage.manifest import Manifest
+from ..storage.sealed import SealedFile, write_sealed
 
 TRAIN_ROWS = 50_000
+"""Rows that codebooks are learnt from, at most."""
 _CODE_BYTES = 128
 _LEAST_DIM = 8
-# Codewords of 4 bits.
-_LEAST_TRAINED = 16
-# A width to try strings with.
-_ANY_DIM = 64
+# Of a piece's codebook; also the fewest rows that can teach one.
+_CODEWORDS, _BITS = 16, 4
+# Codes that faiss's fast scan takes together.
+_TOGETHER = 32
 
 
 def faiss_is_installed() -> bool:
@@ -53,32 +55,23 @@ def load_faiss() -> Any:
     return faiss
 
 
-def check_factory(factory: str) -> None:
-    """Refuses what faiss cannot read for any width, before an index is built.
-
-    Raises:
-        ConfigError: faiss is not installed, or cannot parse the string.
-    """
-    faiss = load_faiss()
-    if factory == "auto":
-        return
-    try:
-        faiss.index_factory(_ANY_DIM, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        if "could not parse" in str(error):
-            raise ConfigError(
-                f"faiss refuses coarse={factory!r} ({_reason(error)}): choose another factory string, or coarse='auto'"
-            ) from None
-
-
-def default_factory(dim: int, rows: int) -> str:
-    """4 bits for every pair of coordinates, at most 128 bytes, by fast scan; single ones where there are few. What so
-    few rows cannot train is kept as it is."""
-    if rows < _LEAST_TRAINED:
-        return "Flat"
+def pieces_of(dim: int, rows: int = TRAIN_ROWS) -> int:
+    """Into how many pieces of 4 bits k = dim coordinates are coded, at most 128 bytes together; 0: they are kept as
+    they are, where so few rows cannot teach codebooks."""
+    if rows < _CODEWORDS:
+        return 0
     most = 2 * _CODE_BYTES
-    pieces = next((m for m in (most, dim // 2, dim) if m and m <= most and dim % m == 0), 1)
-    return f"PQ{pieces}x4fs"
+    return next((m for m in (most, dim // 2, dim) if m and m <= most and dim % m == 0), 1)
+
+
+def code_bytes(kind: str, dim: int) -> int:
+    """Of a row's code."""
+    return 4 * dim if kind == "flat" else -(-pieces_of(dim) // 2)
+
+
+def codebook_bytes(dim: int) -> int:
+    """Of the codebooks, whatever the number of rows."""
+    return 4 * _CODEWORDS * dim
 
 
 def tilted(scores: np.ndarray, x: np.ndarray, norms: np.ndarray, tilt: float) -> np.ndarray:
@@ -138,60 +131,135 @@ class NormAxis:
         return out
 
 
-class Coarse:
-    """A FAISS index of coordinates, by position; scores are approximate inner products.
+@dataclass(frozen=True)
+class Codes:
+    """The coarse codes of rows, as they are kept.
 
-    Args:
-        index: a trained faiss index with inner product as its metric.
-        factory: the string that it was made from.
+    Attributes:
+        dim: k, of the coordinates.
         axis: where rows' norms lie, or None where searches cannot be tilted.
-        before: how many of its first rows are not meant, and never proposed.
+        books: (pieces, 16, k / pieces) float32 codebooks; (0, 16, k) where rows are kept as coordinates.
+        rows: (n, bytes) uint8: two pieces a byte, the first in the low bits; or float32 coordinates (n, k).
     """
 
-    def __init__(self, index: Any, factory: str, axis: NormAxis | None, before: int = 0) -> None:
-        self._index = index
-        self.factory = factory
-        self.axis = axis
-        self._before = before
+    dim: int
+    axis: NormAxis | None
+    books: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def train(cls, kind: str, sample: np.ndarray) -> Codes:
+        """Codes of no rows, with codebooks learnt from coordinates (m, k) float32.
+
+        Args:
+            kind: "auto" or "flat".
+            sample: some rows' coordinates.
+        """
+        dim, axis = sample.shape[1], NormAxis.fit(sample)
+        pieces = 0 if kind == "flat" else pieces_of(dim, len(sample))
+        if not pieces:
+            return cls(dim, axis, np.empty((0, _CODEWORDS, dim), np.float32), np.empty((0, dim), np.float32))
+        faiss = load_faiss()
+        quantiser = faiss.ProductQuantizer(dim, pieces, _BITS)
+        # Small samples are meant: without faiss's warnings about points per centroid.
+        quantiser.cp.min_points_per_centroid = 1
+        quantiser.train(np.ascontiguousarray(sample if axis is None else axis.rows(sample), dtype=np.float32))
+        books = faiss.vector_to_array(quantiser.centroids).reshape(pieces, _CODEWORDS, dim // pieces)
+        return cls(dim, axis, books, np.empty((0, quantiser.code_size), np.uint8))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def encode(self, z: np.ndarray) -> np.ndarray:
+        """What is kept of coordinates (n, k) float32."""
+        turned = np.ascontiguousarray(z if self.axis is None else self.axis.rows(z), dtype=np.float32)
+        if not len(self.books) or not len(turned):
+            return turned if not len(self.books) else np.empty((0, self.rows.shape[1]), np.uint8)
+        found: np.ndarray = _quantiser(self.books).compute_codes(turned)
+        return found
+
+    def with_rows(self, rows: np.ndarray) -> Codes:
+        """The same codebooks with these rows, as `encode` gave them."""
+        return replace(self, rows=rows)
+
+    def save(self, folder: Path, name: str) -> dict[str, Any]:
+        """Seals them as arrays `codes` and, where there are some, `books`; what the manifest keeps."""
+        arrays = {"codes": self.rows} | ({"books": self.books} if len(self.books) else {})
+        info = write_sealed(folder, name, arrays, {})
+        axis = None if self.axis is None else self.axis.to_json()
+        return {"file": info.to_json(), "dim": self.dim, "pieces": len(self.books), "rows": len(self), "axis": axis}
+
+    @classmethod
+    def load(cls, folder: Path, entry: Any, some: slice | None = None) -> Codes:
+        """What `save` wrote, after checking the file's digest.
+
+        Args:
+            folder, entry: where it is.
+            some: of which rows; None: of all.
+
+        Raises:
+            CorruptionError: the file or the entry is damaged.
+        """
+        file = SealedFile.of_entry(folder, entry)
+        try:
+            dim, pieces, count = (int(entry[key]) for key in ("dim", "pieces", "rows"))
+            axis = NormAxis.from_json(entry["axis"])
+            if dim < 1 or count < 0 or not 0 <= pieces <= 2 * _CODE_BYTES or (pieces and dim % pieces):
+                raise ValueError(f"{count} rows of {dim} coordinates in {pieces} pieces")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptionError(f"the manifest's entry of the coarse index is damaged: {error!r}") from None
+        width = -(-pieces // 2) or dim
+        kind = np.dtype(np.uint8 if pieces else "<f4")
+        start, stop, _ = (some or slice(None)).indices(count)
+        with closing(file):
+            file.verify()
+            books = np.empty((0, _CODEWORDS, dim), np.float32)
+            if pieces:
+                books = file.read_array("books", (pieces, _CODEWORDS, dim // pieces), "<f4")
+            offset = file.require("codes", count * width * kind.itemsize)
+            rows = np.empty((stop - start, width), kind)
+            file.read(offset + start * width * kind.itemsize, rows.reshape(-1).view(np.uint8).data)
+        if not (np.isfinite(books).all() and (pieces or np.isfinite(rows).all())):
+            raise CorruptionError(f"{file.path} holds inf or NaN: rebuild_coarse() anew")
+        return cls(dim, axis, books, rows)
+
+
+def _quantiser(books: np.ndarray) -> Any:
+    faiss = load_faiss()
+    pieces, _, width = books.shape
+    quantiser = faiss.ProductQuantizer(pieces * width, pieces, _BITS)
+    faiss.copy_array_to_vector(np.ascontiguousarray(books, np.float32).reshape(-1), quantiser.centroids)
+    return quantiser
+
+
+class Coarse:
+    """Coarse codes ready to be searched, by position; scores are approximate inner products.
+
+    Args:
+        codes: of the rows. faiss makes its index of them here, in memory.
+    """
+
+    def __init__(self, codes: Codes) -> None:
+        faiss = load_faiss()
+        self.axis, self.dim, self._count = codes.axis, codes.dim, len(codes)
+        if not len(codes.books):
+            self._index = faiss.IndexFlatIP(codes.dim)
+            self._index.add(np.ascontiguousarray(codes.rows, np.float32))
+            return
+        flat = faiss.IndexPQ(codes.dim, len(codes.books), _BITS, faiss.METRIC_INNER_PRODUCT)
+        flat.pq = _quantiser(codes.books)
+        flat.is_trained = True
+        faiss.copy_array_to_vector(np.ascontiguousarray(codes.rows).reshape(-1), flat.codes)
+        flat.ntotal = len(codes)
+        self._index = faiss.IndexPQFastScan(flat, _TOGETHER)
 
     @property
     def tilts(self) -> bool:
         """Whether searches can be tilted."""
         return self.axis is not None
 
-    @classmethod
-    def train(cls, factory: str, sample: np.ndarray) -> Coarse:
-        """An empty index, trained on coordinates (m, k) float32.
-
-        Raises:
-            ConfigError: faiss does not take the string, the width or so few rows.
-        """
-        faiss = load_faiss()
-        axis = NormAxis.fit(sample)
-        sample = sample if axis is None else axis.rows(sample)
-        try:
-            index = faiss.index_factory(sample.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-            _quietly(faiss, index)
-            index.train(np.ascontiguousarray(sample, dtype=np.float32))
-            _check_kind(faiss.serialize_index(index), factory)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"faiss refuses coarse={factory!r} for {sample.shape[1]} coordinates and {len(sample)} training rows "
-                f"({_reason(error)}): choose another factory string, or coarse='auto'"
-            ) from None
-        return cls(index, factory, axis)
-
-    def add(self, rows: np.ndarray) -> None:
-        """Takes the next rows, (n, k) float32."""
-        rows = rows if self.axis is None else self.axis.rows(rows)
-        self._index.add(np.ascontiguousarray(rows, dtype=np.float32))
-
     def __len__(self) -> int:
-        return int(self._index.ntotal) - self._before
-
-    @property
-    def dim(self) -> int:
-        return int(self._index.d)
+        return self._count
 
     def search(self, x: np.ndarray, count: int, tilt: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """The `count` best of queries (q, k) by <x, z> + tilt |x| |z|.
@@ -201,9 +269,7 @@ class Coarse:
         """
         most = min(count, len(self))
         rows = np.ascontiguousarray(x if self.axis is None else self.axis.queries(x, tilt), dtype=np.float32)
-        positions, scores = self._search(rows, most + self._before)
-        if self._before:
-            positions, scores = _without_first(positions, scores, self._before, most)
+        positions, scores = self._search(rows, most)
         if self.axis is not None:
             scores = tilted(scores, x, np.full(most, self.axis.mean), tilt)
         return positions, scores
@@ -222,189 +288,10 @@ class Coarse:
             faiss.omp_set_num_threads(threads)
         return positions, scores
 
-    def save(self, folder: Path, name: str) -> SealedInfo:
-        """Writes and seals the index, as `name` or, where that is taken, as `name` and its digest.
 
-        One that was trained again is of the same rows under the same name, but has other bytes: the version that is
-        being replaced keeps its own until the next one is committed, and its readers longer.
-        """
-        temporary = folder / part_name(name)
-        try:
-            self.write(temporary)
-            final = folder / name
-            if final.exists():
-                final = final.with_stem(f"{final.stem}-{file_digest(temporary)[:16]}")
-            return seal_file(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Forgets all rows, and keeps what it was trained to."""
-        self._index.reset()
-
-    def rebuilt(self, positions: np.ndarray) -> np.ndarray:
-        """What the codes of some rows stand for, (m, k) float32, as `add_rebuilt` takes them back.
-
-        Raises:
-            ConfigError: this kind of faiss index cannot say.
-        """
-        try:
-            return np.stack([self._index.reconstruct(int(position)) for position in positions])
-        except RuntimeError as error:
-            raise ConfigError(
-                f"faiss cannot give back the rows of coarse={self.factory!r} ({_reason(error)}), which are all that "
-                "the index keeps of them: build it anew without the removed rows"
-            ) from None
-
-    def add_rebuilt(self, rows: np.ndarray) -> None:
-        """Takes rows that `rebuilt` gave."""
-        self._index.add(np.ascontiguousarray(rows, dtype=np.float32))
-
-    def to_bytes(self) -> np.ndarray:
-        """faiss's own form, uint8: what `from_bytes` takes on another rank."""
-        return load_faiss().serialize_index(self._index)
-
-    @classmethod
-    def from_bytes(cls, raw: np.ndarray, factory: str, axis: NormAxis | None) -> Coarse:
-        """What another rank's `to_bytes` gave; checked like a file."""
-        check_faiss(_reading(raw), len(raw))
-        return cls(load_faiss().deserialize_index(np.ascontiguousarray(raw)), factory, axis)
-
-    def write(self, path: Path) -> None:
-        """As a file that is not sealed.
-
-        Raises:
-            OSError: the disk is full or refuses.
-        """
-        faiss = load_faiss()
-        try:
-            faiss.write_index(self._index, str(path))
-        except RuntimeError as error:
-            raise OSError(f"faiss cannot write {path} ({_reason(error)}): is the disk full?") from None
-
-    def take(self, path: Path) -> bool:
-        """Takes the rows that another index of the same training has written behind its own; whether faiss can, for
-        this kind. The file is of this very build: another rank's."""
-        other = load_faiss().read_index(str(path))
-        for shift in (len(self), 0):
-            # Inverted lists want to know from where to number; flat codes want to be told nothing.
-            try:
-                self._index.merge_from(other, shift)
-            except RuntimeError:
-                continue
-            return True
-        return False
-
-    @classmethod
-    def load(
-        cls,
-        file: SealedFile,
-        factory: str,
-        axis: NormAxis | None,
-        dim: int,
-        count: int,
-        *,
-        growing: bool = False,
-        part: slice | None = None,
-    ) -> tuple[Coarse, bool]:
-        """Reads a sealed index; the digest, the kind and the sizes are checked before faiss takes memory for it.
-
-        Args:
-            file: as `save` sealed it.
-            factory, axis, dim, count: what the manifest says of it.
-            growing: rows are to be added: it is read into memory, not mapped where faiss can.
-            part: of which rows it is wanted, where the kind can be read in part; None for all.
-
-        Returns:
-            the index, and whether its kind can be read in part: if so, it is of that part alone.
-
-        Raises:
-            CorruptionError: the file is damaged or not the index that the manifest speaks of.
-        """
-        faiss = load_faiss()
-        file.verify()
-        try:
-            facts = check_faiss(file.read, file.info.size)
-        except CorruptionError as error:
-            raise CorruptionError(f"{file.path}: {error}: rebuild_coarse() anew") from None
-        if (facts.dim, facts.count, facts.metric) != (dim, count, INNER_PRODUCT):
-            raise CorruptionError(
-                f"{file.path} holds {facts.count} rows of width {facts.dim}, where {count} of {dim} were expected: "
-                "rebuild_coarse() anew"
-            )
-        some = part is not None and facts.codes is not None and part != slice(0, count)
-        try:
-            with _bounded(faiss, file.info.size):
-                if some and part is not None:
-                    raw, before = part_of_faiss(file.read, file.info.size, facts, part.start, part.stop)
-                    index = faiss.deserialize_index(np.frombuffer(raw, dtype=np.uint8))
-                    return cls(index, factory, axis, before), True
-                index = faiss.read_index(str(file.path), 0 if growing else faiss.IO_FLAG_MMAP_IFC)
-        except (RuntimeError, MemoryError) as error:
-            raise CorruptionError(f"faiss cannot read {file.path} ({_reason(error)}): rebuild_coarse() anew") from None
-        return cls(index, factory, axis), facts.codes is not None
-
-
-@contextmanager
-def _bounded(faiss: Any, size: int) -> Iterator[None]:
-    """While faiss reads, no vector may be said to be longer than the whole file, nor a loop."""
-    limits = {}
-    for name in ("vector_byte_limit", "loop_limit"):
-        # Not in faiss before 1.15.
-        get = getattr(faiss, f"get_deserialization_{name}", None)
-        if get is not None:
-            limits[name] = get()
-    try:
-        for name in limits:
-            getattr(faiss, f"set_deserialization_{name}")(size)
-        yield
-    finally:
-        for name, old in limits.items():
-            getattr(faiss, f"set_deserialization_{name}")(old)
-
-
-def _without_first(positions: np.ndarray, scores: np.ndarray, before: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a search found, without the index's first rows, and numbered from behind them."""
-    order = np.argsort(positions < before, axis=1, kind="stable")[:, :count]
-    positions, scores = np.take_along_axis(positions, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    good = positions >= before
-    return np.where(good, positions - before, -1), np.where(good, scores, np.float32(-np.inf))
-
-
-def _reading(raw: np.ndarray) -> Any:
-    def read(offset: int, view: memoryview) -> None:
-        view[:] = raw[offset : offset + len(view)].data
-
-    return read
-
-
-def _check_kind(raw: np.ndarray, factory: str) -> None:
-    """Refuses at once what would be refused when it is opened."""
-    try:
-        facts = check_faiss(_reading(raw), len(raw))
-    except CorruptionError as error:
-        raise ConfigError(
-            f"coarse={factory!r} makes an index that is not read back ({error}): choose PQ, SQ, Flat, HNSW or RaBitQ, "
-            "with IVF and a transform before it or without, or coarse='auto'"
-        ) from None
-    if facts.metric != INNER_PRODUCT:
-        raise ConfigError(f"coarse={factory!r} knows distances, not inner products: choose another, or coarse='auto'")
-
-
-def _quietly(faiss: Any, index: Any) -> None:
-    """Small samples are meant: without faiss's warnings about points per centroid."""
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    for owner in (inner, getattr(inner, "pq", None)):
-        if owner is not None and hasattr(owner, "cp"):
-            owner.cp.min_points_per_centroid = 1
-
-
-def _reason(error: Exception) -> str:
-    """faiss's own message, without the place in its sources."""
-    text = str(error)
-    return text.rpartition("Error: " if "Error: " in text else ": ")[2].strip()
-
-
-def coarse_fingerprint(parts: Iterable[Any]) -> str:
-    """SHA-256, in hex, over what a coarse index was made from: factors, curvature, damping, sketch, factory."""
-    return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()
+def coarse_fingerprint(manifest: Manifest) -> str:
+    """SHA-256, in hex, over what a coarse index of these rows is made from: rows, curvature, codec, damping, sketch."""
+    files = {name: info.digest for name, info in manifest.files().items() if name in ("curvature", "codec", "sketch")}
+    lams = manifest.fits.get("sketch", {}).get("lams")
+    facts = [[shard.sealed.digest for shard in manifest.shards], files, lams]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..codecs.scratch import CPU
 from ..errors import ConfigError
+from ..linalg.scratch import CPU
 from .coarse import faiss_is_installed, load_faiss
 
 # Part of a GPU's free memory that an index may take.

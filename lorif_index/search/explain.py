@@ -23,7 +23,7 @@ from ..capture.sources import data_digest
 from ..curvature.inverse import Preconditioner, transform_precisely, turned_precisely
 from ..errors import DataError
 from ..progress import Stage
-from .reader import Reader, positions_of
+from .reader import Reader
 
 # How far a squared gradient norm may be from the stored one: what other batches, padding or another device's sums make
 # of it, in full and in half precision.
@@ -40,7 +40,7 @@ class Explanation:
         query: number of the query in its batch.
         id: of the training example.
         score: of the example's whole gradient, <Q', G_i> over the chosen layers. Signs and units are those of a search.
-        stored: what `Index.scores` gives for the pair, from the stored row; NaN where the index stores no rows.
+        stored: what `Index.scores` gives for the pair, from the stored row.
         layers: layer -> its share.
         modules: module -> its share: those of a weight that several modules use are apart.
         tokens: (T,) float32, shares of the example's positions, padding cut off: what reading token t, and predicting
@@ -275,12 +275,10 @@ def _stored_scores(
     preconditioners: Mapping[str, Preconditioner],
     members: int,
 ) -> np.ndarray:
-    """(q, m): what the stored rows of some ids score; NaN where there are no rows."""
-    if not reader.layout.row_bytes:
-        return np.full((asked.count, len(unique)), np.nan)
+    """(q, m): what the stored rows of some ids score."""
     question = reader.ask(asked.gradients, preconditioners)
-    rows = reader.store.gather(positions_of(reader.store, unique))
-    scores: np.ndarray = question.scorer(reader.layout).score(rows).numpy() / members
+    rows = reader.store.gather(reader.store.positions_of(unique))
+    scores: np.ndarray = reader.codec.scorer(question.parts).score(rows).numpy() / members
     return scores
 
 
@@ -290,16 +288,7 @@ def _check_examples(reader: Reader, data: TrainingData, block: GradientBlock, ha
     Raises:
         DataError: naming the first that differs.
     """
-    stored = reader.store.energies_at(positions_of(reader.store, block.ids))
-    if stored is None:
-        # Written before norms were kept: the data as a whole tell.
-        built = reader.manifest.fingerprint.get("data")
-        if built != data.digest:
-            raise DataError(
-                f"the data have the digest {data.digest}, and {reader.folder} was built from {built}: pass as data= "
-                "what the index was built from, in the same form and order"
-            )
-        return
+    stored = reader.store.energies_at(reader.store.positions_of(block.ids))
     found, tolerance = energies(block), _HALF_TOLERANCE if half else _TOLERANCE
     fits = np.abs(found - stored) <= tolerance * np.maximum(found, stored)
     if not fits.all():

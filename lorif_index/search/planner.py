@@ -22,9 +22,8 @@ from .shrinkage import shrink
 
 # Below so many rows a scan takes a few milliseconds, and is always right.
 SCAN_UP_TO = 10_000
-# What a candidate costs beside its bytes, counted in bytes that a scan gets through meanwhile: to be read by itself and
-# scored exactly, and to be scored by coordinates.
-_GATHER_BYTES, _NARROW_BYTES = 6000, 700
+# What a candidate costs beside its bytes, to be read by itself, counted in bytes that a scan gets through meanwhile.
+_GATHER_BYTES = 6000
 
 
 @dataclass(frozen=True)
@@ -86,21 +85,13 @@ def choose_plan(
         if exact is False or not rescore:
             raise QueryError(f"normalize={normalize!r} scans every row: leave exact=False or rescore=False out")
         return Plan("scan", f"scan of every row, for normalize={normalize!r}", 1.0)
-    rows = reader.layout.row_bytes > 0
     has_coarse = reader.manifest.coarse is not None
-    if not rescore or (not rows and exact is None):
+    if not rescore:
         if not has_coarse:
             raise QueryError(
                 "rescore=False answers from the coarse index, and this index has none: make one with rebuild_coarse()"
             )
-        if not rescore:
-            return Plan("coarse", "coarse scores, as asked by rescore=False", recall)
-        return Plan("coarse", "coarse scores: the index keeps nothing else (store='coarse')", recall)
-    if not rows:
-        raise QueryError(
-            f"exact={exact} needs stored rows, and this index keeps the coarse code alone (store='coarse'): leave "
-            "exact out for approximate scores, or build it with store='eigen', 'coordinates', 'factors' or 'both'"
-        )
+        return Plan("coarse", "coarse scores, as asked by rescore=False", recall)
     if exact is False:
         if not has_coarse:
             raise QueryError("exact=False, but this index has no coarse stage: make one with rebuild_coarse()")
@@ -126,11 +117,9 @@ def choose_plan(
             f"recall={recall:g} at k={k:,}",
             1.0,
         )
-    counts, layout = search.first_counts(k, recall, largest=largest), reader.layout
-    cost = counts.wide * _NARROW_BYTES if layout.codes is not None else 0
-    cost += counts.deep * (layout.factor_bytes + _GATHER_BYTES) if layout.width else 0
-    if cost >= count * layout.row_bytes:
-        return Plan("scan", f"scan of every row: {counts.deep:,} candidates of {count:,} rows would cost as much", 1.0)
+    wide, row_bytes = search.first_count(k, recall, largest=largest), reader.codec.row_bytes
+    if wide * (row_bytes + _GATHER_BYTES) >= count * row_bytes:
+        return Plan("scan", f"scan of every row: {wide:,} candidates of {count:,} rows would cost as much", 1.0)
     return Plan("candidates", f"candidates of the coarse index, rescored{_caveat(reader, damping)}", recall)
 
 
@@ -151,7 +140,9 @@ def _caveat(reader: Reader, damping: Damping) -> str:
 def scan(reader: Reader, question: Question, report: Reporter) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """(positions (m,), scores (q, m), bytes read) of the live rows of every block that this rank holds."""
     with report.stage("scan", reader.store.live_count) as stage:
-        for positions, scores, size in stream_scores(reader.rows, question):
+        resident = reader.rows.resident
+        scorer = reader.codec.scorer(question.parts, resident.device)
+        for positions, scores, size in stream_scores(resident, scorer, question):
             if question.thresholds is not None:
                 shrink(scores, question.thresholds)
             yield positions, scores, size
@@ -171,9 +162,9 @@ def _by_scan(
                 top.update(at, scores)
                 read += size
         mine, scored = top.result()
-        return reader.team.globally(mine.numpy()), scored.numpy()
+        return reader.rows.team.globally(mine.numpy()), scored.numpy()
 
-    positions, best = reader.team.best(find, k, largest=largest)
+    positions, best = reader.rows.team.best(find, k, largest=largest)
     examined, certain = np.full(question.count, reader.live_count), np.ones(question.count)
     seconds = {"scan": time.perf_counter() - began}
     return Answer(positions, best, examined, certain, read, seconds)
@@ -185,12 +176,12 @@ def _by_candidates(
     search = reader.candidates
     if search is None:
         raise QueryError("the index has no coarse stage: make one with rebuild_coarse()")
-    counts = search.first_counts(k, plan.recall, largest=largest)
+    wide = search.first_count(k, plan.recall, largest=largest)
     parts = []
     with report as opened, opened.stage("search", question.count) as stage:
         for start in range(0, question.count, search.together):
             some = question.some(slice(start, start + search.together))
-            parts.append(search.run(some, k, plan.recall, largest=largest, counts=counts))
+            parts.append(search.run(some, k, plan.recall, largest=largest, wide=wide))
             stage.advance(some.count, parts[-1].bytes_read)
     seconds = {name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds}
     read = sum(part.bytes_read for part in parts)

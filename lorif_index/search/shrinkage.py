@@ -11,6 +11,7 @@ thresholds its scores, too, at a level found by retraining; here nothing is fitt
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -60,28 +61,28 @@ def _some_scores(reader: Reader, question: Question) -> np.ndarray:
         if reader.live_count > SAMPLED:
             out = _sampled(reader, question)
         else:
-            out = np.concatenate([out, *(scores.T.numpy() for _, scores, _ in stream_scores(reader.rows, question))])
+            out = np.concatenate([out, *(scores.T.numpy() for _, scores, _ in _scanned(reader, question))])
     return out
+
+
+def _scanned(reader: Reader, question: Question) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    resident = reader.rows.resident
+    return stream_scores(resident, reader.codec.scorer(question.parts, resident.device), question)
 
 
 def _sampled(reader: Reader, question: Question) -> np.ndarray:
     """(m, q) scaled scores of this rank's rows among some at random."""
-    store, layout, rows = reader.store, reader.layout, len(reader.team)
+    store, codec, team = reader.store, reader.codec, reader.rows.team
     # By positions in the whole index, so that the rows are the same ones however many ranks hold them.
-    wanted = np.sort(drawn(rows, SAMPLED * rows // reader.live_count, 0, "shrinkage"))
-    local = reader.team.locally(wanted)[1]
+    wanted = np.sort(drawn(len(team), SAMPLED * len(team) // reader.live_count, 0, "shrinkage"))
+    local = team.locally(wanted)[1]
     if store.dead is not None:
         local = local[~store.dead[local]]
-    scorer, step = question.scorer(layout, reader.device), _ROWS_BYTES // max(layout.row_bytes, 1) + 1
+    scorer, step = codec.scorer(question.parts, reader.device), _ROWS_BYTES // codec.row_bytes + 1
     out = np.empty((len(local), question.count), dtype=np.float32)
     for start in range(0, len(local), step):
-        block = local[start : start + step]
-        scores = torch.zeros(question.count, len(block), device=reader.device)
-        if layout.width:
-            scores += scorer.score_factors(store.gather_factors(block).to(reader.device))
-        if layout.codes is not None:
-            scores += scorer.score_codes(store.gather_codes(block).to(reader.device))
-        out[start : start + len(block)] = scores.cpu().T.numpy()
+        block = store.gather(local[start : start + step]).to(reader.device)
+        out[start : start + len(block)] = scorer.score(block).cpu().T.numpy()
     if question.scale is not None:
         out *= question.scale[np.searchsorted(store.live, local)].numpy()[:, None]
     return out

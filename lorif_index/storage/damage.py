@@ -33,9 +33,8 @@ class Damage:
 def find_damage(folder: Path, manifest: Manifest) -> list[Damage]:
     """Compares every file with its digest."""
     found = [_shard_damage(folder, manifest, number) for number in range(len(manifest.shards))]
-    infos = [SealedInfo.from_json(entry["file"]) for entry in manifest.side_files()]
-    infos += [manifest.curvature] if manifest.curvature is not None else []
-    found += [Damage(info.file, reason) if (reason := _reason(folder, info)) else None for info in infos]
+    for info in manifest.files().values():
+        found.append(Damage(info.file, reason) if (reason := _reason(folder, info)) else None)
     return [damage for damage in found if damage is not None]
 
 

@@ -1,4 +1,4 @@
-"""Fitted projections, curvature, eigencodes and sketch on disk: written once, loaded when a search first needs them."""
+"""Fitted projections, curvature, sketch, and calibration queries on disk: written once, loaded when first needed."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ import numpy as np
 import torch
 
 from ..capture.gradients import LayerSpec
-from ..codecs.bits import CodeLayout
-from ..codecs.eigencodes import EigenCode, LayerCode, eigen_layout
-from ..codecs.largest import GROUPS, LargestLayout, code_bits
-from ..config import BITS
-from ..curvature.fit import LayerCurvature, refuse_overflow
+from ..curvature.fit import CurvatureShape, LayerCurvature, refuse_overflow
 from ..curvature.grid import Grid
 from ..curvature.sketch import LayerSketch, Sketch
 from ..errors import CorruptionError
-from .sealed import SealedFile, SealedInfo, write_sealed
-
-FILE = "curvature.h5"
-PROJECTIONS_FILE = "projections.h5"
-SKETCH_FILE = "sketch.h5"
-EIGEN_FILE = "eigencodes.h5"
-QUERIES_FILE = "calibration.h5"
+from ..linalg.subspace import OVERSAMPLING
+from .sealed import SealedFile, write_sealed
 
 
 def save_projections(
-    folder: Path, learnt: Mapping[tuple[str, str], torch.Tensor], specs: Mapping[str, LayerSpec]
+    folder: Path, name: str, learnt: Mapping[tuple[str, str], torch.Tensor], specs: Mapping[str, LayerSpec]
 ) -> dict[str, Any]:
     """Writes `in_<i>`, `out_<i>` (width, d) float32 of the learnt sides of layer number i; what the manifest keeps."""
     arrays: dict[str, np.ndarray] = {}
     sides = []
-    for i, name in enumerate(specs):
+    for i, layer in enumerate(specs):
         for side in ("in", "out"):
-            if (name, side) in learnt:
-                arrays[f"{side}_{i}"] = learnt[name, side].numpy()
+            if (layer, side) in learnt:
+                arrays[f"{side}_{i}"] = learnt[layer, side].numpy()
                 sides.append([i, side])
-    return {"file": write_sealed(folder, PROJECTIONS_FILE, arrays, {}).to_json(), "sides": sides}
+    return {"file": write_sealed(folder, name, arrays, {}).to_json(), "sides": sides}
+
+
+def projection_bytes(specs: Mapping[str, LayerSpec]) -> int:
+    """Of the file of learnt projections."""
+    return sum(
+        4 * width * dim
+        for spec in specs.values()
+        for width, dim in ((spec.width_in, spec.d_in), (spec.width_out, spec.d_out))
+        if dim < width
+    )
 
 
 class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
@@ -54,8 +55,8 @@ class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
 
     def __init__(self, folder: Path, facts: Any, specs: Mapping[str, LayerSpec]) -> None:
         names = list(specs)
+        self.file = SealedFile.of_entry(folder, facts)
         try:
-            self.file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
             self._numbers = {(names[int(i)], str(side)): int(i) for i, side in facts["sides"]}
             if any(i < 0 for i in self._numbers.values()) or {s for _, s in self._numbers} - {"in", "out"}:
                 raise ValueError(f"sides {facts['sides']!r}")
@@ -78,15 +79,13 @@ class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
         return len(self._numbers)
 
 
-def save_curvature(
-    folder: Path, fitted: Mapping[str, LayerCurvature], name: str = FILE
-) -> tuple[SealedInfo, list[dict[str, Any]]]:
+def save_curvature(folder: Path, name: str, fitted: Mapping[str, LayerCurvature]) -> dict[str, Any]:
     """Writes `basis_<i>` (D, r) float32 and `spectrum_<i>` (m,) float64 for layer number i; where it has a
     grid, (M, r - p), and `left_<i>`, `right_<i>`, `products_<i>` (M + p,) and, if p, `diagonal_<i>` (p,) float64.
 
     Returns:
-        the sealed file, and per layer what the manifest keeps: rank, spectrum length, trace, rows, examples, and of a
-        grid M + p and p.
+        what the manifest keeps: the file, and per layer rank, spectrum length, trace, rows, examples, M + p of a grid
+        and p.
 
     Raises:
         NonFiniteError: a layer's has inf or NaN; nothing is written.
@@ -104,16 +103,28 @@ def save_curvature(
                 "trace": layer.trace,
                 "rows": layer.rows,
                 "examples": layer.examples,
+                "products": 0 if layer.grid is None else layer.grid.size,
+                "diagonal": len(layer.diagonal),
             }
         )
         if layer.grid is not None:
             arrays[f"left_{i}"], arrays[f"right_{i}"] = layer.grid.left.numpy(), layer.grid.right.numpy()
             arrays[f"products_{i}"] = layer.grid.chosen.numpy().astype("<i8")
-            facts[-1]["products"] = layer.grid.size
         if len(layer.diagonal):
             arrays[f"diagonal_{i}"] = layer.diagonal.numpy()
-            facts[-1]["diagonal"] = len(layer.diagonal)
-    return write_sealed(folder, name, arrays, {}), facts
+    return {"file": write_sealed(folder, name, arrays, {}).to_json(), "layers": facts}
+
+
+def curvature_bytes(shapes: Mapping[str, CurvatureShape], specs: Mapping[str, LayerSpec], rows: int | None) -> int:
+    """Of the file of curvatures of those shapes, of so many rows if they bound them."""
+    total = 0
+    for name, shape in shapes.items():
+        spec = specs[name]
+        rank = shape.found(spec.dim, rows)
+        total += 4 * shape.height(spec.dim) * rank + 8 * (rank + OVERSAMPLING)
+        if shape.products:
+            total += 4 * (spec.d_in**2 + spec.d_out**2) + 8 * (shape.products + 2 * shape.diagonal)
+    return total
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ class _CurvatureFacts:
     def of(cls, name: str, entry: Any) -> _CurvatureFacts:
         try:
             rank, length, rows = (int(entry[key]) for key in ("rank", "spectrum", "rows"))
-            made_of, alone = int(entry.get("products", 0)), int(entry.get("diagonal", 0))
+            made_of, alone = int(entry["products"]), int(entry["diagonal"])
             facts = cls(rank, length, float(entry["trace"]), rows, float(entry["examples"]), made_of, alone)
             if (
                 not 0 <= facts.found <= length
@@ -152,16 +163,17 @@ class _CurvatureFacts:
 
 
 class FittedCurvature(Mapping[str, LayerCurvature]):
-    """The curvature of an index, layer -> `LayerCurvature`; the file's digest is checked before its first use."""
+    """The curvature of an index, layer -> `LayerCurvature`; the file's digest is checked before its first use.
 
-    def __init__(
-        self, folder: Path, sealed: SealedInfo, specs: dict[str, LayerSpec], facts: list[dict[str, Any]]
-    ) -> None:
-        if len(facts) != len(specs):
-            raise CorruptionError(
-                f"the manifest has {len(specs)} layers but {len(facts)} curvature entries: restore it"
-            )
-        self.file = SealedFile(folder, sealed)
+    Raises:
+        CorruptionError: the manifest's entry is damaged, or says more than the file can hold.
+    """
+
+    def __init__(self, folder: Path, entry: Any, specs: Mapping[str, LayerSpec]) -> None:
+        self.file, facts = SealedFile.of_entry(folder, entry), entry.get("layers")
+        if not isinstance(facts, list) or len(facts) != len(specs):
+            count = len(facts) if isinstance(facts, list) else 0
+            raise CorruptionError(f"the manifest has {len(specs)} layers but {count} curvature entries: restore it")
         self._specs = specs
         self._facts = {name: _CurvatureFacts.of(name, entry) for name, entry in zip(specs, facts, strict=True)}
         # Before memory is taken for what the file cannot hold.
@@ -169,9 +181,9 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
             4 * self._height(name) * entry.found + 8 * (entry.spectrum + entry.diagonal)
             for name, entry in self._facts.items()
         )
-        if need > sealed.size:
+        if need > self.file.info.size:
             raise CorruptionError(
-                f"{self.file.path} has {sealed.size} bytes, but its layers are said to take {need}: restore the index"
+                f"{self.file.path} has {self.file.info.size} bytes, but its layers are said to take {need}: restore it"
             )
         self._numbers = {name: i for i, name in enumerate(specs)}
         self._loaded: dict[str, LayerCurvature] = {}
@@ -242,7 +254,12 @@ def _check_finite(file: SealedFile, *parts: torch.Tensor) -> None:
         raise CorruptionError(f"{file.path} holds inf or NaN: restore it from a copy")
 
 
-def save_sketch(folder: Path, sketch: Sketch, name: str = SKETCH_FILE) -> dict[str, Any]:
+def sketch_bytes(dim: int, directions: int) -> int:
+    """Of the file of a sketch of k = dim made of so many directions, whose numbers it names."""
+    return (4 * min(dim, max(directions, 1)) + 8) * directions
+
+
+def save_sketch(folder: Path, name: str, sketch: Sketch) -> dict[str, Any]:
     """Writes `weights_<i>` (m, k) float32 for layer number i, and `directions_<i>` (m,) int64 where they are not the
     layer's first; what the manifest keeps."""
     arrays, chosen = {}, []
@@ -271,11 +288,10 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
     """
     names = list(names)
     try:
-        file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
+        file = SealedFile.of_entry(folder, facts)
         dim, method, energy = int(facts["dim"]), str(facts["method"]), float(facts["energy"])
         lams, counts = [float(v) for v in facts["lams"]], [int(v) for v in facts["counts"]]
-        # Until version 5 directions were always a layer's first.
-        chosen = [bool(v) for v in facts.get("chosen", [False] * len(names))]
+        chosen = [bool(v) for v in facts["chosen"]]
         if {len(lams), len(counts), len(chosen)} != {len(names)} or dim < 1 or min(counts) < 0:
             raise ValueError(f"{len(lams)} layers where the index has {len(names)}")
         if 4 * sum(counts) * dim > file.info.size:
@@ -303,71 +319,6 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
     return Sketch(layers, dim, method, energy)
 
 
-def save_eigencode(folder: Path, code: EigenCode) -> dict[str, Any]:
-    """Writes `directions_<i>` (m,) int64 and `amplitudes_<i>` (m,) float32 for layer number i; what the manifest
-    keeps."""
-    arrays: dict[str, np.ndarray] = {}
-    for i, part in enumerate(code.layers.values()):
-        if len(part.directions):
-            arrays[f"directions_{i}"] = part.directions.numpy().astype("<i8")
-            arrays[f"amplitudes_{i}"] = part.amplitudes.numpy()
-    return {
-        "file": write_sealed(folder, EIGEN_FILE, arrays, {}).to_json(),
-        "bits": code.bits,
-        "group": code.group,
-        "counts": [len(part.directions) for part in code.layers.values()],
-    }
-
-
-def stored_eigen_layout(facts: Any, layers: int) -> CodeLayout | LargestLayout:
-    """The layout of eigencodes by the manifest's entry.
-
-    Raises:
-        CorruptionError: the entry is damaged.
-    """
-    try:
-        bits, counts = int(facts["bits"]), tuple(int(v) for v in facts["counts"])
-        # Until version 6 every direction had bits of its own.
-        group = int(facts.get("group", 1))
-        known = bits in BITS if group == 1 else group in GROUPS and bits == code_bits(group)
-        if len(counts) != layers or not known or min(counts) < 0 or not sum(counts):
-            raise ValueError(f"{len(counts)} layers of {bits} bits for {group} where the index has {layers}")
-        if any(count % group for count in counts):
-            raise ValueError(f"{counts} directions are not whole groups of {group}")
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CorruptionError(f"the manifest's entry of the eigencodes is damaged ({error!r}): restore it") from None
-    return eigen_layout(counts, bits, group)
-
-
-def load_eigencode(folder: Path, facts: Any, curvature: Mapping[str, LayerCurvature]) -> EigenCode:
-    """Reads what eigencodes mean after checking the file's digest.
-
-    Raises:
-        CorruptionError: the file or the manifest's entry is damaged.
-    """
-    layout = stored_eigen_layout(facts, len(curvature))
-    try:
-        file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(f"the manifest's entry of the eigencodes is damaged ({error!r}): restore it") from None
-    layers = {}
-    with closing(file):
-        file.verify()
-        for i, (name, count) in enumerate(zip(curvature, layout.widths, strict=True)):
-            directions, amplitudes = np.empty(0, np.int64), np.empty(0, np.float32)
-            if count:
-                directions = file.read_array(f"directions_{i}", (count,), "<i8").astype(np.int64)
-                amplitudes = file.read_array(f"amplitudes_{i}", (count,), "<f4")
-                _check_finite(file, torch.from_numpy(amplitudes))
-                if directions.min() < 0 or directions.max() >= curvature[name].rank:
-                    raise CorruptionError(
-                        f"{file.path} names direction {int(directions.max())} of layer {name!r}, which has "
-                        f"{curvature[name].rank}: restore it from a copy"
-                    )
-            layers[name] = LayerCode(torch.from_numpy(directions), torch.from_numpy(amplitudes))
-    return EigenCode(layers, layout.bits, layout.group if isinstance(layout, LargestLayout) else 1)
-
-
 def save_removed(folder: Path, name: str, ids: np.ndarray) -> dict[str, Any]:
     """Writes the rising ids of removed rows; what the manifest keeps."""
     return {"file": write_sealed(folder, name, {"ids": ids.astype("<i8")}, {}).to_json(), "count": len(ids)}
@@ -380,7 +331,7 @@ def load_removed(folder: Path, facts: Any) -> np.ndarray:
         CorruptionError: the file or the manifest's entry is damaged.
     """
     try:
-        file, count = SealedFile(folder, SealedInfo.from_json(facts["file"])), int(facts["count"])
+        file, count = SealedFile.of_entry(folder, facts), int(facts["count"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"the manifest's entry of removed ids is damaged ({error!r}): restore it") from None
     with closing(file):
@@ -388,15 +339,18 @@ def load_removed(folder: Path, facts: Any) -> np.ndarray:
         return file.read_array("ids", (count,), "<i8").astype(np.int64)
 
 
-def save_queries(
-    folder: Path, ids: np.ndarray, gradients: Mapping[str, torch.Tensor], name: str = QUERIES_FILE
-) -> dict[str, Any]:
+def save_queries(folder: Path, name: str, ids: np.ndarray, gradients: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Writes what calibration asks: `ids` (m,) int64 and `query_<i>` (m, d_in, d_out) float32 of training examples, in
     the layers' order; what the manifest keeps."""
     arrays: dict[str, np.ndarray] = {"ids": ids.astype("<i8")}
     arrays |= {f"query_{i}": g.float().numpy() for i, g in enumerate(gradients.values())}
     sealed = write_sealed(folder, name, {k: v for k, v in arrays.items() if v.size}, {})
     return {"file": sealed.to_json(), "count": len(ids)}
+
+
+def query_bytes(specs: Mapping[str, LayerSpec]) -> int:
+    """Of one calibration query on disk and in memory."""
+    return 8 + 4 * sum(spec.dim for spec in specs.values())
 
 
 class CalibrationQueries:
@@ -408,7 +362,7 @@ class CalibrationQueries:
 
     def __init__(self, folder: Path, facts: Any, specs: Mapping[str, LayerSpec]) -> None:
         try:
-            self.file = SealedFile(folder, SealedInfo.from_json(facts["file"]))
+            self.file = SealedFile.of_entry(folder, facts)
             self.count = int(facts["count"])
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"the manifest's entry of calibration queries is damaged: {error!r}") from None

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,18 @@ from .sealed import SealedInfo, replace_durably
 from .shards import ShardInfo
 
 FORMAT = "lorif-index"
-FORMAT_VERSION = 7
-# Version 1 had factors alone, and no coarse stage; until version 2 projections were random and curvature empirical;
-# until version 3 there were no eigencodes; until version 4 an index never changed after its build; until version 5 all
-# directions of a curvature were columns of a matrix; until version 6 every direction of an eigencode had its own bits.
-READABLE = (1, 2, 3, 4, 5, 6, 7)
-_BEFORE_3 = {"projection": "random", "curvature": "empirical"}
+FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
 # Of ranks that build together and do not lead: what each has sealed.
 BUILDING_RANKS = "building-*.json"
 ADDING = "adding.json"
+FITS = ("projections", "curvature", "codec", "sketch", "queries")
+"""What all rows share, in the order in which it is fitted: names of stages, of entries and of files."""
 LARGEST = 256 << 20
 _RETIRED = "retired-"
 # Names that builds and changes give: nothing else in the folder is ever removed.
-_OURS = (".h5", ".faiss")
+_OURS = ".h5"
 _ZEROS = "0" * 32
 # Of a layer: beyond any model's, and small enough that sizes made from it cannot overflow.
 _WIDEST = 1 << 31
@@ -52,15 +49,11 @@ class Manifest:
         config: the `BuildConfig` as JSON.
         layers: the tracked layers.
         shards: sealed shards, in order of their ids.
-        projections: the learnt projections' file and sides (see `fitted.save_projections`), or None.
-        curvature: the curvature's file, or None while it is not fitted.
-        curvature_layers: per layer, in the layers' order: rank, spectrum length, trace, rows, examples.
-        stored: what rows hold: "eigen", "both", "factors", "coordinates" or "coarse"; None while that is not decided.
-        eigen: the eigencodes' file and facts (see `fitted.save_eigencode`), or None.
-        sketch: the sketch's file and facts (see `fitted.save_sketch`), or None.
-        coarse: the coarse index's file, factory and fingerprint, or None.
-        queries: the file of calibration queries and sampled coordinates, or None.
-        calibration: what was learnt from them (see `calibration.Calibration`), or None.
+        codec: name of the codec that rows are written by; None while that is not decided.
+        fits: what all rows share, under the names of `FITS`: an entry each, with the `file` it is sealed in if it has
+            one, and what else is known of it.
+        coarse: the coarse index's file, kind and fingerprint, or None.
+        calibration: what was learnt of it (see `calibration.Calibration`), or None.
         skipped: ids of examples left out for inf or NaN.
         report: seconds by stage and other facts of the build.
         metadata: the user's own.
@@ -78,14 +71,9 @@ class Manifest:
     config: dict[str, Any]
     layers: list[LayerSpec]
     shards: list[ShardInfo] = field(default_factory=list)
-    projections: dict[str, Any] | None = None
-    curvature: SealedInfo | None = None
-    curvature_layers: list[dict[str, Any]] = field(default_factory=list)
-    stored: str | None = None
-    eigen: dict[str, Any] | None = None
-    sketch: dict[str, Any] | None = None
+    codec: str | None = None
+    fits: dict[str, dict[str, Any]] = field(default_factory=dict)
     coarse: dict[str, Any] | None = None
-    queries: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     skipped: list[int] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
@@ -98,10 +86,14 @@ class Manifest:
     pending: dict[str, Any] | None = None
     part: dict[str, Any] | None = None
 
-    def side_files(self) -> list[dict[str, Any]]:
-        """The entries that name a file: projections, eigencodes, sketch, coarse index, queries, removed ids."""
-        entries = (self.projections, self.eigen, self.sketch, self.coarse, self.queries, self.removed)
-        return [entry for entry in entries if entry is not None]
+    def copy(self) -> Manifest:
+        """One whose lists and fits can be changed without changing this one's."""
+        return replace(self, shards=list(self.shards), fits=dict(self.fits), skipped=list(self.skipped))
+
+    def files(self) -> dict[str, SealedInfo]:
+        """What it is -> its file, of all but the shards: fits, coarse index, removed ids."""
+        entries = self.fits | {"coarse": self.coarse or {}, "removed": self.removed or {}}
+        return {name: SealedInfo.from_json(entry["file"]) for name, entry in entries.items() if "file" in entry}
 
     def floor(self) -> Any:
         """The least width that projections have: a number where the config says "auto"."""
@@ -109,8 +101,7 @@ class Manifest:
 
     def names(self) -> set[str]:
         """Names of all files that belong to it."""
-        names = {shard.sealed.file for shard in self.shards} | {e["file"]["file"] for e in self.side_files()}
-        return names | ({self.curvature.file} if self.curvature else set())
+        return {shard.sealed.file for shard in self.shards} | {info.file for info in self.files().values()}
 
     def new_name(self, kind: str) -> str:
         """A name for the next shard, or other numbered file, that no file of this index ever had."""
@@ -130,29 +121,21 @@ class Manifest:
 
         return name
 
-    def fits(self) -> list[SealedInfo]:
-        """The files of what all rows share: what was fitted, and calibration queries."""
-        entries = (self.projections, self.eigen, self.sketch, self.queries)
-        files = [SealedInfo.from_json(entry["file"]) for entry in entries if entry is not None]
-        return files if self.curvature is None else [*files, self.curvature]
+    def fitted(self) -> list[SealedInfo]:
+        """The files of what all rows share."""
+        return [SealedInfo.from_json(entry["file"]) for entry in self.fits.values() if "file" in entry]
 
     def digest(self) -> str:
-        """SHA-256, in hex, over the fingerprint's fields and the digests of all files: names this exact index."""
-        files = [s.sealed.digest for s in self.shards]
-        files.append(self.curvature.digest if self.curvature else "")
-        if self.projections is not None:
-            files.append(self.projections["file"]["digest"])
-        if self.eigen is not None:
-            files.append(self.eigen["file"]["digest"])
-            if self.eigen.get("group", 1) != 1:
-                files.append(f"largest of {self.eigen['group']}")
-        if self.sketch is not None:
-            files.append(self.sketch["file"]["digest"])
-        if self.stored == "coarse" and self.coarse is not None:
-            files.append(self.coarse["file"]["digest"])
-        if self.removed is not None:
-            files.append(self.removed["file"]["digest"])
-        return hashlib.sha256(_canonical([self.fingerprint, files]).encode()).hexdigest()
+        """SHA-256, in hex, over the fingerprint's fields, the codec and the digests of all files that a score depends
+        on: names this exact index."""
+        fits = {
+            name: entry | {"file": entry["file"]["digest"]} if "file" in entry else entry
+            for name, entry in self.fits.items()
+            if name != "queries"
+        }
+        removed = None if self.removed is None else self.removed["file"]["digest"]
+        facts = [self.fingerprint, self.codec, fits, [s.sealed.digest for s in self.shards], removed]
+        return hashlib.sha256(_canonical(facts).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -162,14 +145,9 @@ class Manifest:
             "config": self.config,
             "layers": [spec_to_json(spec) for spec in self.layers],
             "shards": [shard.to_json() for shard in self.shards],
-            "projections": self.projections,
-            "curvature": self.curvature.to_json() if self.curvature else None,
-            "curvature_layers": self.curvature_layers,
-            "stored": self.stored,
-            "eigen": self.eigen,
-            "sketch": self.sketch,
+            "codec": self.codec,
+            "fits": self.fits,
             "coarse": self.coarse,
-            "queries": self.queries,
             "calibration": self.calibration,
             "skipped": self.skipped,
             "report": self.report,
@@ -185,46 +163,41 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Manifest:
-        """From a manifest's fields, of any version that is read.
+        """From a manifest's fields.
 
         Raises:
             KeyError, TypeError, ValueError, CorruptionError: fields that are missing or of the wrong form.
         """
         shards = [ShardInfo.from_json(shard) for shard in _typed(data["shards"], list)]
-        after = max((shard.last_id + 1 for shard in shards), default=0)
-        examples = _typed(data["report"], dict).get("examples", 0)
+        fits = _typed(data["fits"], dict)
+        if set(fits) - set(FITS):
+            raise ValueError(f"fits {sorted(fits)}")
         manifest = cls(
             fingerprint=_typed(data["fingerprint"], dict),
             config=_typed(data["config"], dict),
             layers=[_spec_from_json(spec) for spec in _typed(data["layers"], list)],
             shards=shards,
-            projections=_entry(data.get("projections")),
-            curvature=SealedInfo.from_json(data["curvature"]) if data["curvature"] is not None else None,
-            curvature_layers=_typed(data["curvature_layers"], list),
-            stored=data.get("stored", "factors"),
-            eigen=_entry(data.get("eigen")),
-            sketch=_entry(data.get("sketch")),
-            coarse=_entry(data.get("coarse")),
-            queries=_entry(data.get("queries")),
-            calibration=_typed(data.get("calibration"), dict, none=True),
+            codec=_typed(data["codec"], str, none=True),
+            fits={name: _entry(entry, needs_file=name != "codec") or {} for name, entry in fits.items()},
+            coarse=_entry(data["coarse"]),
+            calibration=_typed(data["calibration"], dict, none=True),
             skipped=[_count(i) for i in _typed(data["skipped"], list)],
-            report=data["report"],
+            report=_typed(data["report"], dict),
             metadata=_typed(data["metadata"], dict),
-            generation=_count(data.get("generation", 0)),
-            # Before version 5 nothing was ever added or removed.
-            next_id=_count(data.get("next_id", max(after, examples if isinstance(examples, int) else 0))),
-            next_file=_count(data.get("next_file", len(shards))),
-            removed=_entry(data.get("removed")),
-            fitted_ids=_count(data.get("fitted_ids", after)),
-            pending=_typed(data.get("pending"), dict, none=True),
-            part=_part(data.get("part")),
+            generation=_count(data["generation"]),
+            next_id=_count(data["next_id"]),
+            next_file=_count(data["next_file"]),
+            removed=_entry(data["removed"]),
+            fitted_ids=_count(data["fitted_ids"]),
+            pending=_typed(data["pending"], dict, none=True),
+            part=_part(data["part"]),
         )
+        after = max((shard.last_id + 1 for shard in shards), default=0)
         if len({spec.name for spec in manifest.layers}) < len(manifest.layers):
             raise ValueError("two layers of one name")
         if any(a.last_id >= b.first_id for a, b in itertools.pairwise(shards)) or after > manifest.next_id:
             raise ValueError("ids that do not rise from shard to shard")
-        names = [shard.sealed.file for shard in shards] + [e["file"]["file"] for e in manifest.side_files()]
-        names += [manifest.curvature.file] if manifest.curvature else []
+        names = [shard.sealed.file for shard in shards] + [info.file for info in manifest.files().values()]
         if len(set(names)) < len(names) or set(names) & {MANIFEST, BUILDING, ADDING}:
             raise ValueError("one file named twice")
         return manifest
@@ -283,7 +256,7 @@ def collect(folder: Path) -> list[str]:
             continue
         held |= {path.name} | (read_manifest(folder, path.name).names() - needed)
     for item in folder.iterdir():
-        if item.name in needed | held or not item.name.endswith((".part", *_OURS)):
+        if item.name in needed | held or not item.name.endswith((".part", _OURS)):
             continue
         if item.is_file() or item.is_symlink():
             item.unlink()
@@ -346,19 +319,14 @@ def _parse(raw: bytes, folder: Path, path: Path) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise NotAnIndexError(f"{path} is not a {FORMAT} manifest: is {folder} the right folder?")
     version = data.get("format_version")
-    if isinstance(version, bool) or version not in READABLE:
+    if isinstance(version, bool) or version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{folder} is in format version {version!r}, and this library reads versions {READABLE}: use the "
+            f"{folder} is in format version {version!r}, and this library reads version {FORMAT_VERSION}: use the "
             "library version that wrote it, or build it again"
         )
-    if version >= 5 or "checksum" in data:
-        # A flipped bit in the version must not talk its way around the checksum.
-        _check_checksum(text, data, path)
+    _check_checksum(text, data, path)
     try:
-        manifest = Manifest.from_json(data)
-        if version < 3:
-            manifest.config = _BEFORE_3 | manifest.config
-        return manifest
+        return Manifest.from_json(data)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise CorruptionError(f"{path} lacks a field or has one of the wrong form ({error!r}): restore it") from None
 
@@ -411,9 +379,9 @@ def _part(value: Any) -> dict[str, Any] | None:
     return part | {"build": _typed(value["build"], str)}
 
 
-def _entry(value: Any) -> dict[str, Any] | None:
-    """An entry that names a file by `file`, or None."""
-    if value is not None:
+def _entry(value: Any, *, needs_file: bool = True) -> dict[str, Any] | None:
+    """An entry that names a file by `file`, unless it needs none, or None."""
+    if value is not None and (needs_file or "file" in _typed(value, dict)):
         SealedInfo.from_json(_typed(value, dict)["file"])
     return value
 

@@ -262,6 +262,18 @@ class SealedFile:
         self._verified = False
         self._lock = threading.Lock()
 
+    @classmethod
+    def of_entry(cls, folder: Path, entry: Any) -> SealedFile:
+        """The file that a manifest's entry names by `file`.
+
+        Raises:
+            CorruptionError: the entry names none.
+        """
+        try:
+            return cls(folder, SealedInfo.from_json(entry["file"]))
+        except (KeyError, TypeError) as error:
+            raise CorruptionError(f"the manifest's entry of a file is damaged ({error!r}): restore it") from None
+
     def require(self, dataset: str, size: int) -> int:
         """Offset of a dataset of that many bytes, checked to lie inside the file."""
         offset = self.info.offsets.get(dataset)

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..codecs.layout import RowLayout, Rows
-from .shards import Part, Shard, ShardInfo, write_shard
+from .shards import Shard, ShardInfo, write_shard
 
 BLOCK_BYTES = 4 << 20
 VERIFY = ("first", "always", "never")
@@ -31,36 +30,36 @@ class StoreWriter:
 
     Args:
         folder: where the shards go; must exist.
-        layout: the rows' layout.
+        row_bytes: of a row.
         shard_bytes: rows of a shard with their payloads, in bytes.
         sealed: shards that are there already, to which the new ones are appended.
-        name: gives a new shard's name; by default they are numbered.
+        name: gives a new shard's name.
     """
 
     def __init__(
         self,
         folder: Path,
-        layout: RowLayout,
+        row_bytes: int,
         shard_bytes: int,
         sealed: list[ShardInfo],
-        name: Callable[[], str] | None = None,
+        name: Callable[[], str],
     ) -> None:
         self._folder = folder
-        self._layout = layout
+        self._row_bytes = row_bytes
         self.sealed = sealed
-        self._name = name or (lambda: f"shard-{len(self.sealed) + (self._written is not None):06d}.h5")
+        self._name = name
         self._bytes, self._payload_bytes = shard_bytes, 0
         self._payloads: list[bytes] | None = None
-        self._energies: np.ndarray | None = None
-        self._capacity = max(shard_bytes // max(layout.row_bytes, 8), 1)
-        self._rows = layout.empty(0)
+        self._capacity = max(shard_bytes // row_bytes, 1)
+        self._rows = torch.empty(0, row_bytes, dtype=torch.uint8)
         self._ids = np.empty(self._capacity, dtype=np.int64)
+        self._energies = np.empty(self._capacity, dtype=np.float32)
         self._filled = 0
         self._pool: ThreadPoolExecutor | None = None
         self._written: Future[ShardInfo] | None = None
         self._on_sealed: Callable[[], None] | None = None
         # Of the shard before: room for the one after.
-        self._spare: tuple[Rows, np.ndarray, np.ndarray | None] | None = None
+        self._spare: tuple[torch.Tensor, np.ndarray, np.ndarray] | None = None
 
     @contextmanager
     def aside(self, on_sealed: Callable[[], None]) -> Iterator[None]:
@@ -90,15 +89,13 @@ class StoreWriter:
 
     def append(
         self,
-        rows: Rows,
+        rows: torch.Tensor,
         ids: np.ndarray,
-        energies: np.ndarray | None = None,
+        energies: np.ndarray,
         payloads: Sequence[bytes] | None = None,
     ) -> bool:
-        """Adds rows, always with energies and payloads or always without; whether a shard was sealed."""
+        """Adds rows (n, row_bytes), always with payloads or always without; whether a shard was sealed."""
         sealed_before = len(self.sealed)
-        if energies is not None and self._energies is None:
-            self._energies = np.empty(self._capacity, dtype=np.float32)
         if payloads is not None and self._payloads is None:
             self._payloads = []
         at = 0
@@ -106,11 +103,9 @@ class StoreWriter:
             take = min(len(ids) - at, self._capacity - self._filled)
             self._grow(self._filled + take)
             room = slice(self._filled, self._filled + take)
-            self._rows.factors[room] = rows.factors[at : at + take]
-            self._rows.codes[room] = rows.codes[at : at + take]
+            self._rows[room] = rows[at : at + take]
             self._ids[room] = ids[at : at + take]
-            if self._energies is not None and energies is not None:
-                self._energies[room] = energies[at : at + take]
+            self._energies[room] = energies[at : at + take]
             if self._payloads is not None and payloads is not None:
                 self._payloads += payloads[at : at + take]
                 self._payload_bytes += sum(map(len, payloads[at : at + take]))
@@ -136,28 +131,15 @@ class StoreWriter:
         self._settle()
         self._written = self._pool.submit(self._collected())
         full = self._rows, self._ids, self._energies
-        room = self._spare or (
-            self._layout.empty(0),
-            np.empty_like(self._ids),
-            None if self._energies is None else np.empty_like(self._energies),
-        )
+        room = self._spare or (self._rows[:0].clone(), np.empty_like(self._ids), np.empty_like(self._energies))
         (self._rows, self._ids, self._energies), self._spare = room, full
         self._empty()
 
     def _collected(self) -> Callable[[], ShardInfo]:
         """What writes and seals what has been collected, as it is now."""
-        rows, ids = self._rows[: self._filled], self._ids[: self._filled]
-        energies = None if self._energies is None else self._energies[: self._filled]
-        return partial(
-            write_shard,
-            self._folder,
-            self._name(),
-            rows,
-            ids,
-            self._layout.dtype,
-            energies=energies,
-            payloads=self._payloads,
-        )
+        kept = slice(self._filled)
+        rows, ids, energies = self._rows[kept], self._ids[kept], self._energies[kept]
+        return partial(write_shard, self._folder, self._name(), rows, ids, energies, self._payloads)
 
     def _empty(self) -> None:
         self._filled = self._payload_bytes = 0
@@ -179,9 +161,8 @@ class StoreWriter:
         # Grown by doubling: a small index need not hold a whole shard's memory.
         if needed > len(self._rows):
             size = min(max(2 * len(self._rows), needed), self._capacity)
-            larger = self._layout.empty(size)
-            larger.factors[: self._filled] = self._rows.factors[: self._filled]
-            larger.codes[: self._filled] = self._rows.codes[: self._filled]
+            larger = torch.empty(size, self._row_bytes, dtype=torch.uint8)
+            larger[: self._filled] = self._rows[: self._filled]
             self._rows = larger
 
 
@@ -190,7 +171,7 @@ class Store:
 
     Args:
         folder: of the index.
-        layout: the rows' layout.
+        row_bytes: of a row.
         shards: in order.
         removed: rising ids of rows that are dead.
         verify: one of `VERIFY`.
@@ -200,15 +181,15 @@ class Store:
     def __init__(
         self,
         folder: Path,
-        layout: RowLayout,
+        row_bytes: int,
         shards: list[ShardInfo],
         *,
         removed: np.ndarray | None = None,
         verify: str = "first",
         damaged: Collection[str] = (),
     ) -> None:
-        self.layout = layout
-        self.shards = [Shard(folder, info, layout) for info in shards]
+        self.row_bytes = row_bytes
+        self.shards = [Shard(folder, info, row_bytes) for info in shards]
         self._starts = np.cumsum([0, *(info.rows for info in shards)])
         self._ids: np.ndarray | None = None
         self._removed, self._verify, self.damaged = removed, verify, frozenset(damaged)
@@ -272,6 +253,17 @@ class Store:
         dead = self.dead
         return self.ids if dead is None else self.ids[~dead]
 
+    def positions_of(self, wanted: np.ndarray) -> np.ndarray:
+        """Positions of rows by their ids (m,); -1 where there is no such row, or no longer."""
+        own, dead = self.ids, self.dead
+        at = np.searchsorted(own, wanted)
+        inside = at < len(own)
+        good = np.zeros(len(wanted), dtype=bool)
+        good[inside] = own[at[inside]] == wanted[inside]
+        if dead is not None:
+            good[inside] &= ~dead[at[inside]]
+        return np.where(good, at, -1)
+
     def first_position(self, number: int) -> int:
         """Of the first row of a shard."""
         return int(self._starts[number])
@@ -280,29 +272,27 @@ class Store:
         for shard in self.shards:
             shard.file.close()
 
-    def stream(self, first: int = 0, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Rows]]:
-        """Rows from position `first` on, in order, as (position of the first, rows).
+    def stream(self, first: int = 0, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+        """Rows from position `first` on, in order, as (position of the first, rows (n, row_bytes) uint8).
 
         The next block is read while the caller works on this one. A block is a view of a buffer that is used again:
         it is good until the next one is asked for.
         """
-        rows = max(min(block_bytes // max(self.layout.row_bytes, 1), max((s.count for s in self.shards), default=1)), 1)
+        rows = max(min(block_bytes // self.row_bytes, max((s.count for s in self.shards), default=1)), 1)
         pieces = [
             (shard, int(start), i, min(i + rows, shard.count))
             for shard, start in zip(self.shards, self._starts[:-1], strict=True)
             for i in range(min(max(first - int(start), 0), shard.count), shard.count, rows)
             if shard.info.sealed.file not in self.damaged
         ]
-        buffers = [self.layout.empty(rows) for _ in range(_READ_AHEAD + 1)]
-        views = [(_bytes(buffer.factors), _bytes(buffer.codes)) for buffer in buffers]
+        buffers = [torch.empty(rows, self.row_bytes, dtype=torch.uint8) for _ in range(_READ_AHEAD + 1)]
+        views = [_bytes(buffer) for buffer in buffers]
 
         def read(number: int) -> None:
             shard, _, start, stop = pieces[number]
             if start == 0 or number == 0:
                 self._check(shard)
-            factors, codes = views[number % len(views)]
-            shard.factors.read(start, stop, factors)
-            shard.codes.read(start, stop, codes)
+            shard.read(start, stop, views[number % len(views)])
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorif-read") as pool:
             pending = [pool.submit(read, i) for i in range(min(_READ_AHEAD, len(pieces)))]
@@ -313,42 +303,32 @@ class Store:
                     pending.append(pool.submit(read, i + _READ_AHEAD))
                 yield first + start, buffers[i % len(buffers)][: stop - start]
 
-    def gather(self, positions: np.ndarray, *, check: bool = True) -> Rows:
-        """Rows at some positions, in the order asked for.
+    def gather(self, positions: np.ndarray, *, check: bool = True, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows at some positions, in the order asked for, (m, row_bytes) uint8, into `out` if given.
 
         Args:
             positions: (m,) int64 in [0, n).
-            check: compare each row with its checksums.
+            check: compare each row with its checksum.
+            out: contiguous room for them.
 
         Raises:
             CorruptionError: a row does not match its checksum.
         """
-        return Rows(self.gather_factors(positions, check=check), self.gather_codes(positions, check=check))
-
-    def gather_factors(
-        self, positions: np.ndarray, *, check: bool = True, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The factors of rows at some positions, (m, width) in the stored dtype (see `gather`), into `out` if given."""
+        size = self.row_bytes
         if out is None:
-            out = torch.empty(len(positions), self.layout.width, dtype=self.layout.torch_dtype)
-        self._gather([shard.factors for shard in self.shards], positions, out.view(torch.uint8), check)
-        return out
-
-    def gather_codes(self, positions: np.ndarray, *, check: bool = True) -> torch.Tensor:
-        """The codes of rows at some positions, (m, code bytes) uint8 (see `gather`)."""
-        out = torch.empty(len(positions), self.layout.code_bytes, dtype=torch.uint8)
-        self._gather([shard.codes for shard in self.shards], positions, out, check)
-        return out
-
-    def all_codes(self) -> torch.Tensor:
-        """The codes of all rows, (n, code bytes) uint8: mind the memory."""
-        out = torch.empty(len(self), self.layout.code_bytes, dtype=torch.uint8)
-        for shard, start in zip(self.shards, self._starts[:-1].tolist(), strict=True):
-            if shard.info.sealed.file in self.damaged:
-                out[start : start + shard.count] = 0
-                continue
-            self._check(shard)
-            shard.codes.read(0, shard.count, _bytes(out[start : start + shard.count]))
+            out = torch.empty(len(positions), size, dtype=torch.uint8)
+        raw, flat = out.numpy(), _bytes(out)
+        order = np.argsort(positions, kind="stable")
+        ends = np.searchsorted(positions[order], self._starts[1:])
+        begin = 0
+        for shard, start, end in zip(self.shards, self._starts[:-1], ends.tolist(), strict=True):
+            if end > begin:
+                places = order[begin:end]
+                local = positions[places] - start
+                shard.gather(local, [flat[p * size : (p + 1) * size] for p in places.tolist()])
+                if check:
+                    shard.check(local, raw, places)
+            begin = end
         return out
 
     def payloads(self, positions: np.ndarray) -> list[bytes | None]:
@@ -367,22 +347,17 @@ class Store:
                     out[place] = payload
         return out
 
-    def energies(self) -> np.ndarray | None:
-        """(n,) float32: squared norms of the examples' gradients, by position; None where a shard has none."""
-        parts = [shard.energies() for shard in self.shards]
-        known = [part for part in parts if part is not None]
-        return np.concatenate(known) if parts and len(known) == len(parts) else None
+    def energies(self) -> np.ndarray:
+        """(n,) float32: squared norms of the examples' gradients, by position."""
+        return np.concatenate([np.empty(0, np.float32), *(shard.energies() for shard in self.shards)])
 
-    def energies_at(self, positions: np.ndarray) -> np.ndarray | None:
-        """(m,) float32: squared norms of some examples' gradients; None where a shard of theirs has none."""
+    def energies_at(self, positions: np.ndarray) -> np.ndarray:
+        """(m,) float32: squared norms of some examples' gradients."""
         out = np.empty(len(positions), dtype=np.float32)
         owners = np.searchsorted(self._starts, positions, side="right") - 1
         for owner in np.unique(owners).tolist():
-            found = self.shards[owner].energies()
-            if found is None:
-                return None
             places = np.flatnonzero(owners == owner)
-            out[places] = found[positions[places] - self._starts[owner]]
+            out[places] = self.shards[owner].energies()[positions[places] - self._starts[owner]]
         return out
 
     def _check(self, shard: Shard) -> None:
@@ -391,24 +366,6 @@ class Store:
             shard.file.verify()
         elif self._verify == "first":
             shard.file.verify_once()
-
-    def _gather(self, parts: list[Part], positions: np.ndarray, out: torch.Tensor, check: bool) -> None:
-        size = out.shape[1]
-        if not size:
-            return
-        raw = out.numpy()
-        flat = _bytes(out)
-        order = np.argsort(positions, kind="stable")
-        ends = np.searchsorted(positions[order], self._starts[1:])
-        begin = 0
-        for part, start, end in zip(parts, self._starts[:-1], ends.tolist(), strict=True):
-            if end > begin:
-                places = order[begin:end]
-                local = positions[places] - start
-                part.gather(local, [flat[p * size : (p + 1) * size] for p in places.tolist()])
-                if check:
-                    part.check(local, raw, places)
-            begin = end
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -15,8 +15,8 @@ import torch
 
 from ..errors import DistributedError
 from ..ranks import ALONE, Ranks
-from ..storage.manifest import Manifest
-from ..storage.shards import ShardInfo
+from .manifest import Manifest
+from .shards import ShardInfo
 
 
 class Team:
@@ -33,7 +33,6 @@ class Team:
         shards: those that this rank holds.
         folder: number of the folder that they lie in.
         offset: how many rows of its folder come before them.
-        firsts: whether this rank is the first of those that share its folder.
     """
 
     def __init__(
@@ -45,9 +44,8 @@ class Team:
         rows: int,
         *,
         folder: int = 0,
-        firsts: bool = True,
     ) -> None:
-        self.ranks, self.shards, self.folder, self.firsts = ranks, list(shards[mine]), folder, firsts
+        self.ranks, self.shards, self.folder = ranks, list(shards[mine]), folder
         counts = [shard.rows for shard in shards]
         self.offset = sum(counts[: mine.start])
         self._inside = np.cumsum([0, *counts]).astype(np.int64)
@@ -71,7 +69,6 @@ class Team:
                 _starts(manifest.shards),
                 slice(0, len(manifest.shards)),
                 _rows(manifest.shards),
-                firsts=True,
             )
         # Calibration and coarse index change without the rows: all must have opened the same version.
         build = f"{manifest.digest()} {manifest.generation}"
@@ -100,7 +97,7 @@ class Team:
         starts = [int(s) for s, (_, _, number) in zip(ends, everywhere, strict=False) if number == part["number"]]
         sharing = [rank for rank, number in enumerate(numbers) if number == part["number"]]
         mine = _share([s.rows for s in manifest.shards], sharing.index(ranks.rank), len(sharing))
-        return cls(ranks, manifest.shards, starts, mine, int(ends[-1]), folder=part["number"], firsts=first)
+        return cls(ranks, manifest.shards, starts, mine, int(ends[-1]), folder=part["number"])
 
     def __len__(self) -> int:
         """Rows of the whole index; removed ones count."""
@@ -111,11 +108,11 @@ class Team:
         """Of the rows in this rank's folder, those that it holds."""
         return slice(self.offset, self.offset + self._own)
 
-    def globally(self, positions: np.ndarray, *, of_folder: bool = False) -> np.ndarray:
-        """Positions in the whole index, of positions in this rank's shards, or in all of its folder; -1 stays."""
+    def globally(self, positions: np.ndarray) -> np.ndarray:
+        """Positions in the whole index, of positions in this rank's shards; -1 stays."""
         if self.ranks.size == 1:
             return positions
-        inside = positions if of_folder else positions + self.offset
+        inside = positions + self.offset
         shard = np.searchsorted(self._inside, inside, side="right") - 1
         shard = np.clip(shard, 0, max(len(self._starts) - 1, 0))
         moved = self._starts[shard] + inside - self._inside[shard] if len(self._starts) else inside

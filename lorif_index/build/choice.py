@@ -1,4 +1,4 @@
-"""Representation: what rows will hold, and how wide projections are for it, where the config leaves that open."""
+"""Choice: which codec rows are written by, and how wide projections are for it, where the config leaves that open."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..capture.gradients import GradientBlock, LayerSpec
 from ..capture.layers import layer_specs
 from ..capture.losses import PerExample
 from ..capture.sources import ModelCapture, ModelGradients
+from ..codecs.registry import LOSSLESS, PREFERRED, codec_class
 from ..codecs.truncation import factorise
 from ..config import LEAST_FLOOR, BuildConfig
 
@@ -31,23 +32,25 @@ _SMALL = 1600
 # Examples of the sample that tell what factors lose.
 MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
-_LOSSLESS = 0.01
+_LOSSLESS_SHARE = 0.01
 
 
 def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, examples: ExampleSource) -> BuildConfig:
-    """The config with a number for projection_floor: wider for eigencodes, which keep the best directions of all, and
-    so gain by there being more to choose from. What rows will be is told by the first batch.
+    """The config with a number for projection_floor: wider for codecs that gain by there being more directions to
+    choose from. The first batch decides which codec is likely.
 
     Where a usual row has room for all directions of the least width, it stays: a wider D would make the same multiple
     of trace / D a smaller lambda (`bench.lds`: Fashion-MNIST falls from .283 to .248)."""
     if config.projection_floor != "auto":
         return config
     least = dataclasses.replace(config, projection_floor=LEAST_FLOOR)
-    if config.projection != "eigen" or config.curvature_rank != "auto" or config.store not in ("auto", "eigen"):
+    if config.projection != "eigen" or config.curvature_rank != "auto":
+        return least
+    if config.store != "auto" and not codec_class(config.store).gains_by_width:
         return least
     taken = ModelCapture(model, least)
     first = itertools.islice(ModelGradients(taken.capture(loss), examples).blocks(), 1)
-    if representation_of(least, taken.specs, first) != "eigen":
+    if not codec_class(chosen_codec(least, taken.specs, first)).gains_by_width:
         return least
     if sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:
         return least
@@ -55,7 +58,7 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
     for floor in _FLOORS:
         wider = dataclasses.replace(config, projection_floor=floor)
         each = sum(spec.dim for spec in layer_specs(taken.layers, wider).values())
-        if 4 * each * min(examples.count, config.curvature_sample) > _FLOOR_BYTES:
+        if 4 * each * min(examples.count, config.sample.size) > _FLOOR_BYTES:
             break
         found = wider
         if floor >= _WIDE and each >= _DIRECTIONS_A_BIT * 8 * config.eigen_bytes:
@@ -63,18 +66,16 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
     return found
 
 
-def representation_is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:
-    """Whether what rows hold depends on the gradients."""
-    if config.store not in ("auto", "both"):
-        return False
-    return config.curvature_rows != "factors" and not all(spec.dense for spec in specs.values())
+def is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:
+    """Whether the codec depends on the gradients."""
+    return config.store == "auto" and config.sample.rows != "stored" and not all(spec.dense for spec in specs.values())
 
 
-def representation_of(config: BuildConfig, specs: dict[str, LayerSpec], blocks: Iterable[GradientBlock]) -> str:
-    """What rows hold: as the config says, or factors alone where they lose next to nothing of some gradients. The
-    blocks are only walked where that depends on them."""
-    if not representation_is_open(config, specs):
-        return "factors" if config.store in ("auto", "both") else config.store
+def chosen_codec(config: BuildConfig, specs: dict[str, LayerSpec], blocks: Iterable[GradientBlock]) -> str:
+    """The codec's name: as the config says, or factors where they lose next to nothing of some gradients: there
+    rounding would only make scores worse. The blocks are only walked where that depends on them."""
+    if not is_open(config, specs):
+        return LOSSLESS if config.store == "auto" else config.store
     lost = total = 0.0
     seen = 0
     for block in blocks:
@@ -86,6 +87,4 @@ def representation_of(config: BuildConfig, specs: dict[str, LayerSpec], blocks: 
             total += float(whole.double().square().sum())
         if seen >= MEASURED:
             break
-    if lost <= _LOSSLESS * total:
-        return "factors"
-    return "both" if config.store == "both" else "eigen"
+    return LOSSLESS if lost <= _LOSSLESS_SHARE * total else PREFERRED

@@ -1,0 +1,281 @@
+"""Inputs: what a build was given, checked before anything is written, as one source of gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..capture import eigenbases
+from ..capture.data import ExampleSource, as_source
+from ..capture.ensemble import count_of
+from ..capture.gradients import GradientSource, LayerSpec
+from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
+from ..capture.sources import (
+    GivenGradients,
+    ModelCapture,
+    ModelGradients,
+    Rewound,
+    asked_device,
+    data_digest,
+    given_specs,
+    is_one_shot,
+    model_digest,
+)
+from ..config import BuildConfig, CurvatureRows
+from ..errors import ConfigError, DataError
+from ..linalg.projection import ALGORITHM, Projections
+from ..search.coarse import load_faiss
+from ..storage.manifest import FORMAT_VERSION, read_manifest, spec_to_json
+from ..storage.payloads import Payloads, Values
+from .choice import with_floor
+
+# Settings that leave every stored number as it is; all others must agree when an interrupted build goes on. autocast
+# is in the fingerprint by itself.
+_FREE_SETTINGS = ("complement", "coarse", "compute")
+
+
+def loss_name(loss: PerExample | None) -> str:
+    """How a loss is remembered: "default", or its own name (not the module's or function's that it stands in)."""
+    if loss is None:
+        return "default"
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gave, as `Index.build` has it."""
+
+    model: nn.Module | None
+    data: Any
+    gradients: Any
+    loss: PerExample | None
+    curvature: Any
+    config: BuildConfig
+    metadata: dict[str, Any]
+    payloads: Values | None
+    fit: Path | None
+
+    def check(self) -> None:
+        """Either data with its model, or gradients; metadata that JSON can keep.
+
+        Raises:
+            DataError, ConfigError: anything else.
+        """
+        check_arguments(self.model, self.data, self.gradients, self.loss)
+        try:
+            if (
+                not isinstance(self.metadata, dict)
+                or json.loads(json.dumps(self.metadata, allow_nan=False)) != self.metadata
+            ):
+                raise TypeError("it does not come back from JSON as it was")
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"metadata must be a dict of plain JSON values: {error}") from None
+
+
+def check_arguments(model: Any, data: Any, gradients: Any, loss: Any) -> None:
+    """Either data with its model, or gradients.
+
+    Raises:
+        DataError, ConfigError: anything else.
+    """
+    if (data is None) == (gradients is None):
+        given = "both" if data is not None else "neither"
+        raise DataError(f"pass either model= and data=, or gradients=; {given} of data and gradients was given")
+    if data is not None and model is None:
+        raise DataError("data= needs a model= to take gradients of")
+    if loss is not None and not callable(loss):
+        raise ConfigError(f"loss must be callable, loss(model, batch) -> (n,), got {type(loss).__name__}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a build works on.
+
+    Attributes:
+        config: the choices, with a number for `projection_floor`.
+        asked: the choices as they were given, which the index remembers.
+        loss: or None for the default.
+        specs: the layers.
+        projections: of their sides.
+        source: of the examples' gradients.
+        walk_sides: walks over the sides' inputs or output gradients of some examples, for learnt projections.
+        capture, examples: of the model and the data; None where gradients were given.
+        curvature: the user's own rows, or None.
+        logits: how probes find the logits; None where the curvature is something else.
+        payloads: of the examples, or None.
+        fingerprint: of everything a score depends on.
+        fit: the index whose fit is taken, or None.
+    """
+
+    config: BuildConfig
+    asked: BuildConfig
+    loss: PerExample | None
+    specs: dict[str, LayerSpec]
+    projections: Projections
+    source: GradientSource
+    walk_sides: Callable[[np.ndarray, list[eigenbases.Side]], eigenbases.Walk]
+    capture: ModelCapture | None
+    examples: ExampleSource | None
+    curvature: CurvatureRows | None
+    logits: LogitsOf | None
+    payloads: Payloads | None
+    fingerprint: dict[str, Any]
+    fit: Path | None
+
+    @property
+    def curvature_last(self) -> bool:
+        """Whether the curvature is fitted on all stored rows, after they were written (the published order)."""
+        return self.config.sample.rows == "stored" and self.curvature is None
+
+    @property
+    def curvature_kind(self) -> str:
+        """What the curvature's rows are (see `curvature_kind`)."""
+        return curvature_kind(self.config, self.curvature, self.logits)
+
+    @property
+    def device(self) -> torch.device:
+        """Where fits and encoding are computed."""
+        if self.capture is not None:
+            return self.capture.capture(self.loss).device
+        return asked_device(self.config) or torch.device("cpu")
+
+
+def curvature_kind(config: BuildConfig, given: CurvatureRows | None, logits: LogitsOf | None) -> str:
+    """What a curvature's rows are: "given", "mixed", "ggn", "stored" (all rows) or "sample" (of gradients)."""
+    if given is not None:
+        return "given"
+    if logits is None:
+        return config.sample.rows
+    return "mixed" if config.curvature == "auto" else config.curvature
+
+
+def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
+    """Makes a source of gradients of what was given. The first batch is taken, so that what cannot be honoured is
+    refused before a folder is made.
+
+    Args:
+        given: by the user.
+        claim: makes the index's folder an unfinished build's, for a stream that must be kept there, and gives it.
+        stack: closes what is opened.
+
+    Raises:
+        ConfigError, DataError, CaptureError: what was given cannot be honoured.
+    """
+    config, loss, curvature = given.config, given.loss, given.curvature
+    asked_device(config)
+    if config.coarse.kind == "flat":
+        load_faiss()
+    if isinstance(curvature, str):
+        config, curvature = dataclasses.replace(config, curvature=curvature), None
+    rows = curvature if isinstance(curvature, CurvatureRows) or curvature is None else CurvatureRows(curvature)
+    asked = config
+    fitted = None if given.fit is None else read_manifest(given.fit)
+    logits = _logits_for_ggn(config, rows, loss, from_model=given.gradients is None)
+    capture = examples = None
+    source: GradientSource
+    if given.gradients is None:
+        if given.model is None:
+            raise DataError("data= needs a model= to take gradients of")
+        examples = as_source(given.data, config.batch_size)
+        if fitted is not None and config.projection_floor == "auto":
+            config = dataclasses.replace(config, projection_floor=fitted.floor())
+        config = with_floor(config, given.model, loss, examples)
+        taken = capture = ModelCapture(given.model, config)
+        specs, projections = capture.specs, capture.projections
+        source = ModelGradients(capture.capture(loss), examples)
+
+        def walk(ids: np.ndarray, sides: list[eigenbases.Side]) -> eigenbases.Walk:
+            return taken.sides(loss, examples, ids)
+
+        next(iter(source.blocks()))
+        fingerprint = {
+            "model": model_digest(given.model),
+            "loss": loss_name(loss),
+            "autocast": config.compute.autocast,
+            "data": data_digest(examples),
+        }
+        if count_of(given.model) is not None:
+            fingerprint["members"] = count_of(given.model)
+    else:
+        gradients = given.gradients
+        if is_one_shot(gradients):
+            gradients = Rewound(gradients, claim())
+            stack.callback(gradients.close)
+        specs = given_specs(gradients, config)
+        projections = Projections(specs, config.seed)
+        handed = source = GivenGradients(gradients, projections)
+
+        def walk(ids: np.ndarray, sides: list[eigenbases.Side]) -> eigenbases.Walk:
+            return eigenbases.walk_gradients(lambda: handed.given(ids), sides)
+
+        fingerprint = {"model": None, "loss": None, "data": handed.digest}
+    payloads = None if given.payloads is None else Payloads(given.payloads, source.count)
+    fingerprint |= {
+        "format_version": FORMAT_VERSION,
+        "examples": source.count,
+        "projection": ALGORITHM,
+        "layers": [spec_to_json(spec) for spec in specs.values()],
+        "config": {k: v for k, v in config.to_json().items() if k not in _FREE_SETTINGS},
+        "curvature": curvature_kind(config, rows, logits) if fitted is None else fitted.fingerprint.get("curvature"),
+        "payloads": None if payloads is None else payloads.digest,
+        "fit": None if fitted is None else fitted.files()["curvature"].digest,
+    }
+    return Inputs(
+        config,
+        asked,
+        loss,
+        specs,
+        projections,
+        source,
+        walk,
+        capture,
+        examples,
+        rows,
+        logits,
+        payloads,
+        fingerprint,
+        given.fit,
+    )
+
+
+def _logits_for_ggn(
+    config: BuildConfig, rows: CurvatureRows | None, loss: PerExample | None, *, from_model: bool
+) -> LogitsOf | None:
+    """How probes find the logits; None where the curvature is something else.
+
+    Raises:
+        ConfigError: the GGN was asked for by name, and cannot be had.
+    """
+    wanted = config.curvature
+    if rows is not None or config.sample.rows == "stored" or wanted == "empirical":
+        return None
+    if not from_model:
+        if wanted != "auto":
+            raise ConfigError(
+                f"curvature={wanted!r} needs the model's logits, and the index is built from gradients: pass the "
+                "curvature's rows as curvature=CurvatureRows(...)"
+            )
+        return None
+    logits = logits_of(default_loss if loss is None else loss)
+    if logits is None:
+        trouble = (
+            f"the loss {loss_name(loss)!r} does not say which logits it is the cross-entropy of (give it an "
+            "attribute `logits`, or use CrossEntropy)"
+        )
+        if wanted != "auto":
+            raise ConfigError(f"curvature={wanted!r}: {trouble}, or pass curvature='empirical'")
+        warnings.warn(
+            f"{trouble}, so the curvature is the empirical one; curvature='empirical' says that this is meant",
+            stacklevel=6,
+        )
+    return logits

@@ -1,0 +1,110 @@
+"""Sample: the random examples that everything is fitted on, walked several times."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..capture.gradients import GradientBlock, GradientSource
+from ..capture.sources import GivenGradients, finite_blocks
+from ..capture.spool import Spool
+from ..curvature.fit import RowPass
+from ..errors import NonFiniteError
+from ..linalg.sampling import drawn
+from .inputs import Inputs
+from .state import BuildState
+
+
+class SampleRows:
+    """The sample of a build, this rank's part of it.
+
+    Args:
+        inputs: what is built of.
+        state: how far the build is.
+
+    Attributes:
+        spool: the gradients of all examples, where the sample is all of them and they are kept on disk: encoding reads
+            them back instead of computing them again. None before they are taken.
+        skipped: ids of all examples that were left out then.
+    """
+
+    def __init__(self, inputs: Inputs, state: BuildState) -> None:
+        self._inputs, self._state = inputs, state
+        self._taken: tuple[RowPass, int] | None = None
+        self.spool: Spool | None = None
+        self.skipped: list[int] = []
+
+    def drawn(self, count: int) -> np.ndarray:
+        """The first ids of all in random order: the fitting sample's, then further ones."""
+        total = self._inputs.source.count
+        return drawn(total, count, self._inputs.config.seed, "curvature-sample", total)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Sorted ids of the sample."""
+        return np.sort(self.drawn(self._inputs.config.sample.size))
+
+    def gradients(self) -> tuple[RowPass, int]:
+        """Unfactored gradients of this rank's part, the same at each walk, and how many there are in the whole."""
+        if self._taken is None:
+            wanted = self.ids
+            everything = len(wanted) == self._inputs.source.count
+            source = self._inputs.source
+            rows, count, spool, skipped = self.walkable("sample", source, self._state.own(wanted), everything)
+            if everything and spool is not None:
+                self.spool, self.skipped = spool, skipped
+            self._taken = rows, count
+        return self._taken
+
+    def walkable(
+        self, stage: str, source: GradientSource, wanted: np.ndarray, everything: bool, *, each: int = 1
+    ) -> tuple[RowPass, int, Spool | None, list[int]]:
+        """Some rows of a source, for several walks, kept on disk meanwhile where they fit; how many of these all ranks
+        have; and the ids of what was skipped here.
+
+        Args:
+            stage: what taking them is called.
+            source: of examples.
+            wanted: this rank's.
+            everything: whether all ranks together take all of them.
+            each: rows of an example.
+        """
+        state, config, ranks = self._state, self._inputs.config, self._state.ranks
+        skipped: list[int] = []
+
+        def walk() -> Iterator[GradientBlock]:
+            skipped.clear()
+            return state.spoken_for(finite_blocks(source.sample(wanted), config.on_nonfinite, skipped))
+
+        need = len(wanted) * each * sum(spec.dim for spec in self._inputs.specs.values()) * 4
+        # Given gradients are there to be walked again; a part of them is found faster in a copy.
+        sharing = state.home.leaders.count(state.home.leader)
+        most = min(config.compute.spool_bytes, shutil.disk_usage(state.path).free // 2 // sharing)
+        if ranks.count(int(need > most)) or (everything and isinstance(source, GivenGradients)):
+            with ranks.jointly("sample"):
+                count = sum(block.count for block in walk())
+            return walk, self._some(ranks.count(count)), None, skipped
+        with state.stage(stage, len(wanted) * each) as progress:
+            with ranks.jointly():
+                spool = Spool(state.path, _told(walk(), progress.advance))
+            state.stack.callback(spool.close)
+            count = self._some(ranks.count(spool.count))
+        return spool.blocks, count, spool, list(skipped)
+
+    def _some(self, count: int) -> int:
+        """The count of rows to fit with, where there are some."""
+        if not count:
+            raise NonFiniteError(
+                "every example of the sample has inf or NaN gradients, and on_nonfinite='skip' leaves nothing to fit "
+                "with: mend the data or the loss"
+            )
+        return count
+
+
+def _told(blocks: Iterator[GradientBlock], advance: Any) -> Iterator[GradientBlock]:
+    for block in blocks:
+        yield block
+        advance(block.count)

@@ -1,0 +1,296 @@
+"""Base: what a row codec is. It turns an example's gradients into a row of bytes, and scores such rows.
+
+To the store a row is bytes; what they mean is known to the codec alone. Whoever adds one writes one class and a line in
+the registry. What is not abstract here works for any codec, by what its rows stand for (`decode`); a codec whose rows
+can be scored more quickly as they are says how.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import torch
+
+from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
+from ..curvature.fit import CURVATURE_RANK, CurvatureShape, LayerCurvature, RowPass
+from ..curvature.inverse import Preconditioner, inside_of, transform
+from ..curvature.sketch import Sketch, SketchEncoder, Whitened, half_whitened
+from ..linalg.scratch import CPU
+from ..progress import Stage
+from ..ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from ..config import BuildConfig
+
+# Rows decoded at once where a codec has nothing quicker: float32 bytes of their gradients.
+_BLOCK_BYTES = 16 << 20
+# Rows whose sketch is taken together.
+SKETCHED_ROWS = 512
+
+Parts = dict[str, torch.Tensor]
+"""A question as a codec's scorer takes it: named float32 tensors (q, ...), linear in the question's gradients."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What a codec may be fitted by.
+
+    Attributes:
+        specs: the layers.
+        config: the build's choices.
+        curvature: layer -> fitted curvature; empty where the codec does not depend on it.
+        lams: layer -> lambda of the config's damping; empty likewise.
+        sample: gives this rank's blocks of the sample's gradients, the same at each walk, and how many rows all ranks
+            have. Nothing is computed before it is called.
+        stage: told of the rows walked.
+        device: where products are computed.
+        ranks: who have the sample's rows, and all call `fit`.
+    """
+
+    specs: Mapping[str, LayerSpec]
+    config: BuildConfig
+    curvature: Mapping[str, LayerCurvature]
+    lams: Mapping[str, float]
+    sample: Callable[[], tuple[RowPass, int]]
+    stage: Stage
+    device: torch.device = CPU
+    ranks: Ranks = ALONE
+
+
+@dataclass(frozen=True)
+class CodecSizes:
+    """Bytes that a codec will take, by shapes alone.
+
+    Attributes:
+        row: of a row.
+        file: of its own file.
+        directions: that a sketch of its rows is made of, in all layers.
+        question: of a question's parts.
+        summed: of what is summed over ranks while it is fitted.
+    """
+
+    row: int
+    file: int
+    directions: int
+    question: int
+    summed: int = 0
+
+
+@dataclass(frozen=True)
+class QueryGradients:
+    """Gradients of some queries, with what several parts of a question need of them.
+
+    Attributes:
+        gradients: layer -> (q, d_in, d_out) float32; layers that are absent count nothing.
+        curvature: layer -> fitted curvature.
+    """
+
+    gradients: Mapping[str, torch.Tensor]
+    curvature: Mapping[str, LayerCurvature]
+
+    @property
+    def count(self) -> int:
+        """q."""
+        return int(next(iter(self.gradients.values())).shape[0])
+
+    @cached_property
+    def inside(self) -> dict[str, torch.Tensor]:
+        """Layer -> V^T vec(G), (q, r) float32."""
+        return inside_of({name: g.flatten(1) for name, g in self.gradients.items()}, self.curvature)
+
+
+class Scorer(Protocol):
+    """Scores blocks of rows against fixed questions."""
+
+    def score(self, rows: torch.Tensor) -> torch.Tensor:
+        """(q, n) float32 of rows (n, row_bytes) uint8, on the device that the scorer was made for."""
+        ...
+
+
+class Encoder(ABC):
+    """Makes rows of gradients.
+
+    Attributes:
+        vanished: how many (example, layer) gradients became zero in what is stored.
+    """
+
+    vanished: int = 0
+
+    @abstractmethod
+    def encode(self, block: GradientBlock) -> torch.Tensor:
+        """Rows (n, row_bytes) uint8, on the CPU.
+
+        Raises:
+            NonFiniteError: an example that cannot be stored.
+        """
+
+
+class RowCodec(ABC):
+    """What is kept of an example.
+
+    Attributes:
+        name: by which `BuildConfig.store` chooses it.
+        depends_on: fits without which its rows mean nothing, beside the projections and its own file: "curvature" or
+            none. Such a fit is made before the rows, and is never renewed or repaired without them.
+        gains_by_width: whether wider projections make its rows better at the same size.
+        specs: the layers.
+        curvature: layer -> fitted curvature; not looked at before it is needed.
+    """
+
+    name: ClassVar[str]
+    depends_on: ClassVar[frozenset[str]] = frozenset()
+    gains_by_width: ClassVar[bool] = False
+
+    def __init__(self, specs: Mapping[str, LayerSpec], curvature: Mapping[str, LayerCurvature]) -> None:
+        self.specs, self.curvature = specs, curvature
+
+    # -- before anything is fitted -------------------------------------------------------------------------------
+
+    @classmethod
+    def shapes(cls, config: BuildConfig, specs: Mapping[str, LayerSpec]) -> dict[str, CurvatureShape]:
+        """Layer -> what is to be fitted of its curvature: as the config says, or what these rows have use for."""
+        rank = CURVATURE_RANK if config.curvature_rank == "auto" else config.curvature_rank
+        return dict.fromkeys(specs, CurvatureShape(rank))  # type: ignore[arg-type]
+
+    @classmethod
+    @abstractmethod
+    def sizes(cls, config: BuildConfig, specs: Mapping[str, LayerSpec], directions: int) -> CodecSizes:
+        """What it will take, where the layers' curvatures have so many directions together."""
+
+    @classmethod
+    def choices(cls) -> list[dict[str, Any]]:
+        """Settings of `BuildConfig` that make larger and smaller rows, for an estimate to show."""
+        return [{}]
+
+    # -- made, kept, read ----------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, fitting: Fitting) -> Self:
+        """The codec for an index; on all ranks the same.
+
+        Raises:
+            CurvatureError: nothing can be stored so.
+        """
+
+    def save(self, folder: Path, name: str) -> dict[str, Any]:
+        """Seals what it needs, if anything, as a file of that name; the manifest's entry: plain JSON values, `file` of
+        a sealed file."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls, folder: Path, entry: Any, specs: Mapping[str, LayerSpec], curvature: Mapping[str, LayerCurvature]
+    ) -> Self:
+        """From what `save` gave. A file is not read before it is needed.
+
+        Raises:
+            CorruptionError: the entry is damaged.
+        """
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """How numbers are stored, in a word or two."""
+
+    @property
+    def query_bytes(self) -> int:
+        """Memory that a scorer takes for each question."""
+        return 4 * sum(spec.dim for spec in self.specs.values())
+
+    @abstractmethod
+    def encoder(self, device: torch.device) -> Encoder:
+        """What makes rows, its products on that device."""
+
+    @abstractmethod
+    def decode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Layer -> (n, D) float32: the gradients that rows (n, row_bytes) uint8 on the CPU stand for."""
+
+    def question(self, asked: QueryGradients, preconditioners: Mapping[str, Preconditioner]) -> Parts:
+        """What `scorer` takes: here H^-1 G of each layer, (q, d_in, d_out)."""
+        return transform(asked.gradients, preconditioners)
+
+    def scorer(self, parts: Parts, device: torch.device = CPU) -> Scorer:
+        """Scores rows on a device by what `question` gave, for some or all of its questions."""
+        return _DecodingScorer(self, parts, device)
+
+    def self_influence(self, rows: torch.Tensor, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
+        """g^T H^-1 g of what rows (n, row_bytes) say of g, summed over the given layers, (n,) float32."""
+        out = torch.zeros(len(rows))
+        for part, total in self._pieces(rows, out):
+            gradients = self.decode(part)
+            for name, preconditioner in preconditioners.items():
+                total += preconditioner.quadratic(gradients[name])
+        return out
+
+    def gradients(self, rows: torch.Tensor) -> dict[str, LayerGradient]:
+        """Layer -> what rows stand for, as a block of gradients has it."""
+        shapes = {name: (-1, spec.d_in, spec.d_out) for name, spec in self.specs.items()}
+        return {n: LayerGradient.from_dense(g.reshape(shapes[n])) for n, g in self.decode(rows).items()}
+
+    # -- the sketch of rows --------------------------------------------------------------------------------------
+
+    def whitened(
+        self, rows: Callable[[], Iterable[torch.Tensor]], count: int, lams: Mapping[str, float], device: torch.device
+    ) -> Whitened:
+        """Half-whitened coordinates of blocks of rows, which a sketch is fitted on.
+
+        Args:
+            rows: gives this rank's blocks (n, row_bytes), the same each time.
+            count: rows of all ranks.
+            lams: layer -> lambda.
+            device: where the products are computed.
+        """
+
+        def blocks() -> Iterator[dict[str, LayerGradient]]:
+            for block in rows():
+                yield self.gradients(block)
+
+        return half_whitened(blocks, count, self.curvature, lams, device)
+
+    def sketcher(self, sketch: Sketch) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from rows (n, row_bytes) to their coordinates z (n, k) float32."""
+        encoder = SketchEncoder(sketch, self.curvature)
+
+        def coordinates(rows: torch.Tensor) -> torch.Tensor:
+            parts = [encoder.encode(self.gradients(part)) for part in rows.split(SKETCHED_ROWS)]
+            return torch.cat(parts) if parts else torch.empty(0, sketch.dim)
+
+        return coordinates
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, rows: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Some rows at a time, and their part of what is made of them: bounds memory."""
+        step = max(_BLOCK_BYTES // (4 * sum(spec.dim for spec in self.specs.values())), 16)
+        yield from zip(rows.split(step), out.split(step), strict=True)
+
+
+class _DecodingScorer:
+    """Scores what rows stand for, layer by layer."""
+
+    def __init__(self, codec: RowCodec, parts: Parts, device: torch.device) -> None:
+        self._codec, self._device = codec, device
+        self._matrices = {name: part.flatten(1).T.to(device) for name, part in parts.items()}
+        self._count = next(iter(parts.values())).shape[0]
+
+    def score(self, rows: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(rows), self._count, device=self._device)
+        for part, total in self._codec._pieces(rows.cpu(), out):
+            gradients = self._codec.decode(part)
+            for name, matrix in self._matrices.items():
+                total.addmm_(gradients[name].to(self._device), matrix)
+        return out.T
