@@ -347,8 +347,10 @@ def _corrected(
     return dataclasses.replace(orders, losses=tuple(losses))
 
 
-def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
-    """A coarse index made anew, calibrated, and committed with the manifest.
+def rebuild(
+    reader: Reader, factory: str, report: Reporter, extra: Mapping[str, torch.Tensor] | None = None
+) -> Manifest:
+    """A coarse index made anew, calibrated (also on `extra` queries, as in `calibrate`), and committed.
 
     Raises:
         ConfigError: as in `make_coarse`, or faiss is not installed.
@@ -369,7 +371,7 @@ def rebuild(reader: Reader, factory: str, report: Reporter) -> Manifest:
         fresh.queries = save_queries(reader.folder, ids, gradients, fresh.new_name("calibration"))
     with report.stage("coarse", len(reader.store)) as stage:
         fresh.coarse = make_coarse(reader, factory, stage)
-    return recalibrate(Reader(reader.folder, fresh), None, report)
+    return recalibrate(Reader(reader.folder, fresh), extra, report)
 
 
 def recalibrate(reader: Reader, extra: Mapping[str, torch.Tensor] | None, report: Reporter) -> Manifest:
