@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from .capture.losses import PerExample
 from .config import BuildConfig
 from .damping import Damping
 from .describe import Described
-from .errors import ConfigError, CorruptionError, DataError
+from .errors import CorruptionError
 from .huggingface.tokenised import TOKENIZER, prepared, prepared_rows, tokenizer_digest
 from .identity import Identity
 from .life.add import add_examples, check_addition
@@ -38,18 +38,17 @@ from .ranks import ALONE, Ranks
 from .results import Groups, Hits
 from .search.answer import Wanted, answer, check_groups
 from .search.devices import search_device
-from .search.explain import Explanation, TrainingData
+from .search.explain import Explanation
 from .search.groups import By, sum_groups
-from .search.named import as_ids, found_positions, payloads_at, stored_gradients
+from .search.named import payloads_of, stored_gradients
 from .search.normalise import check_normalize
-from .search.pairs import explain_pairs, wanted_ids
+from .search.pairs import explain_pairs, training_data, wanted_ids
 from .search.shrinkage import shrinking
 from .search.whole import all_scores, in_order, need_rows, self_influence
 from .snapshot import Access, Snapshot
 from .storage.damage import damage_message, find_damage, folder_bytes
 from .storage.manifest import read_manifest
 from .storage.payloads import Payloads, Values
-from .storage.store import VERIFY
 
 
 class Index(Described):
@@ -72,17 +71,15 @@ class Index(Described):
 
         An open index answers from the version that it opened, whatever writers do meanwhile.
         """
-        newer = self._now.newer()
-        if newer is not None:
-            self._now = newer
-        return newer is not None
-
-    def _newest(self) -> Snapshot:
-        self.refresh()
-        return self._now
+        before, self._now = self._now, self._now.newest()
+        return self._now is not before
 
     def _writing(self, progress: bool | ProgressCallback | None) -> AbstractContextManager[Change]:
         return writing(self._now, self._newest, progress)
+
+    def _newest(self) -> Snapshot:
+        self._now = self._now.newest()
+        return self._now
 
     # -- making one ----------------------------------------------------------------------------------------------
 
@@ -106,43 +103,36 @@ class Index(Described):
     ) -> Index:
         """Builds an index in a folder, and opens it. The same call on an interrupted build goes on with it.
 
-        Where torch.distributed is initialised (torchrun), all ranks call this with the same arguments and share the
-        work: see `distributed`.
-
         Args:
             path: a folder that does not exist, is empty, or holds an interrupted build.
-            model: the trained model. It is left exactly as it was found. A list of models, such as checkpoints of
-                several seeds, makes one index whose scores are the mean over them: layer "w" of the first is called
-                "0.w" in the index (and in `layers=` of a search); the config's `layers` are of a model's own names.
+            model: the trained model. It is left exactly as it was found. Of a list of models, such as checkpoints of
+                several seeds, scores are the mean; layer "w" of the first is then called "0.w" in the index. The
+                config's `layers` are of a model's own names.
             data: a torch Dataset, a DataLoader that does not shuffle, a Hugging Face Dataset, or a tuple or dict of
-                tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded. For a model
-                of transformers also texts, chats, prompts with completions, and packed rows (see
-                `huggingface.TokenisedData`).
+                tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded. A model of
+                transformers also takes texts, chats and packed rows (see `huggingface.TokenisedData`).
             gradients: instead of model and data: an iterable of blocks {layer: (n, d_in, d_out) array}, or of factor
-                pairs {layer: ((n, d_in, m), (n, d_out, m))}. An iterator that is used up by one walk is kept on disk
-                meanwhile.
+                pairs {layer: ((n, d_in, m), (n, d_out, m))}. What can be walked only once is kept on disk meanwhile.
             loss: loss(model, batch) -> (n,) per-example losses; default `default_loss`.
-            curvature: "mixed", "ggn" or "empirical" (see `BuildConfig.curvature`), or rows to fit it from, of the same
-                forms as data or gradients, or a `CurvatureRows`; default: what the config says, on a random sample.
+            curvature: "mixed", "ggn" or "empirical" (see `BuildConfig.curvature`); or rows to fit it from: of the same
+                forms as data or gradients, or a `CurvatureRows`. By default the config decides.
             config: the choices; `BuildConfig()` by default.
             metadata: a dict of plain JSON values, kept in the manifest.
-            payloads: what is to come back with hits: a plain JSON value for each example (its text, source, label, your
-                own id for it), as a list or anything with a length and integer keys.
-            fit: another index, whose projections, curvature and directions are taken instead of fitted: such indexes
-                can be merged. Its config is the default then.
-            tokenizer: of transformers, for data and questions of text; a digest of it is kept in the metadata.
-            distributed: None: all ranks of the default process group build together, where one is initialised; False:
-                this process alone; or a `ProcessGroup`. Where the ranks do not see one folder under `path`, each
-                folder gets a part, an index of its own with ids in the whole, and the parts are searched together
-                (`open(distributed=True)`).
+            payloads: a plain JSON value for each example (its text, source, label, your own id), which comes back with
+                hits. A list, or anything with a length and integer keys.
+            fit: another index, whose projections, curvature and directions are taken. Such indexes can be merged. Its
+                config is the default then.
+            tokenizer: of transformers, for data and questions of text; the metadata keep its digest.
+            distributed: None: all ranks of the default process group, if one is initialised, call this with the same
+                arguments and share the work. False: this process alone. Or a `ProcessGroup`. Ranks that do not see one
+                folder under `path` each get a part; `open(distributed=True)` searches the parts together.
             progress: True or False for bars on stderr, None for bars on a terminal, or a callable that gets every
                 `ProgressEvent`.
 
         Raises:
             IndexExistsError: the folder is not free. ConfigError, DataError, CaptureError: what was given cannot be
-            honoured; nothing is written then. NonFiniteError: inf or NaN in an example's gradient.
-            FingerprintError: the folder holds an interrupted build of something else. OSError: disk or permissions.
-            DistributedError: another rank failed, hangs, or was given something else.
+            used; nothing is written then. NonFiniteError: inf or NaN in a gradient. FingerprintError: the folder holds
+            an interrupted build of something else. DistributedError: another rank failed or was given something else.
         """
         folder = Path(path)
         fitted = None if fit is None else fit.path if isinstance(fit, Index) else Path(fit)
@@ -193,14 +183,10 @@ class Index(Described):
         Args:
             model, data, gradients, loss, config, tokenizer, progress: as in `build`.
             examples: N, where `data` is only a part; by default what there is.
-            batches: whose gradients are taken and timed.
+            batches: how many are timed.
             disk: bytes that there are for the index: says which choices fit.
             payload_bytes: of an example's payload, on average.
-            world_size: ranks that are to build it together (`build(distributed=)`): `Estimate.ranks` says what each
-                takes, and what it sends the others.
-
-        Returns:
-            `Estimate`.
+            world_size: ranks that are to build it together: `Estimate.ranks` says what each takes and sends.
 
         Raises:
             ConfigError, DataError, CaptureError: as in `build`.
@@ -240,7 +226,7 @@ class Index(Described):
 
         Args:
             path: its folder.
-            model: the model it was built from, or the list of them in the same order; needed for raw queries only.
+            model: the model or models that it was built from; needed for raw queries only.
             loss: the loss it was built with, if that was not the default.
             data: what it was built from, in the same order, for `explain`; it is not looked at before.
             device: where rows are scored: "cuda", where what fits into half of the free memory stays; "cpu"; None: a
@@ -250,24 +236,18 @@ class Index(Described):
             damaged: "refuse" raises `CorruptionError` where a search meets damage; "skip" looks at every shard now, and
                 answers without the examples of damaged ones (`SearchStats.skipped` counts them).
             tokenizer: the one it was built with, to ask in words and to add texts.
-            distributed: True: all ranks of the default process group open the index together, or the parts of it that
-                lie in their folders; or a `ProcessGroup`. Each holds a part of the rows and of the coarse index, all
-                call the same methods at the same time, rank 0's query counts (others may pass None), and all get the
-                answer. Such a handle changes nothing in the index.
+            distributed: True: all ranks of the default process group open the index, or its parts, together; or a
+                `ProcessGroup`. Each holds a part of the rows. All call the same methods at the same time; rank 0's
+                query counts (others may pass None), and all get the answer. Such a handle changes nothing.
 
         Raises:
             NotAnIndexError, FormatVersionError, CorruptionError: the folder. FingerprintError: another model, a loss
-            of another name (what a loss computes is not compared) or another tokenizer than it was built with; the
-            message names what differs.
+            of another name (what a loss computes is not compared) or another tokenizer; the message names what differs.
         """
-        if verify not in VERIFY:
-            raise ConfigError(f"verify must be one of {VERIFY}, got {verify!r}")
-        if damaged not in ("refuse", "skip"):
-            raise ConfigError(f"damaged must be 'refuse' or 'skip', got {damaged!r}")
-        ranks = Ranks.of(distributed)
-        with ranks.jointly("open"):
+        access = Access(search_device(device), verify, damaged, Ranks.of(distributed))
+        with access.ranks.jointly("open"):
             read_manifest(Path(path))
-        now = Snapshot.open(Path(path), Access(search_device(device), verify, damaged, ranks))
+        now = Snapshot.open(Path(path), access)
         identity = Identity.checked(now, None if model is None else as_model(model), loss, tokenizer)
         return cls(now, identity, identity.data(data))
 
@@ -292,31 +272,29 @@ class Index(Described):
         """The k training examples that lowered (or, with opponents, raised) the query's loss most.
 
         Args:
-            query: one batch of the kind the index was built from, or gradients {layer: (q, d_in, d_out)} or factor
-                pairs, of a quantity to lower. Where the tokenizer is known, a text, a chat (a list of messages), a list
-                of either, or rows such as {"prompt", "completion"}.
-            k: how many; above n it gives n.
-            recall: the share of the exact k best that is to be found, in (0, 1]; 1 scans every row.
+            query: one batch of the kind the index was built from; or gradients {layer: (q, d_in, d_out)} or factor
+                pairs, of a quantity to lower. With a tokenizer also a text, a chat (a list of messages), a list of
+                either, or rows such as {"prompt", "completion"}.
+            k: how many; at most n.
+            recall: share of the exact k best to find, in (0, 1]. Higher recall costs more time; 1 scans every row.
             rescore: False answers from the coarse index alone, with approximate scores.
             measure: measure(model, batch) -> (q,): explain this instead of the loss; positive scores raise it.
             opponents: the most negative scores first instead.
-            normalize: "relatif" divides each score by the root of the example's self-influence, so that examples of
-                large gradients everywhere do not win (RelatIF, Barshan, Brunet and Dziugaite, arXiv:2003.11630);
-                "cosine" by the root of the query's, too. Every row is scanned; the first such search under a damping
-                also finds all self-influences, which are kept in memory (4 bytes a row).
+            normalize: "relatif" divides each score by the root of the example's self-influence (RelatIF,
+                arXiv:2003.11630); "cosine" by the root of the query's, too. Every row is scanned. The first such search
+                under a damping also finds all self-influences and keeps them: 4 bytes a row.
             exact: True scans every row; False rescores candidates, however small the index; None chooses.
             damping: another policy than the build's, or a multiple of trace / D.
             layers: names or glob patterns of the layers whose scores are summed; all by default.
-            group_by: also sums the scores of the whole training set by this field of the payloads, as `groups` does:
-                `hits.groups`. The hits are the same; it takes a scan of every row.
+            group_by: also gives `hits.groups`, as `groups` does by this field of the payloads; it scans every row.
             progress: as in `build`.
 
         Returns:
             `Hits`: ids (q, k) int64, scores (q, k) float32, stats. Memory does not grow with n.
 
         Raises:
-            QueryError: a query, k, recall or layers that do not fit, or a way of searching that the index does not
-            have. NonFiniteError: inf or NaN in the query's gradient.
+            QueryError: arguments that do not fit, or a way of searching that the index does not have. FingerprintError:
+            the model has changed. NonFiniteError: inf or NaN in the query's gradient.
         """
         ask = self._questions
         wanted = Wanted(
@@ -330,12 +308,8 @@ class Index(Described):
             layers=ask.chosen(layers),
             group_by=group_by,
         )
-        return answer(
-            ask.now.reader,
-            wanted,
-            lambda: ask.prepare(query, measure, wanted.damping, wanted.layers, normalize, some=False),
-            progress,
-        )
+        prepare = partial(ask.prepare, query, measure, wanted.damping, wanted.layers, normalize, some=False)
+        return answer(ask.now.reader, wanted, prepare, progress)
 
     def groups(
         self,
@@ -349,17 +323,17 @@ class Index(Described):
         shrink: bool = False,
         progress: bool | ProgressCallback | None = False,
     ) -> Groups:
-        """What whole parts of the training set did to the query: every example's score, summed by source, label, ...
+        """Sums the scores of all examples by a field of their payloads, such as source or label.
 
         Args:
             query, measure, damping, layers, progress: as in `search`.
-            by: a field of the payloads, or a function of an example's payload that gives text, a number, True, False or
-                None. Examples without one form the group None.
+            by: a field of the payloads, or a function of a payload that gives text, a number, True, False or None.
+                Examples without one form the group None.
             k: how many groups to keep of each query, of the largest sums; all by default.
             shrink: as in `scores`: the sums are then of what cannot be chance.
 
         Returns:
-            `Groups`, largest sum first. Rows are scanned as they stream by: memory grows with the number of groups.
+            `Groups`, largest sum first. Memory grows with the number of groups.
 
         Raises:
             QueryError: as in `search`; an index without payloads or rows; a field that no payload has; a value that is
@@ -385,19 +359,18 @@ class Index(Described):
         shrink: bool = False,
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
-        """Exact scores of every training example, (q, n) float32; column j is row id `index.ids[j]`.
-
-        Exact for what is stored: eigencodes, factors, coordinates or both (`BuildConfig.store`).
+        """Scores of every training example, exact for what is stored.
 
         Args:
             query, measure, damping, layers, normalize, progress: as in `search`.
             out: a (q, n) float32 array to write to, for instance a memory map; (q, m) without `gather`.
             gather: of an index that several ranks have opened together: True gives the whole matrix to each of them;
                 False to each the (q, m) columns of the rows that it holds, `index.held_ids`.
-            shrink: for scores that are to be summed, such as to predict what training on a part of the examples would
-                do: those that cannot be told from noise are made small, s * s^2 / (s^2 + t^2), t the universal
-                threshold by the question's own scores, of 65,536 at random where there are more (see
-                `search.shrinkage`). Each question's order stays.
+            shrink: for scores that are to be summed: makes those small that cannot be told from noise, without
+                changing their order (see `search.shrinkage`).
+
+        Returns:
+            (q, n) float32; column j is row id `index.ids[j]`.
 
         Raises:
             QueryError: as in `search`, or an `out` of another shape or dtype.
@@ -408,8 +381,7 @@ class Index(Described):
         check_normalize(reader, normalize)
         question = ask.prepare(query, measure, ask.policy(damping), ask.chosen(layers), normalize).question
         with reporter(progress) as report:
-            question = shrinking(reader, question) if shrink else question
-            return all_scores(reader, question, out, report, gather=gather)
+            return all_scores(reader, shrinking(reader, question) if shrink else question, out, report, gather=gather)
 
     def explain(
         self,
@@ -425,8 +397,7 @@ class Index(Described):
     ) -> list[list[Explanation]]:
         """Takes scores apart by layer, by module and by token of the training example and of the query.
 
-        The examples' gradients are computed again, and theirs only: the shares sum to the score of the whole gradient,
-        which is shown beside that of the stored row.
+        Only these examples' gradients are computed again. The shares sum to the score of the whole gradient.
 
         Args:
             query: as in `search`.
@@ -442,28 +413,17 @@ class Index(Described):
             QueryError: as in `search`; ids that the index does not hold, or that do not fit the queries; an index of
             gradients, or opened without its model. DataError: no data, or others than were indexed.
         """
-        ask, pieces = self._questions, self._pieces
+        ask = self._questions
         reader, identity = ask.now.reader, ask.identity
         wanted = wanted_ids(reader, ids)
         chosen, policy = ask.chosen(layers), ask.policy(damping)
         taken = ask.capture(None)
-        if data is not None:
-            pieces = ((0, identity.data(data)),)
-        if not pieces:
-            raise DataError(
-                "explain computes training examples again, and this index was opened without them: pass data= to it, "
-                "or to Index.open"
-            )
+        pieces = self._pieces if data is None else [(0, identity.data(data))]
+        examples = training_data(pieces, taken.config.batch_size)
+        capture, preconditioners = taken.capture(identity.loss).trust(), reader.preconditioners(chosen, policy)
+        asked = ask.batches(query, measure, chosen, positions=query_tokens, taken=taken)
         with reporter(progress) as report:
-            return explain_pairs(
-                reader,
-                ask.batches(query, measure, chosen, positions=query_tokens, taken=taken),
-                wanted,
-                TrainingData(pieces, taken.config.batch_size),
-                taken.capture(identity.loss).trust(),
-                reader.preconditioners(chosen, policy),
-                report,
-            )
+            return explain_pairs(reader, asked, wanted, examples, capture, preconditioners, report)
 
     def self_influence(
         self,
@@ -484,30 +444,28 @@ class Index(Described):
         return in_order(reader, own)
 
     def payloads(self, ids: Iterable[int] | np.ndarray | None = None) -> list[Any]:
-        """What was given to `build` or `add` as payloads of some rows, in the order wanted; None where a row has none.
+        """Payloads of some rows, as given to `build` or `add`; None where a row has none.
 
         Args:
-            ids: row ids; all by default (mind the memory).
+            ids: row ids, in the order wanted; all by default (mind the memory).
 
         Raises:
             QueryError: an id that the index does not hold. CorruptionError: a payload that is damaged.
         """
         reader = self._reader
-        wanted = in_order(reader, reader.store.live_ids) if ids is None else as_ids(ids)
-        return payloads_at(reader, found_positions(reader, wanted))
+        return payloads_of(reader, in_order(reader, reader.store.live_ids) if ids is None else ids)
 
     def gradients(self, ids: Iterable[int] | np.ndarray) -> dict[str, torch.Tensor]:
-        """What stored rows say of their examples' projected gradients, to be put as a query without the model.
+        """The projected gradients that stored rows stand for. They can be asked as a query, without the model.
 
         Args:
             ids: row ids, in the order wanted (mind the memory). Rows are checked against their checksums.
 
         Returns:
-            Layer -> (n, d_in, d_out) float32. Of eigencodes, what their few bits stand for.
+            Layer -> (n, d_in, d_out) float32.
 
         Raises:
-            QueryError: an id that the index does not hold, or rows of coordinates alone. CorruptionError: a row that is
-            damaged.
+            QueryError: an id that the index does not hold, or rows that hold coordinates. CorruptionError: damage.
         """
         return stored_gradients(self._reader, ids)
 
@@ -523,16 +481,15 @@ class Index(Described):
     ) -> None:
         """Makes the coarse index anew from the stored rows, and learns again how many candidates a recall takes.
 
-        That is learnt from training examples, which takes no model, and from sample queries if given.
-
         Args:
             coarse: a `faiss.index_factory` string, or "auto".
-            query, measure: as in `search`: queries like those that will be asked.
+            query, measure: as in `search`: queries like those that will be asked. It learns from training examples,
+                and from these if given.
             progress: as in `build`.
 
         Raises:
-            QueryError: the index keeps the coarse code alone, or has no sketch; or as in `search`. ConfigError: faiss
-            is not installed, or refuses the string. LockedError: another writer is at work.
+            QueryError: no rows are stored; or as in `search`. ConfigError: faiss is not installed, or refuses the
+            string. LockedError: another writer is at work.
         """
         ask = self._questions
         need_rows(ask.now.reader, "rebuild_coarse")
@@ -551,8 +508,7 @@ class Index(Described):
     ) -> np.ndarray:
         """Indexes further examples, which can be found at once. The same call on an interrupted one goes on with it.
 
-        Projections, curvature and sketch stay as they were fitted: the scores are those of an index that was built of
-        everything with this curvature (see `curvature_age`).
+        Projections, curvature and sketch stay as they were fitted (see `curvature_age`).
 
         Args:
             data: as in `build`; the index must have been opened with its model, and its loss.
@@ -565,8 +521,8 @@ class Index(Described):
             (m,) int64: the ids of the new rows. They go on from the last that was ever given.
 
         Raises:
-            DataError, NonFiniteError: as in `build`; the index is then as it was. FingerprintError: the model is no
-            longer the one that the index was built from. LockedError: another writer is at work.
+            DataError, NonFiniteError: as in `build`; the index is then as it was. FingerprintError: the model has
+            changed. LockedError: another writer is at work.
         """
         now, identity = self._now, self._identity
         check_addition(data, gradients, identity.model, now.manifest.fingerprint["model"] is not None)
@@ -599,15 +555,13 @@ class Index(Described):
     def compact(self, *, progress: bool | ProgressCallback | None = None) -> dict[str, Any]:
         """Takes removed examples off the disk, and joins small shards. Ids and scores stay as they are.
 
-        What was fitted on them (curvature, projections, sketch: sums over the sample) stays until `refit` or a new
-        build. Files that another reader still has open are removed by the next change after that one has closed.
+        What was fitted on them stays until `refit`. Files that another reader has open stay until a later change.
 
         Returns:
             {"bytes": freed, "held": names of files that readers of older versions still hold}.
 
         Raises:
-            LockedError: another writer is at work. ConfigError: rows are in the coarse index only, of a kind that
-            cannot leave any out.
+            LockedError: as in `add`. ConfigError: no rows are stored, and the coarse index cannot leave any out.
         """
         before = folder_bytes(self.path)
         with self._writing(progress) as change:
@@ -617,8 +571,7 @@ class Index(Described):
     def refit(self, *, progress: bool | ProgressCallback | None = None) -> dict[str, Any]:
         """Renews curvature, sketch and coarse index from the stored rows, without the model.
 
-        Factors (`store="factors"`) give all of them; the curvature is the empirical one of the factors then, whatever
-        it was. Other rows are written in the directions of their curvature, which they keep.
+        Factors give all three, with the empirical curvature. Other rows keep the curvature that they are written in.
 
         Returns:
             {"renewed": names, "kept": {name: why}}.
@@ -639,8 +592,7 @@ class Index(Described):
     ) -> Index:
         """Makes one index of several that share a fit (see `build(fit=)`), copying their rows, and opens it.
 
-        Ids of the first index stay; to those of each further one is added what the ones before it ever gave out:
-        `index.metadata` of none is lost but the later ones', and payloads come along.
+        Ids of the first index stay; those of each further one go on from there. Metadata are the first index's.
 
         Args:
             path: a folder that does not exist or is empty.
@@ -649,7 +601,7 @@ class Index(Described):
 
         Raises:
             FingerprintError: they do not share a fit; the message names what differs. ConfigError: fewer than two, or
-            ones that keep the coarse code alone. IndexExistsError: the folder is not free.
+            one without rows. IndexExistsError: the folder is not free.
         """
         parts = [part.path if isinstance(part, Index) else Path(part) for part in indexes]
         with reporter(progress) as report:
@@ -670,8 +622,7 @@ class Index(Described):
             {"dropped": [{"file", "rows", "first_id", "last_id"}], "rebuilt": names of what was made again}.
 
         Raises:
-            CorruptionError: damage that nothing stored can make good; the index is left as it is. LockedError: another
-            writer is at work.
+            CorruptionError: nothing stored can make it good; the index is left as it is. LockedError: as in `add`.
         """
         with reporter(progress) as report:
             return repair_index(Path(path), report)
@@ -693,7 +644,5 @@ class Index(Described):
     def __enter__(self) -> Index:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

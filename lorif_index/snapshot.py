@@ -9,6 +9,7 @@ import torch
 
 from .codecs.scratch import CPU
 from .config import BuildConfig
+from .errors import ConfigError
 from .linalg.projection import Projections
 from .ranks import ALONE, Ranks
 from .search.normalise import RowScales
@@ -16,6 +17,7 @@ from .search.reader import Reader
 from .storage.damage import damaged_shards
 from .storage.locks import Lease
 from .storage.manifest import Manifest, open_version
+from .storage.store import VERIFY
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,21 @@ class Access:
         verify: when a shard that is scanned is compared with its digest (`storage.store.VERIFY`).
         damaged: "refuse", or "skip": shards found damaged at opening are left out.
         ranks: who read it together.
+
+    Raises:
+        ConfigError: no such way to verify, or to treat damage.
     """
 
     device: torch.device = CPU
     verify: str = "first"
     damaged: str = "refuse"
     ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        if self.verify not in VERIFY:
+            raise ConfigError(f"verify must be one of {VERIFY}, got {self.verify!r}")
+        if self.damaged not in ("refuse", "skip"):
+            raise ConfigError(f"damaged must be 'refuse' or 'skip', got {self.damaged!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +75,8 @@ class Snapshot:
         projections = Projections(reader.specs, reader.config.seed, reader.projections)
         return cls(path, access, reader, projections, RowScales(reader))
 
-    def newer(self) -> Snapshot | None:
-        """The newest version, opened likewise; None where this is it. Of several ranks all ask at the same time.
+    def newest(self) -> Snapshot:
+        """The newest version, opened likewise: this one where there is none newer. Several ranks ask at the same time.
 
         Raises:
             As `open`.
@@ -74,7 +85,7 @@ class Snapshot:
         changed = manifest.generation != self.manifest.generation
         if not any(self.reader.ranks.gather_values(changed)):
             lease.release()
-            return None
+            return self
         # Nothing of this version is closed: other threads may be searching it, and it goes when the last has done.
         reader = _read(self.path, self.access, manifest, lease)
         return Snapshot(self.path, self.access, reader, self.projections, RowScales(reader))

@@ -55,6 +55,15 @@ def check_alone(reader: Reader) -> None:
         )
 
 
+def payloads_of(reader: Reader, ids: Iterable[int] | np.ndarray) -> list[Any]:
+    """Payloads of rows, in the order wanted; None where a row has none.
+
+    Raises:
+        QueryError: an id that the index does not hold. CorruptionError: a payload that is damaged.
+    """
+    return payloads_at(reader, found_positions(reader, as_ids(ids)))
+
+
 def payloads_at(reader: Reader, positions: np.ndarray) -> list[Any]:
     """Payloads of rows at positions (m,); None where a row has none."""
     return [decode(payload) for payload in reader.payloads_at(positions)]

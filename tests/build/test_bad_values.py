@@ -240,7 +240,7 @@ def test_a_model_that_has_changed_asks_nothing(tmp_path: Path) -> None:
     optimizer.step()
     for opened in (index, Index.open(tmp_path / "i", model=classes()[0])):
         if opened is not index:
-            opened._model.load_state_dict(model.state_dict())  # type: ignore[union-attr]
+            opened._identity.model.load_state_dict(model.state_dict())  # type: ignore[union-attr]
         for ask in (opened.search, opened.scores):
             with pytest.raises(FingerprintError, match="weights have changed since, differs in model"):
                 ask((x[:4], y[:4]))
