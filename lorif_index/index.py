@@ -491,9 +491,8 @@ class Index(Described):
             QueryError: no rows are stored; or as in `search`. ConfigError: faiss is not installed, or refuses the
             string. LockedError: another writer is at work.
         """
-        ask = self._questions
-        need_rows(ask.now.reader, "rebuild_coarse")
-        extra = None if query is None else ask.gradients(query, measure, ask.chosen(None))
+        need_rows(self._reader, "rebuild_coarse")
+        extra = None if query is None else self._questions.gradients(query, measure, self.layers)
         with self._writing(progress) as change:
             rebuild(change.now.reader, coarse, change.report, extra)
 
@@ -524,10 +523,10 @@ class Index(Described):
             DataError, NonFiniteError: as in `build`; the index is then as it was. FingerprintError: the model has
             changed. LockedError: another writer is at work.
         """
-        now, identity = self._now, self._identity
-        check_addition(data, gradients, identity.model, now.manifest.fingerprint["model"] is not None)
+        identity = self._identity
+        check_addition(data, gradients, identity.model, self._now.manifest.fingerprint["model"] is not None)
         if data is not None:
-            data = identity.data_to_add(now, data, tokenizer)
+            data = identity.data_to_add(self._now, data, tokenizer)
         with self._writing(progress) as change, incoming(change.now, identity, data, gradients) as new:
             first = change.now.manifest.next_id
             kept = None if payloads is None else Payloads(payloads, new.source.count)

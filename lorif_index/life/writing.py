@@ -64,6 +64,8 @@ def writing(
             )
         with reporter(progress) as report:
             change = Change(now, report)
+            # Files of an old version can go when nobody holds it any more: neither does this block.
+            del now
             try:
                 yield change
             finally:

@@ -468,6 +468,44 @@ def test_a_lock_dies_with_its_process(index: Index) -> None:
     assert index.remove([1]) == 1
 
 
+@pytest.mark.parametrize("arguments", [{}, {"normalize": "relatif"}, {"exact": False}])
+def test_an_answer_is_of_the_version_it_began_with(index: Index, query: Any, arguments: dict[str, Any]) -> None:
+    """The handle moves on to a version without the best rows while a search is under way."""
+    if arguments.get("exact") is False and not faiss_is_installed():
+        pytest.skip("candidates need faiss")
+    writer, best = Index.open(index.path), index.search(query, k=5, **arguments)
+    plain = {name: value for name, value in arguments.items() if name != "exact"}
+    scores, sums, ids = index.scores(query, **plain), index.groups(query, "number", k=5), index.ids
+    asks = (
+        lambda hook: index.search(query, k=5, group_by="number", progress=hook, **arguments),
+        lambda hook: index.scores(query, progress=hook, **plain),
+        lambda hook: index.groups(query, "number", k=5, progress=hook),
+    )
+    versions = []
+    for number, ask in enumerate(asks):
+        generation = index.generation
+        gone = np.setdiff1d(best.ids[:, number], np.setdiff1d(ids, index.ids))
+
+        def move_on(event: Any, before: int = generation, gone: np.ndarray = gone) -> None:
+            if index.generation == before:
+                writer.remove(gone)
+                writer.compact()
+                assert index.refresh()
+
+        expected = ask(False)
+        found = ask(move_on)
+        assert index.generation > generation and not np.isin(gone, index.ids).any()
+        versions.append((expected, found))
+    (hits, same), (all_scores, same_scores), (groups, same_groups) = versions
+    np.testing.assert_array_equal(hits.ids, best.ids)
+    np.testing.assert_array_equal(same.ids, hits.ids)
+    np.testing.assert_array_equal(same.scores, hits.scores)
+    assert same.payloads == hits.payloads and same.stats.total == N
+    assert same.groups.queries == hits.groups.queries and same.groups.examples == N
+    np.testing.assert_array_equal(same_scores, all_scores)
+    assert same_groups.queries == groups.queries and groups.examples < sums.examples == scores.shape[1] == N
+
+
 def test_searches_go_on_while_the_index_is_changed(index: Index, rows: torch.Tensor, query: Any) -> None:
     """One Index object, searched by threads while another thread changes it: every answer is of one version."""
     truth = {index.generation: index.search(query, k=10).ids}
