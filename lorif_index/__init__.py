@@ -23,6 +23,8 @@ The stages, one module each, in the order in which data flows through them:
     calibration, missed   how many candidates a recall takes; how many answers a search has missed
     pursuit, candidates   proposed, narrowed, rescored, checked, and gone on with; where that begins
     planner               scan or candidates, and why
+    named, whole, pairs   what is read of rows by their ids; what is said of every row; what is explained for whom
+    normalise, answer     scores over the roots of self-influences; one search from its arguments to its hits
     explain, groups       a score taken apart by layer and token; scores summed by source or label
     locks, manifest, reader      what makes a folder an index, one version after another, and its parts put together
     coarse_build, build   how it is made; payloads and encode write the rows, coverage and outliers look at them
@@ -30,6 +32,9 @@ The stages, one module each, in the order in which data flows through them:
     damage, repair        bad bytes are found, and mended where that can be
     sizes, estimate       what a build will take
     chat, encoding, documents, tokenised   texts, chats and packed rows as examples (huggingface/)
+    snapshot, identity    one version of an index, read only; the model that asks it
+    questions, describe   anything asked becomes a question to the rows; what an index is, in words
+    writing, incoming     the one writer of the next version; what is to be added (life/)
     index                 the user's handle
     callback              a trainer of transformers builds the index
 
