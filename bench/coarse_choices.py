@@ -49,7 +49,7 @@ def measure(index: Index, queries: Any, factory: str, slow: float) -> dict[str, 
     """Recall, milliseconds and bytes; or why it did not run. `slow`: seconds of training above which it is left."""
     reader = index._reader
     truth = answers(index, queries, 100, index.path / "answers-choices.npz")["proponents"]
-    x = index._prepare(queries, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
+    x = index._questions.prepare(queries, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
     if x is None:
         raise RuntimeError("the index has no sketch")
     asked, out = x.numpy(), {"factory": factory, "n": len(index)}

@@ -81,7 +81,7 @@ def main() -> None:
             curvature_rank=None, store="factors", rank=None, dtype="float32", coarse=None, damping=DAMPING, **narrow
         )
         fitted = Index.build(Path(folder) / "fit", model=models, data=task.data, config=config, progress=False)
-        data = {name: left.flatten(1) for name, (left, _) in fitted.factors().items()}
+        data = {name: g.flatten(1) for name, g in fitted.gradients(fitted.ids).items()}
         asked = gathered(Ensemble(models), batches(task.queries), config, fitted)
         roots = {name: (layer.basis * layer.eigenvalues.float().sqrt()).T for name, layer in fitted.curvature.items()}
         for count in counts:

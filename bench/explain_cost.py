@@ -66,7 +66,7 @@ def time_model(layers: int, width: int, count: int, steps: int, repeats: int, fo
         "repeats": repeats,
         "projected": sorted({(spec.d_in, spec.d_out) for spec in index.specs.values()}),
         "curvature_rank": max(index.curvature[name].rank for name in index.layers),
-        "stored": index.representation,
+        "stored": index.codec,
         "ms": {n: 1e3 * statistics.median(s) for n, s in seconds.items()},
         "ratio_to_plain": {
             n: statistics.median(a / b for a, b in zip(s, base, strict=True)) for n, s in seconds.items()

@@ -137,7 +137,7 @@ class Answer:
 
 def ask(index: Index) -> Answer:
     """All that an index can be asked, which must agree with itself."""
-    if index.representation == "coarse":
+    if index.codec == "coarse":
         hits = index.search(query(), k=10)
         return Answer(hits.ids, hits.scores, [index.ids.tolist(), index.payloads()], None)
     scores = index.scores(query())

@@ -94,7 +94,7 @@ def _flipped(folder: Path, whole: Answer, outcomes: Counter[str]) -> list[str]:
 
 
 def _scores(index: Index) -> tuple[np.ndarray, np.ndarray]:
-    if index.representation == "coarse":
+    if index.codec == "coarse":
         hits = index.search(query(), k=10)
         return hits.ids, hits.scores
     return index.ids, index.scores(query())

@@ -244,7 +244,7 @@ def main() -> None:
             held = {n: of_weights(model, specs[n], lambda p: state[id(p)].sqrt() + eps) for n in default}
             diagonals["Adam's sqrt(v)"] = held
         for what, weights in diagonals.items():
-            metrics = {n: diagonal(weights[n], specs[n], index._projections) for n in default}
+            metrics = {n: diagonal(weights[n], specs[n], index._now.projections) for n in default}
             judge.note(f"damping by {what}", under(only(moments), asked, sums, metrics))
         judge.note("unprojected inner product", full.divided({n: torch.ones(f.shape) for n, f in fisher.items()}))
         for what, weights in diagonals.items():

@@ -46,7 +46,7 @@ def blocks(
     model: nn.Module, parts: Iterable[Any], config: BuildConfig, index: Index | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Layer -> (b, D) projected gradients of each batch, in the projections of an index if given."""
-    capture = ModelCapture(model, config, None if index is None else index._projections).capture(None)
+    capture = ModelCapture(model, config, None if index is None else index._now.projections).capture(None)
     for part in parts:
         block = capture.gradients(np.arange(size(part)), part)
         yield {name: g.flat() for name, g in block.layers.items()}
@@ -67,7 +67,7 @@ def shaped(gradients: dict[str, torch.Tensor], specs: dict[str, LayerSpec]) -> d
 
 def shared_bytes(index: Index) -> int:
     """Bytes of an index that are not its rows'."""
-    return index.nbytes - sum(shard.file.info.size for shard in index._store.shards)
+    return index.nbytes - sum(shard.file.info.size for shard in index._reader.store.shards)
 
 
 def dot(task: Task, model: nn.Module, *, cosine: bool = False) -> Peer:
@@ -132,7 +132,7 @@ def library(
             scores[label] = index.scores(task.queries, damping=damping)
             if label == "default":
                 seconds = time.perf_counter() - began
-        note = f"store={index.representation}; {shared_bytes(index):,} bytes are shared by all examples"
+        note = f"store={index.codec}; {shared_bytes(index):,} bytes are shared by all examples"
         return Peer(scores, "default", float(index.bytes_per_example), built, 1e3 * seconds / size(task.queries), note)
 
 

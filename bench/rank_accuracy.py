@@ -58,9 +58,9 @@ def child(rank: int, size: int, place: str, name: str, smoke: bool) -> None:
     with Index.open(path, distributed=True) as index:
         query = {n: torch.randn(1, s.d_in, s.d_out) for n, s in index.specs.items()}
         for way, exact in (("scan", True), ("candidates", False)):
-            before = index._ranks.sent["search"]
+            before = index._reader.ranks.sent["search"]
             index.search(query, k=10, exact=exact, recall=0.5)
-            searches[way] = index._ranks.gather_values(index._ranks.sent["search"] - before)
+            searches[way] = index._reader.ranks.gather_values(index._reader.ranks.sent["search"] - before)
     if rank == 0:
         (folder / f"facts-{size}.json").write_text(json.dumps(facts | {"searches": searches}))
     dist.destroy_process_group()

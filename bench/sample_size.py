@@ -56,7 +56,7 @@ def main() -> None:
             return Index.build(folder / name, model=model, data=data, config=config, progress=False)
 
         full = build("full", rank=None, dtype="float32", curvature_rank=None, curvature_sample=n)
-        queries = full._query_gradients(asked, None, full.layers)
+        queries = full._questions.gradients(asked, None, full.layers)
         truth = dense_scores(full, queries, full, "truncated")
 
         def note(what: str, value: Any, scores: np.ndarray) -> None:

@@ -73,10 +73,10 @@ def derived(whole: Index, rank: int, count: int) -> Index:
     if (rank, count) == (FULL_RANK, len(whole)):
         return whole
     specs = {name: dataclasses.replace(spec, rank=rank) for name, spec in whole.specs.items()}
-    layout = RowLayout(specs, whole.config.dtype, codes=whole._layout.codes)
+    layout = RowLayout(specs, whole.config.dtype, codes=whole._reader.layout.codes)
 
     def cut(rows: Rows) -> Rows:
-        parts = whole._layout.unpack(rows)
+        parts = whole._reader.layout.unpack(rows)
         kept = {n: type(p)(p.left[:, :rank], p.right[:, :rank]) for n, p in parts.items() if p.right is not None}
         return layout.rows(layout.pack(kept).to(layout.torch_dtype), rows.codes)
 
@@ -88,7 +88,7 @@ def shorter(whole: Index, count: int) -> Index:
     if count == len(whole):
         return whole
     path = whole.path.parent / f"{whole.path.name}-first-{count}"
-    return _first(whole, path, whole.specs, whole._layout, count, lambda rows: rows)
+    return _first(whole, path, whole.specs, whole._reader.layout, count, lambda rows: rows)
 
 
 def _first(
@@ -104,7 +104,7 @@ def _first(
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         writer = StoreWriter(path, layout, whole.config.shard_bytes, [])
-        for start, rows in whole._store.stream():
+        for start, rows in whole._reader.store.stream():
             rows = rows[: count - start]
             writer.append(cut(rows), whole.ids[start : start + len(rows)])
             if start + len(rows) >= count:

@@ -58,7 +58,7 @@ def built(folder: Path, count: int, rank: int, curvature_rank: int, steps: int) 
 def question(index: Index, count: int, n: int) -> dict[str, torch.Tensor]:
     """Gradients of held-out sequences, so that a search is timed without the model."""
     ids = sequences(n + 64)[n : n + count]
-    return index._query_gradients({"input_ids": ids}, None, index.layers)
+    return index._questions.gradients({"input_ids": ids}, None, index.layers)
 
 
 def read_raw(store: Store) -> None:
@@ -94,7 +94,7 @@ def stream(store: Store) -> None:
 def published_way(index: Index, queries: dict[str, torch.Tensor], limit: int) -> tuple[float, float]:
     """Seconds for the first `limit` rows: rebuild, project on V, inner product of coordinates. Also the largest
     difference from our own subspace part, as a fraction of the largest score, to show that it is the same number."""
-    store, layout = index._store, index._layout
+    store, layout = index._reader.store, index._reader.layout
     weights = {}
     for name in index.layers:
         layer = index.curvature[name]
@@ -134,8 +134,8 @@ def dense_store(index: Index, folder: Path, limit: int) -> Path:
     if not path.exists() or path.stat().st_size != limit * width * 2:
         with path.open("wb") as file:
             for start in range(0, limit, 512):
-                rows = index._store.gather(np.arange(start, min(start + 512, limit)), check=False)
-                parts = index._layout.unpack(rows)
+                rows = index._reader.store.gather(np.arange(start, min(start + 512, limit)), check=False)
+                parts = index._reader.layout.unpack(rows)
                 flat = torch.cat([parts[name].dense().flatten(1) for name in index.layers], dim=1)
                 file.write(flat.half().numpy().tobytes())
             file.flush()
@@ -154,7 +154,7 @@ def score_dense(path: Path, queries: torch.Tensor, rows: int) -> None:
 
 
 def measure(index: Index, n: int, folder: Path, limit: int, repeats: int) -> dict[str, Any]:
-    store = index._store
+    store = index._reader.store
     one, many = question(index, 1, n), question(index, 32, n)
     specs = list(index.specs.values())
 
@@ -165,7 +165,7 @@ def measure(index: Index, n: int, folder: Path, limit: int, repeats: int) -> dic
         return min(singly, sum(2 * s.dim * s.rank / q + 2 * s.dim for s in specs))
 
     square = torch.randn(2048, 2048)
-    prepared = [index._prepare(q, None, index.config.damping, index.layers).question for q in (one, many)]
+    prepared = [index._questions.prepare(q, None, index.config.damping, index.layers).question for q in (one, many)]
 
     def scan(which: int) -> None:
         for _ in stream_scores(index._reader.rows, prepared[which]):
@@ -272,8 +272,8 @@ def cut(index: Index, path: Path, rank: int) -> Index:
         specs = {n: dataclasses.replace(s, rank=rank) for n, s in index.specs.items()}
         layout = RowLayout(specs, index.config.dtype)
         writer = StoreWriter(path, layout, index.config.shard_bytes, [])
-        for start, rows in index._store.stream():
-            parts = index._layout.unpack(rows)
+        for start, rows in index._reader.store.stream():
+            parts = index._reader.layout.unpack(rows)
             kept = {n: type(p)(p.left[:, :rank], p.right[:, :rank]) for n, p in parts.items() if p.right is not None}
             cut_rows = layout.rows(layout.pack(kept).to(layout.torch_dtype), None)
             writer.append(cut_rows, index.ids[start : start + len(rows)])
@@ -282,7 +282,7 @@ def cut(index: Index, path: Path, rank: int) -> Index:
             shutil.copy(index.path / name, path / name)
         commit_cut(index, path, specs, writer)
     cut_index = Index.open(path)
-    cut_index._model = index._model
+    cut_index._identity = index._identity
     return cut_index
 
 

@@ -60,7 +60,7 @@ def answers(index: Index, queries: Gradients, most: int, path: Path) -> dict[str
         kept = np.load(path, allow_pickle=False)
         if kept["proponents"].shape == (count, most):
             return {name: kept[name] for name in kept.files}
-    question = index._prepare(queries, None, index.config.damping, index.layers).question  # type: ignore[arg-type]
+    question = index._questions.prepare(queries, None, index.config.damping, index.layers).question  # type: ignore[arg-type]
     tops = {"proponents": TopK(count, most), "opponents": TopK(count, most, largest=False)}
     for start, scores, _ in stream_scores(index._reader.rows, question):
         for top in tops.values():
@@ -135,8 +135,8 @@ def latency(index: Index, queries: Gradients, singles: int, repeats: int) -> dic
     one = [some(queries, i, i + 1) for i in range(singles)]
     out: dict[str, Any] = {}
     for k in (10, 100):
-        read_raw(index._store)
-        out[f"resident_{k}"] = resident_fraction(index._store)
+        read_raw(index._reader.store)
+        out[f"resident_{k}"] = resident_fraction(index._reader.store)
         for query in one[:10]:
             index.search(query, k, exact=False)
         seconds, stages, candidates = [], [], []
@@ -151,20 +151,20 @@ def latency(index: Index, queries: Gradients, singles: int, repeats: int) -> dic
         out[f"hot_ms_{k}_p95"] = 1e3 * float(np.quantile(seconds, 0.95))
         out[f"stages_ms_{k}"] = {s: 1e3 * statistics.median(x[s] for x in stages) for s in stages[0]}
         out[f"candidates_{k}"] = statistics.median(candidates)
-    read_raw(index._store)
+    read_raw(index._reader.store)
     index.search(one[0], 10, exact=True)
     out["scan_hot_ms"] = 1e3 * statistics.median(
         timed(lambda i=i: index.search(one[i], 10, exact=True)) for i in range(repeats)
     )
     cold = []
     for query in one[: max(singles // 4, 2)]:
-        drop(index._store)
+        drop(index._reader.store)
         cold.append(timed(lambda query=query: index.search(query, 10, exact=False)))
     out["resident_after_drop"] = 0.0
     scans = []
     for i in range(max(repeats // 2, 1)):
-        drop(index._store)
-        out["resident_after_drop"] = resident_fraction(index._store)
+        drop(index._reader.store)
+        out["resident_after_drop"] = resident_fraction(index._reader.store)
         scans.append(timed(lambda i=i: index.search(one[i], 10, exact=True)))
     out["cold_ms_10"], out["scan_cold_ms"] = 1e3 * statistics.median(cold), 1e3 * statistics.median(scans)
     out["scan_over_hot"] = out["scan_hot_ms"] / out["hot_ms_10"]

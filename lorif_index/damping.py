@@ -93,27 +93,10 @@ class PaperDamping:
         return {"rule": "paper", "multiple": self.multiple}
 
 
-@dataclass(frozen=True)
-class ReleaseDamping:
-    """lambda = 0.5 * trace(C) / D, the rule of the LoRIF authors' later release."""
-
-    multiple: float = 0.5
-
-    def __post_init__(self) -> None:
-        _positive("ReleaseDamping.multiple", self.multiple)
-
-    def value(self, layer: Spectrum) -> float:
-        return self.multiple * layer.trace / layer.dim
-
-    def to_json(self) -> dict[str, Any]:
-        return {"rule": "release", "multiple": self.multiple}
-
-
 _RULES: dict[str, type[Any]] = {
     "relative": RelativeDamping,
     "absolute": AbsoluteDamping,
     "paper": PaperDamping,
-    "release": ReleaseDamping,
 }
 
 

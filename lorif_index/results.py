@@ -23,7 +23,7 @@ class SearchStats:
 
     Attributes:
         exact: every row was scored; "exact" means exact for what is stored.
-        store: the representation that was scored: "eigen", "both", "factors", "coordinates", or "coarse" where scores
+        codec: what the scored rows hold: "eigen", "both", "factors", "coordinates", or "coarse" where scores
             are the coarse index's approximations.
         dtype: the stored dtype of factors, and the bits of coordinates: "float16", "4 bits", "float16 + 4 bits".
         examined: rows scored exactly for the query that took most.
@@ -44,7 +44,7 @@ class SearchStats:
     """
 
     exact: bool
-    store: str
+    codec: str
     dtype: str
     examined: int
     total: int
@@ -173,7 +173,7 @@ class Hits:
 
     def __repr__(self) -> str:
         q, k = self.ids.shape
-        lines = [f"Hits: {q} queries x {k} of {self.stats.total} examples, {self.stats.store}: {self.stats.plan}"]
+        lines = [f"Hits: {q} queries x {k} of {self.stats.total} examples, {self.stats.codec}: {self.stats.plan}"]
         for row in range(min(q, 3)):
             best = ", ".join(
                 f"{i}: {s:.4g}" for i, s in zip(self.ids[row, :5].tolist(), self.scores[row, :5].tolist(), strict=True)

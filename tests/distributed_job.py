@@ -101,14 +101,14 @@ def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out
 def answers(index: Index, query: Any) -> dict[str, np.ndarray]:
     """All that is asked of an index, as arrays."""
     found: dict[str, np.ndarray] = {}
-    if index.representation != "coarse":
+    if index.codec != "coarse":
         hits = index.search(query, k=12, exact=True)
         found |= {"scan ids": hits.ids, "scan scores": hits.scores, "scores": index.scores(query)}
         found |= {"self": index.self_influence(), "ids": index.ids, "shrunk": index.scores(query, shrink=True)}
         worst = index.search(query, k=12, opponents=True, normalize="relatif")
         found |= {"opponent ids": worst.ids, "opponent scores": worst.scores}
     if index.coarse is not None:
-        hits = index.search(query, k=12, exact=None if index.representation == "coarse" else False)
+        hits = index.search(query, k=12, exact=None if index.codec == "coarse" else False)
         found |= {"candidate ids": hits.ids, "candidate scores": hits.scores}
         found["candidates"] = np.array(hits.stats.candidates_by_query)
     return found

@@ -38,7 +38,7 @@ from ..capture.sources import (
 from ..capture.spool import Spool
 from ..codecs.registry import CODECS, codec_class
 from ..config import BuildConfig, CurvatureRows
-from ..errors import LorifError
+from ..errors import ConfigError, LorifError
 from ..linalg.projection import Projections
 from ..progress import Reporter, peak_memory
 from ..ranks import ALONE
@@ -163,6 +163,10 @@ def estimate_build(
     report: Reporter,
 ) -> Estimate:
     """See `Index.estimate`."""
+    given = {"batches": batches, "examples": examples, "disk": disk, "world_size": world_size}
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
     check_arguments(model, data, gradients, loss)
     with tempfile.TemporaryDirectory(prefix="lorif-estimate-", dir=folder) as place:
         seen = _Handful(model, data, gradients, loss, config, batches, Path(place))

@@ -19,7 +19,7 @@ from ..capture import eigenbases
 from ..capture.data import ExampleSource, as_source
 from ..capture.ensemble import count_of
 from ..capture.gradients import GradientSource, LayerSpec
-from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
+from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of, loss_name
 from ..capture.sources import (
     GivenGradients,
     ModelCapture,
@@ -42,13 +42,6 @@ from .choice import with_floor
 # Settings that leave every stored number as it is; all others must agree when an interrupted build goes on. autocast
 # is in the fingerprint by itself.
 _FREE_SETTINGS = ("complement", "coarse", "compute")
-
-
-def loss_name(loss: PerExample | None) -> str:
-    """How a loss is remembered: "default", or its own name (not the module's or function's that it stands in)."""
-    if loss is None:
-        return "default"
-    return getattr(loss, "__name__", type(loss).__name__)
 
 
 @dataclass(frozen=True)
@@ -279,3 +272,26 @@ def _logits_for_ggn(
             stacklevel=6,
         )
     return logits
+
+
+def chosen_config(config: BuildConfig | None, fit: Path | None = None, curvature: Any = None) -> BuildConfig:
+    """The config of a build: the one given, that of the index whose fit is taken, or the default.
+
+    Args:
+        config: as it was given.
+        fit: the folder of an index whose fit is taken, or None.
+        curvature: as it was given.
+
+    Raises:
+        ConfigError: it is no config, or curvature was given beside a fit. NotAnIndexError: there is no index in `fit`.
+    """
+    if fit is not None:
+        if curvature is not None:
+            raise ConfigError("fit= takes another index's curvature, so that curvature= has no use: pass one of them")
+        if config is None:
+            other = read_manifest(fit)
+            config = BuildConfig.from_json(other.config | {"projection_floor": other.floor()})
+    config = BuildConfig() if config is None else config
+    if not isinstance(config, BuildConfig):
+        raise ConfigError(f"config must be a BuildConfig, got {type(config).__name__}")
+    return config

@@ -19,7 +19,6 @@ import numpy as np
 from ..capture.gradients import GradientBlock
 from ..capture.sharded import DataRanks
 from ..capture.spool import remove_leftovers
-from ..config import BuildConfig
 from ..errors import IndexExistsError
 from ..progress import Reporter, Stage
 from ..ranks import Ranks, share
@@ -327,9 +326,3 @@ def take_fit(folder: Path, manifest: Manifest, into: Path) -> None:
             entry = entry | {"file": copy_sealed(folder, info, into, info.file).to_json()}
         if entry is not None:
             manifest.fits[name] = entry
-
-
-def config_with_fit(folder: Path) -> BuildConfig:
-    """The choices of an index whose fit is to be taken."""
-    other = read_manifest(folder)
-    return BuildConfig.from_json(other.config | {"projection_floor": other.floor()})

@@ -289,3 +289,10 @@ def _model_inputs(model: nn.Module, batch: Mapping[str, Any], labels: torch.Tens
     if "use_cache" in named:
         inputs["use_cache"] = False
     return inputs
+
+
+def loss_name(loss: PerExample | None) -> str:
+    """How a loss is remembered: "default", or its own name (not the module's or function's that it stands in)."""
+    if loss is None:
+        return "default"
+    return getattr(loss, "__name__", type(loss).__name__)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..build.pipeline import check_free
+from ..build.state import check_free
 from ..capture.data import as_source
 from ..capture.losses import PerExample
 from ..capture.sources import ModelCapture

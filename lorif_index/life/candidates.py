@@ -11,7 +11,9 @@ import torch
 
 from ..build.candidates import Making, make_candidates, save_codes
 from ..config import BuildConfig
+from ..errors import ConfigError
 from ..progress import Reporter
+from ..search.coarse import load_faiss
 from ..search.reader import Reader, codec_of, config_of, curvature_of
 from ..search.rows import IndexRows
 from ..storage.fitted import load_removed
@@ -70,8 +72,11 @@ def rebuild_coarse(reader: Reader, kind: str, extra: Mapping[str, torch.Tensor] 
         report: is told.
 
     Raises:
-        ConfigError: faiss is not installed.
+        ConfigError: no such kind, or faiss is not installed.
     """
+    if kind not in ("auto", "flat"):
+        raise ConfigError(f"kind={kind!r} makes no coarse index: pass 'auto' or 'flat'")
+    load_faiss()
     manifest = reader.manifest.copy()
     manifest.coarse = manifest.calibration = None
     manifest.config = manifest.config | {"coarse": manifest.config["coarse"] | {"kind": kind}}

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import QueryError
 from ..progress import Reporter, Stage
+from ..search.named import as_ids
 from ..search.reader import Reader
 from ..storage.fitted import load_removed, save_queries, save_removed
 from ..storage.manifest import Manifest
@@ -48,23 +49,6 @@ def remove_examples(reader: Reader, ids: Iterable[int]) -> int:
     manifest.removed = save_removed(reader.folder, manifest.new_name("removed"), np.union1d(old, wanted))
     manifest.commit(reader.folder)
     return len(wanted)
-
-
-def as_ids(ids: Iterable[int]) -> np.ndarray:
-    """(m,) int64.
-
-    Raises:
-        QueryError: they are no integers.
-    """
-    try:
-        given = ids if isinstance(ids, np.ndarray) else np.asarray(list(ids))
-    except TypeError:
-        raise QueryError(f"ids must be several integers, got {ids!r}: pass a list of them, such as [3, 5]") from None
-    if given.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if given.ndim != 1 or given.dtype.kind not in "iu":
-        raise QueryError(f"ids must be integers, got an array of {given.dtype} with shape {given.shape}")
-    return given.astype(np.int64)
 
 
 def compact_rows(reader: Reader, report: Reporter) -> Manifest | None:

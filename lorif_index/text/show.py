@@ -117,7 +117,7 @@ def index_json(index: Index) -> dict[str, Any]:
         "curvature_age": index.curvature_age,
         "bytes_per_example": index.bytes_per_example,
         "nbytes": index.nbytes,
-        "stored": index.representation,
+        "codec": index.codec,
         "coarse": index.coarse,
         "config": index.config.to_json(),
         "layers": layers,
@@ -147,12 +147,12 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
         "eigen": "coordinates in the curvature's eigenbases, in few bits",
         "both": f"{config['dtype']} factors and {config['coordinate_bits']}-bit coordinates",
     }
-    summary.add_row("stored", stored.get(facts["stored"], facts["stored"]))
+    summary.add_row("stored", stored.get(facts["codec"], facts["codec"]))
     coarse = facts["coarse"]
     if coarse is not None:
         summary.add_row(
             "coarse",
-            f"{coarse['factory']} on {coarse['dim']} coordinates ({coarse['energy']:.0%} of the whitened gradients), "
+            f"{coarse['kind']} on {coarse['dim']} coordinates ({coarse['energy']:.0%} of the whitened gradients), "
             f"{coarse['bytes_per_example']:.0f} bytes per example",
         )
     summary.add_row("damping", " ".join(str(v) for v in config["damping"].values()) + f", {config['complement']}")

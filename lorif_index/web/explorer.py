@@ -280,7 +280,7 @@ class Explorer:
     def _query(self, question: Question) -> Any:
         words = question.text
         if question.row is not None:
-            if self.asked is None or self.index.representation in _WITH_GRADIENTS:
+            if self.asked is None or self.index.codec in _WITH_GRADIENTS:
                 return self.index.gradients([question.row])
             # Rows of coordinates are no gradients, but the passage still has words.
             words = self.text_of(question)

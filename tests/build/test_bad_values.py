@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lorif_index import BuildConfig, Index
+from lorif_index.capture.sources import model_digest
 from lorif_index.errors import (
     ConfigError,
     CurvatureError,
@@ -240,12 +241,52 @@ def test_a_model_that_has_changed_asks_nothing(tmp_path: Path) -> None:
     optimizer.step()
     for opened in (index, Index.open(tmp_path / "i", model=classes()[0])):
         if opened is not index:
-            opened._model.load_state_dict(model.state_dict())  # type: ignore[union-attr]
+            opened._identity.model.load_state_dict(model.state_dict())  # type: ignore[union-attr]
         for ask in (opened.search, opened.scores):
             with pytest.raises(FingerprintError, match="weights have changed since, differs in model"):
                 ask((x[:4], y[:4]))
     model.load_state_dict(kept)
     np.testing.assert_array_equal(index.scores((x[:4], y[:4])), expected)
+
+
+def test_weights_are_compared_once_for_each_time_they_were_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x, y) = classes()
+    index = Index.build(tmp_path / "i", model=model, data=(x, y), payloads=list(range(N)))
+    taken = []
+
+    def counted(asked: nn.Module) -> str:
+        taken.append(asked)
+        return model_digest(asked)
+
+    monkeypatch.setattr("lorif_index.identity.model_digest", counted)
+    asks = (
+        lambda: index.search((x[:4], y[:4]), k=3),
+        lambda: index.scores((x[:4], y[:4])),
+        lambda: index.groups((x[:4], y[:4]), lambda payload: None),
+        lambda: index.explain((x[:4], y[:4]), [1, 2], data=(x, y)),
+    )
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    for ask in asks:
+        ask()
+    assert not taken
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    for times in (1, 2):
+        with pytest.raises(FingerprintError, match="weights have changed since"):
+            asks[0]()
+        assert len(taken) == times
+    with torch.no_grad():
+        model[0].weight.copy_(kept["0.weight"])
+    for _ in range(3):
+        for ask in asks:
+            ask()
+    assert len(taken) == 3
+    # The newer version of an index is of the same model.
+    index.remove([7])
+    asks[0]()
+    assert len(taken) == 3
 
 
 def test_what_differs_is_named(tmp_path: Path) -> None:

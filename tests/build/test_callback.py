@@ -90,7 +90,7 @@ def test_on_the_way_and_training_does_not_notice(when: str | int, tmp_path: Path
     assert all(modes) and all(all(flags) for flags in seen)
     for a, b in zip(plain.model.parameters(), work.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    prints = {Index.open(folder)._manifest.fingerprint["model"] for folder in callback.built}
+    prints = {Index.open(folder)._reader.manifest.fingerprint["model"] for folder in callback.built}
     assert len(prints) == len(steps)
     if when == "save":
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-4")

@@ -92,7 +92,7 @@ def test_candidates_score_as_a_scan_and_reach_the_recall(index: Index, query: An
         stats = hits.stats
         assert 0 < stats.candidates <= N and len(stats.recall_by_query) == 60
         assert set(stats.seconds) >= {"gradients", "transform", "coarse", "narrow", "gather", "rescore", "check"}
-        assert stats.bytes_read == 0 or stats.store != "coordinates"
+        assert stats.bytes_read == 0 or stats.codec != "coordinates"
 
 
 def test_one_by_one_is_the_same_as_together(index: Index, query: Any) -> None:
@@ -115,7 +115,7 @@ def test_a_target_that_is_not_reached_is_gone_on_for(index: Index, query: Any) -
     assert search is not None and search.calibration is not None
     from lorif_index.search.candidates import Counts
 
-    question = index._prepare(query, None, index.config.damping, index.layers).question  # type: ignore[arg-type]
+    question = index._questions.prepare(query, None, index.config.damping, index.layers).question  # type: ignore[arg-type]
     few = search.run(question, 10, 0.0, largest=True, counts=Counts(20, 20))
     more = search.run(question, 10, 0.99, largest=True, counts=Counts(20, 20))
     scores = index.scores(query)
@@ -161,14 +161,19 @@ def test_layer_subsets_scan_and_say_so(index: Index, query: Any) -> None:
     assert planned.stats.exact and recall(planned.ids, scores) == 1.0
 
 
+def coordinates(index: Index) -> np.ndarray:
+    """z of all rows, (n, k)."""
+    return np.concatenate([z.numpy() for z in index._reader.all_coordinates()])
+
+
 def test_coarse_scores_alone_are_marked(index: Index, query: Any) -> None:
     hits = index.search(query, k=10, rescore=False)
     assert hits.stats.approximate and hits.stats.candidates == 0 and hits.stats.bytes_read == 0
     got = recall(hits.ids, index.scores(query))
     assert 0.1 < got < 1 and abs(hits.stats.estimated_recall - got) < 0.15
-    x = index._prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
+    x = index._questions.prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
     assert x is not None
-    products = x.numpy() @ index.coordinates().T
+    products = x.numpy() @ coordinates(index).T
     near = np.take_along_axis(products, hits.ids, axis=1)
     assert np.corrcoef(near.ravel(), hits.scores.ravel())[0, 1] > 0.9
 
@@ -177,8 +182,8 @@ def test_large_rows_are_given_the_benefit_of_the_doubt(index: Index, query: Any)
     """A tilted order is <x, z> + tilt |x| |z|, in the coarse index as on a device."""
     from lorif_index.search.flat import FlatSketch
 
-    z = index.coordinates()
-    x = index._prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
+    z = coordinates(index)
+    x = index._questions.prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
     coarse = index._reader.coarse
     assert x is not None and coarse is not None and coarse.tilts
     asked, norms = x.numpy(), np.linalg.norm(z, axis=1)
@@ -247,7 +252,7 @@ def test_what_was_never_calibrated_is_a_guess_that_says_so(train: Any, query: An
     assert "never calibrated" in hits.stats.plan and recall(hits.ids, index.scores(query)) > 0.95
     alone = index.search(query, k=10, rescore=False)
     assert np.isnan(alone.stats.estimated_recall)
-    index.calibrate(query)
+    index.rebuild_coarse(query=query)
     assert "never calibrated" not in Index.open(tmp_path / "i").search(query, k=10, exact=False).stats.plan
 
 
@@ -335,9 +340,10 @@ def test_rebuilt_without_the_model(index: Index, query: Any, tmp_path: Path) -> 
 def test_calibrating_with_ones_own_queries(index: Index, query: Any, tmp_path: Path) -> None:
     shutil.copytree(index.path, tmp_path / "copy")
     copy = Index.open(tmp_path / "copy")
-    learnt = copy.calibrate(query)
-    assert learnt["queries"] == 48 + 60
-    assert Index.open(tmp_path / "copy").search(query, k=5, exact=False).stats.candidates > 0
+    copy.rebuild_coarse(query=query)
+    again = Index.open(tmp_path / "copy")
+    assert again._reader.manifest.calibration["queries"] == 48 + 60  # type: ignore[index]
+    assert again.search(query, k=5, exact=False).stats.candidates > 0
 
 
 def test_a_stale_coarse_index_is_never_used(index: Index, query: Any, tmp_path: Path) -> None:
@@ -373,7 +379,7 @@ def test_a_damaged_file_is_found_before_faiss_reads_it(index: Index, query: Any,
     for pattern, use in (
         ("coarse-*", lambda found: found.search(query, exact=False)),
         ("sketch.h5", lambda found: found.search(query, exact=False)),
-        ("calibration.h5", lambda found: found.calibrate()),
+        ("calibration.h5", lambda found: found.rebuild_coarse()),
     ):
         folder = tmp_path / pattern.strip("-*")
         shutil.copytree(index.path, folder)
@@ -450,9 +456,9 @@ def test_flat_coordinates_propose_as_well(index: Index, query: Any, monkeypatch:
     assert 0 < held._reader.rows.kept <= N
     assert np.abs(hits.scores - np.take_along_axis(scores, hits.ids, 1)).max() <= 2e-6 * np.abs(scores).max()
     assert recall(hits.ids, scores) > 0.97
-    x = held._prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
+    x = held._questions.prepare(query, None, index.config.damping, index.layers).question.x  # type: ignore[arg-type]
     assert x is not None
-    exact = np.sort(x.numpy() @ index.coordinates().T, axis=1)[:, ::-1][:, :10]
+    exact = np.sort(x.numpy() @ coordinates(index).T, axis=1)[:, ::-1][:, :10]
     near = held.search(query, k=10, rescore=False).scores
     assert np.abs(near - exact).max() < 2e-3 * np.abs(exact).max()
 

@@ -24,7 +24,7 @@ from lorif_index.capture.sources import ModelCapture
 def measured(index: Index, model: nn.Module, data: Any, count: int, monkeypatch: Any) -> dict[str, Any]:
     """Coverage over the first so many examples, all of them with parameters."""
     monkeypatch.setattr(coverage, "_ONE_OF", {coverage._WITH_PARAMETERS: 1, coverage._WITH_ROWS: 1})
-    taken = ModelCapture(model, index._query_config(), index._projections)
+    taken = ModelCapture(model, index._now.query_config(), index._now.projections)
     found = coverage.measure_coverage(index._reader, taken, None, as_source(data, 3), np.arange(count))
     assert found is not None
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -68,7 +68,7 @@ def test_shares_are_autograds(make: Any, tmp_path: Path, monkeypatch: pytest.Mon
     for name, spec in index.specs.items():
         sides = []
         for side, width in (("in", spec.width_in), ("out", spec.width_out)):
-            p = index._projections.side(name, side, torch.device("cpu"), torch.float64)
+            p = index._now.projections.side(name, side, torch.device("cpu"), torch.float64)
             if p is None:
                 sides.append(np.eye(width))
             else:

@@ -152,14 +152,14 @@ def test_a_loss_and_a_measure_of_ones_own(tmp_path: Path) -> None:
         Index.build(tmp_path / str(i), model=m, data=case.data, loss=own_loss, config=config)
         for i, m in enumerate(models)
     ]
-    assert index._manifest.fingerprint["loss"] == "own_loss"
+    assert index._reader.manifest.fingerprint["loss"] == "own_loss"
 
     def measure(model: nn.Module, batch: Any) -> torch.Tensor:
         return model(batch[0])[:, 3]
 
     expected = np.mean([i.scores(case.query, measure=measure) for i in apart], axis=0)
     assert close(index.scores(case.query, measure=measure), expected)
-    asked = [of._query_gradients(case.query, None, of.layers) for of in apart]
+    asked = [of._questions.gradients(case.query, None, of.layers) for of in apart]
     gradients = {f"{i}.{name}": g for i, of in enumerate(asked) for name, g in of.items()}
     assert close(index.scores(gradients), index.scores(case.query))
     logits = CrossEntropy(lambda model, batch: (model(batch[0]), batch[1]))
@@ -212,7 +212,7 @@ def test_what_is_no_ensemble_is_refused(tmp_path: Path) -> None:
         build(tmp_path / "no", models, case.data, layers="head")
     assert not (tmp_path / "no").exists()
     index = build(tmp_path / "i", models, case.data)
-    assert index._manifest.fingerprint["members"] == 2
+    assert index._reader.manifest.fingerprint["members"] == 2
     for others in (models[0], models[:1], models[::-1]):
         with pytest.raises(FingerprintError):
             Index.open(tmp_path / "i", model=others)

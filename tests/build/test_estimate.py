@@ -36,7 +36,7 @@ def test_bytes_are_those_of_the_index(model: nn.Module, data: Any, tmp_path: Pat
     found = Index.estimate(model=model, data=data, config=config, payload_bytes=20.0)
     payloads = [{"number": i, "t": "abc"} for i in range(N)]
     index = Index.build(tmp_path / "i", model=model, data=data, config=config, payloads=payloads)
-    assert found.stored == index.representation and found.examples == N
+    assert found.stored == index.codec and found.examples == N
     assert found.bytes_per_example == pytest.approx(index.bytes_per_example, rel=0.05, abs=2)
     assert found.disk_total == pytest.approx(index.nbytes, rel=0.2)
     assert set(found.seconds) == {s for s in index.build_report["seconds"] if s not in ("compact",)}

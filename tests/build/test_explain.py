@@ -178,7 +178,7 @@ def test_gradients_as_a_query_and_batches_do_not_matter(built: tuple[Case, Index
     for a, b in zip(alone, among, strict=True):
         assert np.abs(a.tokens - b.tokens).max() <= 1e-4 * np.abs(a.tokens).max() and len(a.tokens) == len(b.tokens)
         assert np.abs(a.query_tokens - b.query_tokens).max() <= 1e-4 * np.abs(a.query_tokens).max()
-    g = index._query_gradients(one, None, index.layers)
+    g = index._questions.gradients(one, None, index.layers)
     given = index.explain({name: part.numpy() for name, part in g.items()}, [3, 11])[0]
     assert [e.query_tokens for e in given] == [None, None]
     assert np.allclose([e.score for e in given], [e.score for e in alone], rtol=1e-4)
@@ -275,9 +275,9 @@ def test_within_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {n for n, layer in index.curvature.items() if layer.grid is not None} == {"mix", "inner"}
     found = index.explain(query, [3, 40])
     check_sums(found, within=1e-6)
-    asked = index._query_gradients(query, None, index.layers)
-    examples = index._query_gradients(tuple(part[[3, 40]] for part in data), None, index.layers)
-    made = index._reader.preconditioners(index.layers, index._policy(None))
+    asked = index._questions.gradients(query, None, index.layers)
+    examples = index._questions.gradients(tuple(part[[3, 40]] for part in data), None, index.layers)
+    made = index._reader.preconditioners(index.layers, index._questions.policy(None))
     most = largest(found)
     for name in index.layers:
         basis, g = index.curvature[name].basis.double(), asked[name].flatten(1).double()

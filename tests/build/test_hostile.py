@@ -55,7 +55,7 @@ def use(folder: Path) -> None:
         index.scores(query())
         index.search(query(), k=5, exact=False)
         index.payloads()
-        index.coordinates()
+        index.gradients(index.ids)
 
 
 def refused(folder: Path) -> None:

@@ -173,13 +173,13 @@ def test_what_a_kill_right_after_a_commit_leaves_is_cleared_away(index: Index, r
 
     with pytest.raises(KeyboardInterrupt):
         index.add(gradients=blocks(rows[N:]), progress=stop)
-    old = {shard.info.sealed.file for shard in index._store.shards}
+    old = {shard.info.sealed.file for shard in index._reader.store.shards}
     index.remove(range(0, N, 2))
     index.compact()
     left = {path.name for path in index.path.iterdir()}
     assert not left & {"building.json", "adding.json"}
     shards = {name for name in left if name.startswith("shard-")}
-    assert shards == {s.info.sealed.file for s in index._store.shards} and not shards & old
+    assert shards == {s.info.sealed.file for s in index._reader.store.shards} and not shards & old
     index.add(gradients=blocks(rows[N:]))
     assert len(index) == N // 2 + MORE
     index.verify()
@@ -294,7 +294,7 @@ def test_compaction_takes_the_bytes_away(index: Index, rows: torch.Tensor, query
     assert calibration is not None
     victim = int(calibration.ids()[0])
     needles = [next(iter(calibration.gradients().values()))[0].numpy().tobytes()]
-    row = index._store.gather(np.array([victim]))
+    row = index._reader.store.gather(np.array([victim]))
     needles += [part.numpy().tobytes() for part in (row.factors, row.codes) if part.shape[1]]
     needles.append(b'{"number":%d}' % victim)
     assert all(folder_holds(index.path, needle) for needle in needles)
@@ -317,9 +317,9 @@ def test_compaction_takes_the_bytes_away(index: Index, rows: torch.Tensor, query
 def test_compaction_joins_small_shards(index: Index, rows: torch.Tensor, query: Any) -> None:
     for start in range(N, N + 40, 10):
         index.add(gradients=blocks(rows[start : start + 10]))
-    scores, shards = index.scores(query), len(index._store.shards)
+    scores, shards = index.scores(query), len(index._reader.store.shards)
     index.compact()
-    assert len(index._store.shards) < shards
+    assert len(index._reader.store.shards) < shards
     alike(index.scores(query), scores)
     asked = query_of(rows[N : N + 20])
     hits, exact = (index.search(asked, k=5, exact=way, recall=0.999) for way in (False, True))
@@ -379,7 +379,7 @@ def test_refit_renews_what_it_can_and_says_what_not(index: Index, rows: torch.Te
     index.add(gradients=blocks(rows[N:]))
     index.remove(range(100))
     report = index.refit()
-    store = index.representation
+    store = index.codec
     assert ("curvature" in report["renewed"]) == (store == "factors")
     assert ("curvature" in report["kept"]) == (store != "factors")
     assert ("sketch" in report["kept"]) == (store in ("both", "coordinates"))
@@ -468,6 +468,44 @@ def test_a_lock_dies_with_its_process(index: Index) -> None:
     assert index.remove([1]) == 1
 
 
+@pytest.mark.parametrize("arguments", [{}, {"normalize": "relatif"}, {"exact": False}])
+def test_an_answer_is_of_the_version_it_began_with(index: Index, query: Any, arguments: dict[str, Any]) -> None:
+    """The handle moves on to a version without the best rows while a search is under way."""
+    if arguments.get("exact") is False and not faiss_is_installed():
+        pytest.skip("candidates need faiss")
+    writer, best = Index.open(index.path), index.search(query, k=5, **arguments)
+    plain = {name: value for name, value in arguments.items() if name != "exact"}
+    scores, sums, ids = index.scores(query, **plain), index.groups(query, "number", k=5), index.ids
+    asks = (
+        lambda hook: index.search(query, k=5, group_by="number", progress=hook, **arguments),
+        lambda hook: index.scores(query, progress=hook, **plain),
+        lambda hook: index.groups(query, "number", k=5, progress=hook),
+    )
+    versions = []
+    for number, ask in enumerate(asks):
+        generation = index.generation
+        gone = np.setdiff1d(best.ids[:, number], np.setdiff1d(ids, index.ids))
+
+        def move_on(event: Any, before: int = generation, gone: np.ndarray = gone) -> None:
+            if index.generation == before:
+                writer.remove(gone)
+                writer.compact()
+                assert index.refresh()
+
+        expected = ask(False)
+        found = ask(move_on)
+        assert index.generation > generation and not np.isin(gone, index.ids).any()
+        versions.append((expected, found))
+    (hits, same), (all_scores, same_scores), (groups, same_groups) = versions
+    np.testing.assert_array_equal(hits.ids, best.ids)
+    np.testing.assert_array_equal(same.ids, hits.ids)
+    np.testing.assert_array_equal(same.scores, hits.scores)
+    assert same.payloads == hits.payloads and same.stats.total == N
+    assert same.groups.queries == hits.groups.queries and same.groups.examples == N
+    np.testing.assert_array_equal(same_scores, all_scores)
+    assert same_groups.queries == groups.queries and groups.examples < sums.examples == scores.shape[1] == N
+
+
 def test_searches_go_on_while_the_index_is_changed(index: Index, rows: torch.Tensor, query: Any) -> None:
     """One Index object, searched by threads while another thread changes it: every answer is of one version."""
     truth = {index.generation: index.search(query, k=10).ids}
@@ -521,7 +559,7 @@ def test_file_handles_do_not_leak(index: Index, rows: torch.Tensor, query: Any) 
 
 def test_skipping_damaged_shards(index: Index, query: Any) -> None:
     before = index.scores(query)
-    shard = index._store.shards[1].info
+    shard = index._reader.store.shards[1].info
     path = index.path / shard.sealed.file
     raw = bytearray(path.read_bytes())
     raw[shard.sealed.offsets["ids"]] ^= 1
@@ -544,7 +582,7 @@ def test_skipping_damaged_shards(index: Index, query: Any) -> None:
 
 def test_repair_drops_what_is_damaged_and_keeps_it_aside(index: Index, rows: torch.Tensor, query: Any) -> None:
     before = index.scores(query)
-    shard, coarse = index._store.shards[1].info, index._manifest.coarse
+    shard, coarse = index._reader.store.shards[1].info, index._reader.manifest.coarse
     assert coarse is not None
     index.close()
     for name in (shard.sealed.file, coarse["file"]["file"]):
@@ -571,7 +609,7 @@ def test_repair_says_what_it_cannot_mend(index: Index) -> None:
     path = index.path / "curvature.h5"
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    if index.representation == "factors":
+    if index.codec == "factors":
         assert "curvature" in Index.repair(index.path)["rebuilt"]
         Index.open(index.path).verify()
         return

@@ -141,7 +141,11 @@ def projected(index: Index, g: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def stored(index: Index) -> dict[str, np.ndarray]:
-    return {n: torch.bmm(u.double(), v.double().transpose(1, 2)).numpy() for n, (u, v) in index.factors().items()}
+    parts = index._reader.layout.unpack(index._reader.store.gather(np.arange(len(index))))
+    return {
+        n: np.asarray(part.left.double() if part.right is None else part.left.double().mT @ part.right.double())
+        for n, part in parts.items()
+    }
 
 
 def expected_scores(

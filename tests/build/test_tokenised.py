@@ -139,7 +139,7 @@ def test_questions_in_words(index: Index, gpt2: Any, bpe: Any) -> None:
         index.scores([talk, talk])[1], expected[0], rtol=1e-4
     )
     prompt = {"prompt": ["The", "A"], "completion": [" cat sat", " dog"]}
-    assert index.scores(prompt).shape == (2, 10) and index.calibrate.__name__
+    assert index.scores(prompt).shape == (2, 10)
     tokens = index.scores({"input_ids": ids[SENTENCES[4]][0].tolist()})
     assert np.allclose(tokens, by_hand)
 

@@ -110,7 +110,7 @@ def test_with_one_fit_ranks_build_and_answer_the_same(size: int, alone: Any, tmp
         with Index.open(tmp_path / kind, model=make_model(), loss=loss) as whole:
             assert_same(found, answers(whole, sequences()[:4]), 1e-5)
             whole.verify()
-            assert len(whole._manifest.shards) >= size
+            assert len(whole._reader.manifest.shards) >= size
             # All ranks' rows were looked at, not one's.
             with Index.open(path) as reference:
                 told, looked_at = whole.build_report["outliers"], reference.build_report["outliers"]
@@ -146,7 +146,7 @@ def test_fewer_shards_than_ranks(size: int, factory: str, alone: Any, tmp_path: 
     with Index.build(
         tmp_path / "index", model=make_model(), data=sequences(), loss=loss, config=config, distributed=False
     ) as index:
-        assert len(index._manifest.shards) < size
+        assert len(index._reader.manifest.shards) < size
         expected = [index.search(sequences()[:4], k=10, exact=False, rescore=rescore) for rescore in (True, False)]
     said = together(size, "propose", tmp_path / "said", folder=str(tmp_path))
     for found, wanted in zip(said[0], expected, strict=True):

@@ -113,7 +113,7 @@ def test_one_hot_sides_stay_random(tmp_path: Path) -> None:
     # The head is tied to the token embedding: its other side is learnt.
     assert ("transformer.wte", "in") not in learnt and ("transformer.wte", "out") in learnt
     spec = index.specs["transformer.wte"]
-    side = index._projections.side("transformer.wte", "in", torch.device("cpu"), torch.float32)
+    side = index._now.projections.side("transformer.wte", "in", torch.device("cpu"), torch.float32)
     assert side is not None and torch.equal(side, projection_matrix(0, "transformer.wte", "in", spec.width_in, 4))
 
 
@@ -127,8 +127,8 @@ def test_of_gradients_that_were_handed_over(tmp_path: Path) -> None:
     whole = g.double().numpy()
     assert same_space(learnt["w", "in"].double().numpy(), leading(np.einsum("nij,nkj->ik", whole, whole), 4)) < 1e-4
     p_in, p_out = learnt["w", "in"].double().numpy(), learnt["w", "out"].double().numpy()
-    left, right = index.factors()["w"]
-    assert np.allclose((left @ right.mT).numpy(), np.einsum("ia,nij,jb->nab", p_in, whole, p_out), atol=1e-4)
+    stored = index.gradients(index.ids)["w"]
+    assert np.allclose(stored.numpy(), np.einsum("ia,nij,jb->nab", p_in, whole, p_out), atol=1e-4)
 
 
 def test_interrupted_after_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
         assert index.config == BuildConfig(**settings), "what was asked for is remembered as it was"
         again = Index.open(tmp_path / name, model=case.model)
         assert again.scores(case.query).shape[1] == len(index)
-        return index._manifest.floor()
+        return index._reader.manifest.floor()
 
     # A usual row has room for all directions: the model stays narrow, for smaller rows, too.
     assert floor("fits") == 6 and floor("small rows", eigen_bytes=32) == 6

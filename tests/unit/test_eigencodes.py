@@ -21,7 +21,7 @@ from test_representations import damped, inside_scores, lambdas
 
 from lorif_index import BuildConfig, Index
 from lorif_index.codecs.eigencodes import directions_for
-from lorif_index.errors import ConfigError, CorruptionError, CurvatureError, FingerprintError, QueryError
+from lorif_index.errors import ConfigError, CorruptionError, CurvatureError, FingerprintError
 
 # Bytes of a row -> bits: 1 for some directions, 1 for all, 2, 4 and 8 for all. There are 10 layers of at most 36.
 SOME, ALL = 40, 65
@@ -48,7 +48,7 @@ def kept(index: Index) -> dict[str, np.ndarray]:
 
 def stands_for(index: Index) -> dict[str, np.ndarray]:
     """G~ of every row, (n, d_in, d_out) a layer, in float64."""
-    code, rows = index._reader.eigen, index._store.gather(np.arange(len(index)))
+    code, rows = index._reader.eigen, index._reader.store.gather(np.arange(len(index)))
     assert code is not None
     out = {}
     for name, coordinates in code.decode(rows.factors).items():
@@ -62,7 +62,7 @@ def stands_for(index: Index) -> dict[str, np.ndarray]:
 def test_scores_are_exact_for_what_is_stored(case: Any, tmp_path: Path, size: int) -> None:
     made, train_gradients, query_gradients = case
     index = build(made, tmp_path, eigen_bytes=size)
-    assert index.representation == "eigen" and index._reader.layout.eigen.bits == BYTES[size]
+    assert index.codec == "eigen" and index._reader.layout.eigen.bits == BYTES[size]
     assert index.bytes_per_example <= size
     rows, queries = projected(index, train_gradients), projected(index, query_gradients)
     means = stands_for(index)
@@ -74,7 +74,7 @@ def test_scores_are_exact_for_what_is_stored(case: Any, tmp_path: Path, size: in
     scores = index.scores(made.query)
     hits = index.search(made.query, k=7)
     assert within(hits.scores, -np.sort(-scores, axis=1)[:, :7], 1e-5)
-    assert hits.stats.exact and hits.stats.store == "eigen" and hits.stats.dtype == f"{BYTES[size]} bits"
+    assert hits.stats.exact and hits.stats.codec == "eigen" and hits.stats.dtype == f"{BYTES[size]} bits"
     # Many queries are scored by products, few by tables.
     for i in range(len(scores)):
         one = {k: v[i : i + 1] for k, v in made.query.items()}
@@ -149,9 +149,7 @@ def test_more_bytes_are_nearer_to_the_whole_score(case: Any, tmp_path: Path) -> 
 def test_it_is_the_default_for_sequences(case: Any, tmp_path: Path) -> None:
     made, _, _ = case
     index = build(made, tmp_path, store="auto")
-    assert index.representation == "eigen" and index.bytes_per_example < 1600
-    with pytest.raises(QueryError, match=r"keeps no factors \(store='eigen'\)"):
-        index.factors()
+    assert index.codec == "eigen" and index.bytes_per_example < 1600
 
 
 def test_few_layers_have_more_directions() -> None:
@@ -182,7 +180,7 @@ def test_directions_of_a_grid_are_stored_by_its_products(
     rows, queries = projected(index, train_gradients), projected(index, query_gradients)
     expected = inside_scores(index, queries, stands_for(index), lambdas(index, rows, 0.3), index.layers)
     assert within(index.scores(made.query, damping=0.3), expected, 1e-4)
-    gathered = index._store.gather(np.arange(len(index))).factors
+    gathered = index._reader.store.gather(np.arange(len(index))).factors
     own, lam, z = 0.0, lambdas(index, rows, 0.3), 0.0
     for name, dense in kept.dense(gathered, index.curvature).items():
         flat, layer = stands_for(index)[name].reshape(len(index), -1), index.curvature[name]
@@ -197,7 +195,7 @@ def test_directions_of_a_grid_are_stored_by_its_products(
             z = z + half[:, part.directions.numpy()] @ part.weights.double().numpy()
     assert within(index.self_influence(damping=0.3), own * kept.layout.cosine**2, 1e-4)
     if index._reader.sketch is not None:
-        assert within(index.coordinates(), np.asarray(z), 1e-4)
+        assert within(np.concatenate([z.numpy() for z in index._reader.all_coordinates()]), np.asarray(z), 1e-4)
     index.close()
     again = Index.open(tmp_path / "i", model=made.model)
     assert within(again.scores(made.query, damping=0.3), expected, 1e-4)

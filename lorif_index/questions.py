@@ -1,0 +1,205 @@
+"""Questions: whatever is asked (a batch, rows, text, gradients) becomes gradients, and these a question to the rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+
+from .capture.data import as_source, as_tensors, batch_count
+from .capture.gradients import GradientBlock, parse_block
+from .capture.hooks import keep_finite
+from .capture.losses import PerExample
+from .capture.sources import ModelCapture, check_block
+from .damping import Damping, as_damping
+from .errors import NonFiniteError, QueryError
+from .identity import Identity
+from .search.answer import Prepared
+from .search.explain import Asked, Positions, shown_positions
+from .search.normalise import question_roots
+from .search.scoring import Question, told
+from .search.whole import member_count
+from .snapshot import Snapshot
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """Makes questions to one version of an index.
+
+    Attributes:
+        now: the version.
+        identity: the model, loss and tokenizer that ask.
+    """
+
+    now: Snapshot
+    identity: Identity
+
+    def chosen(self, layers: str | Iterable[str] | None) -> tuple[str, ...]:
+        """The layers that names or glob patterns choose, in the index's order; all for None.
+
+        Raises:
+            QueryError: no pattern, or one that matches nothing.
+        """
+        specs = self.now.reader.specs
+        if layers is None:
+            return tuple(specs)
+        patterns = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise QueryError(f"layers takes a layer's name, a glob pattern or a list of them, got {layers!r}")
+        if not patterns:
+            raise QueryError("layers is empty: name at least one layer, or leave it out for all")
+        for pattern in patterns:
+            if not any(name == pattern or fnmatchcase(name, pattern) for name in specs):
+                raise QueryError(f"layers={pattern!r} matches none of the index's layers {list(specs)}")
+        return tuple(n for n in specs if any(n == p or fnmatchcase(n, p) for p in patterns))
+
+    def policy(self, damping: Damping | float | None) -> Damping:
+        """The damping that is asked for; None: the build's."""
+        return as_damping(self.now.reader.config.damping if damping is None else damping)
+
+    def prepare(
+        self,
+        query: Any,
+        measure: PerExample | None,
+        policy: Damping,
+        chosen: tuple[str, ...],
+        normalize: str | None = None,
+        some: bool = True,
+    ) -> Prepared:
+        """Gradients of the query, transformed once into a question to the rows; `some` as in `gradients`.
+
+        Raises:
+            As `gradients`; NonFiniteError: inf or NaN in the question.
+        """
+        began = mid = time.perf_counter()
+        reader, question = self.now.reader, None
+        with reader.ranks.jointly():
+            if reader.ranks.first or self.identity.spread:
+                gradients = self.gradients(query, measure, chosen, some)
+                mid = time.perf_counter()
+                question = self._question(gradients, policy, normalize)
+        question = told(question, reader.ranks)
+        if normalize is not None:
+            question = replace(question, scale=self.now.scales.of(policy, chosen))
+        return Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
+
+    def _question(self, gradients: dict[str, torch.Tensor], policy: Damping, normalize: str | None) -> Question:
+        reader = self.now.reader
+        preconditioners, members = reader.preconditioners(gradients, policy), member_count(reader)
+        question = reader.ask(gradients, preconditioners)
+        if question.x is not None and not bool(torch.isfinite(question.x).all()):
+            raise NonFiniteError(
+                "the query's coordinates are inf or NaN: its gradients are too large, or what the index was fitted "
+                "with is damaged (index.verify() tells)"
+            )
+        if normalize is None and members == 1:
+            return question
+        share = torch.full((question.count,), 1.0 / members)
+        if normalize == "cosine":
+            share *= question_roots(gradients, preconditioners, members)
+        return question.scaled(share)
+
+    def gradients(
+        self, query: Any, measure: PerExample | None, chosen: tuple[str, ...], some: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """(q, d_in, d_out) float32 per chosen layer, of the quantity to lower.
+
+        Raises:
+            QueryError: there are no examples; none has a gradient; or, unless `some` are enough, one has none.
+        """
+        parts = list(self.batches(query, measure, chosen))
+        if not parts:
+            raise QueryError("the query holds no examples")
+        found = {name: torch.cat([part.gradients[name] for part in parts]) for name in chosen}
+        there = torch.stack([g.flatten(1).ne(0).any(dim=1) for g in found.values()]).any(dim=0)
+        if not bool(there.any() if some else there.all()):
+            raise QueryError(
+                f"example {int((~there).nonzero()[0])} of the query has no gradient in any layer asked, so that no row "
+                "has a score for it: a loss on no token or label, or a measure that was computed without gradients or "
+                "of another model? Leave it out, or mend the measure"
+            )
+        return found
+
+    def batches(
+        self,
+        query: Any,
+        measure: PerExample | None,
+        chosen: tuple[str, ...],
+        *,
+        positions: bool = False,
+        taken: ModelCapture | None = None,
+    ) -> Iterator[Asked]:
+        """The query's gradients, batch by batch.
+
+        Args:
+            query, measure: as in `Index.search`.
+            chosen: the layers.
+            positions: also keep what the layers held at each position.
+            taken: what takes gradients of the model, where it was made already.
+
+        Raises:
+            QueryError, DataError, CaptureError, NonFiniteError, FingerprintError: as in `Index.search`.
+        """
+        specs = self.now.reader.specs
+        found: Iterator[tuple[GradientBlock, Asked]]
+        if isinstance(query, Mapping) and query and set(query) <= set(specs):
+            if measure is not None:
+                raise QueryError(
+                    "measure= needs a batch for the model, but the query is gradients: negate them instead"
+                )
+            block = parse_block(query, 0)
+            needed = block.layers if set(chosen) <= set(block.layers) else chosen
+            check_block(block, {name: specs[name] for name in needed}, "the query")
+            found = iter([(self.now.projections.project(block), Asked({}))])
+        else:
+            found = self._captured(query, measure, positions, self.capture(measure) if taken is None else taken)
+        for block, asked in found:
+            block = keep_finite(block, "error", [], "the query's example")
+            if block.count:
+                yield replace(asked, gradients={n: block.layers[n].dense().float().cpu() for n in chosen})
+
+    def capture(self, measure: PerExample | None) -> ModelCapture:
+        """Takes gradients of the model for questions.
+
+        Raises:
+            QueryError, FingerprintError: as `Identity.check_to_ask`.
+        """
+        self.identity.check_to_ask(self.now, measure)
+        return self.identity.capture(self.now)
+
+    def _captured(
+        self, query: Any, measure: PerExample | None, positions: bool, taken: ModelCapture
+    ) -> Iterator[tuple[GradientBlock, Asked]]:
+        """Gradients of the model."""
+        query = self.identity.query(query, strict=measure is None)
+        capture = taken.capture(self.identity.loss if measure is None else measure)
+        for ids, batch in _query_batches(query, taken.config.batch_size):
+            kept = Positions() if positions else None
+            block = capture.gradients(ids, batch, watch=kept)
+            if measure is not None:
+                # A measure is to be raised, a loss to be lowered.
+                block = GradientBlock(block.ids, {name: g.negated() for name, g in block.layers.items()})
+            sign = 1.0 if measure is None else -1.0
+            yield block, Asked({}, kept, shown_positions(batch), sign / capture.scale, capture)
+
+
+def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:
+    """A query as batches: it may be anything that `data` may be, or one batch with more in it than tensors."""
+    query = as_tensors(query)
+    if isinstance(query, Mapping) and query and all(isinstance(v, list) for v in query.values()):
+        # A slice of a Hugging Face Dataset: columns of examples; or one example of it: columns of numbers.
+        one = not any(isinstance(v[0], (list, torch.Tensor)) for v in query.values() if v)
+        count = len(next(iter(query.values())))
+        query = [dict(query)] if one else [{k: v[i] for k, v in query.items()} for i in range(count)]
+    mixed = isinstance(query, (Mapping, tuple)) and not all(
+        isinstance(v, torch.Tensor) for v in (query.values() if isinstance(query, Mapping) else query)
+    )
+    if mixed:
+        yield np.arange(batch_count(query), dtype=np.int64), query
+    else:
+        yield from as_source(query, batch_size).batches()
