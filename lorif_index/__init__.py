@@ -29,11 +29,12 @@ The stages, one module each, in the order in which data flows through them:
     growth, removal, refit, merging   how it is changed; living answers without removed rows
     damage, repair        bad bytes are found, and mended where that can be
     sizes, estimate       what a build will take
-    chat, encoding, documents, tokenised   texts, chats and packed rows as examples (huggingface/)
+    packed, chat, encoding, tokenised   words as examples and as questions
+    documents, passages, model   files of text, cut for a language model
     index                 the user's handle
-    callback              a trainer of transformers builds the index
+    callback, textindex   a trainer of transformers builds the index; an index of texts remembers its model
 
-The command line stands on them: texts, textindex, demo_model, demo, show; its commands are in the folder cli.
+The demo (demo_model, demo) and the command line stand on them; its commands are in the folder cli.
 Its pages in the browser: visible, charts, explorer, page, export, report, guard, server.
 """
 

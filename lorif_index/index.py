@@ -43,14 +43,6 @@ from .config import BuildConfig
 from .curvature.fit import LayerCurvature
 from .damping import Damping, as_damping
 from .errors import ConfigError, CorruptionError, DataError, FingerprintError, NonFiniteError, QueryError, StoreError
-from .huggingface.tokenised import (
-    TOKENIZER,
-    check_tokenizer,
-    prepared,
-    prepared_query,
-    prepared_rows,
-    tokenizer_digest,
-)
 from .life.add import add_examples, check_addition
 from .life.merge import merge_indexes
 from .life.refit import refit_index
@@ -73,6 +65,14 @@ from .storage.locks import Lease, WriterLock
 from .storage.manifest import Manifest, check_same, collect, open_version, read_manifest, spec_to_json
 from .storage.payloads import Payloads, Values, decode
 from .storage.store import VERIFY
+from .text.tokenised import (
+    TOKENIZER,
+    check_tokenizer,
+    prepared,
+    prepared_query,
+    prepared_rows,
+    tokenizer_digest,
+)
 
 NORMALIZATIONS = ("relatif", "cosine")
 
@@ -169,7 +169,7 @@ class Index:
             data: a torch Dataset, a DataLoader that does not shuffle, a Hugging Face Dataset, or a tuple or dict of
                 tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded. For a model
                 of transformers also texts, chats, prompts with completions, and packed rows (see
-                `huggingface.TokenisedData`).
+                `text.TokenisedData`).
             gradients: instead of model and data: an iterable of blocks {layer: (n, d_in, d_out) array}, or of factor
                 pairs {layer: ((n, d_in, m), (n, d_out, m))}. An iterator that is used up by one walk is kept on disk
                 meanwhile.

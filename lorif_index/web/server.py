@@ -179,10 +179,10 @@ class _Pages:
             examples.append((label, asked.address(path)))
         return self._html(
             "home.html",
-            asks=self._explorer.asked is not None,
+            asks=self._explorer.text_model is not None,
             examples=examples,
             default_k=self._k,
-            notes=[] if self._explorer.asked else [f"Texts cannot be asked about: {self._explorer.why}."],
+            notes=[] if self._explorer.text_model else [f"Texts cannot be asked about: {self._explorer.why}."],
         )
 
     def search(self, values: _Values) -> Any:
@@ -264,11 +264,11 @@ class _Pages:
         if asked is not None and self._explorer.explains:
             explained, why = self._explained(asked.question, row)
             notes += [f"Tokens are not shaded: {why}."] if why else []
-        elif asked is not None and self._explorer.asked is None:
+        elif asked is not None and self._explorer.text_model is None:
             notes.append(f"Tokens are not shaded: that takes the model, and {self._explorer.why}.")
         k = self._k if asked is None else asked.k
         asks_text = None
-        if self._explorer.asked is not None and item.text and len(item.text) <= LONGEST_QUESTION:
+        if self._explorer.text_model is not None and item.text and len(item.text) <= LONGEST_QUESTION:
             by_words = Asked(Question(item.text), k, 0.99, False, False, "", 1, PER_PAGE[1])
             asks_text = by_words.address("/search")
         here = "/search" if asked is None or asked.question.row is None else "/neighbours"

@@ -19,6 +19,7 @@ from lorif_index import BuildConfig, Index
 from lorif_index.build.memory import stage_memory
 from lorif_index.build.traffic import Traffic, build_traffic, search_traffic
 from lorif_index.capture.gradients import LayerSpec
+from lorif_index.cli.show import show_estimate
 from lorif_index.errors import ConfigError, StoreError
 from lorif_index.ranks import ALONE
 from lorif_index.search import joint
@@ -27,7 +28,6 @@ from lorif_index.search.flat import FlatSketch
 from lorif_index.search.joint import JointProposer
 from lorif_index.search.team import Team
 from lorif_index.storage.store import Store
-from lorif_index.text.show import show_estimate
 
 ROOT = Path(__file__).parents[2]
 

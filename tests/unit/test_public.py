@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import lorif_index
-from lorif_index import BuildConfig, Index, huggingface, text
+from lorif_index import BuildConfig, Index, text
 
 PACKAGE = Path(lorif_index.__file__).parent
 
@@ -85,25 +85,35 @@ ENGINE = {
     "candidates reader shrinkage explain planner groups",
     "build": "encode coverage coarse_build outliers growth removal sizes memory traffic spans representation "
     "resuming pipeline refit merging repair estimate",
-    "huggingface": "chat encoding documents tokenised",
+    "text": "documents packed chat encoding tokenised passages model",
     ".": "index launch",
 }
 TEXT_SIDE = {
-    "huggingface": "callback",
-    "text": "texts textindex show demo_model demo",
+    "text": "callback textindex demo_model demo",
     "web": "visible charts explorer page export report guard server",
-    "cli": "app options settings making shares asking keeping browsing benches",
+    "cli": "app options settings show making shares asking keeping browsing",
 }
 
 
-TEXT = ["Document", "TextIndex", "build_text_index", "load_text_model", "read_documents"]
-HUGGINGFACE = ["IndexCallback", "TokenisedData", "UnpackedDocuments"]
+TEXT = [
+    "Document",
+    "IndexCallback",
+    "StoredTexts",
+    "TextModel",
+    "TokenisedData",
+    "UnpackedDocuments",
+    "add_texts",
+    "build_text_index",
+    "load_text_model",
+    "open_text_index",
+    "read_documents",
+]
 
 
 def test_surface_is_frozen() -> None:
     assert lorif_index.__all__ == SURFACE
-    assert (text.__all__, huggingface.__all__) == (TEXT, HUGGINGFACE)
-    assert all(hasattr(part, name) for part in (lorif_index, text, huggingface) for name in part.__all__)
+    assert text.__all__ == TEXT
+    assert all(hasattr(part, name) for part in (lorif_index, text) for name in part.__all__)
     for name, arguments in INDEX.items():
         signature = inspect.signature(
             inspect.unwrap(inspect.getattr_static(Index, name).__func__)
