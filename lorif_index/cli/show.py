@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console
@@ -295,23 +295,13 @@ def unit_of_scores(total: int) -> str:
 
 def demo_json(result: DemoResult) -> dict[str, Any]:
     """What the demo did and found, as plain JSON values."""
-    return {
+    facts = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in ("hits", "questions", "losses")}
+    for name in ("settings", "training", "check"):
+        facts[name] = asdict(facts[name])
+    return facts | {
         "folder": str(result.folder),
-        "settings": asdict(result.settings),
-        "topics": result.topics,
-        "passages": result.passages,
-        "tokens": result.tokens,
-        "training": asdict(result.training),
-        "index": {
-            "path": str(result.folder / "index"),
-            "seconds": result.index_seconds,
-            "bytes_per_example": result.bytes_per_example,
-            "nbytes": result.nbytes,
-        },
         "answers": answers_json(result.questions, result.losses, result.hits),
         "stats": asdict(result.hits.stats),
-        "check": asdict(result.check),
-        "seconds": result.seconds,
     }
 
 
