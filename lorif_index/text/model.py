@@ -44,11 +44,6 @@ class TextModel:
     model: Any
     tokenizer: Any
 
-    @property
-    def context(self) -> int | None:
-        """The longest input, in tokens, if model or tokenizer say."""
-        return Needs.of(self.model, self.tokenizer).context
-
     def passages(
         self,
         documents: Iterable[Document],
@@ -67,7 +62,7 @@ class TextModel:
         Raises:
             ConfigError: max_length beyond the model's context. Else as `Passages`.
         """
-        longest = self.context
+        longest = Needs.of(self.model, self.tokenizer).context
         if max_length is None:
             max_length = min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
         elif longest is not None and max_length > longest:

@@ -32,12 +32,13 @@ class _Faults:
     silent: list[int] = field(default_factory=list)
     longest: int = 0
 
-    def note(self, encoder: Encoder, item: Encoded, length: int, i: int, strict: bool) -> None:
-        if encoder.max_length is not None and length > encoder.max_length:
-            self.too_long.append(i)
-            self.longest = max(self.longest, length)
-        if not item["input_ids"] or (strict and not encoder.has_loss(item)):
-            self.silent.append(i)
+    def note(self, encoder: Encoder, found: list[tuple[Encoded, int]], ids: range, strict: bool) -> None:
+        for i, (item, length) in zip(ids, found, strict=True):
+            if encoder.max_length is not None and length > encoder.max_length:
+                self.too_long.append(i)
+                self.longest = max(self.longest, length)
+            if not item["input_ids"] or (strict and not encoder.has_loss(item)):
+                self.silent.append(i)
 
     def refuse(self, encoder: Encoder, count: int) -> None:
         """Raises DataError where something is wrong that was not allowed."""
@@ -117,8 +118,7 @@ class TokenisedData:
         faults, count = _Faults(), len(self)
         for start in range(0, count, _AT_ONCE):
             part = range(start, min(start + _AT_ONCE, count))
-            for i, (item, length) in zip(part, self._encoder.encode(self._rows(part), part), strict=True):
-                faults.note(self._encoder, item, length, i, self._strict)
+            faults.note(self._encoder, self._encoder.encode(self._rows(part), part), part, self._strict)
         faults.refuse(self._encoder, count)
         self.truncated = tuple(faults.too_long)
         if self.truncated:
@@ -156,8 +156,7 @@ class TokenisedStream:
         while part := list(islice(rows, _AT_ONCE)):
             ids, faults = range(at, at + len(part)), _Faults()
             found = self._encoder.encode(part, ids)
-            for i, (item, length) in zip(ids, found, strict=True):
-                faults.note(self._encoder, item, length, i, True)
+            faults.note(self._encoder, found, ids, True)
             at += len(part)
             faults.refuse(self._encoder, at)
             yield from (item for item, _ in found)
