@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from lorif_index.codecs.layout import RowLayout
 
 from bench.corpus import gpt, sequences, train
 from bench.environment import ROOT, arguments, keep, peak_rss, table, timed
 from lorif_index import BuildConfig, Index, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture, ModelGradients
-from lorif_index.codecs.layout import RowLayout
 from lorif_index.codecs.truncation import factorise
 
 BATCH = 32

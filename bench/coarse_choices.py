@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lorif_index.build.coarse_build import random_positions
 
 from bench.environment import CACHE, arguments, keep, table, timed
 from bench.scale_data import FOLDER
 from bench.scale_index import FULL_RANK, derived, full_index
 from bench.search_at_scale import answers, asked, some
 from lorif_index import Index
-from lorif_index.build.coarse_build import random_positions
 from lorif_index.search.coarse import Coarse
 
 DEPTHS = (400, 1600, 6400)

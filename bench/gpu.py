@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from lorif_index.codecs.layout import RowLayout
+from lorif_index.search.flat import FlatSketch
 
 from bench.build_cost import BATCH, plain
 from bench.corpus import gpt
@@ -25,10 +27,8 @@ from lorif_index import BuildConfig, Index
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture, ModelGradients
 from lorif_index.codecs.bits import CodeLayout
-from lorif_index.codecs.layout import RowLayout
 from lorif_index.errors import ConfigError
 from lorif_index.linalg.subspace import SubspaceFit
-from lorif_index.search.flat import FlatSketch
 from lorif_index.search.scoring import Question, stream_scores
 from lorif_index.storage.resident import Resident
 from lorif_index.storage.store import Store, StoreWriter

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from lorif_index.codecs.layout import RowLayout, Rows
 
 from bench.scale_data import FOLDER, gradients, trained_model, windows
 from lorif_index import BuildConfig, Index
 from lorif_index.capture.gradients import LayerSpec
-from lorif_index.codecs.layout import RowLayout, Rows
 from lorif_index.storage.manifest import read_manifest, spec_to_json
 from lorif_index.storage.store import StoreWriter
 

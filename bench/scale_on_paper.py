@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lorif_index.build.memory import stage_memory
 
 from lorif_index import BuildConfig
-from lorif_index.build.memory import stage_memory
 from lorif_index.build.sizes import ENTRY_BYTES, code_bytes, disk_sizes, fit_sizes
 from lorif_index.build.traffic import build_traffic, search_traffic
 from lorif_index.capture import eigenbases

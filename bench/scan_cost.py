@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from lorif_index.codecs.layout import RowLayout
 
 from bench.corpus import gpt, sequences, train
 from bench.environment import CACHE, arguments, keep, median_seconds, table, timed
 from bench.scale_index import commit_cut
 from lorif_index import BuildConfig, Index
-from lorif_index.codecs.layout import RowLayout
 from lorif_index.search.scoring import stream_scores
 from lorif_index.storage.store import Store, StoreWriter
 

@@ -11,9 +11,9 @@ from .capture.losses import PerExample, loss_name
 from .capture.sharded import is_spread
 from .capture.sources import ModelCapture, model_digest, weights_state
 from .errors import FingerprintError, QueryError
-from .huggingface.tokenised import TOKENIZER, check_tokenizer, prepared, prepared_query
 from .snapshot import Snapshot
 from .storage.manifest import check_same, spec_to_json
+from .text.tokenised import TOKENIZER, check_tokenizer, prepared, prepared_query
 
 
 class Identity:
@@ -64,11 +64,11 @@ class Identity:
         return self.model is not None and is_spread(self.model)
 
     def data(self, data: Any) -> Any:
-        """Training data as they are captured (see `huggingface.tokenised.prepared`)."""
+        """Training data as they are captured (see `text.tokenised.prepared`)."""
         return prepared(data, self.model, self.tokenizer)
 
     def query(self, query: Any, *, strict: bool) -> Any:
-        """A question as data (see `huggingface.tokenised.prepared_query`)."""
+        """A question as data (see `text.tokenised.prepared_query`)."""
         return prepared_query(query, self.model, self.tokenizer, strict=strict)
 
     def capture(self, now: Snapshot) -> ModelCapture:

@@ -23,7 +23,6 @@ from .config import BuildConfig
 from .damping import Damping
 from .describe import Described
 from .errors import CorruptionError
-from .huggingface.tokenised import TOKENIZER, prepared, prepared_rows, tokenizer_digest
 from .identity import Identity
 from .life.add import add_examples, check_addition
 from .life.candidates import rebuild_coarse
@@ -50,6 +49,7 @@ from .snapshot import Access, Snapshot
 from .storage.damage import damage_message, find_damage, folder_bytes
 from .storage.manifest import read_manifest
 from .storage.payloads import Payloads, Values
+from .text.tokenised import TOKENIZER, prepared, prepared_rows, tokenizer_digest
 
 
 class Index(Described):
@@ -111,7 +111,7 @@ class Index(Described):
                 config's `layers` are of a model's own names.
             data: a torch Dataset, a DataLoader that does not shuffle, a Hugging Face Dataset, or a tuple or dict of
                 tensors. Batches are tensors, tuples or dicts; dict items of different lengths are padded. A model of
-                transformers also takes texts, chats and packed rows (see `huggingface.TokenisedData`).
+                transformers also takes texts, chats and packed rows (see `text.TokenisedData`).
             gradients: instead of model and data: an iterable of blocks {layer: (n, d_in, d_out) array}, or of factor
                 pairs {layer: ((n, d_in, m), (n, d_out, m))}. What can be walked only once is kept on disk meanwhile.
             loss: loss(model, batch) -> (n,) per-example losses; default `default_loss`.

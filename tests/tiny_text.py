@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lorif_index.text import Document
 from lorif_index.text.demo_model import DemoSettings, new_model, train_tokenizer
-from lorif_index.text.texts import Document
 
 SENTENCES = [
     "The cat sat on the mat and looked at the moon.",

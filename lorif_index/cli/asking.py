@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..index import Index
-from ..text.show import (
-    answer_json,
-    console,
-    in_units,
-    index_json,
-    show_answer,
-    show_index,
-    show_question,
-    unit_of_scores,
-    write_json,
-)
-from ..text.textindex import Answer, TextIndex
+from ..text.model import question
+from ..text.passages import described
+from ..text.textindex import StoredTexts, open_text_index
 from .app import app, reported_errors
 from .options import (
     Device,
@@ -38,7 +29,8 @@ from .options import (
     asked_texts,
     search_damping,
 )
-from .shares import show_explanations
+from .shares import Told, show_explanations
+from .show import answers_json, console, in_units, index_json, show_answers, show_index, unit_of_scores, write_json
 
 
 @app.command()
@@ -61,14 +53,14 @@ def search(
     json: Json = False,
 ) -> None:
     """Find the training passages that made the model expect a text."""
-    policy, asked_about = search_damping(damping), asked_texts(text, texts)
+    policy, questions = search_damping(damping), asked_texts(text, texts)
     with reported_errors():
-        asked = TextIndex.open(index, model=model, device=device)
-        with asked.index:
-            answers = asked.ask(
-                asked_about,
+        opened, text_model = open_text_index(index, model=model, device=device)
+        with opened:
+            asked = [question(one, prompt) for one in questions]
+            hits = opened.search(
+                asked,
                 k,
-                prompt=prompt,
                 opponents=opponents,
                 recall=recall,
                 exact=exact or None,
@@ -77,24 +69,22 @@ def search(
                 normalize=normalize,
                 progress=None,
             )
+            losses = text_model.losses(asked)
             if json:
                 write_json(
                     {
                         "index": str(index),
-                        "fingerprint": asked.index.fingerprint,
+                        "fingerprint": opened.fingerprint,
                         "prompt": prompt,
                         "opponents": opponents,
                         "normalize": normalize,
-                        "answers": [answer_json(answer) for answer in answers],
-                        "stats": asdict(answers[0].stats),
+                        "answers": answers_json(questions, losses, hits),
+                        "stats": asdict(hits.stats),
                     }
                 )
                 return
-            screen = console()
-            for answer in answers:
-                show_question(screen, answer)
-                show_answer(screen, answer)
-            stats = answers[0].stats
+            screen, stats = console(), hits.stats
+            show_answers(screen, questions, losses, hits)
             spent = sum(v for name, v in stats.seconds.items() if name != "gradients")
             screen.print(
                 f"{stats.plan}: {stats.examined:,} of {stats.total:,} passages scored exactly in {spent:.3f} s, recall "
@@ -102,7 +92,7 @@ def search(
                 style="dim",
             )
             if normalize is None:
-                screen.print(unit_of_scores(len(asked.index)), style="dim")
+                screen.print(unit_of_scores(len(opened)), style="dim")
             else:
                 screen.print(f"Scores are divided as --normalize {normalize} says, and have no unit.", style="dim")
 
@@ -128,35 +118,31 @@ def explain(
     json: Json = False,
 ) -> None:
     """Take the scores of passages apart: which of their tokens, and of the text's, and which layers they come from."""
-    policy, asked_about = search_damping(damping), asked_texts(text, texts)
+    policy, questions = search_damping(damping), asked_texts(text, texts)
     with reported_errors():
-        asked = TextIndex.open(index, model=model, device=device)
-        with asked.index:
-            chosen: list[Answer] | list[list[int]] = [ids for _ in asked_about] if ids else []
-            if not ids:
-                chosen = asked.ask(
-                    asked_about,
-                    k,
-                    prompt=prompt,
-                    opponents=opponents,
-                    damping=policy,
-                    layers=layers or None,
-                    progress=None,
-                )
-            found = asked.explain(
-                asked_about, chosen, prompt=prompt, damping=policy, layers=layers or None, progress=None
+        opened, text_model = open_text_index(index, model=model, device=device)
+        with opened:
+            asked, stored = [question(one, prompt) for one in questions], StoredTexts(opened, text_model)
+            common: dict[str, Any] = {"damping": policy, "layers": layers or None, "progress": None}
+            chosen = ids or opened.search(asked, k, opponents=opponents, **common)
+            taken = zip(
+                opened.explain(asked, chosen, data=stored, **common), text_model.token_texts(asked), strict=True
             )
+            found = [
+                [Told(e, *described(opened.payloads([e.id])[0]), stored.token_texts(e.id), words) for e in row]
+                for row, words in taken
+            ]
             if json:
                 answers = [
-                    {"text": one, "explanations": [e.to_json() for e in row]}
-                    for one, row in zip(asked_about, found, strict=True)
+                    {"text": one, "explanations": [told.to_json() for told in row]}
+                    for one, row in zip(questions, found, strict=True)
                 ]
-                facts = {"index": str(index), "fingerprint": asked.index.fingerprint, "prompt": prompt}
+                facts = {"index": str(index), "fingerprint": opened.fingerprint, "prompt": prompt}
                 write_json(facts | {"opponents": opponents and not ids, "answers": answers})
                 return
             screen = console()
-            show_explanations(screen, asked_about, found)
-            screen.print(unit_of_scores(len(asked.index)), style="dim")
+            show_explanations(screen, questions, found)
+            screen.print(unit_of_scores(len(opened)), style="dim")
 
 
 @app.command()

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..text.show import console, excerpt, write_json
 from ..web.explorer import Explorer, Question
 from ..web.guard import is_loopback
 from ..web.report import report as report_page
@@ -16,6 +15,7 @@ from ..web.server import make_app
 from ..web.server import serve as serve_app
 from .app import app, reported_errors
 from .options import Device, Exact, IndexFolder, Json, MovedModel, Prompt, Recall
+from .show import console, excerpt, write_json
 
 
 @app.command()

@@ -12,11 +12,11 @@ from ..errors import CorruptionError
 from ..index import Index
 from ..storage.damage import damage_message, find_damage
 from ..storage.manifest import read_manifest
-from ..text.show import console, in_units, index_json, write_json
-from ..text.textindex import TextIndex
-from ..text.texts import read_documents
+from ..text.documents import read_documents
+from ..text.textindex import add_texts, open_text_index
 from .app import app, reported_errors
 from .options import Device, IndexFolder, Json, MovedModel, SourceField, TextField
+from .show import console, in_units, index_json, write_json
 
 
 @app.command()
@@ -32,16 +32,17 @@ def add(
     """Index further texts; they can be found at once, and the curvature stays as it is."""
     with reported_errors():
         documents = read_documents(data, text_field=text_field, source_field=source_field)
-        opened = TextIndex.open(index, model=model, device=device)
-        with opened.index:
-            ids = opened.add(documents).tolist()
-            age = opened.index.curvature_age
+        opened, text_model = open_text_index(index, model=model, device=device)
+        with opened:
+            ids = add_texts(opened, text_model, documents).tolist()
+            age = opened.curvature_age
             if json:
-                write_json({"ids": ids, "examples": len(opened.index), "curvature_age": age})
+                write_json({"ids": ids, "examples": len(opened), "curvature_age": age})
                 return
+            share = "an unknown share" if age["new_trace"] is None else f"{age['new_trace']:.1%}"
             console().print(
-                f"{len(ids):,} passages added, {len(opened.index):,} in all; {_share(age['new_trace'])} of the squared "
-                "gradient norm is of passages that the curvature has not seen."
+                f"{len(ids):,} passages added, {len(opened):,} in all; {share} of the squared gradient norm is of "
+                "passages that the curvature has not seen."
             )
 
 
@@ -130,7 +131,3 @@ def repair(index: IndexFolder, json: Json = False) -> None:
             )
         if done["rebuilt"]:
             screen.print(f"made again: {', '.join(done['rebuilt'])}")
-
-
-def _share(value: float | None) -> str:
-    return "an unknown share" if value is None else f"{100 * value:.1f}%"

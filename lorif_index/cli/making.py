@@ -7,15 +7,18 @@ from typing import Annotated
 
 import typer
 
+from ..index import Index
 from ..launch import joined
-from ..text.demo import QUESTION, run_demo, show_demo
+from ..text.demo import QUESTION, run_demo
 from ..text.demo_model import DemoSettings
-from ..text.show import console, excerpt, in_units, index_json, show_estimate, write_json
-from ..text.textindex import Cutting, build_text_index, estimate_text_index, load_text_model
-from ..text.texts import read_documents
+from ..text.documents import read_documents
+from ..text.model import load_text_model
+from ..text.passages import Passages
+from ..text.textindex import build_text_index
 from .app import app, reported_errors
 from .options import Json, MaxLength, ModelFolder, SourceField, Stride, TextField, Texts, byte_count
 from .settings import Settings, configured
+from .show import console, demo_json, excerpt, in_units, index_json, show_demo, show_estimate, write_json
 
 
 @app.command()
@@ -33,13 +36,11 @@ def demo(
 ) -> None:
     """Train a small model on Python's own documentation, index it, and ask which passages taught it a sentence."""
     with reported_errors():
-        screen = None if json else console()
-        settings = DemoSettings(seconds=seconds, seed=seed, k=k)
-        result = run_demo(out, question or [QUESTION], settings)
-        if screen is None:
-            write_json(result.to_json())
+        result = run_demo(out, question or [QUESTION], DemoSettings(seconds=seconds, seed=seed, k=k))
+        if json:
+            write_json(demo_json(result))
         else:
-            show_demo(screen, result)
+            show_demo(console(), result)
 
 
 @app.command()
@@ -78,21 +79,21 @@ def build(
             if json:
                 write_json(index_json(index))
                 return
-            screen, facts = console(), index_json(index)
+            screen = console()
             screen.print(
-                f"{facts['examples']:,} passages indexed, {facts['bytes_per_example']:,} bytes each, "
-                f"{in_units(facts['nbytes'])} in all."
+                f"{len(index):,} passages indexed, {index.bytes_per_example:,} bytes each, {in_units(index.nbytes)} in "
+                "all."
             )
             screen.print(excerpt(f'Next: lorif search {out} "..."'))
 
 
-def _say_how_cut(cutting: Cutting) -> None:
+def _say_how_cut(passages: Passages) -> None:
     """Of running text, which is not cut where a reader might think."""
-    if cutting.running:
-        files = "1 .txt file" if cutting.running == 1 else f"{cutting.running:,} .txt files"
+    if passages.running:
+        files = "1 .txt file" if passages.running == 1 else f"{passages.running:,} .txt files"
         typer.echo(
-            f"lorif: {files} cut into {cutting.running_passages:,} passages of up to {cutting.max_length:,} tokens, "
-            f"one every {cutting.stride:,} tokens, across lines and blank lines; .jsonl has one text a line",
+            f"lorif: {files} cut into {passages.running_passages:,} passages of up to {passages.max_length:,} tokens, "
+            f"one every {passages.stride:,} tokens, across lines and blank lines; .jsonl has one text a line",
             err=True,
         )
 
@@ -127,16 +128,17 @@ def estimate(
     with reported_errors():
         config, device = settings.read()
         documents = read_documents(data, text_field=text_field, source_field=source_field)
-        found = estimate_text_index(
-            load_text_model(model, device),
-            documents,
-            max_length=max_length,
-            stride=stride,
+        text_model = load_text_model(model, device)
+        passages = text_model.passages(documents, max_length=max_length, stride=stride)
+        found = Index.estimate(
+            model=text_model.model,
+            data=text_model.examples(passages),
             config=config,
             examples=examples,
             batches=batches,
             disk=room,
             world_size=world_size,
+            payload_bytes=passages.nbytes / len(passages),
         )
         if json:
             write_json(found.to_json())

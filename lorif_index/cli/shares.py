@@ -7,15 +7,18 @@ markup. Where there are no colours, the numbers say the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from ..text.show import excerpt
-from ..text.textindex import TextExplanation
+from ..search.explain import Explanation
+from ..web.charts import strengths
 from ..web.visible import visible
+from .show import excerpt
 
 _STRONGEST = 6
 _LAYERS = 4
@@ -23,7 +26,34 @@ _LAYERS = 4
 _FOR, _AGAINST = (20, 80, 200), (190, 90, 0)
 
 
-def show_explanations(out: Console, texts: Sequence[str], found: Sequence[Sequence[TextExplanation]]) -> None:
+@dataclass(frozen=True)
+class Told:
+    """The score of a passage taken apart, in words.
+
+    Attributes:
+        explanation: the shares.
+        text, source: of the passage; None where the index keeps none.
+        tokens: (T,), the text that each token of the passage adds, beside `explanation.tokens`.
+        query_tokens: (Tq,), the same of the question with its prompt, beside `explanation.query_tokens`.
+    """
+
+    explanation: Explanation
+    text: str | None
+    source: str | None
+    tokens: list[str]
+    query_tokens: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The explanation's values, with "texts" and "query_texts" of the tokens, and the passage's source and text."""
+        return self.explanation.to_json() | {
+            "source": self.source,
+            "text": self.text,
+            "texts": self.tokens,
+            "query_texts": self.query_tokens,
+        }
+
+
+def show_explanations(out: Console, texts: Sequence[str], found: Sequence[Sequence[Told]]) -> None:
     """For each question its passages, with their tokens, the question's, and layers."""
     for text, row in zip(texts, found, strict=True):
         out.print(Text.assemble("“", excerpt(text), "”"), style="bold")
@@ -36,10 +66,10 @@ def show_explanations(out: Console, texts: Sequence[str], found: Sequence[Sequen
     )
 
 
-def _show(out: Console, one: TextExplanation) -> None:
+def _show(out: Console, one: Told) -> None:
     e = one.explanation
     stored = "" if np.isnan(e.stored) else f", {e.stored:.4g} from its stored row"
-    source = excerpt("" if one.passage is None else one.passage.source)
+    source = excerpt(one.source or "")
     source.stylize("cyan")
     out.print(Text.assemble(f"\n{e.id}  ", (f"score {e.score:.4g}", "bold"), f"{stored}  ", source))
     if e.tokens is not None:
@@ -58,14 +88,12 @@ def shaded(tokens: Sequence[str], shares: np.ndarray) -> Text:
         tokens: their texts.
         shares: (T,), of each.
     """
-    text, most = Text(), max(float(np.abs(shares).max(initial=0.0)), 1e-30)
-    for token, share in zip(tokens, shares.tolist(), strict=True):
-        # The root, so that middling shares can be seen.
-        weight = (abs(share) / most) ** 0.5
+    text = Text()
+    for token, strength in zip(tokens, strengths(shares).tolist(), strict=True):
         ground = None
-        if weight > 0.15:
-            red, green, blue = (round(part * weight) for part in (_FOR if share > 0 else _AGAINST))
-            ground = Style(color="white", bgcolor=f"rgb({red},{green},{blue})", underline=share < 0)
+        if abs(strength) > 0.15:
+            red, green, blue = (round(part * abs(strength)) for part in (_FOR if strength > 0 else _AGAINST))
+            ground = Style(color="white", bgcolor=f"rgb({red},{green},{blue})", underline=strength < 0)
         text.append(_on_one_line(token), ground)
     return text
 

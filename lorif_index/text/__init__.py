@@ -1,6 +1,41 @@
-"""Text: language models and passages on top of the engine, and the demo."""
+"""Text: how words become examples of an index, and questions to it.
 
-from .textindex import TextIndex, build_text_index, load_text_model
-from .texts import Document, read_documents
+`Index.build(model=..., data=..., tokenizer=...)` and `index.search("...")` use it by themselves; what is here is for
+more say, for files of text (`lorif build`), and for a trainer of transformers.
+"""
 
-__all__ = ["Document", "TextIndex", "build_text_index", "load_text_model", "read_documents"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .documents import Document, read_documents
+from .model import TextModel, load_text_model
+from .packed import UnpackedDocuments
+from .tokenised import TokenisedData
+
+if TYPE_CHECKING:
+    from .callback import IndexCallback
+    from .textindex import StoredTexts, add_texts, build_text_index, open_text_index
+
+__all__ = [
+    "Document",
+    "IndexCallback",
+    "StoredTexts",
+    "TextModel",
+    "TokenisedData",
+    "UnpackedDocuments",
+    "add_texts",
+    "build_text_index",
+    "load_text_model",
+    "open_text_index",
+    "read_documents",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # These stand on `Index`, which stands on the others.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(".callback" if name == "IndexCallback" else ".textindex", __name__), name)

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from ..capture.data import collate
-from ..capture.losses import IGNORE
+from ..capture.data import as_source
+from ..capture.losses import default_loss
 from ..progress import ProgressCallback, reporter
-from .textindex import quiet_transformers
-from .texts import Document, TokenWindows, cut
+from .documents import Document
+from .model import TextModel, quiet_transformers
+from .passages import Passages
+from .tokenised import TokenisedData
 
 _STEPS_PER_SECOND = 11.0
 """What one CPU core manages: the number of steps, and so the model, does not depend on how busy the machine is."""
@@ -128,15 +129,6 @@ def split(documents: list[Document], held_out: int, seed: int) -> tuple[list[Doc
     return training, [documents[i] for i in sorted(held)]
 
 
-def all_windows(documents: list[Document], tokenizer: Any, context: int) -> TokenWindows:
-    """The documents as windows of at most `context` tokens."""
-    windows = TokenWindows()
-    for pieces in cut(documents, tokenizer, max_length=context):
-        for _, ids in pieces:
-            windows.append(ids)
-    return windows
-
-
 # -- the model ---------------------------------------------------------------------------------------------------
 
 
@@ -181,31 +173,31 @@ def new_model(settings: DemoSettings, vocabulary: int) -> Any:
 
 
 def train(
-    model: Any,
-    windows: TokenWindows,
-    held_out: TokenWindows,
+    text_model: TextModel,
+    passages: Passages,
+    held_out: Passages,
     settings: DemoSettings,
     progress: bool | ProgressCallback | None,
 ) -> Training:
     """Trains in place, for a fixed number of steps unless they take too long."""
+    model, examples = text_model.model, text_model.examples(passages)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
     )
-    steps, done, examples, began = settings.steps, 0, 0, time.perf_counter()
-    batches = _batches(windows, settings)
+    steps, done, seen, began = settings.steps, 0, 0, time.perf_counter()
+    batches = _batches(examples, settings)
     model.train()
     with reporter(progress) as report, report.stage("train", steps) as stage:
         while done < steps and time.perf_counter() - began < 1.5 * settings.seconds:
-            batch = collate([windows[i] for i in next(batches)])
+            batch = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(done, steps)
-            total, tokens = _loss(model, batch)
             optimizer.zero_grad()
-            (total / tokens).backward()
+            (default_loss(model, batch).sum() / _predicted(batch)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             done += 1
-            examples += len(batch["input_ids"])
+            seen += len(batch["input_ids"])
             stage.advance(1)
     seconds = time.perf_counter() - began
     model.eval()
@@ -213,25 +205,25 @@ def train(
         parameters=sum(p.numel() for p in model.parameters()),
         steps=done,
         planned=steps,
-        epochs=examples / len(windows),
+        epochs=seen / len(passages),
         seconds=seconds,
-        loss=_mean_loss(model, windows, settings.batch_size),
-        loss_held_out=_mean_loss(model, held_out, settings.batch_size),
+        loss=_mean_loss(model, examples, settings.batch_size),
+        loss_held_out=_mean_loss(model, text_model.examples(held_out), settings.batch_size),
     )
 
 
-def _batches(windows: TokenWindows, settings: DemoSettings) -> Iterator[list[int]]:
+def _batches(examples: TokenisedData, settings: DemoSettings) -> Iterator[dict[str, torch.Tensor]]:
     """Shuffled batches of passages of about the same length, for ever."""
-    generator = np.random.default_rng(settings.seed)
-    size = settings.batch_size
+    items = examples.__getitems__(range(len(examples)))
+    generator, size = np.random.default_rng(settings.seed), settings.batch_size
     while True:
-        order = generator.permutation(len(windows))
+        order = generator.permutation(len(items))
         batches = []
         for start in range(0, len(order), 16 * size):
-            near = sorted(order[start : start + 16 * size].tolist(), key=windows.length)
+            near = sorted(order[start : start + 16 * size].tolist(), key=lambda i: len(items[i]["input_ids"]))
             batches += [near[i : i + size] for i in range(0, len(near), size)]
         for i in generator.permutation(len(batches)):
-            yield batches[i]
+            yield examples.collate_examples([items[j] for j in batches[i]])
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -239,21 +231,14 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
 
 
-def _loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Next-token cross-entropy summed over a batch, and how many tokens those are."""
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
-    # The labels are moved rather than the logits, which are large.
-    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    total = functional.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total, int((following != IGNORE).sum())
+def _predicted(batch: dict[str, torch.Tensor]) -> int:
+    """How many tokens of a batch have a loss."""
+    return int(batch["attention_mask"][:, 1:].sum())
 
 
-def _mean_loss(model: Any, windows: TokenWindows, batch_size: int) -> float:
-    order = sorted(range(len(windows)), key=windows.length)
+def _mean_loss(model: Any, examples: TokenisedData, batch_size: int) -> float:
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for i in range(0, len(order), batch_size):
-            loss, count = _loss(model, collate([windows[j] for j in order[i : i + batch_size]]))
-            total, tokens = total + float(loss), tokens + count
+        for _, batch in as_source(examples, batch_size).batches():
+            total, tokens = total + float(default_loss(model, batch).sum()), tokens + _predicted(batch)
     return total / max(tokens, 1)

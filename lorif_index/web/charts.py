@@ -120,11 +120,14 @@ def histogram(scores: np.ndarray, found: np.ndarray) -> list[Column]:
     ]
 
 
-def levels(shares: np.ndarray) -> list[int]:
-    """Each share's step of shading, -LEVELS .. LEVELS, by the root of its size against the largest."""
+def strengths(shares: np.ndarray) -> np.ndarray:
+    """How strongly each share is shaded, (T,) in -1 .. 1: by the root of its size against the largest, so that middling
+    ones can be seen."""
     shares = np.nan_to_num(np.asarray(shares, np.float64))
     largest = float(np.abs(shares).max(initial=0.0))
-    if not largest > 0:
-        return [0] * len(shares)
-    # Between full steps of the root: a share of a quarter of the largest is half as strong.
-    return (np.sign(shares) * np.rint(LEVELS * np.sqrt(np.abs(shares) / largest))).astype(int).tolist()
+    return np.sign(shares) * np.sqrt(np.abs(shares) / (largest or 1.0))
+
+
+def levels(shares: np.ndarray) -> list[int]:
+    """Each share's step of shading, -LEVELS .. LEVELS."""
+    return np.rint(LEVELS * strengths(shares)).astype(int).tolist()

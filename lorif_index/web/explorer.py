@@ -18,9 +18,12 @@ import numpy as np
 from ..errors import QueryError
 from ..index import Index
 from ..results import Hits, SearchStats
+from ..text.demo import ORIGIN as DEMO
 from ..text.demo import QUESTION
-from ..text.textindex import METADATA, TextIndex, encode_question
-from ..text.texts import read_passages
+from ..text.model import TextModel
+from ..text.model import question as in_words
+from ..text.passages import described, is_text
+from ..text.textindex import StoredTexts, open_text_index, remembered_model, text_facts
 
 MOST_HITS = 1000
 """Of one side of an answer."""
@@ -32,7 +35,6 @@ ALL_SCORES_UP_TO = 200_000
 _KEPT, _SHADINGS_KEPT = 64, 1000
 _MOST_LAYER_SCORES = 1_000_000
 _EXAMPLES = 6
-_WITH_GRADIENTS = ("eigen", "factors", "both")
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,15 @@ class Explorer:
 
     Args:
         index: open.
-        asked: the same index with its model, or None.
+        text_model: what it was built from, or None.
         why: why there is no model, where there is none.
         examples: texts to offer as questions.
     """
 
     def __init__(
-        self, index: Index, asked: TextIndex | None = None, why: str = "", examples: Sequence[str] = ()
+        self, index: Index, text_model: TextModel | None = None, why: str = "", examples: Sequence[str] = ()
     ) -> None:
-        self.index, self.asked, self.why = index, asked, why
+        self.index, self.text_model, self.why = index, text_model, why
         self.given = list(examples)
         self._lock = threading.Lock()
         self._kept: OrderedDict[Any, Any] = OrderedDict()
@@ -136,9 +138,9 @@ class Explorer:
             examples: as above.
 
         Raises:
-            As `Index.open`, and as `TextIndex.open` where a model is named, or found and another one.
+            As `Index.open`, and as `open_text_index` where a model is named, or found and another one.
         """
-        remembered = _model_folder(path)
+        remembered = remembered_model(path)
         if model is None and (remembered is None or not remembered.is_dir()):
             why = (
                 "the index was not made by lorif build, so it knows no model"
@@ -146,8 +148,7 @@ class Explorer:
                 else "the model that the index was built from is no longer where it was"
             )
             return cls(Index.open(path), None, why, examples)
-        asked = TextIndex.open(path, model=model, device=device)
-        return cls(asked.index, asked, "", examples)
+        return cls(*open_text_index(path, model=model, device=device), "", examples)
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -175,10 +176,11 @@ class Explorer:
     def loss(self, question: Question) -> tuple[int, float] | None:
         """(tokens with a loss, the model's loss on them in nats); None where no text and model are there."""
         text = self.text_of(question)
-        if self.asked is None or text is None:
+        model = self.text_model
+        if model is None or text is None:
             return None
-        asked, prompt = self.asked, question.prompt
-        return self._once(("loss", text, prompt), lambda: asked.loss(text, prompt=prompt))
+        row = in_words(text, question.prompt)
+        return self._once(("loss", text, question.prompt), lambda: model.losses(row)[0])
 
     def scores(self, question: Question) -> np.ndarray | None:
         """Scores of all rows, (n,) float32; None where there are too many, or none are stored."""
@@ -209,8 +211,8 @@ class Explorer:
         """
         if len(ids) > MOST_EXPLAINED:
             raise QueryError(f"at most {MOST_EXPLAINED} passages are explained at once, got {len(ids)}")
-        asked, words = self.asked, self.text_of(question)
-        if asked is None or words is None:
+        words = self.text_of(question)
+        if self.text_model is None or words is None:
             return {}
         with self._lock:
             keys = {row: (question, row, asked_tokens) for row in ids}
@@ -218,7 +220,7 @@ class Explorer:
             # In one call: the question's own gradient is taken once.
             missing = [row for row in keys if row not in found]
             if missing:
-                found |= _shadings(asked, words, question.prompt, missing, asked_tokens)
+                found |= self._shadings_of(self.text_model, in_words(words, question.prompt), missing, asked_tokens)
             for row, key in keys.items():
                 _keep(self._shadings, key, found[row], _SHADINGS_KEPT)
         return {row: found[row] for row in keys}
@@ -226,7 +228,7 @@ class Explorer:
     @property
     def explains(self) -> bool:
         """Whether `explain` may have something to say."""
-        return self.asked is not None
+        return self.text_model is not None
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -237,22 +239,20 @@ class Explorer:
             QueryError: an id that the index does not hold.
         """
         payloads = self.index.payloads(np.asarray(ids, np.int64))
-        return _items(self.index, ids, payloads)
+        return _items(ids, payloads)
 
     def text_of(self, question: Question) -> str | None:
         """What is asked, in words; None where a row that is no text asks."""
         if question.row is None:
             return question.text
         item = self.items([question.row])[0]
-        return item.text if _is_text(item.payload) or item.payload is None else None
+        return item.text if is_text(item.payload) else None
 
     def examples(self) -> list[tuple[str, Question]]:
         """(label, question) to begin with: those that were given, else rows from all over the index."""
-        if self.given and self.asked is not None:
+        if self.given and self.text_model is not None:
             return [(text, Question(text)) for text in self.given]
-        # The demo's own.
-        facts = self.index.metadata.get(METADATA)
-        if self.asked is not None and isinstance(facts, dict) and facts.get("origin") == {"data": "pydoc_data.topics"}:
+        if self.text_model is not None and text_facts(self.index).get("origin") == DEMO:
             return [(QUESTION, Question(QUESTION)), *self._rows()]
         return self._rows()
 
@@ -278,16 +278,24 @@ class Explorer:
             return self._kept[key]
 
     def _query(self, question: Question) -> Any:
-        words = question.text
         if question.row is not None:
-            if self.asked is None or self.index.codec in _WITH_GRADIENTS:
-                return self.index.gradients([question.row])
-            # Rows of coordinates are no gradients, but the passage still has words.
-            words = self.text_of(question)
-        if self.asked is None:
+            return self.index.gradients([question.row])
+        if self.text_model is None:
             raise QueryError(f"a text needs the model, and {self.why}: name it with --model, or ask by a row's id")
-        model = self.asked.text_model
-        return [encode_question(words or "", model.tokenizer, model.context, prompt=question.prompt)]
+        return in_words(question.text or "", question.prompt)
+
+    def _shadings_of(
+        self, text_model: TextModel, query: dict[str, str], rows: list[int], asked_tokens: bool
+    ) -> dict[int, Shading]:
+        stored, out = StoredTexts(self.index, text_model), {}
+        theirs = text_model.token_texts(query)[0] if asked_tokens else None
+        for one in self.index.explain(query, rows, data=stored, query_tokens=asked_tokens)[0]:
+            tokens = stored.token_texts(one.id)
+            shares = np.zeros(len(tokens)) if one.tokens is None else one.tokens
+            out[one.id] = Shading(
+                tokens, shares, one.layers, one.score, None if one.query_tokens is None else theirs, one.query_tokens
+            )
+        return out
 
     def _search(self, question: Question, k: int, opponents: bool, recall: float, exact: bool) -> Side:
         extra = 0 if question.row is None else 1
@@ -296,7 +304,7 @@ class Explorer:
         )
         ids, scores = found.ids[0].tolist(), found.scores[0].tolist()
         payloads = [None] * len(ids) if found.payloads is None else found.payloads[0]
-        items = _items(self.index, ids, payloads)
+        items = _items(ids, payloads)
         others = [(score, item) for score, item in zip(scores, items, strict=True) if item.id != question.row]
         hits = [Found(rank, score, item) for rank, (score, item) in enumerate(others[:k], start=1)]
         return Side(hits, found.stats)
@@ -310,53 +318,5 @@ def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
         kept.popitem(last=False)
 
 
-def _shadings(
-    asked: TextIndex, words: str, prompt: str | None, rows: list[int], asked_tokens: bool
-) -> dict[int, Shading]:
-    out = {}
-    for one in asked.explain([words], rows, prompt=prompt, query_tokens=asked_tokens)[0]:
-        found = one.explanation
-        shares = np.zeros(len(one.tokens)) if found.tokens is None else found.tokens
-        theirs = found.query_tokens
-        out[found.id] = Shading(
-            tokens=one.tokens,
-            shares=shares,
-            layers=found.layers,
-            score=found.score,
-            asked_tokens=None if theirs is None else one.query_tokens,
-            asked_shares=theirs,
-        )
-    return out
-
-
-def _model_folder(path: Path) -> Path | None:
-    with Index.open(path) as bare:
-        facts = bare.metadata.get(METADATA)
-    named = facts.get("model") if isinstance(facts, dict) else None
-    return Path(named) if isinstance(named, str) else None
-
-
-def _is_text(payload: Any) -> bool:
-    return isinstance(payload, dict) and isinstance(payload.get("text"), str)
-
-
-def _items(index: Index, ids: Sequence[int], payloads: Sequence[Any]) -> list[Item]:
-    facts = index.metadata.get(METADATA)
-    known = facts.get("passages") if isinstance(facts, dict) else None
-    if isinstance(known, dict) and "digest" in known:
-        # Until format version 4 passages were in a file of their own.
-        passages = read_passages(index.path, known, ids)
-        return [Item(i, passages[i].text, passages[i].source) if i in passages else Item(i, None, None) for i in ids]
-    return [_item(i, payload) for i, payload in zip(ids, payloads, strict=True)]
-
-
-def _item(row: int, payload: Any) -> Item:
-    import json
-
-    if payload is None:
-        return Item(row, None, None)
-    if isinstance(payload, str):
-        return Item(row, payload, None, payload)
-    source = payload.get("source") if isinstance(payload, dict) else None
-    text = payload["text"] if _is_text(payload) else json.dumps(payload, ensure_ascii=False, indent=1)
-    return Item(row, text, None if source is None else str(source), payload)
+def _items(ids: Sequence[int], payloads: Sequence[Any]) -> list[Item]:
+    return [Item(i, *described(payload), payload) for i, payload in zip(ids, payloads, strict=True)]

@@ -15,9 +15,7 @@ from .page import plain_json
 COLUMNS = ("rank", "id", "score", "source", "text")
 
 
-def answer_json(
-    question: Question, hits: Sequence[Found], stats: SearchStats, *, opponents: bool, fingerprint: str, **more: Any
-) -> str:
+def answer_json(question: Question, hits: Sequence[Found], stats: SearchStats, **facts: Any) -> str:
     """The answer as ASCII JSON; a lone surrogate stays an escape, what is not finite is null."""
     rows = [
         {
@@ -30,16 +28,7 @@ def answer_json(
         }
         for hit in hits
     ]
-    return plain_json(
-        {
-            "question": asdict(question),
-            "opponents": opponents,
-            "fingerprint": fingerprint,
-            **more,
-            "hits": rows,
-            "stats": asdict(stats),
-        }
-    )
+    return plain_json({"question": asdict(question), **facts, "hits": rows, "stats": asdict(stats)})
 
 
 def answer_csv(hits: Sequence[Found]) -> str:

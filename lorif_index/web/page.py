@@ -11,11 +11,12 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal
 
 from ..errors import ConfigError
 from .charts import levels
 from .explorer import Shading
-from .visible import pieces, visible
+from .visible import on_one_line, pieces, visible
 
 _LONGEST_IN_A_LIST = 4000
 # Of one text on a page of its own; a payload may have a megabyte.
@@ -43,11 +44,11 @@ def environment() -> Any:
     made.filters |= {
         "visible": visible,
         "shown": _shown,
-        "short": _short,
+        "short": on_one_line,
         "score": score_text,
         "share": _share,
         "seconds": _seconds,
-        "units": _units,
+        "units": decimal,
     }
     made.globals |= {"longest": _LONGEST, "longest_in_a_list": _LONGEST_IN_A_LIST}
     return made
@@ -115,26 +116,12 @@ def _shown(text: str, most: int = _LONGEST) -> Any:
     return Markup("").join(out)
 
 
-def _short(text: str, most: int = 120) -> str:
-    line = " ".join(text[: 4 * most].split())
-    return visible(line if len(line) <= most else line[: most - 1].rstrip() + "…")
-
-
 def _share(value: float) -> str:
     return "unknown" if value != value else f"{value:.3f}"
 
 
 def _seconds(value: float) -> str:
     return f"{1000 * value:,.0f} ms" if value < 1 else f"{value:,.1f} s"
-
-
-def _units(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
 
 
 def plain_json(value: Any) -> str:

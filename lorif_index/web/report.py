@@ -109,7 +109,7 @@ def _explained(explorer: Explorer, question: Question, ids: Sequence[int]) -> di
 def _notes(explorer: Explorer, shade: int, why: str) -> list[str]:
     if not shade:
         return []
-    if explorer.asked is None:
+    if not explorer.explains:
         return [f"Tokens are not shaded: that takes the model, and {explorer.why}."]
     return [f"Tokens are not shaded: {why}."] if why else []
 

@@ -49,12 +49,17 @@ class Asked:
 
     question: Question
     k: int
-    recall: float
-    exact: bool
-    opponents: bool
-    source: str
-    page: int
-    per: int
+    recall: float = 0.99
+    exact: bool = False
+    opponents: bool = False
+    source: str = ""
+    page: int = 1
+    per: int = PER_PAGE[1]
+
+    @property
+    def here(self) -> str:
+        """The page that answers it."""
+        return "/search" if self.question.row is None else "/neighbours"
 
     def address(self, path: str, **changes: Any) -> str:
         """The address of this search with some changes; what is at its default is left out."""
@@ -174,23 +179,21 @@ class _Pages:
         """The first page."""
         examples = []
         for label, question in self._explorer.examples():
-            path = "/search" if question.row is None else "/neighbours"
-            asked = Asked(question, self._k, 0.99, False, False, "", 1, PER_PAGE[1])
-            examples.append((label, asked.address(path)))
+            asked = Asked(question, self._k)
+            examples.append((label, asked.address(asked.here)))
         return self._html(
             "home.html",
-            asks=self._explorer.asked is not None,
+            asks=self._explorer.explains,
             examples=examples,
             default_k=self._k,
-            notes=[] if self._explorer.asked else [f"Texts cannot be asked about: {self._explorer.why}."],
+            notes=[] if self._explorer.explains else [f"Texts cannot be asked about: {self._explorer.why}."],
         )
 
     def search(self, values: _Values) -> Any:
         """One page of an answer, for a text or for a row."""
         asked, side, kept = self._answer(values)
         question, explorer = asked.question, self._explorer
-        here = "/search" if question.row is None else "/neighbours"
-        pages = max(-(-len(kept) // asked.per), 1)
+        here, pages = asked.here, max(-(-len(kept) // asked.per), 1)
         page = min(asked.page, pages)
         begin = (page - 1) * asked.per
         rows = [
@@ -254,7 +257,7 @@ class _Pages:
 
     def passage(self, values: _Values) -> Any:
         """One row, and what it did for a question if there is one."""
-        row = values.integer("row", None, 0, _LARGEST_ID)
+        row = values.row("row")
         if row is None:
             raise Refused(400, "Which passage? The address has no row=.")
         item = self._explorer.items([row])[0]
@@ -264,21 +267,19 @@ class _Pages:
         if asked is not None and self._explorer.explains:
             explained, why = self._explained(asked.question, row)
             notes += [f"Tokens are not shaded: {why}."] if why else []
-        elif asked is not None and self._explorer.asked is None:
+        elif asked is not None:
             notes.append(f"Tokens are not shaded: that takes the model, and {self._explorer.why}.")
         k = self._k if asked is None else asked.k
         asks_text = None
-        if self._explorer.asked is not None and item.text and len(item.text) <= LONGEST_QUESTION:
-            by_words = Asked(Question(item.text), k, 0.99, False, False, "", 1, PER_PAGE[1])
-            asks_text = by_words.address("/search")
-        here = "/search" if asked is None or asked.question.row is None else "/neighbours"
+        if self._explorer.explains and item.text and len(item.text) <= LONGEST_QUESTION:
+            asks_text = Asked(Question(item.text), k).address("/search")
         return self._html(
             "passage.html",
             item=item,
             notes=notes,
             question=None if asked is None else asked.question,
             words=None if asked is None else self._explorer.text_of(asked.question),
-            back=None if asked is None else asked.address(here),
+            back=None if asked is None else asked.address(asked.here),
             shaded=None if explained is None else shaded(explained),
             explained=explained,
             stored=None if asked is None else self._stored(asked.question, row),
@@ -308,24 +309,14 @@ class _Pages:
         """One page of an answer as JSON."""
         asked, side, kept = self._answer(values)
         begin = (asked.page - 1) * asked.per
-        return self._json(
-            answer_json(
-                asked.question,
-                kept[begin : begin + asked.per],
-                side.stats,
-                opponents=asked.opponents,
-                fingerprint=self._explorer.index.fingerprint,
-                found=len(kept),
-                page=asked.page,
-                per=asked.per,
-            )
-        )
+        hits, more = kept[begin : begin + asked.per], {"found": len(kept), "page": asked.page, "per": asked.per}
+        return self._json(self._answer_json(asked, side, hits, **more))
 
     def api_explain(self, values: _Values) -> Any:
         """Shares of tokens and layers of some passages, as JSON."""
         # A row that asks is row=, since id= are the passages.
         question = self._question(values, "row")
-        ids = values.integers("id", 0, _LARGEST_ID, MOST_EXPLAINED)
+        ids = values.rows("id", MOST_EXPLAINED)
         found = self._explorer.explain(question, ids)
         explained = [
             {"id": row, "score": one.score, "layers": one.layers, "tokens": shaded(one)} for row, one in found.items()
@@ -335,15 +326,11 @@ class _Pages:
     def export_json(self, values: _Values) -> Any:
         """The whole answer, as JSON to keep."""
         asked, side, kept = self._answer(values)
-        text = answer_json(
-            asked.question,
-            kept,
-            side.stats,
-            opponents=asked.opponents,
-            fingerprint=self._explorer.index.fingerprint,
-            source=asked.source,
-        )
-        return self._json(text, name="answer.json")
+        return self._json(self._answer_json(asked, side, kept, source=asked.source), name="answer.json")
+
+    def _answer_json(self, asked: Asked, side: Side, hits: list[Found], **more: Any) -> str:
+        facts = {"opponents": asked.opponents, "fingerprint": self._explorer.index.fingerprint}
+        return answer_json(asked.question, hits, side.stats, **facts, **more)
 
     def export_csv(self, values: _Values) -> Any:
         """The whole answer, as CSV to keep."""
@@ -420,26 +407,24 @@ class _Pages:
         if values.has("q"):
             text = values.text("q", LONGEST_QUESTION)
             return Question(text, values.text("prompt", LONGEST_QUESTION) or None)
-        row = values.integer(row_key, None, 0, _LARGEST_ID)
+        row = values.row(row_key)
         if row is None:
             raise Refused(400, f"The address has no question: q= takes a text, {row_key}= a row of the index.")
         return Question(row=row)
 
     def _asked(self, values: _Values) -> Asked:
-        per = values.integer("per", PER_PAGE[1], 1, MOST_HITS)
-        k, page = values.integer("k", self._k, 1, MOST_HITS), values.integer("page", 1, 1, MOST_HITS)
         side = values.text("side", 20) or "proponents"
         if side not in ("proponents", "opponents"):
             raise Refused(400, f"side is proponents or opponents, got {side!r}")
         return Asked(
             question=self._question(values),
-            k=k or self._k,
+            k=values.integer("k", self._k, MOST_HITS),
             recall=values.share("recall", 0.99),
             exact=values.text("exact", 5) == "1",
             opponents=side == "opponents",
             source=values.text("source", 1000),
-            page=page or 1,
-            per=per or PER_PAGE[1],
+            page=values.integer("page", 1, MOST_HITS),
+            per=values.integer("per", PER_PAGE[1], MOST_HITS),
         )
 
     def _answer(self, values: _Values) -> tuple[Asked, Side, list[Found]]:
@@ -454,7 +439,7 @@ class _Pages:
 
 
 def _neighbours(row: int, k: int) -> str:
-    return Asked(Question(row=row), k, 0.99, False, False, "", 1, PER_PAGE[1]).address("/neighbours")
+    return Asked(Question(row=row), k).address("/neighbours")
 
 
 class _Values:
@@ -480,17 +465,22 @@ class _Values:
             raise Refused(400, f"{key}= has {len(text):,} characters, where {most:,} are the most")
         return text
 
-    def integer(self, key: str, default: int | None, low: int, high: int) -> int | None:
-        """An integer in low .. high."""
+    def integer(self, key: str, default: int, most: int) -> int:
+        """An integer in 1 .. most."""
         text = self.text(key, 30).strip()
-        return default if not text else _integer(key, text, low, high)
+        return default if not text else _integer(key, text, 1, most)
 
-    def integers(self, key: str, low: int, high: int, most: int) -> list[int]:
-        """All of a key's, each once."""
+    def row(self, key: str) -> int | None:
+        """A row's id, if there is one."""
+        text = self.text(key, 30).strip()
+        return None if not text else _integer(key, text, 0, _LARGEST_ID)
+
+    def rows(self, key: str, most: int) -> list[int]:
+        """All of a key's rows, each once."""
         values = self._values.get(key, [])
         if not 1 <= len(values) <= most:
             raise Refused(400, f"{key}= is given {len(values)} times, where 1 to {most} are taken")
-        return list(dict.fromkeys(_integer(key, value, low, high) for value in values))
+        return list(dict.fromkeys(_integer(key, value, 0, _LARGEST_ID) for value in values))
 
     def share(self, key: str, default: float) -> float:
         """A number above 0 and at most 1."""

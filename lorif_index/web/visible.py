@@ -55,6 +55,12 @@ def visible(text: str) -> str:
     return "".join(f"⟨{piece.text}⟩" if piece.name else piece.text for piece in pieces(text))
 
 
+def on_one_line(text: str, most: int | None = None) -> str:
+    """The same on one line, with blanks in a row as one and no more than `most` characters of text."""
+    line = " ".join((text if most is None else text[: 4 * most]).split())
+    return visible(line if most is None or len(line) <= most else line[: most - 1].rstrip() + "…")
+
+
 def _hidden(text: str, at: int, char: str) -> bool:
     code = ord(char)
     if char in _JOINERS:

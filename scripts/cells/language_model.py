@@ -18,19 +18,19 @@ from pathlib import Path
 
 import torch
 
-from lorif_index.text.demo_model import DemoSettings, all_windows, documentation, new_model, train, train_tokenizer
-from lorif_index.text.textindex import TextIndex, TextModel, build_text_index, encode_question
+from lorif_index.text import StoredTexts, TextModel, build_text_index
+from lorif_index.text.demo_model import DemoSettings, documentation, new_model, train, train_tokenizer
 
 torch.manual_seed(0)
 settings = DemoSettings(seconds=seconds, width=width, depth=depth, vocabulary=vocabulary)
 documents = documentation(settings.characters)[:passages]
 tokenizer = train_tokenizer(documents, settings.vocabulary)
-windows = all_windows(documents, tokenizer, settings.context)
-model = new_model(settings, len(tokenizer))
-train(model, windows, windows, settings, progress=False)
-model.save_pretrained("model")
+text_model = TextModel(Path("model"), new_model(settings, len(tokenizer)), tokenizer)
+texts = text_model.passages(documents, progress=False)
+train(text_model, texts, texts, settings, progress=False)
+text_model.model.save_pretrained("model")
 tokenizer.save_pretrained("model")
-print(f"{len(documents):,} passages, {windows.tokens:,} tokens, {model.num_parameters():,} parameters")
+print(f"{len(documents):,} passages, {texts.tokens:,} tokens, {text_model.model.num_parameters():,} parameters")
 
 # %% [markdown]
 # ## The index
@@ -39,7 +39,6 @@ print(f"{len(documents):,} passages, {windows.tokens:,} tokens, {model.num_param
 # `lorif build index --model model --data texts.jsonl`.
 
 # %%
-text_model = TextModel(Path("model"), model.eval(), tokenizer)
 index = build_text_index(Path("index"), text_model, documents, max_length=settings.context, progress=False)
 print(index)
 
@@ -48,10 +47,9 @@ print(index)
 
 # %%
 question = 'The context manager\'s "__exit__()" method is called when the "with" block is left.'
-asked = TextIndex(index, text_model)
-answers = asked.ask([question], 5)
-for hit in answers[0].hits:
-    print(f"{hit.score:8.1f}  {hit.passage.source:14}  {' '.join(hit.passage.text.split())[:80]}")
+hits = index.search(question, 5)
+for score, payload in zip(hits.scores[0], hits.payloads[0], strict=True):
+    print(f"{score:8.1f}  {payload['source']:14}  {' '.join(payload['text'].split())[:80]}")
 
 # %% [markdown]
 # ## Which tokens?
@@ -59,10 +57,10 @@ for hit in answers[0].hits:
 # A score is a sum over the tokens of the passage, exactly. A token's share is that of what the model predicted from it.
 
 # %%
-explanation = asked.explain([question], answers)[0][0]
-e = explanation.explanation
+stored = StoredTexts(index, text_model)
+e = index.explain(question, hits, data=stored)[0][0]
 print(f"score {e.score:.1f}, of the stored row {e.stored:.1f}; the shares add up to {e.tokens.sum():.1f}")
-strongest = sorted(zip(e.tokens, explanation.tokens), reverse=True)[:10]
+strongest = sorted(zip(e.tokens, stored.token_texts(e.id)), reverse=True)[:10]
 for share, token in strongest:
     print(f"{share / e.score:+7.1%}  {token!r}")
 
@@ -83,8 +81,7 @@ plt.show()
 # Scores of the whole training set, summed by the page that a passage is from.
 
 # %%
-item = encode_question(question, asked.text_model.tokenizer, asked.text_model.context)
-index.groups([item], by="source", k=8)
+index.groups(question, by="source", k=8)
 
 # %% [markdown]
 # ## What does the index see?

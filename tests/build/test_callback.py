@@ -13,7 +13,7 @@ from tiny_text import SENTENCES
 
 from lorif_index import BuildConfig, Index
 from lorif_index.errors import ConfigError, DataError, IndexExistsError
-from lorif_index.huggingface import IndexCallback
+from lorif_index.text import IndexCallback
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")

@@ -15,8 +15,9 @@ import torch
 
 pytest.importorskip("faiss")
 
-from lorif_index import BuildConfig, Index
 from lorif_index.build.coarse_build import TILTS
+
+from lorif_index import BuildConfig, Index
 from lorif_index.build.pipeline import COARSE_FROM
 from lorif_index.errors import ConfigError, CorruptionError, FingerprintError, LorifError, QueryError
 from lorif_index.search.coarse import default_factory
@@ -468,8 +469,9 @@ def test_a_gpu_gives_the_same_rescored_results(index: Index, query: Any) -> None
 
     if not torch.cuda.is_available() or getattr(faiss, "get_num_gpus", lambda: 0)() < 1:
         pytest.skip("no GPU that faiss and torch both see")
-    from lorif_index.search import reader
     from lorif_index.search.flat import FlatSketch
+
+    from lorif_index.search import reader
 
     scores = Index.open(index.path, device="cpu").scores(query)
     largest = np.abs(scores).max()

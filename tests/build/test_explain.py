@@ -19,8 +19,8 @@ from lorif_index.errors import DataError, QueryError
 from lorif_index.linalg.projection import projection_matrix
 from lorif_index.search.explain import Explanation
 from lorif_index.storage.store import Store
-from lorif_index.text.textindex import TextIndex, build_text_index, load_text_model
-from lorif_index.text.texts import Document, token_strings
+from lorif_index.text import Document, StoredTexts, build_text_index, load_text_model, open_text_index
+from lorif_index.text.model import question, token_strings
 
 WHOLE: dict[str, Any] = dict(
     rank=None, curvature_rank=None, dtype="float32", store="factors", curvature="empirical", projection="random"
@@ -359,24 +359,29 @@ def test_texts_with_their_tokens(tmp_path: Path) -> None:
     text_model = load_text_model(tiny_model_folder(tmp_path / "model"), "cpu")
     pairs = zip(SENTENCES[:7], SENTENCES[3:], strict=True)
     documents = [Document(f"{a} {b} \u2603 caf\u00e9", f"d{i}") for i, (a, b) in enumerate(pairs)]
-    build_text_index(tmp_path / "i", text_model, documents, max_length=9, stride=7, progress=False).close()
-    asked = TextIndex.open(tmp_path / "i")
-    payloads = asked.index.payloads()
-    assert any("tokens" in p for p in payloads), "none of the windows begins within a word"
-    questions = ["The dog ran over the moon.", "An owl"]
-    answers = asked.ask(questions, k=5, prompt="Now: ")
-    found = asked.explain(questions, answers, prompt="Now: ")
-    check_sums([[e.explanation for e in row] for row in found])
-    for answer, row in zip(answers, found, strict=True):
-        assert [e.explanation.id for e in row] == [hit.id for hit in answer.hits]
-        for e, hit in zip(row, answer.hits, strict=True):
-            assert e.passage == hit.passage and "".join(e.tokens) == hit.passage.text
-            assert len(e.tokens) == len(e.explanation.tokens)
-            assert "".join(e.query_tokens) == "Now: " + answer.text
-            assert len(e.query_tokens) == len(e.explanation.query_tokens)
-            assert json.loads(json.dumps(e.to_json()))["texts"] == e.tokens
+    built = build_text_index(tmp_path / "i", text_model, documents, max_length=9, stride=7, progress=False)
+    index, text_model = open_text_index(tmp_path / "i")
+    assert any("input_ids" in p for p in index.payloads()), "none of the windows begins within a word"
+    questions = [question(text, "Now: ") for text in ("The dog ran over the moon.", "An owl")]
+    hits, stored = index.search(questions, k=5), StoredTexts(index, text_model)
+    found = index.explain(questions, hits, data=stored)
+    check_sums(found)
+    assert [[e.id for e in row] for row in found] == hits.ids.tolist()
+    asked = text_model.token_texts(questions)
+    for row, payloads, words, text in zip(found, hits.payloads or [], asked, questions, strict=True):
+        assert "".join(words) == text["prompt"] + text["completion"]
+        for e, payload in zip(row, payloads, strict=True):
+            tokens = stored.token_texts(e.id)
+            assert "".join(tokens) == payload["text"] and len(tokens) == len(e.tokens)
+            assert len(words) == len(e.query_tokens)
     # Every passage is the one that was indexed, those whose text alone gives other tokens among them.
-    check_sums([[e.explanation for e in row] for row in asked.explain(["An owl"], asked.index.ids)])
+    every = index.explain("An owl", index.ids, data=stored)
+    check_sums(every)
+    # An index that was just built knows its data, and where it is only opened payloads may be none.
+    assert [e.score for e in built.explain("An owl", index.ids)[0]] == pytest.approx([e.score for e in every[0]])
+    bare = Index.build(tmp_path / "bare", model=text_model.model, data=SENTENCES, tokenizer=text_model.tokenizer)
+    with pytest.raises(DataError, match="keeps no text of example 2"):
+        bare.explain("An owl", [2], data=StoredTexts(bare, text_model))
     ids = text_model.tokenizer("a \u2603\u2603 b")["input_ids"]
     strings = token_strings(ids, text_model.tokenizer)
     assert "".join(strings) == "a \u2603\u2603 b" and len(strings) == len(ids)

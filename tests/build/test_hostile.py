@@ -18,13 +18,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from lorif_index.search.faiss_file import check_faiss
 
 from bench.faults_cases import ROWS, Case, N, blocks, query, read_json, write_manifest
 from bench.faults_damage import reseal
 from lorif_index import Index
 from lorif_index.errors import ConfigError, CorruptionError, LorifError
 from lorif_index.search.coarse import Coarse, faiss_is_installed
-from lorif_index.search.faiss_file import check_faiss
 
 pytestmark = pytest.mark.skipif(not faiss_is_installed(), reason="needs faiss")
 

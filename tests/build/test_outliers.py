@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lorif_index.build.coarse_build import random_positions
 from rich.console import Console
 
 from lorif_index import BuildConfig, Index
 from lorif_index.build import outliers
-from lorif_index.build.coarse_build import random_positions
-from lorif_index.text.show import index_json, show_index
+from lorif_index.cli.show import index_json, show_index
 
 N = 400
 

@@ -14,7 +14,7 @@ from tiny_text import SENTENCES
 from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection
 from lorif_index.capture.layers import select_layers
 from lorif_index.errors import ConfigError
-from lorif_index.huggingface import TokenisedData
+from lorif_index.text import TokenisedData
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -1,19 +1,15 @@
 from __future__ import annotations
 
-import json
 import types
 
-import numpy as np
 import pytest
-import torch
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_text import SENTENCES, tiny_tokenizer, write_jsonl
 
-from lorif_index.capture.data import as_source
-from lorif_index.errors import ConfigError, CorruptionError, DataError, StoreError
-from lorif_index.text.texts import Document, Passage, PassageSpool, TokenWindows, cut, read_documents, read_passages
+from lorif_index.errors import ConfigError, DataError
+from lorif_index.text import Document, TokenisedData, read_documents
+from lorif_index.text.passages import Passages, cut, described
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +117,25 @@ def test_a_saved_dataset(tmp_path):
 # -- cutting
 
 
+def pieces_of(document, tokenizer, **lengths):
+    """(source, text, tokens) of each passage."""
+    ((found, rows, tokens),) = cut([document], tokenizer, **lengths)
+    assert found == document
+    out = [(r["source"], r["text"], r.get("input_ids") or tokenizer([r["text"]])["input_ids"][0]) for r in rows]
+    assert tokens == sum(len(ids) for *_, ids in out)
+    return out
+
+
 @given(length=st.integers(0, 40), max_length=st.integers(2, 12), data=st.data())
 def test_windows_cover_every_token_in_order(length, max_length, data):
     stride = data.draw(st.integers(1, max_length))
     text = "".join(chr(97 + i % 26) for i in range(length))
-    (pieces,) = cut([Document(text, "s")], Letters(), max_length=max_length, stride=stride)
-    assert all(2 <= len(ids) <= max_length for _, ids in pieces)
-    assert all(passage.text == "".join(map(chr, ids)) for passage, ids in pieces)
     covered = set()
-    for number, (passage, ids) in enumerate(pieces):
-        assert passage.text == text[number * stride : number * stride + max_length]
+    for number, (_, words, ids) in enumerate(
+        pieces_of(Document(text, "s"), Letters(), max_length=max_length, stride=stride)
+    ):
+        assert 2 <= len(ids) <= max_length and words == "".join(map(chr, ids))
+        assert words == text[number * stride : number * stride + max_length]
         # A window that holds nothing new is not made.
         here = set(range(number * stride, number * stride + len(ids)))
         assert here - covered
@@ -141,37 +146,36 @@ def test_windows_cover_every_token_in_order(length, max_length, data):
 
 def test_passages_are_the_very_text_of_their_tokens(tokenizer):
     text = "\n".join(SENTENCES) + "\nübrigens 🙂 fertig\n"
-    (pieces,) = cut([Document(text, "s.txt", lined=True)], tokenizer, max_length=16)
-    assert sum(len(ids) for _, ids in pieces) == len(tokenizer(text)["input_ids"])
-    assert "".join(passage.text for passage, _ in pieces) == text
-    assert all(tokenizer.decode(ids) == passage.text for passage, ids in pieces if "🙂" not in passage.text)
+    pieces = pieces_of(Document(text, "s.txt", lined=True), tokenizer, max_length=16)
+    assert [token for *_, ids in pieces for token in ids] == tokenizer(text)["input_ids"]
+    assert "".join(words for _, words, _ in pieces) == text
+    assert all(tokenizer.decode(ids) == words for _, words, ids in pieces if "🙂" not in words)
 
 
 def test_passages_of_a_text_file_are_named_by_their_lines(tokenizer):
     text = "one two\nthree four\nfive six\n"
-    (pieces,) = cut([Document(text, "s.txt", lined=True)], tokenizer, max_length=1000)
-    assert [p.source for p, _ in pieces] == ["s.txt:1-3"]
-    (pieces,) = cut([Document(text, "s.txt", lined=True)], Letters(), max_length=9)
-    assert [p.source for p, _ in pieces][:2] == ["s.txt, part 1 of 3", "s.txt, part 2 of 3"]
-    (pieces,) = cut([Document(text, "s.txt", lined=True)], tokenizer, max_length=2)
+    document = Document(text, "s.txt", lined=True)
+    assert [source for source, *_ in pieces_of(document, tokenizer, max_length=1000)] == ["s.txt:1-3"]
+    sources = [source for source, *_ in pieces_of(document, Letters(), max_length=9)]
+    assert sources[:2] == ["s.txt, part 1 of 3", "s.txt, part 2 of 3"]
     at = 0
-    for passage, _ in pieces:
+    for source, words, _ in pieces_of(document, tokenizer, max_length=2):
         # A newline belongs to the line that it ends.
-        first, last = (text[:i].count("\n") + 1 for i in (at, at + len(passage.text) - 1))
-        assert passage.source == f"s.txt:{first}-{last}"
-        at += len(passage.text)
+        first, last = (text[:i].count("\n") + 1 for i in (at, at + len(words) - 1))
+        assert source == f"s.txt:{first}-{last}"
+        at += len(words)
 
 
 def test_other_passages_are_numbered_where_there_are_several(tokenizer):
-    short, long = Document("one two", "a"), Document(" ".join(SENTENCES), "b")
-    first, second = cut([short, long], tokenizer, max_length=24)
-    assert [p.source for p, _ in first] == ["a"]
-    assert next(p.source for p, _ in second) == f"b, part 1 of {len(second)}"
+    assert [source for source, *_ in pieces_of(Document("one two", "a"), tokenizer, max_length=24)] == ["a"]
+    long = pieces_of(Document(" ".join(SENTENCES), "b"), tokenizer, max_length=24)
+    assert long[0][0] == f"b, part 1 of {len(long)}"
 
 
 def test_empty_documents_keep_their_place(tokenizer):
-    pieces = list(cut([Document("", "a"), Document("one two", "b"), Document("\n", "c")], tokenizer, max_length=8))
-    assert [len(p) for p in pieces] == [0, 1, 0]
+    documents = [Document("", "a"), Document("one two", "b"), Document("\n", "c")]
+    found = [(document.source, len(rows)) for document, rows, _ in cut(documents, tokenizer, max_length=8)]
+    assert found == [("a", 0), ("b", 1), ("c", 0)]
 
 
 def test_special_tokens_stand_for_no_text():
@@ -180,9 +184,12 @@ def test_special_tokens_stand_for_no_text():
 
     inner = tiny_tokenizer().backend_tokenizer
     inner.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    (pieces,) = cut([Document("one two", "a")], PreTrainedTokenizerFast(tokenizer_object=inner), max_length=20)
-    ((passage, ids),) = pieces
-    assert ids[0] == 0 and passage.text == "one two"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    ((_, words, ids),) = pieces_of(Document("one two", "a"), tokenizer, max_length=20)
+    assert ids[0] == 0 and words == "one two"
+    # Windows in the middle lack it, and keep their tokens for that.
+    ((_, (first, *others), _),) = cut([Document(" ".join(SENTENCES), "a")], tokenizer, max_length=20)
+    assert "input_ids" not in first and others and all(0 not in row["input_ids"] for row in others)
 
 
 @pytest.mark.parametrize(("max_length", "stride"), [(1, None), (8, 0), (8, 9)])
@@ -191,74 +198,42 @@ def test_lengths_out_of_range(tokenizer, max_length, stride):
         list(cut([Document("x", "s")], tokenizer, max_length=max_length, stride=stride))
 
 
-def test_windows_are_a_dataset_that_is_padded_in_batches():
-    windows = TokenWindows()
-    windows.append([5, 6, 7])
-    windows.append([8, 9])
-    assert len(windows) == 2 and windows.tokens == 5 and windows.length(0) == 3
-    assert windows[1]["input_ids"].dtype == torch.int64
-    ((ids, batch),) = as_source(windows, 4).batches()
-    np.testing.assert_array_equal(ids, [0, 1])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    with pytest.raises(IndexError, match="2 of 2"):
-        windows[2]
-
-
 # -- keeping
 
 
-def test_passages_come_back(tmp_path):
-    passages = [Passage("one\ntwo\u2028\x85three", "a"), Passage("", "ü"), Passage("🙂", "c:1")]
-    with PassageSpool(tmp_path) as spool:
-        for passage in passages:
-            spool.append(passage)
-            assert spool[len(spool) - 1] == {"text": passage.text, "source": passage.source}
-        assert [Passage(**spool[i]) for i in (2, 0, 2)] == [passages[2], passages[0], passages[2]]
-        with pytest.raises(IndexError):
-            spool[3]
+def test_passages_are_examples_and_payloads(tmp_path, tokenizer):
+    pieces = [Document(text, f"d{n}") for n, text in enumerate(["one\ntwo\u2028\x85three", "", "a 🙂 " * 9])]
+    passages = Passages(pieces, tokenizer, max_length=8, folder=tmp_path, progress=False)
+    assert (passages.documents, passages.empty, passages.running, passages.max_length) == (3, 1, 0, 8)
+    rows = [passages[i] for i in range(len(passages))]
+    assert [passages[i] for i in (2, 0, 2)] == [rows[2], rows[0], rows[2]]
+    assert any("input_ids" in row for row in rows) and not all("input_ids" in row for row in rows)
+    whole = [tokenizer(document.text)["input_ids"] for document in pieces]
+    examples = TokenisedData(passages, tokenizer)
+    assert [token for item in examples.__getitems__(range(len(rows))) for token in item["input_ids"]] == [
+        token for ids in whole for token in ids
+    ]
+    assert passages.tokens == sum(map(len, whole))
+    assert described(rows[0]) == (rows[0]["text"], "d0, part 1 of 2")
+    with pytest.raises(IndexError):
+        passages[len(rows)]
     assert list(tmp_path.iterdir()) == []
 
 
-def keep(tmp_path, passages):
-    """As version 4 wrote them."""
-    lines = [json.dumps({"source": p.source, "text": p.text}, ensure_ascii=False) + "\n" for p in passages]
-    data = "".join(lines).encode()
-    (tmp_path / "passages.jsonl").write_bytes(data)
-    return {"file": "passages.jsonl", "count": len(passages), "digest": xxhash.xxh3_128_hexdigest(data)}
+def test_payloads_of_all_kinds_are_described():
+    assert described(None) == (None, None) and described("a") == ("a", None)
+    assert described({"source": 3, "label": 1}) == ('{\n "source": 3,\n "label": 1\n}', "3")
 
 
-def test_passages_of_older_indexes_are_read(tmp_path):
-    passages = [Passage("one\ntwo", "a"), Passage("", "ü")]
-    assert read_passages(tmp_path, keep(tmp_path, passages), [1, 0]) == {0: passages[0], 1: passages[1]}
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data.replace(b"two", b"owt"),
-        lambda data: data[:-5],
-        lambda data: data + data,
-        lambda data: b"",
-    ],
-)
-def test_changed_passages_are_refused(tmp_path, damage):
-    known = keep(tmp_path, [Passage("one", "a"), Passage("two", "b")])
-    path = tmp_path / "passages.jsonl"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(CorruptionError, match=r"passages.jsonl has \d passages"):
-        read_passages(tmp_path, known, [0])
-
-
-def test_missing_passages_are_named(tmp_path):
-    with pytest.raises(StoreError, match="passages.jsonl is missing"):
-        read_passages(tmp_path, {"count": 1, "digest": ""}, [0])
+def test_nothing_to_index_is_said(tokenizer):
+    with pytest.raises(DataError, match="none of the 2 documents has a passage"):
+        Passages([Document("", "a"), Document("", "b")], tokenizer, max_length=8, progress=False)
 
 
 def test_modules_are_imported_lazily():
     import lorif_index.cli
-    import lorif_index.text.texts
+    import lorif_index.text.model
 
-    for module in (lorif_index.text.texts, lorif_index.cli):
+    for module in (lorif_index.text.model, lorif_index.cli):
         names = {v.__name__.split(".")[0] for v in vars(module).values() if isinstance(v, types.ModuleType)}
         assert not names & {"transformers", "datasets", "tokenizers"}

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from lorif_index import BuildConfig, Index, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.errors import ConfigError, DataError, FingerprintError, IndexExistsError, QueryError
-from lorif_index.huggingface import TokenisedData, UnpackedDocuments
-from lorif_index.huggingface.tokenised import prepared
+from lorif_index.text import TokenisedData, UnpackedDocuments
+from lorif_index.text.tokenised import prepared
 
 pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
@@ -209,6 +209,19 @@ def test_data_that_cannot_be_used_is_refused_first(
     assert not (tmp_path / "idx").exists()
 
 
+def test_rows_of_several_kinds(gpt2: Any, bpe: Any) -> None:
+    rows = [{"text": SENTENCES[0]}, {"input_ids": [5, 6, 7], "text": "not this"}, {"messages": TALK[:2]}, SENTENCES[1]]
+    data = TokenisedData(rows, bpe, model=gpt2)
+    assert data[0] == TokenisedData(SENTENCES, bpe, model=gpt2)[0] and data[1]["input_ids"] == [5, 6, 7]
+    assert learnt(data[2], bpe).startswith("A dog ran.") and bpe.decode(data[3]["input_ids"]) == SENTENCES[1]
+    # A chat's prompt has no loss in a batch with a text, of which all has.
+    batch = data.collate_examples([data[0], data[2]])
+    assert batch["labels"][0, : len(data[0]["input_ids"])].tolist() == data[0]["input_ids"]
+    assert learnt({"labels": batch["labels"][1].tolist()}, bpe) == learnt(data[2], bpe)
+    with pytest.raises(DataError, match="rename one"):
+        TokenisedData([*rows, {"body": "a"}], bpe, model=gpt2)
+
+
 def test_what_else_is_refused(gpt2: Any, bpe: Any, index: Index) -> None:
     with pytest.raises(DataError, match="pass tokenizer="):
         prepared(SENTENCES, gpt2, None)
@@ -258,7 +271,7 @@ class Counted(Dataset):
 def test_text_is_read_as_it_is_needed(gpt2: Any, bpe: Any) -> None:
     rows = Counted()
     data = TokenisedData(rows, bpe, model=gpt2)
-    assert rows.asked == [0, *range(600)]
+    assert rows.asked == list(range(600))
     rows.asked.clear()
     batches = as_source(data, 4).batches()
     next(batches), next(batches)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lorif_index import BuildConfig, Index, default_loss
 from lorif_index.capture.losses import default_logits
 from lorif_index.errors import CaptureError, DataError
-from lorif_index.huggingface import TokenisedData
+from lorif_index.text import TokenisedData
 
 pytest.importorskip("transformers")
 

@@ -29,8 +29,7 @@ from typer.testing import CliRunner
 from lorif_index import BuildConfig, Index
 from lorif_index.cli import app
 from lorif_index.errors import IndexExistsError, QueryError
-from lorif_index.text.textindex import TextIndex, build_text_index, load_text_model
-from lorif_index.text.texts import Document
+from lorif_index.text import Document, StoredTexts, build_text_index, load_text_model, open_text_index
 from lorif_index.web.charts import bars, by_source, family, histogram, layer_bars, levels
 from lorif_index.web.explorer import Explorer, Found, Item, Question
 from lorif_index.web.export import answer_csv
@@ -283,11 +282,9 @@ def test_a_row_finds_others_than_itself(explorer):
 def test_the_report_has_both_sides_and_is_harmless(explorer):
     html = report(explorer, Question(ASKED), k=1000)
     words = harmless(html)
-    asked = explorer.asked
     for opponents in (False, True):
-        answer = asked.ask([ASKED], 550, opponents=opponents)[0]
-        for hit in answer.hits[:3]:
-            assert f"#{hit.id}" in words
+        for row in explorer.index.search(ASKED, 550, opponents=opponents).ids[0, :3].tolist():
+            assert f"#{row}" in words
     # Every passage is on one of the sides, so every hostile one is on the page.
     assert {int(i) for i in re.findall(r"#(\d+)</span>", html)} == set(range(COUNT))
     assert "alert('text')" in words and "{{ 7 * 7 }}" in words and "U+202E" in words and "U+0007" in words
@@ -367,23 +364,24 @@ def test_options_that_do_not_fit(home, tmp_path):
 
 
 def test_pages_answer_what_the_index_answers(home, site):
-    asked = TextIndex.open(home / "index", device="cpu")
-    with asked.index:
+    index, _ = open_text_index(home / "index", device="cpu")
+    with index:
         for opponents in (False, True):
-            answer = asked.ask([ASKED], 30, opponents=opponents)[0]
+            hits = index.search(ASKED, 30, opponents=opponents)
+            ids = hits.ids[0].tolist()
             values = {"q": ASKED, "k": 30, "per": 10} | ({"side": "opponents"} if opponents else {})
             found = []
             for number in (1, 2, 3):
                 headers, text = page(site, "/api/search", page=number, **values)
                 document = json.loads(text)
                 found += document["hits"]
-                assert document["found"] == 30 and document["fingerprint"] == asked.index.fingerprint
+                assert document["found"] == 30 and document["fingerprint"] == index.fingerprint
             assert headers["content-type"] == "application/json"
-            assert [hit["id"] for hit in found] == [hit.id for hit in answer.hits]
-            assert [hit["score"] for hit in found] == pytest.approx([hit.score for hit in answer.hits], rel=1e-4)
-            assert [hit["text"] for hit in found] == [hit.passage.text for hit in answer.hits]
+            assert [hit["id"] for hit in found] == ids
+            assert [hit["score"] for hit in found] == pytest.approx(hits.scores[0].tolist(), rel=1e-4)
+            assert [hit["text"] for hit in found] == [payload["text"] for payload in hits.payloads[0]]
             _, html = page(site, "/search", page=2, **values)
-            assert [int(i) for i in re.findall(r'data-id="(\d+)"', html)] == [hit.id for hit in answer.hits[10:20]]
+            assert [int(i) for i in re.findall(r'data-id="(\d+)"', html)] == ids[10:20]
 
 
 def test_sources_are_filtered_and_answers_exported(site):
@@ -425,20 +423,20 @@ def test_every_page_is_harmless(site):
 
 
 def test_tokens_are_explained_as_json(home, site):
-    asked = TextIndex.open(home / "index", device="cpu")
-    with asked.index:
-        direct = asked.explain([ASKED], [20, 3], query_tokens=False)[0]
+    index, text_model = open_text_index(home / "index", device="cpu")
+    with index:
+        direct = index.explain(ASKED, [20, 3], data=StoredTexts(index, text_model), query_tokens=False)[0]
+        texts = {payload["text"] for payload in index.payloads([20, 3])}
     _, text = fetch(site, f"/api/explain?{urlencode({'q': ASKED})}&id=20&id=3")[1:]
     explained = json.loads(text)["explained"]
     assert [one["id"] for one in explained] == [20, 3]
     for one, known in zip(explained, direct, strict=True):
         shares = [token["share"] for token in one["tokens"]]
-        assert shares == pytest.approx(known.explanation.tokens.tolist(), rel=1e-3, abs=1e-3)
+        assert shares == pytest.approx(known.tokens.tolist(), rel=1e-3, abs=1e-3)
         assert one["score"] == pytest.approx(sum(shares), rel=1e-3, abs=1e-3)
-        assert one["layers"] == pytest.approx(known.explanation.layers, rel=1e-3, abs=1e-3)
-        assert "".join(words for token in one["tokens"] for words, _ in token["pieces"]) == "".join(
-            piece.text for piece in pieces(known.passage.text)
-        )
+        assert one["layers"] == pytest.approx(known.layers, rel=1e-3, abs=1e-3)
+        shown = "".join(words for token in one["tokens"] for words, _ in token["pieces"])
+        assert shown in {"".join(piece.text for piece in pieces(text)) for text in texts}
     # A row that asks is its text.
     _, text = fetch(site, "/api/explain?row=7&id=20")[1:]
     assert json.loads(text)["explained"][0]["tokens"]
@@ -625,9 +623,8 @@ def test_rows_without_gradients_ask_with_their_words(home, tmp_path):
     config = BuildConfig(projection_dim=8, store="coordinates", coarse=None)
     documents = [Document(s, str(i)) for i, s in enumerate(SENTENCES)]
     with build_text_index(tmp_path / "i", text_model, documents, config=config, progress=False) as index:
-        asked = TextIndex(index, text_model)
-        own = [hit.id for hit in asked.ask([SENTENCES[2]], 10)[0].hits]
-        found = Explorer(index, asked).search(Question(row=2), 9)
+        own = index.search(SENTENCES[2], 10).ids[0].tolist()
+        found = Explorer(index, text_model).search(Question(row=2), 9)
         assert [hit.item.id for hit in found.hits] == [i for i in own if i != 2]
         with pytest.raises(QueryError, match="keeps no gradients"):
             Explorer(index, None, "away").search(Question(row=2), 9)

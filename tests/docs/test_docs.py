@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import lorif_index
-from lorif_index import huggingface, text
+from lorif_index import text
 from scripts.notebooks import NAMES, NOTEBOOKS, cells, executed
 
 ROOT = Path(__file__).parents[2]
@@ -117,9 +117,8 @@ def test_the_reference_has_all_that_is_public(site: Path) -> None:
         assert f'id="{anchor}"' in page, name
     for name in ("search", "explain", "groups", "self_influence", "verify"):
         assert f'id="lorif_index.Index.{name}"' in page, name
-    for part in (huggingface, text):
-        for name in part.__all__:
-            assert f'id="{part.__name__}.{name}"' in page, name
+    for name in text.__all__:
+        assert f'id="lorif_index.text.{name}"' in page, name
 
 
 # -- the start page

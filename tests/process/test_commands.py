@@ -1,4 +1,4 @@
-"""Commands: explain and bench, the settings of a build in flags and files, completion, and the page that lists them."""
+"""Commands: explain, the settings of a build in flags and files, completion, and the page that lists them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from test_cli import ASKED, document, lorif
 from tiny_text import SENTENCES, tiny_model_folder, write_jsonl
 from typer.testing import CliRunner
 
-from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection
-from lorif_index.cli import app, benches
+from lorif_index import AbsoluteDamping, BuildConfig, LayerSelection
+from lorif_index.cli import app
 from lorif_index.cli.settings import SETTINGS, Settings, read_config
 from lorif_index.errors import ConfigError
-from lorif_index.text.textindex import TextIndex, load_text_model
+from lorif_index.text import StoredTexts, open_text_index
 from scripts.cli_page import PAGE, page, program
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_every_command_in_the_docs_can_be_read():
         assert command is not None, f"{where}: {words}"
         command.make_context(words[0], list(words[1:]))
         seen.add(words[0])
-    assert {"demo", "build", "search", "info", "explain", "estimate", "report", "serve", "bench"} <= seen
+    assert {"demo", "build", "search", "info", "explain", "estimate", "report", "serve"} <= seen
 
 
 def test_the_commands_of_the_page_do_what_their_settings_say(home):
@@ -132,37 +132,34 @@ def test_the_example_of_texts_runs(home, monkeypatch, capsys):
     write_jsonl(home / "more.jsonl", [{"text": "The dog ran over the moon."}])
     names = {}
     exec(compile(fenced((ROOT / "docs" / "api.md").read_text(), "example: texts"), "api.md", "exec"), names)
-    with names["texts"].index as index:
+    with names["index"] as index:
         assert len(index) == len(SENTENCES) and index.ids[-1] == len(SENTENCES)
-    loss, hits = capsys.readouterr().out.splitlines()[0].split(" ", 1)
-    assert float(loss) > 0 and hits.count("texts.jsonl:") == 3
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.count("texts.jsonl:") == 3 and "".join(text for text, _ in eval(second)) in SENTENCES
+    ((tokens, loss),) = names["text_model"].losses(names["question"])
+    assert tokens > 0 and first.startswith(f"[({tokens}, {loss})]")
 
 
 # -- explain
 
 
 def test_explain_says_what_the_library_says(home):
-    asked = TextIndex(*opened(home))
-    with asked.index:
-        expected = asked.explain([ASKED], [[2, 7]], layers=["*.c_fc"], damping=0.5)[0]
-        best = [hit.id for hit in asked.ask([ASKED], 3)[0].hits]
-        worst = [hit.id for hit in asked.ask([ASKED], 2, opponents=True)[0].hits]
+    index, text_model = open_text_index(home / "runs/idx", device="cpu")
+    with index:
+        data = StoredTexts(index, text_model)
+        expected = index.explain(ASKED, [2, 7], data=data, layers=["*.c_fc"], damping=0.5)[0]
+        best, worst = (index.search(ASKED, k, opponents=k == 2).ids[0].tolist() for k in (3, 2))
     options = ("--text", ASKED, "--id", 2, "--id", 7, "--layers", "*.c_fc", "--damping", "0.5")
     found = document("explain", home / "runs/idx", *options)
     assert found["opponents"] is False and found["answers"][0]["text"] == ASKED
     for one, e in zip(found["answers"][0]["explanations"], expected, strict=True):
-        assert one["id"] == e.explanation.id and one["text"] == SENTENCES[one["id"]]
-        np.testing.assert_allclose(one["tokens"], e.explanation.tokens, rtol=1e-4, atol=1e-9)
+        assert one["id"] == e.id and one["text"] == SENTENCES[one["id"]]
+        np.testing.assert_allclose(one["tokens"], e.tokens, rtol=1e-4, atol=1e-9)
         assert "".join(one["texts"]) == SENTENCES[one["id"]] and len(one["query_texts"]) == len(one["query_tokens"])
         assert sum(one["tokens"]) == pytest.approx(one["score"], rel=1e-4, abs=1e-7)
     for arguments, ids in ((("-k", 3), best), (("-k", 2, "--opponents"), worst)):
         found = document("explain", home / "runs/idx", "--text", ASKED, *arguments)
         assert [one["id"] for one in found["answers"][0]["explanations"]] == ids
-
-
-def opened(home):
-    text_model = load_text_model(home / "model", "cpu")
-    return Index.open(home / "runs/idx", model=text_model.model), text_model
 
 
 def part_of(share, score):
@@ -312,34 +309,6 @@ def test_a_file_that_is_wrong_fails_before_anything_is_written(home, tmp_path, t
 def test_a_lost_file_is_one_line(tmp_path):
     code, _, err = lorif("estimate", "--model", "m", "--data", "d", "--config", tmp_path / "none.yaml")
     assert code == 1 and "none.yaml" in err and err.count("\n") == 1
-
-
-# -- bench
-
-
-def test_bench_lists_and_suggests():
-    code, out, err = lorif("bench")
-    assert (code, err) == (0, "") and "scan_cost" in out and "environment" not in out
-    code, out, err = lorif("bench", "scan_costs")
-    assert (code, out) == (1, "") and "did you mean scan_cost?" in err
-
-
-def test_bench_runs_with_its_own_options(tmp_path, monkeypatch):
-    """From anywhere, paths being the caller's; a folder there of the same name is not taken for the benchmarks."""
-    pytest.importorskip("matplotlib")
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "__init__.py").write_text("raise RuntimeError('another bench')")
-    monkeypatch.chdir(tmp_path)
-    assert lorif("bench", "plots", "--out", "here.svg")[0] == 0
-    assert (tmp_path / "here.svg").read_text().startswith("<?xml")
-    assert lorif("bench", "plots", "--nix")[0] == 2
-
-
-def test_bench_without_a_checkout_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(benches, "_PACKAGE", tmp_path / "site" / "lorif_index")
-    monkeypatch.chdir(tmp_path)
-    code, out, err = lorif("bench", "lds")
-    assert (code, out) == (1, "") and "not installed with the package" in err and "checkout" in err
 
 
 # -- completion

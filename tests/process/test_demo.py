@@ -16,17 +16,11 @@ from typer.testing import CliRunner
 
 from lorif_index import Index
 from lorif_index.cli import app
+from lorif_index.cli.show import demo_json, show_demo
 from lorif_index.errors import IndexExistsError, QueryError
-from lorif_index.text.demo import QUESTION, run_demo, show_demo
-from lorif_index.text.demo_model import (
-    DemoSettings,
-    all_windows,
-    documentation,
-    new_model,
-    split,
-    train,
-    train_tokenizer,
-)
+from lorif_index.text import TextModel
+from lorif_index.text.demo import QUESTION, run_demo
+from lorif_index.text.demo_model import DemoSettings, documentation, new_model, split, train, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SMALL = DemoSettings(
@@ -76,11 +70,12 @@ def test_training_is_the_same_again_and_learns(monkeypatch):
     settings = replace(SMALL, seconds=60.0)
     documents, held = split(documentation(settings.characters), settings.held_out, settings.seed)
     tokenizer = train_tokenizer(documents, settings.vocabulary)
-    windows, held_windows = (all_windows(part, tokenizer, settings.context) for part in (documents[:200], held))
     results = []
     for _ in range(2):
         torch.manual_seed(0)
-        results.append(train(new_model(settings, len(tokenizer)), windows, held_windows, settings, progress=False))
+        made = TextModel(Path("never"), new_model(settings, len(tokenizer)), tokenizer)
+        known, kept = (made.passages(part, progress=False) for part in (documents[:200], held))
+        results.append(train(made, known, kept, settings, progress=False))
     first, second = results
     assert first.steps == first.planned == settings.steps == 30
     assert (first.loss, first.loss_held_out) == (second.loss, second.loss_held_out)
@@ -90,10 +85,11 @@ def test_training_is_the_same_again_and_learns(monkeypatch):
 def test_training_stops_at_its_time_limit(monkeypatch):
     documents = documentation(SMALL.characters)[:50]
     tokenizer = train_tokenizer(documents, SMALL.vocabulary)
-    windows = all_windows(documents, tokenizer, SMALL.context)
+    made = TextModel(Path("never"), new_model(SMALL, len(tokenizer)), tokenizer)
+    passages = made.passages(documents, progress=False)
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr("lorif_index.text.demo_model.time.perf_counter", lambda: float(next(clock)))
-    training = train(new_model(SMALL, len(tokenizer)), windows, windows, SMALL, progress=False)
+    training = train(made, passages, passages, SMALL, progress=False)
     assert 0 < training.steps < training.planned
 
 
@@ -112,10 +108,9 @@ def test_the_demos_index_is_asked_by_the_command_line(small):
     done = CliRunner().invoke(app, ["search", str(out / "index"), "--text", QUESTION, "-k", "5", "--json"])
     assert done.exit_code == 0, done.stderr
     hits = json.loads(done.stdout)["answers"][0]["hits"]
-    assert [hit["id"] for hit in hits] == [hit.id for hit in result.answers[0].hits]
-    for hit, known in zip(hits, result.answers[0].hits, strict=True):
-        assert hit["score"] == pytest.approx(known.score, rel=1e-4)
-        assert hit["source"] == known.passage.source
+    assert [hit["id"] for hit in hits] == result.hits.ids[0].tolist()
+    assert [hit["score"] for hit in hits] == pytest.approx(result.hits.scores[0].tolist(), rel=1e-4)
+    assert [hit["source"] for hit in hits] == [payload["source"] for payload in result.hits.payloads[0]]
 
 
 def test_held_out_passages_find_their_topic_better_than_chance(small):
@@ -132,9 +127,9 @@ def test_the_demo_is_shown(small):
     shown = screen.file.getvalue()
     assert "Which training passages" in shown and "Lambdas are functions." in shown
     assert f"of {result.check.asked} passages held out" in " ".join(shown.split())
-    for hit in result.answers[0].hits:
-        assert hit.passage.source.split(",")[0] in shown
-    facts = result.to_json()
+    for payload in result.hits.payloads[0]:
+        assert payload["source"].split(",")[0] in shown
+    facts = demo_json(result)
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert len(facts["answers"][0]["hits"]) == 5
 
@@ -149,8 +144,8 @@ def test_the_demo_does_not_write_over_anything(tmp_path):
 
 
 def test_bad_questions_are_refused_before_the_training(tmp_path):
-    for question in ("", "word " * 500):
-        with pytest.raises(QueryError, match="the text"):
+    for question, message in (("", "no token that has a loss"), ("word " * 500, "more than 192 tokens")):
+        with pytest.raises(QueryError, match=message):
             run_demo(tmp_path / "demo", [question], DemoSettings(), progress=False)
     assert not (tmp_path / "demo").exists()
 

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import lorif_index
-from lorif_index import BuildConfig, Index, huggingface, text
+from lorif_index import BuildConfig, Index, text
 
 PACKAGE = Path(lorif_index.__file__).parent
 
 SURFACE = [
     "AbsoluteDamping",
     "BuildConfig",
+    "CoarseIndex",
+    "Compute",
     "CrossEntropy",
     "CurvatureRows",
     "Damping",
@@ -30,7 +32,7 @@ SURFACE = [
     "PaperDamping",
     "ProgressEvent",
     "RelativeDamping",
-    "ReleaseDamping",
+    "Sample",
     "SearchStats",
     "default_loss",
 ]
@@ -46,7 +48,7 @@ INDEX = {
     "groups": "self query by measure damping layers k shrink progress",
     "self_influence": "self damping layers progress",
     "gradients": "self ids",
-    "rebuild_coarse": "self coarse query measure progress",
+    "rebuild_coarse": "self kind query measure progress",
     "add": "self data gradients payloads tokenizer progress",
     "remove": "self ids",
     "compact": "self progress",
@@ -64,53 +66,64 @@ PROPERTIES = (
 ).split()
 
 CONFIG = (
-    "projection_dim projection_floor projection rank curvature probes curvature_rank curvature_rows curvature_sample "
-    "power_iterations damping complement store eigen_bytes eigen_code sketch_dim sketch coordinate_bits coarse "
-    "calibration_queries dtype seed layers batch_size device autocast on_nonfinite shard_bytes spool_bytes"
+    "projection_dim projection_floor projection rank curvature curvature_rank power_iterations damping complement store "
+    "eigen_bytes dtype seed layers batch_size on_nonfinite sample coarse compute"
 ).split()
 
 # Rooms in the order in which data flow, and each one's modules: a module may import those before it and no others.
 # "" is the package's own folder. The engine's come first; the text side stands on it, and prints: the engine knows
 # nothing of it.
 ENGINE = [
-    ("", "version errors ranks damping config progress markup results"),
+    ("", "version errors ranks damping"),
+    ("codecs", "registry"),
+    ("", "config progress markup results"),
+    ("linalg", "scratch"),
     ("capture", "gradients"),
     ("linalg", "projection sampling subspace"),
     ("capture", "sharded losses probes data layers ensemble spool hooks eigenbases sources"),
     ("curvature", "grid fit inverse sketch"),
-    ("codecs", "scratch bits largest truncation layout eigencodes"),
-    ("storage", "sealed shards store resident payloads locks home manifest damage fitted"),
+    ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
+    ("codecs", "base bits truncation factors eigencodes largest"),
     (
         "search",
-        "scoring team rescoring faiss_file coarse devices flat calibration missed pursuit living joint candidates "
-        "reader shrinkage explain planner groups named whole normalise answer pairs",
+        "scoring rescoring coarse devices calibration missed proposers pursuit candidates rows reader shrinkage explain "
+        "planner groups named whole normalise answer pairs",
     ),
     (
         "build",
-        "encode coverage coarse_build outliers sizes memory traffic spans representation resuming pipeline choice "
-        "estimate",
+        "encode coverage outliers spans choice inputs state sample stages candidates sizes traffic pipeline estimate",
     ),
-    ("huggingface", "chat encoding documents tokenised"),
+    ("text", "documents packed chat encoding tokenised passages model"),
     ("", "snapshot identity questions describe"),
-    ("life", "add remove refit merge repair writing incoming"),
+    ("life", "candidates add remove refit merge repair writing incoming"),
     ("", "index launch"),
 ]
 TEXT_SIDE = [
-    ("huggingface", "callback"),
-    ("text", "texts textindex show demo_model demo"),
+    ("text", "callback textindex demo_model demo"),
     ("web", "visible charts explorer page export report guard server"),
-    ("cli", "app options settings making shares asking keeping browsing benches"),
+    ("cli", "app options settings show making shares asking keeping browsing"),
 ]
 
 
-TEXT = ["Document", "TextIndex", "build_text_index", "load_text_model", "read_documents"]
-HUGGINGFACE = ["IndexCallback", "TokenisedData", "UnpackedDocuments"]
+TEXT = [
+    "Document",
+    "IndexCallback",
+    "StoredTexts",
+    "TextModel",
+    "TokenisedData",
+    "UnpackedDocuments",
+    "add_texts",
+    "build_text_index",
+    "load_text_model",
+    "open_text_index",
+    "read_documents",
+]
 
 
 def test_surface_is_frozen() -> None:
     assert lorif_index.__all__ == SURFACE
-    assert (text.__all__, huggingface.__all__) == (TEXT, HUGGINGFACE)
-    assert all(hasattr(part, name) for part in (lorif_index, text, huggingface) for name in part.__all__)
+    assert text.__all__ == TEXT
+    assert all(hasattr(part, name) for part in (lorif_index, text) for name in part.__all__)
     for name, arguments in INDEX.items():
         signature = inspect.signature(
             inspect.unwrap(inspect.getattr_static(Index, name).__func__)

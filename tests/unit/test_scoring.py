@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lorif_index.codecs.layout import RowLayout
 
 from lorif_index.capture.gradients import LayerSpec
-from lorif_index.codecs.layout import RowLayout
 from lorif_index.curvature.inverse import products
 from lorif_index.search.scoring import Scorer, TopK
 

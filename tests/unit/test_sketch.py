@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lorif_index.codecs.layout import RowLayout
 
 from lorif_index import AbsoluteDamping
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from lorif_index.codecs.bits import CodeLayout
-from lorif_index.codecs.layout import RowLayout
 from lorif_index.curvature.fit import fit_curvature
 from lorif_index.curvature.inverse import Preconditioner, transform
 from lorif_index.curvature.sketch import PCA_UP_TO, Sketch, SketchEncoder, fit_sketch, half_whitened, sketch_method

@@ -11,10 +11,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from lorif_index.codecs.layout import RowLayout, Rows
 
 from lorif_index.capture.gradients import LayerSpec
 from lorif_index.codecs.bits import CodeLayout
-from lorif_index.codecs.layout import RowLayout, Rows
 from lorif_index.errors import CorruptionError
 from lorif_index.storage.sealed import SealedInfo, write_sealed
 from lorif_index.storage.shards import ShardInfo

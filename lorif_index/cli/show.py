@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console
@@ -15,10 +17,13 @@ from ..build.estimate import Estimate, RankEstimate
 from ..build.traffic import SEARCHES
 from ..damping import Damping
 from ..index import Index
-from .textindex import Answer
+from ..results import Hits
+from ..text.demo import DemoResult
+from ..text.passages import described
+from ..text.textindex import METADATA
+from ..web.visible import on_one_line
 
 _WIDTH_OF_FILES = 100
-_EXCERPT = 160
 
 
 def console() -> Console:
@@ -32,10 +37,9 @@ def write_json(document: Any) -> None:
     sys.stdout.flush()
 
 
-def excerpt(text: str, length: int = _EXCERPT) -> Text:
+def excerpt(text: str, most: int = 160) -> Text:
     """The beginning of a text on one line, without what could move the terminal's cursor or be read as markup."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return Text(line if len(line) <= length else line[: length - 1].rstrip() + "…")
+    return Text(on_one_line(text, most))
 
 
 # -- an estimate -------------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
     summary.add_row("damping", " ".join(str(v) for v in config["damping"].values()) + f", {config['complement']}")
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.get("seconds", {}).items())
     summary.add_row("built", seconds or "unknown")
-    text = facts["metadata"].get("text")
+    text = facts["metadata"].get(METADATA)
     if isinstance(text, dict):
         summary.add_row("model", excerpt(str(text.get("model"))))
         summary.add_row("windows", f"{text.get('max_length')} tokens, every {text.get('stride')}")
@@ -227,56 +231,109 @@ def in_units(count: int) -> str:
 # -- answers -----------------------------------------------------------------------------------------------------
 
 
-def answer_json(answer: Answer) -> dict[str, Any]:
-    """One answer as plain JSON values."""
-    hits = [
-        {
-            "rank": rank,
-            "id": hit.id,
-            "score": hit.score,
-            "source": None if hit.passage is None else hit.passage.source,
-            "text": None if hit.passage is None else hit.passage.text,
-        }
-        for rank, hit in enumerate(answer.hits, start=1)
-    ]
-    return {
-        "text": answer.text,
-        "tokens": answer.tokens,
-        "loss": answer.loss,
-        "loss_per_token": answer.loss_per_token,
-        "hits": hits,
+def answers_json(questions: Sequence[str], losses: Sequence[tuple[int, float]], hits: Hits) -> list[dict[str, Any]]:
+    """What was found for each question, as plain JSON values.
+
+    Args:
+        questions: texts.
+        losses: of each, (tokens that have a loss, nats).
+        hits: of them all.
+    """
+    out = []
+    for text, (tokens, loss), found in zip(questions, losses, _found(hits), strict=True):
+        rows = [
+            {"rank": rank, "id": row, "score": score, "source": source, "text": words}
+            for rank, (row, score, words, source) in enumerate(found, start=1)
+        ]
+        mean = loss / max(tokens, 1)
+        out.append({"text": text, "tokens": tokens, "loss": loss, "loss_per_token": mean, "hits": rows})
+    return out
+
+
+def _found(hits: Hits) -> list[list[tuple[int, float, str | None, str | None]]]:
+    """For each question (id, score, text, source) of its hits, best first."""
+    payloads = hits.payloads or [[None] * len(row) for row in hits.ids]
+    rows = zip(hits.ids.tolist(), hits.scores.tolist(), payloads, strict=True)
+    return [[(i, s, *described(p)) for i, s, p in zip(*row, strict=True)] for row in rows]
+
+
+def show_answers(
+    out: Console, questions: Sequence[str], losses: Sequence[tuple[int, float]], hits: Hits, most: int = 160
+) -> None:
+    """What was asked about, the model's loss on it, and what was found, as tables.
+
+    Args:
+        questions, losses, hits: as for `answers_json`.
+        most: characters of a question that are shown.
+    """
+    for text, (count, loss), found in zip(questions, losses, _found(hits), strict=True):
+        out.print(Text.assemble("“", excerpt(text, most), "”"), style="bold")
+        tokens = "1 token" if count == 1 else f"{count:,} tokens"
+        out.print(f"loss {loss / max(count, 1):.2f} nats a token, mean of {tokens}", style="dim")
+        table = Table(box=None, header_style="bold", padding=(0, 1))
+        table.add_column("", justify="right", style="dim")
+        table.add_column("score", justify="right", no_wrap=True)
+        table.add_column("id", justify="right", no_wrap=True, style="dim")
+        table.add_column("source", style="cyan", max_width=28)
+        table.add_column("passage")
+        for rank, (row, score, words, source) in enumerate(found, start=1):
+            table.add_row(str(rank), f"{score:.4g}", str(row), excerpt(source or "-"), excerpt(words or "-"))
+        out.print(table)
+
+
+def unit_of_scores(total: int) -> str:
+    """What scores are estimates of, in a sentence; total: N, how many examples the index has."""
+    return (
+        f"score / {total:,} estimates, in nats, by how much the text's loss, summed over its tokens, would rise "
+        "without the passage: to first order, under this curvature, damping and choice of layers. Trust the order "
+        "before the size."
+    )
+
+
+# -- the demo ----------------------------------------------------------------------------------------------------
+
+
+def demo_json(result: DemoResult) -> dict[str, Any]:
+    """What the demo did and found, as plain JSON values."""
+    facts = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in ("hits", "questions", "losses")}
+    for name in ("settings", "training", "check"):
+        facts[name] = asdict(facts[name])
+    return facts | {
+        "folder": str(result.folder),
+        "answers": answers_json(result.questions, result.losses, result.hits),
+        "stats": asdict(result.hits.stats),
     }
 
 
-def show_question(out: Console, answer: Answer) -> None:
-    """What was asked about, and the model's loss on it."""
-    out.print(Text.assemble("“", excerpt(answer.text), "”"), style="bold")
-    tokens = "1 token" if answer.tokens == 1 else f"{answer.tokens:,} tokens"
-    out.print(f"loss {answer.loss_per_token:.2f} nats a token, mean of {tokens}", style="dim")
-
-
-def show_answer(out: Console, answer: Answer) -> None:
-    """One answer as a table."""
-    table = Table(box=None, header_style="bold", padding=(0, 1))
-    table.add_column("", justify="right", style="dim")
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("id", justify="right", no_wrap=True, style="dim")
-    table.add_column("source", style="cyan", max_width=28)
-    table.add_column("passage")
-    for rank, hit in enumerate(answer.hits, start=1):
-        source, text = (hit.passage.source, hit.passage.text) if hit.passage else ("-", "-")
-        table.add_row(str(rank), f"{hit.score:.4g}", str(hit.id), excerpt(source), excerpt(text))
-    out.print(table)
-
-
-def unit_of_scores(total: int, what: str = "the text's loss, summed over its tokens,") -> str:
-    """What scores are estimates of, in a sentence.
-
-    Args:
-        total: N, how many examples the index has.
-        what: the loss that was asked about.
-    """
-    return (
-        f"score / {total:,} estimates, in nats, by how much {what} would rise without the passage: to first order, "
-        "under this curvature, damping and choice of layers. Trust the order before the size."
+def show_demo(out: Console, result: DemoResult) -> None:
+    """What was done and found, for people."""
+    training, check, settings = result.training, result.check, result.settings
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row(
+        "text",
+        f"{result.passages:,} passages, {result.tokens:,} tokens, on {result.topics} topics of Python's documentation",
     )
+    stopped = "" if training.steps == training.planned else f" of {training.planned:,}, stopped by its time limit,"
+    facts.add_row(
+        "model",
+        f"GPT-2 architecture, {settings.depth} layers of width {settings.width}, {training.parameters / 1e6:.1f} M "
+        f"parameters, {training.steps:,} steps{stopped} in {training.seconds:.0f} s; "
+        f"{training.loss:.2f} nats per token, {training.loss_held_out:.2f} on held-out passages",
+    )
+    facts.add_row(
+        "index",
+        f"built in {result.index_seconds:.0f} s, {result.bytes_per_example:,} bytes per passage, "
+        f"{in_units(result.nbytes)} with curvature",
+    )
+    out.print(facts)
+    out.print("\nWhich training passages made the model know this?\n", style="bold")
+    show_answers(out, result.questions, result.losses, result.hits, most=1000)
+    took = ", ".join(f"{stage} {1000 * seconds:.0f} ms" for stage, seconds in result.hits.stats.seconds.items())
+    out.print(f"\nThe search took: {took}.", style="dim")
+    out.print(unit_of_scores(result.passages))
+    out.print(
+        f"Check: of {check.asked} passages held out of the training, {check.best} have a passage of their own topic as "
+        f"best hit; by chance it would be {check.expected:.0f}."
+    )
+    out.print(f"All in {result.seconds:.0f} s. Ask on:")
+    out.print(excerpt(f'lorif search {result.folder / "index"} --text "A lambda expression makes a function."', 1000))

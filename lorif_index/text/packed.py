@@ -42,7 +42,10 @@ class UnpackedDocuments:
     """
 
     def __init__(self, rows: Any) -> None:
-        self._rows = _TensorRows(rows) if isinstance(rows, dict) else rows
+        if isinstance(rows, dict):
+            columns = {name: column for name, column in rows.items() if column.ndim}
+            rows = [{name: column[i] for name, column in columns.items()} for i in range(len(rows["input_ids"]))]
+        self._rows = rows
         found = array("q")
         for number in range(len(self._rows)):
             for start, stop in _borders(self._rows[number], number):
@@ -63,19 +66,6 @@ class UnpackedDocuments:
             row = kept[number]
             items.append({k: torch.as_tensor(row[k])[start:stop] for k in _COLUMNS if row.get(k) is not None})
         return items
-
-
-class _TensorRows:
-    """A dict of tensors (n, T) as a dataset of its rows."""
-
-    def __init__(self, columns: dict[str, torch.Tensor]) -> None:
-        self._columns = columns
-
-    def __len__(self) -> int:
-        return len(next(iter(self._columns.values())))
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {name: column[i] for name, column in self._columns.items() if column.ndim}
 
 
 def _borders(row: Any, number: int) -> list[tuple[int, int]]:

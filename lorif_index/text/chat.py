@@ -33,27 +33,17 @@ def chat_tokens(messages: Any, tokenizer: Any) -> Tokens:
     """
     if not is_chat(messages):
         raise DataError(f'a conversation must be a list of messages {{"role", "content"}}, got {messages!r:.80}')
-    messages = [dict(message) for message in messages]
     if _GENERATION.search(_template(tokenizer)):
         found = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            [dict(message) for message in messages],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         ids, mask = list(found["input_ids"]), found["assistant_masks"]
         return ids, [token if own else IGNORE for token, own in zip(ids, mask, strict=True)]
-    text, spans = _render(messages, tokenizer), []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = _render(messages[:number], tokenizer, header=True) if number else ""
-        stop = _render(messages[: number + 1], tokenizer)
-        if not (text.startswith(stop) and stop.startswith(start)):
-            raise DataError(
-                f"the chat template does not render message {number} ({message['role']!r}) as a continuation of those "
-                "before it, so that its place cannot be told: use a template with {% generation %}, or pass tokenised "
-                "columns input_ids and labels"
-            )
-        spans.append((len(start), len(stop)))
-    return _labelled(text, spans, tokenizer, special=False)
+    learnt = [(n, n + 1) for n, message in enumerate(messages) if message["role"] == "assistant"]
+    return _part_of_chat(messages, learnt, tokenizer)
 
 
 def completion_tokens(prompt: Any, completion: Any, tokenizer: Any) -> Tokens:
@@ -72,14 +62,25 @@ def completion_tokens(prompt: Any, completion: Any, tokenizer: Any) -> Tokens:
             "prompt and completion must both be texts or both be lists of messages, got "
             f"{type(prompt).__name__} and {type(completion).__name__}"
         )
-    before = _render([dict(m) for m in prompt], tokenizer, header=True)
-    text = _render([dict(m) for m in [*prompt, *completion]], tokenizer)
-    if not text.startswith(before):
-        raise DataError(
-            "the chat template does not render the completion as a continuation of the prompt: pass tokenised columns "
-            "input_ids and labels"
-        )
-    return _labelled(text, [(len(before), len(text))], tokenizer, special=False)
+    whole = [*prompt, *completion]
+    return _part_of_chat(whole, [(len(prompt), len(whole))], tokenizer)
+
+
+def _part_of_chat(messages: Any, learnt: list[tuple[int, int]], tokenizer: Any) -> Tokens:
+    """A conversation of which some messages have a loss, each (first, one behind the last) of them."""
+    _template(tokenizer)
+    text, spans = _render(messages, tokenizer), []
+    for first, behind in learnt:
+        start = _render(messages[:first], tokenizer, header=True) if first else ""
+        stop = _render(messages[:behind], tokenizer)
+        if not (text.startswith(stop) and stop.startswith(start)):
+            raise DataError(
+                f"the chat template does not render message {first} ({messages[first]['role']!r}) as a continuation of "
+                "those before it, so that its place cannot be told: use a template with {% generation %}, or pass "
+                "tokenised columns input_ids and labels"
+            )
+        spans.append((len(start), len(stop)))
+    return _labelled(text, spans, tokenizer, special=False)
 
 
 def _template(tokenizer: Any) -> str:
@@ -94,9 +95,9 @@ def _template(tokenizer: Any) -> str:
     return template
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: Any, *, header: bool = False) -> str:
-    _template(tokenizer)
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header))
+def _render(messages: Any, tokenizer: Any, *, header: bool = False) -> str:
+    plain = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=header))
 
 
 def _labelled(text: str, spans: list[tuple[int, int]], tokenizer: Any, *, special: bool) -> Tokens:

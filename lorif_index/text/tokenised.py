@@ -18,8 +18,8 @@ from ..capture.losses import restarts
 from ..config import CurvatureRows
 from ..errors import DataError, FingerprintError, QueryError
 from .chat import is_chat
-from .documents import UnpackedDocuments
 from .encoding import KINDS, LABELS, Encoded, Encoder, Needs, has_foreign_columns, kind_of
+from .packed import UnpackedDocuments
 
 _AT_ONCE = 256
 
@@ -32,13 +32,13 @@ class _Faults:
     silent: list[int] = field(default_factory=list)
     longest: int = 0
 
-    def note(self, encoder: Encoder, item: Encoded, i: int, strict: bool) -> None:
-        if encoder.too_long_by(item):
-            self.too_long.append(i)
-            self.longest = max(self.longest, len(item["input_ids"]))
-            item = encoder.cut(item) if encoder.too_long == "truncate" else item
-        if not item["input_ids"] or (strict and not encoder.has_loss(item)):
-            self.silent.append(i)
+    def note(self, encoder: Encoder, found: list[tuple[Encoded, int]], ids: range, strict: bool) -> None:
+        for i, (item, length) in zip(ids, found, strict=True):
+            if encoder.max_length is not None and length > encoder.max_length:
+                self.too_long.append(i)
+                self.longest = max(self.longest, length)
+            if not item["input_ids"] or (strict and not encoder.has_loss(item)):
+                self.silent.append(i)
 
     def refuse(self, encoder: Encoder, count: int) -> None:
         """Raises DataError where something is wrong that was not allowed."""
@@ -52,7 +52,7 @@ class _Faults:
             wanted = f"label (a column {' or '.join(map(repr, LABELS[:2]))})" if encoder.needs.labelled else "token"
             raise DataError(
                 f"{len(self.silent)} of {count} examples have no {wanted} that has a loss (the first is example "
-                f"{self.silent[0]}): leave them out, as with dataset.filter"
+                f"{self.silent[0]}): leave them out, as with dataset.filter, or write more"
             )
 
 
@@ -78,11 +78,11 @@ class TokenisedData:
             language model.
         max_length: tokens of an example at most; default: what model and tokenizer say.
         too_long: "refuse" raises for data with longer examples; "truncate" cuts them, with a warning.
-
-    All rows are read once here, to find what cannot be used.
+        strict: refuse examples without a loss.
+        check: read all rows once here, to find what cannot be used; False for rows that are known to be fit.
 
     Attributes:
-        truncated: numbers of the examples that are cut.
+        truncated: numbers of the examples that are cut, as far as they were looked for.
 
     Raises:
         DataError: no known columns; examples too long, without a loss, or with labels that the model does not have.
@@ -98,29 +98,32 @@ class TokenisedData:
         max_length: int | None = None,
         too_long: str = "refuse",
         strict: bool = True,
+        check: bool = True,
     ) -> None:
         if not len(data):
             raise DataError("the data holds no examples")
         if isinstance(model, (list, tuple)):
             model = model[0]
         needs = Needs.of(model, tokenizer)  # type: ignore[arg-type]
-        self._encoder = _encoder(data[0], tokenizer, needs, max_length, too_long)
-        narrow = getattr(data, "select_columns", None)
-        there = getattr(data, "column_names", None)
+        self._encoder, self._strict = Encoder(tokenizer, needs, max_length, too_long), strict
+        narrow, there = getattr(data, "select_columns", None), getattr(data, "column_names", None)
         if callable(narrow) and isinstance(there, list):
-            data = narrow([name for name in self._encoder.columns if name in there])
+            data = narrow(self._encoder.columns(data[0]))
         self._data = data
-        faults = _Faults()
-        for start in range(0, len(data), _AT_ONCE):
-            part = range(start, min(start + _AT_ONCE, len(data)))
-            for i, item in zip(part, self._encoded(part), strict=True):
-                faults.note(self._encoder, item, i, strict)
-        faults.refuse(self._encoder, len(data))
-        self.truncated: tuple[int, ...] = tuple(faults.too_long)
+        self.truncated: tuple[int, ...] = ()
+        if check:
+            self._look()
+
+    def _look(self) -> None:
+        faults, count = _Faults(), len(self)
+        for start in range(0, count, _AT_ONCE):
+            part = range(start, min(start + _AT_ONCE, count))
+            faults.note(self._encoder, self._encoder.encode(self._rows(part), part), part, self._strict)
+        faults.refuse(self._encoder, count)
+        self.truncated = tuple(faults.too_long)
         if self.truncated:
             warnings.warn(
-                f"{len(self.truncated)} of {len(data)} examples are cut to {self._encoder.max_length} tokens",
-                stacklevel=2,
+                f"{len(self.truncated)} of {count} examples are cut to {self._encoder.max_length} tokens", stacklevel=3
             )
 
     def __len__(self) -> int:
@@ -130,12 +133,11 @@ class TokenisedData:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, ids: Sequence[int]) -> list[Encoded]:
-        return [self._encoder.cut(item) for item in self._encoded(ids)]
+        return [item for item, _ in self._encoder.encode(self._rows(ids), ids)]
 
-    def _encoded(self, ids: Sequence[int]) -> list[Encoded]:
+    def _rows(self, ids: Sequence[int]) -> list[Any]:
         fetch = getattr(self._data, "__getitems__", None)
-        rows = fetch(list(ids)) if fetch is not None else [self._data[int(i)] for i in ids]
-        return self._encoder.encode([_as_row(row) for row in rows], ids)
+        return list(map(_as_row, fetch(list(ids)) if fetch is not None else (self._data[int(i)] for i in ids)))
 
     def collate_examples(self, items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """A batch of items, filled up."""
@@ -146,49 +148,22 @@ class TokenisedStream:
     """The same of a data set that can only be walked; problems are found on the way. Arguments: see `TokenisedData`."""
 
     def __init__(self, stream: Iterable[Any], tokenizer: Any, model: nn.Module | None) -> None:
-        self._stream = stream
-        first = next(iter(stream), None)
-        if first is None:
-            raise DataError("the data holds no examples")
-        self._encoder = _encoder(first, tokenizer, Needs.of(model, tokenizer), None, "refuse")
+        self._stream, self._encoder = stream, Encoder(tokenizer, Needs.of(model, tokenizer))
+        self.collate_examples = self._encoder.collate
 
     def __iter__(self) -> Iterator[Encoded]:
-        rows, at = iter(self._stream), 0
-        while part := [_as_row(row) for row in islice(rows, _AT_ONCE)]:
-            items = self._encoder.encode(part, range(at, at + len(part)))
-            faults = _Faults()
-            for number, item in enumerate(items):
-                faults.note(self._encoder, item, at + number, True)
+        rows, at = map(_as_row, self._stream), 0
+        while part := list(islice(rows, _AT_ONCE)):
+            ids, faults = range(at, at + len(part)), _Faults()
+            found = self._encoder.encode(part, ids)
+            faults.note(self._encoder, found, ids, True)
             at += len(part)
             faults.refuse(self._encoder, at)
-            yield from items
-
-    def collate_examples(self, items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """A batch of items, filled up."""
-        return self._encoder.collate(items)
+            yield from (item for item, _ in found)
 
 
 def _as_row(row: Any) -> Any:
     return {"text": row} if isinstance(row, str) else row
-
-
-def _encoder(first: Any, tokenizer: Any, needs: Needs, max_length: int | None, too_long: str) -> Encoder:
-    row = _as_row(first)
-    kind = kind_of(row, needs) if isinstance(row, Mapping) else None
-    if kind is None:
-        got = sorted(map(str, row)) if isinstance(row, Mapping) else type(first).__name__
-        known = "; ".join(" and ".join(columns) for columns in KINDS.values())
-        raise DataError(
-            f"the data has none of the columns that are known ({known}; of a sequence classifier or masked language "
-            f"model only text or input_ids), but {got}: rename one, as with dataset.rename_column"
-        )
-    return Encoder(kind, row, tokenizer, needs, max_length, too_long)
-
-
-def is_ready(data: Any) -> bool:
-    """Whether data say of themselves, by an attribute `ready`, that their items are a model's inputs already: they are
-    not looked at."""
-    return getattr(data, "ready", None) is True
 
 
 def prepared(data: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool = True) -> Any:
@@ -203,50 +178,58 @@ def prepared(data: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool
     Raises:
         DataError: text without a tokenizer; or as `TokenisedData`.
     """
-    ready = isinstance(data, (TokenisedData, TokenisedStream, DataLoader, torch.Tensor)) or is_ready(data)
-    if data is None or not isinstance(model, nn.Module) or ready:
+    done = isinstance(data, (TokenisedData, TokenisedStream, DataLoader, torch.Tensor))
+    if data is None or not isinstance(model, nn.Module) or done:
         return data
-    member = members_of(model)[0]
     if isinstance(data, str):
         raise DataError("data is one string: pass a list of strings, one an example")
+    member = members_of(model)[0]
+    if isinstance(data, Mapping):
+        if not _is_packed_batch(data):
+            return data
+        data = UnpackedDocuments(dict(data))
     if isinstance(data, UnpackedDocuments):
         return TokenisedData(data, tokenizer, model=member, strict=strict)
-    if isinstance(data, Mapping):
-        if "input_ids" in data and _is_packed_batch(data):
-            return TokenisedData(UnpackedDocuments(dict(data)), tokenizer, model=member, strict=strict)
-        return data
     streaming = not hasattr(data, "__len__")
-    if streaming and (not isinstance(data, Iterable) or iter(data) is data):
+    if (not isinstance(data, Iterable) or iter(data) is data) if streaming else not _has_rows(data):
         return data
-    if not streaming and (not hasattr(data, "__getitem__") or not len(data)):
-        return data
-    first = next(iter(data), None) if streaming else data[0]
-    row = _as_row(first)
+    row = _as_row(next(iter(data), None) if streaming else data[0])
     if not isinstance(row, Mapping):
         return data
-    needs, ours = Needs.of(member, tokenizer), hasattr(member, "config")
-    kind = kind_of(row, needs)
-    if kind == "tokens":
-        positions = "position_ids" in row and not needs.labelled and not has_foreign_columns(row, member)
-        if not streaming and ("document_ids" in row or positions):
-            return TokenisedData(UnpackedDocuments(data), tokenizer, model=member, strict=strict)
-        ours = ours and not has_foreign_columns(row, member) and not _has_decoder(member)
-        ours = ours and (needs.labelled or tokenizer is not None or hasattr(data, "column_names"))
-    elif kind is None:
-        ours = tokenizer is not None and any(isinstance(value, str) for value in row.values()) and not _numbers(row)
-    elif tokenizer is None:
-        # Text beside columns of numbers is left out, as ever.
-        ours = not _numbers(row)
-    if not ours:
+    needs = Needs.of(member, tokenizer)
+    if not streaming and _is_packed(row, needs, member):
+        data = UnpackedDocuments(data)
+    elif not _is_ours(data, row, needs, member, tokenizer):
         return data
     if streaming:
         return TokenisedStream(data, tokenizer, member)
     return TokenisedData(data, tokenizer, model=member, strict=strict)
 
 
-def _has_decoder(model: nn.Module) -> bool:
-    """Whether labels are a second text, beside the input."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+def _has_rows(data: Any) -> bool:
+    return hasattr(data, "__getitem__") and len(data) > 0
+
+
+def _is_packed(row: Mapping[str, Any], needs: Needs, model: nn.Module) -> bool:
+    """Whether rows of tokens have several documents in them, or positions that may say so."""
+    if "input_ids" not in row:
+        return False
+    positions = "position_ids" in row and not needs.labelled and not has_foreign_columns(row, model)
+    return "document_ids" in row or positions
+
+
+def _is_ours(data: Any, row: Mapping[str, Any], needs: Needs, model: nn.Module, tokenizer: Any) -> bool:
+    """Whether rows are to be tokenised here, or filled up as a model of transformers wants them."""
+    kind = kind_of(row, needs)
+    if kind == "tokens":
+        # Labels of a model with a decoder are a second text.
+        decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        known = hasattr(model, "config") and not has_foreign_columns(row, model) and not decoder
+        return known and (needs.labelled or tokenizer is not None or hasattr(data, "column_names"))
+    if kind is None and (tokenizer is None or not any(isinstance(value, str) for value in row.values())):
+        return False
+    # Text beside columns of numbers is left out, as ever.
+    return (kind is not None and tokenizer is not None) or not _numbers(row)
 
 
 def _is_packed_batch(batch: Mapping[str, Any]) -> bool:

@@ -108,7 +108,7 @@ def has_foreign_columns(row: Mapping[str, Any], model: nn.Module) -> bool:
 
 
 def kind_of(columns: Collection[Any], needs: Needs) -> str | None:
-    """Which of `KINDS` rows with such columns are; None: none of them."""
+    """Which of `KINDS` a row with such columns is; None: none of them."""
     for kind, wanted in KINDS.items():
         if all(name in columns for name in wanted) and (kind in ("tokens", "text") or needs.shifted):
             return kind
@@ -116,29 +116,19 @@ def kind_of(columns: Collection[Any], needs: Needs) -> str | None:
 
 
 class Encoder:
-    """Rows of one kind to examples of a model.
+    """Rows to examples of a model; each row may be of another kind.
 
     Args:
-        kind: of `KINDS`.
-        columns: that rows have.
         tokenizer: of transformers; None for rows of tokens.
         needs: of the model.
         max_length: tokens of an example at most; default: the context.
         too_long: "refuse", or "truncate".
 
     Raises:
-        ConfigError: max_length beyond the context, or unknown words. DataError: no tokenizer where one is needed.
+        ConfigError: max_length beyond the context, or unknown words.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        columns: Collection[str],
-        tokenizer: Any,
-        needs: Needs,
-        max_length: int | None = None,
-        too_long: str = "refuse",
-    ) -> None:
+    def __init__(self, tokenizer: Any, needs: Needs, max_length: int | None = None, too_long: str = "refuse") -> None:
         if too_long not in TOO_LONG:
             raise ConfigError(f"too_long must be one of {TOO_LONG}, got {too_long!r}")
         if max_length is not None and (
@@ -149,27 +139,44 @@ class Encoder:
             raise ConfigError(
                 f"max_length={max_length} is above the model's context of {needs.context} tokens: pass at most that"
             )
-        if kind != "tokens" and tokenizer is None:
+        self.needs, self.max_length, self.too_long = needs, max_length or needs.context, too_long
+        self._tokenizer = tokenizer
+
+    def kind(self, row: Any) -> str:
+        """Which of `KINDS` a row is.
+
+        Raises:
+            DataError: none of them, one that needs a tokenizer where there is none, or not enough for the model.
+        """
+        kind, needs = kind_of(row, self.needs) if isinstance(row, Mapping) else None, self.needs
+        if kind is None:
+            got = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+            known = "; ".join(" and ".join(columns) for columns in KINDS.values())
+            raise DataError(
+                f"the data has none of the columns that are known ({known}; of a sequence classifier or masked "
+                f"language model only text or input_ids), but {got}: rename one, as with dataset.rename_column"
+            )
+        if kind != "tokens" and self._tokenizer is None:
             raise DataError(f"the data has {' and '.join(KINDS[kind])} to be tokenised: pass tokenizer=")
         if kind == "text" and not (needs.labelled or needs.masked or needs.shifted):
             raise DataError(
                 "the model's labels are not to be had from text alone (a classifier of tokens, or an encoder-decoder): "
                 "pass tokenised columns, labels among them"
             )
-        self.kind, self.needs, self.max_length, self.too_long = kind, needs, max_length or needs.context, too_long
-        self._tokenizer = tokenizer
-        self._label = next((name for name in LABELS if name in columns), None)
-        self._mask = next((name for name in _MASKS if name in columns), None)
+        return kind
 
-    @property
-    def columns(self) -> list[str]:
-        """What is looked at of a row."""
-        extra = [*_TOKEN_COLUMNS, *(name for name in [self._mask] if name)] if self.kind == "tokens" else []
-        label = [self._label] if self._label and (self.needs.labelled or self.kind == "tokens") else []
-        return list(dict.fromkeys([*KINDS[self.kind], *extra, *label]))
+    def columns(self, row: Mapping[str, Any]) -> list[str]:
+        """What is looked at of a row like this one."""
+        kind = self.kind(row)
+        found = list(KINDS[kind])
+        if kind == "tokens":
+            found += [*_TOKEN_COLUMNS, *_MASKS]
+        if kind == "tokens" or self.needs.labelled:
+            found += LABELS
+        return [name for name in dict.fromkeys(found) if name in row]
 
-    def encode(self, rows: Sequence[Any], ids: Sequence[int]) -> list[Encoded]:
-        """Examples of some rows, not yet cut to the longest length.
+    def encode(self, rows: Sequence[Any], ids: Sequence[int]) -> list[tuple[Encoded, int]]:
+        """Examples of some rows, and how many tokens each had before it was cut to the longest length.
 
         Args:
             rows: dicts.
@@ -178,50 +185,44 @@ class Encoder:
         Raises:
             DataError: naming the row.
         """
-        if self.kind == "text":
-            return self._texts(rows, ids)
-        out = []
-        for row, i in zip(rows, ids, strict=True):
+        kinds = [self.kind(row) for row in rows]
+        texts = {i: row["text"] for row, kind, i in zip(rows, kinds, ids, strict=True) if kind == "text"}
+        for i, text in texts.items():
+            if not isinstance(text, str):
+                raise DataError(f"example {i}: text must be a string, got {type(text).__name__}")
+        found = self._tokenizer(list(texts.values()), verbose=False) if texts else {}
+        places, out = {i: at for at, i in enumerate(texts)}, []
+        for row, kind, i in zip(rows, kinds, ids, strict=True):
             try:
-                out.append(self._one(row))
+                if kind == "text":
+                    item = {name: list(found[name][places[i]]) for name in _TOKEN_COLUMNS if name in found}
+                    item.setdefault("attention_mask", [1] * len(item["input_ids"]))
+                    self._give_labels(item, row)
+                else:
+                    item = self._one(kind, row)
             except (DataError, KeyError, TypeError, ValueError) as error:
                 raise DataError(f"example {i}: {error}") from error
+            out.append((self._cut(item, kind), len(item["input_ids"])))
         return out
 
-    def _one(self, row: Any) -> Encoded:
-        if self.kind == "tokens":
+    def _one(self, kind: str, row: Any) -> Encoded:
+        if kind == "tokens":
             return self._tokens(row)
-        if self.kind == "messages":
+        if kind == "messages":
             ids, labels = chat_tokens(row["messages"], self._tokenizer)
         else:
             ids, labels = completion_tokens(row["prompt"], row["completion"], self._tokenizer)
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    def _texts(self, rows: Sequence[Any], ids: Sequence[int]) -> list[Encoded]:
-        texts = [row["text"] for row in rows]
-        for text, i in zip(texts, ids, strict=True):
-            if not isinstance(text, str):
-                raise DataError(f"example {i}: text must be a string, got {type(text).__name__}")
-        found = self._tokenizer(texts, verbose=False)
-        out = []
-        for at, (row, i) in enumerate(zip(rows, ids, strict=True)):
-            item: Encoded = {name: list(found[name][at]) for name in _TOKEN_COLUMNS if name in found}
-            item.setdefault("attention_mask", [1] * len(item["input_ids"]))
-            try:
-                self._give_labels(item, row)
-            except DataError as error:
-                raise DataError(f"example {i}: {error}") from None
-            out.append(item)
-        return out
-
     def _tokens(self, row: Any) -> Encoded:
         item: Encoded = {name: _ints(row[name], name) for name in _TOKEN_COLUMNS if row.get(name) is not None}
         item.setdefault("attention_mask", [1] * len(item["input_ids"]))
-        given = None if self._label is None else row.get(self._label)
-        if not self.needs.labelled and given is not None:
-            item["labels"] = _ints(given, self._label)
-        elif self._mask is not None and self.needs.shifted:
-            pairs = zip(item["input_ids"], _ints(row[self._mask], self._mask), strict=True)
+        given = None if self.needs.labelled else _first(row, LABELS)
+        mask = _first(row, _MASKS) if self.needs.shifted else None
+        if given is not None:
+            item["labels"] = _ints(given, "labels")
+        elif mask is not None:
+            pairs = zip(item["input_ids"], _ints(mask, "masks"), strict=True)
             item["labels"] = [token if own else IGNORE for token, own in pairs]
         else:
             self._give_labels(item, row)
@@ -232,7 +233,7 @@ class Encoder:
 
     def _give_labels(self, item: Encoded, row: Any) -> None:
         if self.needs.labelled:
-            given = None if self._label is None else row.get(self._label)
+            given = _first(row, LABELS)
             if given is not None:
                 item["labels"] = self._class(given)
         elif self.needs.masked:
@@ -274,10 +275,6 @@ class Encoder:
             labels[t], ids[t] = ids[t], hidden
         return labels
 
-    def too_long_by(self, item: Encoded) -> int:
-        """How many tokens an example has too many; 0: none."""
-        return 0 if self.max_length is None else max(len(item["input_ids"]) - self.max_length, 0)
-
     def has_loss(self, item: Encoded) -> bool:
         """Whether any token of an example, or its label, counts."""
         if self.needs.labelled:
@@ -286,17 +283,15 @@ class Encoder:
         shown = [value != IGNORE and on for value, on in zip(counted, item["attention_mask"], strict=True)]
         return any(shown[1:] if self.needs.shifted else shown)
 
-    def cut(self, item: Encoded) -> Encoded:
-        """An example cut to the longest length; special tokens at the end stay there."""
-        if not self.too_long_by(item):
+    def _cut(self, item: Encoded, kind: str) -> Encoded:
+        """An example of no more than the longest length; special tokens at the end of a text stay there."""
+        keep = self.max_length or 0
+        if self.too_long == "refuse" or not keep or len(item["input_ids"]) <= keep:
             return item
-        keep = int(self.max_length or 0)
-        ending = 0
-        if self.kind == "text":
-            special = set(self._tokenizer.all_special_ids)
-            ids = item["input_ids"]
-            while ending < min(keep - 1, 2) and ids[len(ids) - 1 - ending] in special:
-                ending += 1
+        special = set(self._tokenizer.all_special_ids) if kind == "text" else set()
+        ending, backwards = 0, item["input_ids"][::-1]
+        while ending < min(keep - 1, 2) and backwards[ending] in special:
+            ending += 1
 
         def shortened(values: Any) -> Any:
             if not isinstance(values, list):
@@ -307,6 +302,9 @@ class Encoder:
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: rows filled up on the right, `labels` with -100, tokens with the model's padding, others with 0."""
+        if any("labels" in item for item in items) and not self.needs.labelled:
+            # Where some examples say what has a loss, of the others all tokens have.
+            items = [{"labels": item["input_ids"], **item} for item in items]
         longest = max(len(item["input_ids"]) for item in items)
         fill = {"input_ids": self.needs.pad, "labels": IGNORE}
         names = [name for name in items[0] if all(name in item for item in items)]
@@ -321,7 +319,12 @@ class Encoder:
         return batch
 
 
-def _ints(values: Any, name: str | None) -> list[int]:
+def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The value of the first of some columns that a row has."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _ints(values: Any, name: str) -> list[int]:
     listed = values.tolist() if hasattr(values, "tolist") else list(values)
     if not all(isinstance(v, int) for v in listed):
         raise DataError(f"{name} must be integers, one a token, got {listed!r:.60}")

@@ -1,0 +1,123 @@
+"""Documents: the texts in a file, a folder of files or a saved data set, each with where it is from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text as it was found.
+
+    Attributes:
+        text: all of it.
+        source: where it is from: a file, a line of a file, or what the source field says.
+        lined: whether its parts are named by their lines.
+    """
+
+    text: str
+    source: str
+    lined: bool = False
+
+
+def read_documents(
+    path: str | os.PathLike[str], *, text_field: str = "text", source_field: str | None = None
+) -> Iterator[Document]:
+    """Documents of a .txt file (one), a .jsonl file (one a line), a folder of such files, or a saved `datasets` folder.
+
+    Args:
+        path: the file or folder; files in a folder, and in folders in it, are taken in the order of their names.
+        text_field: the field or column that holds the text, in .jsonl and datasets.
+        source_field: the field or column that says where it is from; default: file and line, or the row's number.
+
+    Raises:
+        DataError: nothing there, of another kind, not UTF-8, not JSON, or without the field; the message names the
+            file and line.
+    """
+    path, fields = Path(path), _Fields(text_field, source_field)
+    if path.is_dir():
+        yield from _read_folder(path, fields)
+    elif not path.exists():
+        raise DataError(f"{path} does not exist: pass a .txt or .jsonl file, a folder of them, or a saved dataset")
+    elif path.suffix in _READERS:
+        yield from _READERS[path.suffix](path, path.name, fields)
+    else:
+        raise DataError(f"{path} ends neither in .txt nor in .jsonl: rename it, or convert it")
+
+
+@dataclass(frozen=True)
+class _Fields:
+    text: str
+    source: str | None
+
+    def document(self, row: Any, place: str) -> Document:
+        """The document that a row holds."""
+        if not isinstance(row, dict):
+            raise DataError(f"{place} is no JSON object, but of type {type(row).__name__}")
+        text, source = self._value(row, self.text, place), place
+        if not isinstance(text, str):
+            raise DataError(f"{place}: field {self.text!r} holds {type(text).__name__}, not text")
+        if self.source is not None:
+            source = str(self._value(row, self.source, place))
+        return Document(text, source)
+
+    def _value(self, row: dict[str, Any], field: str, place: str) -> Any:
+        if field not in row:
+            raise DataError(f"{place} has no field {field!r}, only {sorted(map(str, row))}: name the right one")
+        return row[field]
+
+
+def _read_folder(path: Path, fields: _Fields) -> Iterator[Document]:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in path.iterdir() if (p / "state.json").is_file())
+        raise DataError(f"{path} holds several datasets, {splits}: pass the folder of one of them")
+    if (path / "state.json").is_file():
+        yield from _saved_dataset(path, fields)
+        return
+    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS and p.is_file())
+    if not files:
+        raise DataError(f"{path} has no .txt or .jsonl file in it, and is no saved dataset")
+    for file in files:
+        yield from _READERS[file.suffix](file, file.relative_to(path).as_posix(), fields)
+
+
+def _text_file(path: Path, name: str, fields: _Fields) -> Iterator[Document]:
+    try:
+        yield Document(path.read_text(encoding="utf-8-sig"), name, lined=True)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error}): convert it") from None
+
+
+def _jsonl_file(path: Path, name: str, fields: _Fields) -> Iterator[Document]:
+    # In bytes: a record ends at a newline, not at the other marks that Python counts as ends of lines.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{name}:{number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{place} is not JSON ({error})") from None
+            yield fields.document(row, place)
+
+
+def _saved_dataset(path: Path, fields: _Fields) -> Iterator[Document]:
+    from datasets import load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except Exception as error:  # whatever a damaged folder makes the package raise
+        raise DataError(f"{path} cannot be read as a saved dataset: {error}") from error
+    for number, row in enumerate(dataset):
+        yield fields.document(row, f"row {number}")
+
+
+_READERS = {".txt": _text_file, ".jsonl": _jsonl_file}
