@@ -48,7 +48,7 @@ def excerpt(text: str, most: int = 160) -> Text:
 def show_estimate(out: Console, found: Estimate, disk: int | None) -> None:
     """Disk, memory and time by part, and the other ways to store rows."""
     out.print(
-        f"{found.examples:,} passages as {found.stored}, {found.bytes_per_example:,} bytes each: "
+        f"{found.examples:,} passages as {found.codec}, {found.bytes_per_example:,} bytes each: "
         f"{in_units(found.disk_total)} on disk ({in_units(found.temporary)} more meanwhile), up to "
         f"{in_units(found.memory)} in memory, about {found.seconds_total:,.0f} s."
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..build.pipeline import check_free
+from ..build.state import check_free
 from ..config import BuildConfig
 from ..errors import DataError, QueryError
 from ..index import Index

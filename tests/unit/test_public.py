@@ -66,8 +66,8 @@ PROPERTIES = (
 ).split()
 
 CONFIG = (
-    "projection_dim projection_floor projection rank curvature curvature_rank power_iterations damping complement store "
-    "eigen_bytes dtype seed layers batch_size on_nonfinite sample coarse compute"
+    "projection_dim projection_floor projection rank curvature curvature_rank power_iterations damping complement "
+    "store eigen_bytes dtype seed layers batch_size on_nonfinite sample coarse compute"
 ).split()
 
 # Rooms in the order in which data flow, and each one's modules: a module may import those before it and no others.
@@ -86,8 +86,8 @@ ENGINE = [
     ("codecs", "base bits truncation factors eigencodes largest"),
     (
         "search",
-        "scoring rescoring coarse devices calibration missed proposers pursuit candidates rows reader shrinkage explain "
-        "planner groups named whole normalise answer pairs",
+        "scoring rescoring coarse devices calibration missed proposers pursuit candidates rows reader shrinkage "
+        "explain planner groups named whole normalise answer pairs",
     ),
     (
         "build",
