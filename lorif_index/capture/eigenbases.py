@@ -140,11 +140,11 @@ class _Sides(Capture):
 def counted(gradients: torch.Tensor) -> torch.Tensor:
     """Which positions' inputs count, by the gradients at their outputs: (n, t, d) -> (n, t) bool.
 
-    Those whose gradient is more than rounding. Padding has inputs, too, but no gradient; and a gradient that cancels out
-    is not always zero to the last bit. The measure is the largest of the same example in the same call of the module, so
-    that neither other examples, nor padding, nor the loss's scale, nor the ranks that share a batch or a weight
-    change what counts. It is the same share in all number types: what cancels out is summed in float32, or wider, in half
-    precision, too. An example whose gradients have inf or NaN counts nothing.
+    Those whose gradient is more than rounding. Padding has inputs, too, but no gradient; and a gradient that cancels
+    out is not always zero to the last bit. The measure is the largest of the same example in the same call of the
+    module, so that neither other examples, nor padding, nor the loss's scale, nor the ranks that share a batch or a
+    weight change what counts. It is the same share in all number types: what cancels out is summed in float32, or
+    wider, in half precision, too. An example whose gradients have inf or NaN counts nothing.
     """
     sizes = gradients.abs().amax(dim=2)
     return sizes > _COUNTS_FROM * sizes.amax(dim=1, keepdim=True)
