@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_hits
 from test_index import make_data, make_model
 
 from lorif_index import BuildConfig, Groups, Index
@@ -76,7 +77,8 @@ def test_a_search_may_bring_groups_along(index: Index) -> None:
     query = make_data(2, seed=3)
     hits = index.search(query, k=5, group_by="source")
     plain = index.search(query, k=5)
-    assert np.array_equal(hits.ids, plain.ids) and plain.groups is None
+    assert_same_hits(hits, plain)
+    assert plain.groups is None
     assert hits.groups is not None and hits.groups.queries == index.groups(query, by="source").queries
     relatif = index.search(query, k=5, group_by="source", normalize="relatif")
     labels = [None if p is None else p["source"] for p in index.payloads()]

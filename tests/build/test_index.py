@@ -11,6 +11,7 @@ import forged
 import numpy as np
 import pytest
 import torch
+from conftest import assert_best
 from torch import nn
 
 from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, ProgressEvent, default_loss
@@ -69,9 +70,8 @@ def test_search_is_the_sorted_scores(index: Index) -> None:
     assert scores.shape == (4, N) and scores.dtype == np.float32
     for opponents in (False, True):
         hits = index.search(query, k=7, opponents=opponents)
-        order = np.argsort(scores if opponents else -scores, axis=1, kind="stable")[:, :7]
-        assert np.array_equal(hits.ids, index.ids[order]) and hits.ids.dtype == np.int64
-        assert np.array_equal(hits.scores, np.take_along_axis(scores, order, axis=1))
+        assert_best(hits, scores, opponents=opponents)
+        assert hits.ids.dtype == np.int64
     assert hits.stats.exact and hits.stats.examined == hits.stats.total == N and len(hits) == 4
     assert hits.stats.bytes_read == N * index.bytes_per_example
     assert set(hits.stats.seconds) == {"gradients", "transform", "scan"}
@@ -167,7 +167,7 @@ def test_open_again(index: Index) -> None:
     assert again.fingerprint == index.fingerprint
     gradients = {name: torch.bmm(u, v.transpose(1, 2)) for name, (u, v) in index.factors([4]).items()}
     with Index.open(index.path) as alone:
-        assert close(alone.scores(gradients), index.scores(gradients), 1e-6)
+        assert close(alone.scores(gradients), index.scores(gradients), 1e-5)
         with pytest.raises(QueryError, match="opened without its model"):
             alone.search(query)
 
@@ -379,7 +379,7 @@ def test_lists_and_one_shot_streams_and_pairs_give_the_same_index(tmp_path: Path
     query = given_blocks()[3]
     assert len(listed) == 60 and np.array_equal(listed.ids, np.arange(60))
     expected = listed.scores(query)
-    assert np.array_equal(streamed.scores(query), expected)
+    assert close(streamed.scores(query), expected)
     assert close(paired.scores(query), expected)
     assert not list((tmp_path / "b").glob(".*"))
     if projection == 4:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_hits, share_of_best
 from torch import nn
 
 from lorif_index import BuildConfig, Index
@@ -85,10 +86,8 @@ def alike(a: np.ndarray, b: np.ndarray) -> None:
 def assert_found(index: Index, whole: Index, rows: torch.Tensor, exact: bool) -> None:
     """Rows that were added are found, also through the coarse index, with their payloads."""
     asked = query_of(rows[N : N + 20])
-    expected = np.argsort(-whole.scores(asked), axis=1, kind="stable")[:, :5]
-    assert (expected >= N).sum() >= 20
-    hits = index.search(asked, k=5, exact=exact, recall=0.999)
-    assert np.mean(hits.ids == expected) > 0.97
+    hits, scores = index.search(asked, k=5, exact=exact, recall=0.999), whole.scores(asked)
+    assert share_of_best(hits, scores, within=2e-5) > 0.97 and (hits.ids >= N).sum() >= 20
     if hits.payloads is not None:
         assert [[p["number"] for p in row] for row in hits.payloads] == hits.ids.tolist()
 
@@ -255,12 +254,10 @@ def test_removed_examples_are_never_answered_with(index: Index, rows: torch.Tens
     alike(index.scores(query), before[:, kept])
     alike(index.self_influence(), own[kept])
     for k in (1, 20, N):
-        order = kept[np.argsort(-before[:, kept], axis=1, kind="stable")][:, :k]
         for exact in (True, False):
             hits = index.search(query, k=k, exact=exact, recall=0.999)
             assert not np.isin(hits.ids, gone).any() and hits.ids.shape == (5, min(k, len(kept)))
-            share = np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(hits.ids, order, strict=True)])
-            assert share > (0.999 if exact else 0.9)
+            assert share_of_best(hits, before[:, kept], kept, within=2e-5) > (0.999 if exact else 0.9)
     assert not np.isin(index.search(query, k=20, opponents=True).ids, gone).any()
     assert not np.isin(index.search(query, k=20, normalize="relatif").ids, gone).any()
     assert not np.isin(index.search(query, k=20, rescore=False).ids, gone).any()
@@ -299,14 +296,14 @@ def test_compaction_takes_the_bytes_away(index: Index, rows: torch.Tensor, query
     needles.append(b'{"number":%d}' % victim)
     assert all(folder_holds(index.path, needle) for needle in needles)
     index.remove([victim, *range(0, N, 3)] if victim % 3 else range(0, N, 3))
-    scores, ids, hits = index.scores(query), index.ids, index.search(query, k=7, exact=False)
+    scores, ids = index.scores(query), index.ids
     freed = index.compact()
     assert freed["bytes"] > 0 and freed["held"] == []
     assert not any(folder_holds(index.path, needle) for needle in needles)
     assert np.array_equal(index.ids, ids) and index.curvature_age["removed"] == 0
     alike(index.scores(query), scores)
     again = index.search(query, k=7, exact=False)
-    assert np.mean(again.ids == hits.ids) > 0.9
+    assert share_of_best(again, scores, ids, within=2e-5) > 0.9
     assert not list(index.path.glob("removed-*")) and not list(index.path.glob("retired-*"))
     index.verify()
     new = index.add(gradients=blocks(rows[N : N + 2]))
@@ -322,8 +319,7 @@ def test_compaction_joins_small_shards(index: Index, rows: torch.Tensor, query: 
     assert len(index._store.shards) < shards
     alike(index.scores(query), scores)
     asked = query_of(rows[N : N + 20])
-    hits, exact = (index.search(asked, k=5, exact=way, recall=0.999) for way in (False, True))
-    assert np.mean(hits.ids == exact.ids) > 0.95
+    assert share_of_best(index.search(asked, k=5, exact=False, recall=0.999), index.scores(asked), index.ids) > 0.95
     generation = index.generation
     index.compact()
     assert index.generation == generation, "nothing to do"
@@ -344,7 +340,7 @@ def test_an_index_of_codes_alone_lives_too(rows: torch.Tensor, query: Any, tmp_p
     assert not np.isin(after.ids, gone).any()
     index.compact()
     compacted = index.search(query, k=10)
-    assert np.mean(compacted.ids == after.ids) > 0.9
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(compacted.ids, after.ids, strict=True)]) > 0.9
     assert compacted.payloads is not None and compacted.payloads[0][0] == str(compacted.ids[0, 0])
     assert index.refit() == {
         "renewed": [],
@@ -388,8 +384,7 @@ def test_refit_renews_what_it_can_and_says_what_not(index: Index, rows: torch.Te
     if store != "factors":
         alike(index.scores(query)[:, : N - 100], before[:, 100:])
     asked = query_of(rows[N : N + 20])
-    hits, exact = (index.search(asked, k=5, exact=way, recall=0.999) for way in (False, True))
-    assert np.mean(hits.ids == exact.ids) > 0.95
+    assert share_of_best(index.search(asked, k=5, exact=False, recall=0.999), index.scores(asked), index.ids) > 0.95
     assert not np.isin(np.arange(100), index._reader.queries.ids()).any()  # type: ignore[union-attr]
     index.verify()
     assert not list(index.path.glob("retired-*"))
@@ -410,8 +405,7 @@ def test_merged_indexes_of_one_fit_are_a_build_at_once(
     alike(merged.scores(query), whole.scores(query)[:, keep])
     assert merged.payloads([3, N + 2]) == [{"number": 3}, "x"]
     asked = query_of(rows[N : N + 20])
-    hits, exact = (merged.search(asked, k=5, exact=way, recall=0.999) for way in (False, True))
-    assert np.mean(hits.ids == exact.ids) > 0.95
+    assert share_of_best(merged.search(asked, k=5, exact=False, recall=0.999), merged.scores(asked), merged.ids) > 0.95
     merged.compact()
     alike(merged.scores(query), whole.scores(query)[:, keep])
     assert merged.add(gradients=blocks(rows[:1])).tolist() == [N + MORE]
@@ -446,7 +440,7 @@ def test_readers_keep_what_they_opened(index: Index, rows: torch.Tensor, query: 
     np.testing.assert_array_equal(late.scores(query), before)
     assert late.search(query, k=9, exact=False).ids.max() < N
     assert reader.refresh() and not reader.refresh()
-    np.testing.assert_array_equal(reader.scores(query), index.scores(query))
+    alike(reader.scores(query), index.scores(query))
     late.close()
     reader.close()
     index.remove([1])
@@ -589,7 +583,7 @@ def test_a_coarse_index_trained_again_leaves_the_old_one_whole(
     """It is of the same rows, and would have the same name; until it is committed the old version needs its own."""
     index.add(gradients=blocks(rows[N:]))
     with Index.open(index.path) as reader:
-        ids = index.search(query, k=9, exact=False).ids
+        before = index.search(query, k=9, exact=False)
 
         def stop(*_: Any) -> None:
             raise KeyboardInterrupt
@@ -601,7 +595,8 @@ def test_a_coarse_index_trained_again_leaves_the_old_one_whole(
                 change(index)
         with Index.open(index.path) as again:
             again.verify()
-            assert np.array_equal(again.search(query, k=9, exact=False).ids, ids)
+            assert_same_hits(again.search(query, k=9, exact=False), before)
         change(index)
         index.verify()
-        assert np.array_equal(reader.search(query, k=9, exact=False).ids, ids), "readers keep what they opened"
+        # Readers keep what they opened.
+        assert_same_hits(reader.search(query, k=9, exact=False), before)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE
 from test_oracle import cnn, gpt2, mlp
 from torch import nn
 
@@ -163,7 +164,7 @@ def test_inputs_whose_gradient_is_rounding_do_not_count(tmp_path: Path) -> None:
         for capability in ("default", "avx2")
     }
     for capability, process in started.items():
-        assert process.wait(timeout=300) == 0
+        assert process.wait(timeout=PATIENCE) == 0
         found = np.load(tmp_path / f"{capability}.npz")
         assert set(found) == set(data)
         for name, moment in data.items():
