@@ -10,9 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import assert_best
-from test_ggn import ggn, own_loss
-from test_oracle import Case, digits, gpt2, mlp, split, train
+from conftest import Case, assert_best, digits, ggn, gpt2, mlp, own_loss, split, train
 from torch import nn
 
 from lorif_index import BuildConfig, CrossEntropy, Index, LayerSelection, default_loss

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_oracle import CASES, Case, expected_scores, projected, within
+from conftest import CASES, Case, expected_scores, projected, within
 
 from lorif_index import BuildConfig, Index
 from lorif_index.curvature.fit import LayerCurvature

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from conftest import SENTENCES, tiny_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_text import SENTENCES, tiny_tokenizer, write_jsonl
 
 from lorif_index.capture.data import as_source
 from lorif_index.errors import ConfigError, CorruptionError, DataError, StoreError

@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_hits
-from tiny_models import WHOLE, autograd, captured, close, decoder_tokenizer, encoder_tokenizer, make_model
-from tiny_text import SENTENCES
+from conftest import (
+    SENTENCES,
+    WHOLE,
+    assert_same_hits,
+    autograd,
+    captured,
+    close,
+    decoder_tokenizer,
+    encoder_tokenizer,
+    make_model,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE
-from tiny_text import SENTENCES, tiny_model_folder, write_jsonl
+from conftest import PATIENCE, SENTENCES, tiny_model_folder, write_jsonl
 from typer.testing import CliRunner
 
 from lorif_index import AbsoluteDamping, Index, PaperDamping, ReleaseDamping

@@ -289,7 +289,7 @@ def children(parent: int) -> list[int]:
 
 def test_torchrun_builds_on_the_command_line(tmp_path: Path) -> None:
     """`torchrun -m lorif_index build`, a rank of it killed: the elastic agent starts all anew, and they go on."""
-    from tiny_text import tiny_model_folder
+    from conftest import tiny_model_folder
 
     model, texts, place = tiny_model_folder(tmp_path / "model"), tmp_path / "texts.jsonl", tmp_path / "index"
     words = "the quick brown fox jumps over a lazy dog and runs home again".split()

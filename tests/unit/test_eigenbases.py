@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE
-from test_oracle import cnn, gpt2, mlp
+from conftest import PATIENCE, cnn, gpt2, mlp
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
