@@ -60,7 +60,7 @@ class Chromium:
             message["sessionId"] = session
         os.write(self._in, json.dumps(message).encode() + b"\0")
         while True:
-            got = self._next(30)
+            got = self._next(300)
             if got.get("id") == self._number:
                 if "error" in got:
                     raise RuntimeError(f"{method}: {got['error']}")
@@ -106,7 +106,7 @@ class Chromium:
         self.wait_loaded()
 
     def wait_loaded(self) -> None:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 300
         while "Page.loadEventFired" not in self._waiting:
             self._take(self._next(until - time.monotonic()))
         self._waiting.clear()
@@ -118,7 +118,7 @@ class Chromium:
             raise RuntimeError(json.dumps(done["exceptionDetails"]))
         return done["result"].get("value")
 
-    def until(self, script: str, seconds: float = 20) -> None:
+    def until(self, script: str, seconds: float = 200) -> None:
         """Waits until a script gives something true."""
         end = time.monotonic() + seconds
         while not self.run(script):

@@ -75,7 +75,7 @@ class Slow(Dataset):
     def __getitems__(self, places: list[int]) -> list[torch.Tensor]:
         time.sleep(self.seconds)
         if self.armed and self.hangs_at in places:
-            time.sleep(600)
+            time.sleep(6000)
         return [self.data[place] for place in places]
 
 
@@ -83,7 +83,7 @@ def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out
     """A rank's life: joins the others, does `what`, and writes what came of it."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": options.get("host", "127.0.0.1"), "MASTER_PORT": str(port)}
-    wait = timedelta(seconds=options.get("timeout", 60))
+    wait = timedelta(seconds=options.get("timeout", 600))
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=wait)
     said: dict[str, Any] = {}
     try:
@@ -189,7 +189,10 @@ def hang(rank: int, size: int, folder: str) -> None:
     data = Slow(hangs_at=1300)
 
     def arm(event: Any) -> None:
-        data.armed = rank == 1 and event.stage == "encode"
+        if event.stage == "encode" and not data.armed:
+            # What comes before is waited for as long as it takes.
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
+            data.armed = True
 
     Index.build(Path(folder) / "index", model=make_model(), data=data, loss=loss, config=settings(), progress=arm)
 

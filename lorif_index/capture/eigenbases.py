@@ -23,7 +23,7 @@ from ..ranks import ALONE, Ranks
 from .data import ExampleSource
 from .gradients import GradientBlock, LayerGradient, LayerSpec
 from .hooks import Capture
-from .layers import TrackedLayer
+from .layers import TrackedLayer, Use
 from .losses import PerExample
 from .sharded import lockstep
 
@@ -36,6 +36,10 @@ SAMPLE = 4096
 _WHOLE_UP_TO = 4096
 POWER_ITERATIONS = 2
 _BATCH_ROWS = 4096
+# The share of an example's largest output gradient from which on a position counts: 256 float32 epsilons. A gradient
+# that cancels out, such as that of a first token's query, whose softmax is over one key, is zero on one machine and a
+# few epsilons on another.
+_COUNTS_FROM = 2.0**-15
 
 Sink = Callable[[Side, torch.Tensor], None]
 """Takes rows (m, width) of one side."""
@@ -121,10 +125,8 @@ class _Sides(Capture):
 
     sink: Sink
 
-    def _add(self, layer: str, left: torch.Tensor, right: torch.Tensor) -> None:
-        left, right = left.flatten(0, 1), right.flatten(0, 1)
-        # Padding has inputs, too, but no gradient.
-        counts = right.abs().amax(dim=1) > 0
+    def _add(self, layer: str, use: Use, left: torch.Tensor, right: torch.Tensor) -> None:
+        counts = counted(left if use.transposed else right)
         self.sink((layer, "in"), left[counts])
         self.sink((layer, "out"), right[counts])
 
@@ -133,6 +135,19 @@ class _Sides(Capture):
 
     def _result(self, layer: str) -> LayerGradient:
         return LayerGradient.from_dense(torch.zeros(self._n, 1, 1))
+
+
+def counted(gradients: torch.Tensor) -> torch.Tensor:
+    """Which positions' inputs count, by the gradients at their outputs: (n, t, d) -> (n, t) bool.
+
+    Those whose gradient is more than rounding. Padding has inputs, too, but no gradient; and a gradient that cancels
+    out is not always zero to the last bit. The measure is the largest of the same example in the same call of the
+    module, so that neither other examples, nor padding, nor the loss's scale, nor the ranks that share a batch or a
+    weight change what counts. It is the same share in all number types: what cancels out is summed in float32, or
+    wider, in half precision, too. An example whose gradients have inf or NaN counts nothing.
+    """
+    sizes = gradients.abs().amax(dim=2)
+    return sizes > _COUNTS_FROM * sizes.amax(dim=1, keepdim=True)
 
 
 def sides_of_gradients(layer: str, gradient: torch.Tensor, sink: Sink) -> None:

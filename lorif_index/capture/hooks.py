@@ -349,10 +349,10 @@ class Capture:
                 left, right = right, left
             if self._watch is not None:
                 self._watch(layer, use, left, right)
-            self._add(layer, left, right)
+            self._add(layer, use, left, right)
 
-    def _add(self, layer: str, left: torch.Tensor, right: torch.Tensor) -> None:
-        """left (n, t, d_in), right (n, t, d_out)."""
+    def _add(self, layer: str, use: Use, left: torch.Tensor, right: torch.Tensor) -> None:
+        """left (n, t, d_in), right (n, t, d_out); of a transposed use, left is the gradient."""
         total = self._sums[layer]
         if right.device != self.device:
             # A model on several devices: they are small by now, and the uses of a tied weight meet.

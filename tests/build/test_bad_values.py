@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE, assert_same_hits
 from torch import nn
 
 from lorif_index import BuildConfig, Index
@@ -174,7 +176,8 @@ def answer(index: Index | str, query: dict[str, np.ndarray], out: Any) -> None:
     """What a worker does, with an index that it was handed or opens."""
     torch.set_num_threads(1)
     opened = Index.open(index) if isinstance(index, str) else index
-    out.put(opened.search({n: torch.from_numpy(g) for n, g in query.items()}, k=5).ids.tolist())
+    hits = opened.search({n: torch.from_numpy(g) for n, g in query.items()}, k=5)
+    out.put((hits.ids, hits.scores))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -182,7 +185,7 @@ def test_workers_share_an_index(rows: torch.Tensor, tmp_path: Path, method: str)
     """Forked workers use the very object, spawned ones open the folder; the parent's is as it was, and leases end."""
     index = Index.build(tmp_path / "i", gradients=blocks(rows), config=config())
     query = blocks(rows[:3], 3)[0]
-    expected = index.search(query, k=5).ids.tolist()
+    expected = index.search(query, k=5)
     context = multiprocessing.get_context(method)
     results = context.Queue()
     given = index if method == "fork" else str(index.path)
@@ -193,11 +196,13 @@ def test_workers_share_an_index(rows: torch.Tensor, tmp_path: Path, method: str)
     workers = [context.Process(target=answer, args=(given, plain, results)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=120) for _ in workers]
+    found = [results.get(timeout=PATIENCE) for _ in workers]
     for worker in workers:
         worker.join()
     torch.set_num_threads(threads)
-    assert found == [expected, expected] == [index.search(query, k=5).ids.tolist()] * 2
+    for ids, scores in found:
+        assert_same_hits(SimpleNamespace(ids=ids, scores=scores), expected)
+    assert_same_hits(index.search(query, k=5), expected)
     index.remove([0])
     index.compact()
     assert not list(index.path.glob("retired-*"))

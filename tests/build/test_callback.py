@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import decoder_tokenizer, encoder_tokenizer, make_model
-from tiny_text import SENTENCES
+from conftest import SENTENCES, decoder_tokenizer, encoder_tokenizer, make_model
 
 from lorif_index import BuildConfig, Index
 from lorif_index.errors import ConfigError, DataError, IndexExistsError

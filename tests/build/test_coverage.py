@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_oracle import cnn, gpt2, projected
+from conftest import cnn, gpt2, projected
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss

@@ -10,8 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_oracle import Case, cnn, gpt2, mlp, split
-from tiny_text import SENTENCES, tiny_model_folder
+from conftest import SENTENCES, Case, cnn, gpt2, mlp, split, tiny_model_folder
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_index import make_data, make_model
+from conftest import assert_same_hits, small_data, small_model
 
 from lorif_index import BuildConfig, Groups, Index
 from lorif_index.errors import ConfigError, QueryError
@@ -27,8 +27,8 @@ CONFIG = BuildConfig(dtype="float32", shard_bytes=6000, batch_size=8)
 def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     index = Index.build(
         tmp_path_factory.mktemp("groups") / "i",
-        model=make_model(),
-        data=make_data(),
+        model=small_model(),
+        data=small_data(),
         payloads=PAYLOADS,
         config=CONFIG,
         progress=False,
@@ -50,7 +50,7 @@ def check(groups: Groups, scores: np.ndarray, labels: list[Any]) -> None:
 
 
 def test_sums_of_all_live_rows(index: Index) -> None:
-    query = make_data(3, seed=2)
+    query = small_data(3, seed=2)
     stored = index.payloads()
     assert stored[0] is None and stored[1]["source"] == "a" and len(stored) == 86
     for by in ("source", "n"):
@@ -73,10 +73,11 @@ def test_sums_of_all_live_rows(index: Index) -> None:
 
 
 def test_a_search_may_bring_groups_along(index: Index) -> None:
-    query = make_data(2, seed=3)
+    query = small_data(2, seed=3)
     hits = index.search(query, k=5, group_by="source")
     plain = index.search(query, k=5)
-    assert np.array_equal(hits.ids, plain.ids) and plain.groups is None
+    assert_same_hits(hits, plain)
+    assert plain.groups is None
     assert hits.groups is not None and hits.groups.queries == index.groups(query, by="source").queries
     relatif = index.search(query, k=5, group_by="source", normalize="relatif")
     labels = [None if p is None else p["source"] for p in index.payloads()]
@@ -85,7 +86,7 @@ def test_a_search_may_bring_groups_along(index: Index) -> None:
 
 
 def test_what_makes_no_groups_is_refused(index: Index, tmp_path: Path) -> None:
-    query = make_data(1)
+    query = small_data(1)
     with pytest.raises(QueryError, match=r"no payload has a field 'sorce', but \['n', 'score', 'source', 'text'\]"):
         index.groups(query, "sorce")
     with pytest.raises(QueryError, match="example 3 has the group .* of type dict"):
@@ -95,7 +96,7 @@ def test_what_makes_no_groups_is_refused(index: Index, tmp_path: Path) -> None:
             index.groups(query, by, k=k)  # type: ignore[arg-type]
     with pytest.raises(QueryError, match="got 3"):
         index.search(query, group_by=3)  # type: ignore[arg-type]
-    bare = Index.build(tmp_path / "i", model=make_model(), data=make_data(), config=CONFIG, progress=False)
+    bare = Index.build(tmp_path / "i", model=small_model(), data=small_data(), config=CONFIG, progress=False)
     with pytest.raises(QueryError, match="this index has none: build it with payloads="):
         bare.groups(query, "source")
 
@@ -108,7 +109,7 @@ def test_payloads_in_any_order(index: Index) -> None:
 
 
 def test_notebooks_show_text_and_run_none_of_it(index: Index) -> None:
-    hits = index.search(make_data(2, seed=4), k=30, group_by="source")
+    hits = index.search(small_data(2, seed=4), k=30, group_by="source")
     for html in (hits._repr_html_(), hits.groups._repr_html_(), index._repr_html_()):  # type: ignore[union-attr]
         assert html.startswith("<table>") and "<script" not in html and "\x1b" not in html
         assert html.count("<table>") == html.count("</table>")
@@ -121,7 +122,7 @@ def test_notebooks_show_text_and_run_none_of_it(index: Index) -> None:
 
 def test_data_frames(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
-    hits = index.search(make_data(2, seed=4), k=3, group_by="source")
+    hits = index.search(small_data(2, seed=4), k=3, group_by="source")
     frame = hits.to_pandas()
     assert list(frame.columns) == ["query", "rank", "id", "score", "source", "n", "payload.score", "text"]
     assert frame["id"].tolist() == hits.ids.ravel().tolist() and frame["rank"].tolist() == [1, 2, 3] * 2

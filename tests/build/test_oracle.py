@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,133 +10,26 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import CASES, Case, assert_best, expected_scores, mlp, projected, with_gradients, within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from lorif_index import (
     AbsoluteDamping,
     BuildConfig,
     Damping,
     Index,
-    LayerSelection,
     PaperDamping,
     RelativeDamping,
     ReleaseDamping,
-    default_loss,
 )
-from lorif_index.linalg.projection import projection_matrix
 
 SMALL_RANK = 12
 
 
-@dataclass
-class Case:
-    """A model, its data and a query, and which parameters the layers are."""
-
-    model: nn.Module
-    data: Any
-    query: Any
-    weights: dict[str, tuple[str, str | None, bool]]
-    selection: LayerSelection | None = None
-
-    def one(self, batch: Any, i: int) -> Any:
-        if isinstance(batch, dict):
-            shown = batch["attention_mask"][i].bool()
-            return {k: v[i : i + 1][:, shown] for k, v in batch.items()}
-        x, y = batch
-        return (x[i : i + 1].double(), y[i : i + 1])
-
-    def gradients(self, batch: Any) -> dict[str, np.ndarray]:
-        count = len(batch["input_ids"]) if isinstance(batch, dict) else len(batch[0])
-        return oracle.example_gradients(self.model, lambda i: self.one(batch, i), count, default_loss, self.weights)
-
-
-def digits(n: int, image: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    datasets = pytest.importorskip("sklearn.datasets")
-    x, y = datasets.load_digits(return_X_y=True)
-    x = torch.from_numpy(x[:n] / 16.0).float()
-    return (x.reshape(-1, 1, 8, 8) if image else x[:, ::3].contiguous()), torch.from_numpy(y[:n])
-
-
-def split(data: Any, at: int) -> tuple[Any, Any]:
-    if isinstance(data, dict):
-        return {k: v[:at] for k, v in data.items()}, {k: v[at:] for k, v in data.items()}
-    return tuple(t[:at] for t in data), tuple(t[at:] for t in data)
-
-
-def train(model: nn.Module, data: Any, steps: int = 30) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        default_loss(model, data).mean().backward()
-        optimizer.step()
-
-
-def mlp() -> Case:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(22, 12), nn.Tanh(), nn.Linear(12, 10))
-    data, query = split(digits(130, image=False), 120)
-    train(model, data)
-    return Case(model, data, query, {"0": ("0.weight", "0.bias", False), "2": ("2.weight", "2.bias", False)})
-
-
-def cnn() -> Case:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(6, 8, 3, stride=2, groups=2, bias=False),
-        nn.ReLU(),
-        nn.Flatten(2),
-        nn.Conv1d(8, 6, 2, padding="same", padding_mode="reflect"),
-        nn.Flatten(),
-        nn.Linear(54, 10),
-    )
-    data, query = split(digits(70, image=True), 64)
-    train(model, data)
-    weights = {
-        name: (f"{name}.weight", f"{name}.bias" if name != "2" else None, False) for name in ("0", "2", "5", "7")
-    }
-    return Case(model, data, query, weights)
-
-
-def gpt2() -> Case:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_layer=2, n_embd=8, n_head=2, vocab_size=24, n_positions=12, bos_token_id=0, eos_token_id=0
-    )
-    model = transformers.GPT2LMHeadModel(config)
-    ids = torch.randint(1, 24, (44, 10))
-    mask = (torch.arange(10)[None] < torch.randint(3, 11, (44, 1))).long()
-    data, query = split({"input_ids": ids * mask, "attention_mask": mask}, 40)
-    train(model, data)
-    weights = {
-        f"transformer.h.{i}.{part}": (f"transformer.h.{i}.{part}.weight", f"transformer.h.{i}.{part}.bias", True)
-        for i in range(2)
-        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    }
-    weights |= {f"transformer.{e}": (f"transformer.{e}.weight", None, True) for e in ("wte", "wpe")}
-    return Case(model, data, query, weights, LayerSelection(embeddings=True, head=True))
-
-
-CASES = {"mlp": mlp, "cnn": cnn, "gpt2": gpt2}
-
-
 @pytest.fixture(scope="module", params=list(CASES))
 def case(request: pytest.FixtureRequest) -> tuple[Case, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    made = CASES[request.param]()
-    return made, made.gradients(made.data), made.gradients(made.query)
-
-
-def projected(index: Index, g: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    out = {}
-    for name, spec in index.specs.items():
-        p_in = projection_matrix(index.config.seed, name, "in", spec.width_in, spec.d_in).numpy()
-        p_out = projection_matrix(index.config.seed, name, "out", spec.width_out, spec.d_out).numpy()
-        out[name] = oracle.project(g[name], p_in, p_out)
-    return out
+    return with_gradients(request.param)
 
 
 def stored(index: Index) -> dict[str, np.ndarray]:
@@ -146,22 +38,6 @@ def stored(index: Index) -> dict[str, np.ndarray]:
         n: np.asarray(part.left.double() if part.right is None else part.left.double().mT @ part.right.double())
         for n, part in parts.items()
     }
-
-
-def expected_scores(
-    index: Index, queries: dict[str, np.ndarray], rows: dict[str, np.ndarray], lam: dict[str, float], names: Any = None
-) -> np.ndarray:
-    total: np.ndarray = np.zeros((len(next(iter(queries.values()))), len(next(iter(rows.values())))))
-    for name in names or index.layers:
-        layer = index.curvature[name]
-        v, s = layer.basis.double().numpy(), layer.eigenvalues.numpy()
-        h = oracle.inverse(v, s, layer.trace, lam[name], index.config.complement)
-        total += oracle.scores(queries[name], rows[name], h)
-    return total
-
-
-def within(got: np.ndarray, expected: np.ndarray, fraction: float = 1e-3) -> bool:
-    return bool(np.abs(got - expected).max() <= fraction * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -336,4 +212,4 @@ def test_anything_given_as_gradients(tmp_path_factory: pytest.TempPathFactory, d
     got = index.scores({k: q.astype("f4") for k, q in queries.items()})
     assert within(got, expected_scores(index, queries, kept, lam))
     hits = index.search({k: q.astype("f4") for k, q in queries.items()}, k=5)
-    assert np.array_equal(hits.scores, -np.sort(-got, axis=1)[:, :5])
+    assert_best(hits, got)

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import autograd, captured, close, decoder_tokenizer, encoder_tokenizer, make_model
-from tiny_text import SENTENCES
+from conftest import SENTENCES, autograd, captured, close, decoder_tokenizer, encoder_tokenizer, make_model
 
 from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection
 from lorif_index.capture.layers import select_layers

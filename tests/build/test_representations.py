@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from test_oracle import CASES, Case, expected_scores, projected, stored, within
+import torch
+from conftest import CASES, Case, expected_scores, projected, within
 
 from lorif_index import BuildConfig, Index
 from lorif_index.curvature.fit import LayerCurvature
@@ -46,16 +47,11 @@ def half_whitening(index: Index, name: str) -> tuple[np.ndarray, np.ndarray, np.
     return layer.basis.double().numpy()[:, : len(part.weights)], s, part.weights.double().numpy()
 
 
-def coordinates(index: Index) -> np.ndarray:
-    """z of all rows, (n, k)."""
-    return np.concatenate([z.numpy() for z in index._reader.all_coordinates()])
-
-
 def effective(index: Index) -> dict[str, np.ndarray]:
     """G~ of every row, (n, d_in, d_out) a layer."""
-    z = coordinates(index).astype(np.float64)
+    z = index.coordinates().astype(np.float64)
     if index.config.store == "both":
-        kept = stored(index)
+        kept = {n: torch.bmm(u.double(), v.double().transpose(1, 2)).numpy() for n, (u, v) in index.factors().items()}
     else:
         kept = {n: np.zeros((len(index), spec.d_in, spec.d_out)) for n, spec in index.specs.items()}
     missing = z.copy()
@@ -97,7 +93,7 @@ def test_scores_are_exact_for_what_is_stored(case: object, tmp_path: Path, store
         assert within(got, inside_scores(index, queries, stands_for, lam, some))
     hits = index.search(made.query, k=7)
     assert within(hits.scores, -np.sort(-index.scores(made.query), axis=1)[:, :7], 1e-5)
-    assert hits.stats.exact and hits.stats.codec == store and f"{bits} bits" in hits.stats.dtype
+    assert hits.stats.exact and hits.stats.store == store and f"{bits} bits" in hits.stats.dtype
 
 
 def inside_scores(
@@ -140,12 +136,11 @@ def test_stored_coordinates_are_those_of_the_unfactored_gradient(case: object, t
     made, train_gradients, _ = case  # type: ignore[misc]
     index = build(made, tmp_path, store="both", coordinate_bits=bits, sketch_dim=24)
     rows = projected(index, train_gradients)
-    kept = coordinates(index)
-    z = np.zeros(kept.shape)
+    z = np.zeros(index.coordinates().shape)
     for name in index.layers:
         v, root, w = half_whitening(index, name)
         z += (rows[name].reshape(len(index), -1) @ v / root) @ w
-    lost = ((kept - z) ** 2).sum() / (z**2).sum()
+    lost = ((index.coordinates() - z) ** 2).sum() / (z**2).sum()
     # Few coordinates are not quite Gaussian: up to twice what Max (1960) has for those that are.
     assert lost < 2 * {2: 0.1348, 4: 0.01168, 8: 1e-4}[bits]
 
@@ -165,32 +160,35 @@ def test_both_is_nearer_to_the_unfactored_score_than_either(tmp_path: Path) -> N
 def test_whole_gradients_need_no_coordinates(tmp_path: Path) -> None:
     made = CASES["mlp"]()
     index = build(made, tmp_path, rank=None)
-    assert index.config.store == "auto" and index.search(made.query, k=3).stats.codec == "factors"
+    assert index.config.store == "auto" and index.search(made.query, k=3).stats.store == "factors"
+    with pytest.raises(QueryError, match="no coordinates"):
+        index.coordinates()
     # One position an example: a single pair is the gradient itself.
     for store in ("auto", "both"):
         index = build(made, tmp_path / store, rank=1, store=store)
-        assert index.codec == "factors" and index.config.store == store
-    assert build(made, tmp_path / "c", rank=1, store="coordinates").codec == "coordinates"
+        assert index.representation == "factors" and index.config.store == store
+    assert build(made, tmp_path / "c", rank=1, store="coordinates").representation == "coordinates"
 
 
 def test_what_a_representation_lacks_is_refused(tmp_path: Path) -> None:
     made = CASES["mlp"]()
     index = build(made, tmp_path / "c", store="coordinates", sketch_dim=16)
-    with pytest.raises(QueryError, match="keeps no gradients.*store='eigen', 'factors' or 'both'"):
-        index.gradients([0])
+    with pytest.raises(QueryError, match="keeps no factors.*store='both' or 'factors'"):
+        index.factors()
     assert index.bytes_per_example == 16 // 2 + 4
     coarse = build(made, tmp_path / "coarse", store="coarse", sketch_dim=16)
     for call in (
         lambda: coarse.scores(made.query),
         lambda: coarse.self_influence(),
         lambda: coarse.rebuild_coarse(),
+        lambda: coarse.calibrate(),
     ):
         with pytest.raises(QueryError, match="coarse code alone"):
             call()
     with pytest.raises(QueryError, match="exact=True needs stored rows"):
         coarse.search(made.query, exact=True)
     hits = coarse.search(made.query, k=5)
-    assert hits.stats.approximate and hits.stats.codec == "coarse" and coarse.bytes_per_example == 0
+    assert hits.stats.approximate and hits.stats.store == "coarse" and coarse.bytes_per_example == 0
     assert hits.ids.shape == (len(hits), 5)
 
 

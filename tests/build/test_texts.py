@@ -5,7 +5,7 @@ import types
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_text import SENTENCES, tiny_tokenizer, write_jsonl
+from conftest import SENTENCES, tiny_tokenizer, write_jsonl
 
 from lorif_index.errors import ConfigError, DataError
 from lorif_index.text import Document, TokenisedData, read_documents

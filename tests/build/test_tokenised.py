@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import CHAT, MARKED, WHOLE, captured, close, decoder_tokenizer, encoder_tokenizer, make_model
-from tiny_text import SENTENCES
+from conftest import CHAT, MARKED, SENTENCES, WHOLE, captured, close, decoder_tokenizer, encoder_tokenizer, make_model
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from chromium import BINARY, Chromium
-from tiny_text import SENTENCES, tiny_model_folder
+from conftest import SENTENCES, tiny_model_folder
 from typer.testing import CliRunner
 
 from lorif_index import BuildConfig, Index

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import CHAT, decoder_tokenizer, make_model
-from tiny_text import SENTENCES
+from conftest import CHAT, SENTENCES, decoder_tokenizer, make_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
 EXAMPLES = dict(re.findall(r"<!-- example: (.*?) -->\n```python\n(.*?)```", PAGE, re.DOTALL))

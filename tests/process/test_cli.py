@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_text import SENTENCES, tiny_model_folder, write_jsonl
+from conftest import PATIENCE, SENTENCES, tiny_model_folder, write_jsonl
 from typer.testing import CliRunner
 
 from lorif_index import AbsoluteDamping, Index, PaperDamping, ReleaseDamping
@@ -443,7 +443,7 @@ def test_ctrl_c_while_the_demo_trains(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert (done.returncode, done.stdout) == (130, "")
@@ -471,10 +471,10 @@ def test_progress_is_on_stderr_of_a_terminal_only(home, tmp_path):
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
     environment.pop("NO_COLOR", None)
     done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=follower, env=environment, timeout=120, check=False
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=follower, env=environment, timeout=PATIENCE, check=False
     )
     os.close(follower)
-    watcher.join(timeout=10)
+    watcher.join(timeout=PATIENCE)
     os.close(leader)
     assert done.returncode == 0
     assert json.loads(done.stdout)["examples"] == len(SENTENCES)
@@ -488,5 +488,5 @@ def test_a_closed_pipe_is_no_traceback(home):
     running.stdout.close()
     err = running.stderr.read()
     running.stderr.close()
-    assert running.wait(timeout=60) != 0
+    assert running.wait(timeout=PATIENCE) != 0
     assert b"Traceback" not in err

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SENTENCES, tiny_model_folder, write_jsonl
 from test_cli import ASKED, document, lorif
-from tiny_text import SENTENCES, tiny_model_folder, write_jsonl
 from typer.testing import CliRunner
 
 from lorif_index import AbsoluteDamping, BuildConfig, LayerSelection

@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import PATIENCE, assert_same_hits
 from distributed_job import COUNT, answers, loss, make_model, run, sequences, settings
 from forked import CONTEXT
 
@@ -48,7 +50,7 @@ def start(size: int, what: str, out: Path, **options: Any) -> list[Any]:
     return made
 
 
-def finish(processes: list[Any], out: Path, seconds: float = 120) -> list[dict[str, Any]]:
+def finish(processes: list[Any], out: Path, seconds: float = PATIENCE) -> list[dict[str, Any]]:
     """What each rank says in the end: {} of one that was killed."""
     limit = time.monotonic() + seconds
     for process in processes:
@@ -83,10 +85,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
 def assert_same(found: Any, expected: dict[str, np.ndarray], tolerance: float) -> None:
     assert set(found) == set(expected)
     for name, wanted in expected.items():
-        if "ids" in name:
-            np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+        if name.endswith(" ids"):
+            scores = name.replace("ids", "scores")
+            ours, theirs = (SimpleNamespace(ids=of[name], scores=of[scores]) for of in (found, expected))
+            assert_same_hits(ours, theirs, tolerance)
+        elif name == "ids":
+            np.testing.assert_array_equal(found[name], wanted)
         elif name != "candidates":
             np.testing.assert_allclose(found[name], wanted, atol=tolerance * np.abs(wanted).max(), err_msg=name)
+
+
+def shared(found: Any, wanted: np.ndarray) -> float:
+    """The share of ids that are the same in each row."""
+    return float(np.mean([np.isin(a, b).mean() for a, b in zip(found, wanted, strict=True)]))
 
 
 def exact(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -151,7 +162,7 @@ def test_fewer_shards_than_ranks(size: int, factory: str, alone: Any, tmp_path: 
     said = together(size, "propose", tmp_path / "said", folder=str(tmp_path))
     for found, wanted in zip(said[0], expected, strict=True):
         assert all(len(set(row)) == len(row) for row in found), found
-        assert np.mean([len(set(a) & set(b)) for a, b in zip(found, wanted.ids.tolist(), strict=True)]) >= 9.5
+        assert shared(found, wanted.ids) >= 0.95
     assert said[0] == said[-1]
 
 
@@ -194,11 +205,11 @@ def test_killed_ranks_and_another_number_of_them(apart: bool, alone: Any, tmp_pa
         out = tmp_path / f"said-{number}"
         given = {"folder": str(tmp_path), "seconds": 0.05, "apart": apart}
         processes = start(size, "slow_build", out, given=given)
-        limit, enough = time.monotonic() + 60, len(sealed) + dice.randrange(1, 4)
+        limit, enough = time.monotonic() + PATIENCE, len(sealed) + dice.randrange(1, 4)
         while time.monotonic() < limit and len(list(tmp_path.rglob("shard-*.h5"))) < enough:
             time.sleep(0.01)
         os.kill(processes[dice.randrange(size)].pid, signal.SIGKILL)
-        said = finish(processes, out, 60)
+        said = finish(processes, out)
         errors = [one["error"] for one in said if "error" in one]
         assert len(errors) == size - 1 and all(kind == "DistributedError" for kind, _ in errors), said
         with pytest.raises(NotAnIndexError):
@@ -240,8 +251,8 @@ def test_a_build_goes_on_from_its_last_stages(kind: str, where: str, alone: Any,
 
 def test_a_hung_rank_is_named_and_leaves_no_index(tmp_path: Path) -> None:
     out = tmp_path / "said"
-    processes = start(2, "hang", out, timeout=4, given={"folder": str(tmp_path)})
-    processes[0].join(60)
+    processes = start(2, "hang", out, given={"folder": str(tmp_path)})
+    processes[0].join(PATIENCE)
     processes[1].kill()
     said = json.loads(Path(f"{out}-0.json").read_text())
     assert said["error"][0] == "DistributedError" and "Ranks 1" in said["error"][1], said
@@ -278,7 +289,7 @@ def children(parent: int) -> list[int]:
 
 def test_torchrun_builds_on_the_command_line(tmp_path: Path) -> None:
     """`torchrun -m lorif_index build`, a rank of it killed: the elastic agent starts all anew, and they go on."""
-    from tiny_text import tiny_model_folder
+    from conftest import tiny_model_folder
 
     model, texts, place = tiny_model_folder(tmp_path / "model"), tmp_path / "texts.jsonl", tmp_path / "index"
     words = "the quick brown fox jumps over a lazy dog and runs home again".split()
@@ -287,16 +298,16 @@ def test_torchrun_builds_on_the_command_line(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"),
         *("--monitor-interval=0.2", "-m", "lorif_index", "build", str(place)),
-        *("--model", str(model), "--data", str(texts), "--batch-size", "4", "--timeout", "60", "--json"),
+        *("--model", str(model), "--data", str(texts), "--batch-size", "4", "--timeout", "600", "--json"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + PATIENCE
     while time.monotonic() < limit and agent.poll() is None and not (place / "projections.h5").exists():
         time.sleep(0.01)
     killed = children(agent.pid)[1]
     os.kill(killed, signal.SIGKILL)
-    out, errors = agent.communicate(timeout=200)
+    out, errors = agent.communicate(timeout=PATIENCE)
     assert agent.returncode == 0, out + errors
     assert str(killed) in errors, "the agent says nothing of the killed rank"
     facts = json.loads(out[out.index("{") :])
@@ -318,7 +329,7 @@ def test_killed_at_any_moment(alone: Any, tmp_path: Path) -> None:
             processes = start(size, "slow_build", out, given=given)
             if attempt < 7:
                 # Whoever is killed before all have joined keeps the others in torch's own connecting.
-                limit = time.monotonic() + 60
+                limit = time.monotonic() + PATIENCE
                 while not (folder / "index").exists() and time.monotonic() < limit:
                     time.sleep(0.01)
                 time.sleep(dice.uniform(0.0, 3.0))
@@ -326,7 +337,7 @@ def test_killed_at_any_moment(alone: Any, tmp_path: Path) -> None:
                 if victim.is_alive():
                     victim.kill()
                     kills += 1
-            said = finish(processes, out, 120)
+            said = finish(processes, out)
             done = all("result" in one for one in said)
             if done or (folder / "index" / "manifest.json").exists():
                 break
@@ -388,23 +399,23 @@ def test_two_hosts_build_are_killed_resume_and_search(two_hosts: Any, alone: Any
         ]
 
     first = on_hosts(tmp_path / "first", 0.05)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + PATIENCE
     # The newest shard may be there and not yet be noted.
     while time.monotonic() < limit and len(list((tmp_path / "host-1").glob("shard-*.h5"))) < 3:
         time.sleep(0.01)
     # `ip netns exec` becomes the program that it starts.
     first[1].send_signal(signal.SIGKILL)
-    assert [process.wait(60) for process in first] == [0, -signal.SIGKILL]
+    assert [process.wait(PATIENCE) for process in first] == [0, -signal.SIGKILL]
     said = json.loads((tmp_path / "first-0.json").read_text())
     assert said["error"][0] == "DistributedError", said
     before = {path.stat().st_ino for path in (tmp_path / "host-1").glob("shard-*.h5")}
     assert before
-    assert [process.wait(120) for process in on_hosts(tmp_path / "second", 0.0)] == [0, 0]
+    assert [process.wait(PATIENCE) for process in on_hosts(tmp_path / "second", 0.0)] == [0, 0]
     ours, theirs = (json.loads((tmp_path / f"second-{rank}.json").read_text())["result"] for rank in range(2))
     assert before & {path.stat().st_ino for path in (tmp_path / "host-1").glob("shard-*.h5")}
     assert ours["rows"] == theirs["rows"] == ours["held"] + theirs["held"] == COUNT
     expected = alone["eigen"][1]["scan ids"]
-    assert ours["ids"] == theirs["ids"] and np.mean(np.array(ours["ids"]) == expected) > 0.9
+    assert ours["ids"] == theirs["ids"] and shared(ours["ids"], expected) > 0.9
     assert np.mean(np.array(ours["near"])[:, 0] == expected[:, 0]) == 1.0
     # The account of what was sent is what went over the cable, but for headers and barriers.
     for said in (ours, theirs):

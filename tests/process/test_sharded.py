@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection
@@ -47,7 +48,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], d
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, str(root / "sharded_cases.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
     found = {}
     for ranks in CASES:
         for rank in range(ranks):

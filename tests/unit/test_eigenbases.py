@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_oracle import cnn, gpt2, mlp
+from conftest import PATIENCE, cnn, gpt2, mlp
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.capture import eigenbases
+from lorif_index.capture.data import as_source
+from lorif_index.capture.sources import ModelCapture
 from lorif_index.errors import CurvatureError, FingerprintError
 from lorif_index.linalg.projection import projection_matrix
 
@@ -102,6 +107,92 @@ def test_the_same_files_each_time(tmp_path: Path) -> None:
         tmp_path / "c", model=case.model, data=case.data, config=BuildConfig(projection_dim=3, projection="random")
     )
     assert random.fingerprint != digests[0] and not (tmp_path / "c" / "projections.h5").exists()
+
+
+class Attending(nn.Module):
+    """Causal attention. The query of a first token has a softmax over one key: its gradient is zero up to rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.query, self.key, self.value = (nn.Linear(24, 24) for _ in range(3))
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (m(x).unflatten(2, (3, 8)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(attended.transpose(1, 2).flatten(2).tanh().sum(dim=1))
+
+
+def side_moments(model: nn.Module, data: Any, count: int, **config: Any) -> dict[str, np.ndarray]:
+    """sum x x^T and sum dy dy^T of all sides, over what a build hands to its fit."""
+    moments: dict[str, Any] = {}
+
+    def take(side: tuple[str, str], rows: torch.Tensor) -> None:
+        moments["/".join(side)] = moments.get("/".join(side), 0) + (rows.T @ rows).numpy()
+
+    whole = ModelCapture(model, BuildConfig(projection_dim=3, projection_floor=1, **config))
+    whole.sides(None, as_source(data, 5), np.arange(count))(take)
+    return moments
+
+
+def attended() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(12, 20, 24, generator=generator), torch.randint(0, 5, (12,), generator=generator)
+
+
+def attended_moments() -> dict[str, np.ndarray]:
+    return side_moments(Attending(), attended(), 12)
+
+
+def test_inputs_whose_gradient_is_rounding_do_not_count(tmp_path: Path) -> None:
+    """On this machine, and on those that compute with other instructions."""
+    data = attended_moments()
+    x = torch.cat([attended()[0], torch.ones(12, 20, 1)], dim=2)
+    for name, first in (("query", 1), ("key", 0), ("value", 0)):
+        rows = x[:, first:].flatten(0, 1)
+        np.testing.assert_allclose(data[f"{name}/in"], rows.T @ rows, rtol=1e-4, atol=1e-3)
+    script = "import sys, numpy, test_eigenbases as t; numpy.savez(sys.argv[1], **t.attended_moments())"
+    paths = [sys.path[0], str(Path(__file__).parent), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    started = {
+        capability: subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / f"{capability}.npz")],
+            env=environment | {"ATEN_CPU_CAPABILITY": capability},
+        )
+        for capability in ("default", "avx2")
+    }
+    for capability, process in started.items():
+        assert process.wait(timeout=PATIENCE) == 0
+        found = np.load(tmp_path / f"{capability}.npz")
+        assert set(found) == set(data)
+        for name, moment in data.items():
+            assert np.abs(found[name] - moment).max() <= 1e-5 * np.abs(moment).max(), (capability, name)
+
+
+def test_what_counts_depends_on_the_example_alone() -> None:
+    sizes = torch.tensor([[1.0, 1e-3, 2e-7, 0.0], [1e-6, 1e-9, 3e-13, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    gradients = sizes[:, :, None] * torch.tensor([0.3, -1.0])
+    wanted = torch.tensor([[True, True, False, False]] * 2 + [[False] * 4])
+    for scale in (1.0, 2.0**10):
+        assert torch.equal(eigenbases.counted(gradients * scale), wanted)
+    for i in range(3):
+        padded = torch.cat([gradients[i : i + 1], torch.zeros(1, 2, 2)], dim=1)
+        assert torch.equal(eigenbases.counted(padded)[:, :4], wanted[i : i + 1])
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(eigenbases.counted(gradients.to(dtype)), wanted)
+
+
+def test_padding_does_not_count() -> None:
+    """Neither where the head is tied to the embedding: its inputs are the weight's outputs."""
+    case = gpt2()
+    width = case.data["input_ids"].shape[1]
+    longer = {name: nn.functional.pad(t, (0, 12 - width)) for name, t in case.data.items()}
+    everything = LayerSelection(embeddings=True, head=True)
+    found, wanted = (side_moments(case.model, data, 40, layers=everything) for data in (longer, case.data))
+    assert "transformer.wte/out" in found and set(found) == set(wanted)
+    for name, moment in wanted.items():
+        assert np.abs(found[name] - moment).max() <= 1e-5 * np.abs(moment).max(), name
 
 
 def test_one_hot_sides_stay_random(tmp_path: Path) -> None:

@@ -11,13 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import forged
 import numpy as np
 import oracle
 import pytest
 import torch
-from test_oracle import CASES, Case, projected, within
-from test_representations import damped, inside_scores, lambdas
+from conftest import Case, damped, forge, inside_scores, lambdas, projected, with_gradients, within
 
 from lorif_index import BuildConfig, Index
 from lorif_index.codecs.eigencodes import directions_for
@@ -30,8 +28,7 @@ BYTES = {SOME: 1, ALL: 1, 120: 2, 220: 4, 1600: 8}
 
 @pytest.fixture(scope="module")
 def case() -> tuple[Case, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    made = CASES["gpt2"]()
-    return made, made.gradients(made.data), made.gradients(made.query)
+    return with_gradients("gpt2")
 
 
 def build(made: Case, folder: Path, **settings: Any) -> Index:
@@ -201,7 +198,7 @@ def test_directions_of_a_grid_are_stored_by_its_products(
     assert within(again.scores(made.query, damping=0.3), expected, 1e-4)
     path = tmp_path / "i" / "manifest.json"
     path.write_text(re.sub(r'"products": \d+', '"products": -1', path.read_text()))
-    forged.forge(tmp_path / "i")
+    forge(tmp_path / "i")
     with pytest.raises(CorruptionError, match="curvature entry of layer"):
         Index.open(tmp_path / "i")
 
@@ -261,7 +258,7 @@ def test_rows_of_other_codes_are_not_merged(tmp_path: Path) -> None:
     # The same directions in more room, as another code would take them.
     facts["eigen"] |= {"bits": 8, "group": 1}
     path.write_text(json.dumps(facts))
-    forged.forge(second.path)
+    forge(second.path)
     with pytest.raises(FingerprintError, match="eigencodes' bits and group"):
         Index.merge(tmp_path / "merged", [first.path, second.path], progress=False)
 
@@ -277,7 +274,7 @@ def test_groups_that_cannot_be_are_refused(wrong: dict[str, Any], tmp_path: Path
     assert facts["eigen"]["group"] == 8 and facts["eigen"]["bits"] == 4
     facts["eigen"] |= wrong
     path.write_text(json.dumps(facts))
-    forged.forge(index.path)
+    forge(index.path)
     with pytest.raises(CorruptionError, match="eigencodes is damaged"):
         Index.open(index.path)
 
@@ -332,7 +329,7 @@ def test_damage_is_found(case: Any, tmp_path: Path) -> None:
     manifest.write_text(text.replace('"bits": 1', '"bits": 3'))
     with pytest.raises(CorruptionError, match="checksum"):
         Index.open(tmp_path / "i")
-    forged.forge(tmp_path / "i")
+    forge(tmp_path / "i")
     with pytest.raises(CorruptionError, match="eigencodes is damaged"):
         Index.open(tmp_path / "i")
     manifest.write_text(text)

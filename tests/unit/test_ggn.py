@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_oracle import Case, cnn, gpt2, mlp
+from conftest import cnn, ggn, gpt2, mlp, own_loss
 from torch import nn
 from torch.nn import functional
 
@@ -20,39 +20,6 @@ from lorif_index.errors import ConfigError, DataError
 DENSE: dict[str, Any] = dict(
     projection_dim=None, rank=None, curvature_rank=None, curvature="ggn", dtype="float32", store="factors"
 )
-
-
-def logits_of(model: nn.Module, batch: Any) -> torch.Tensor:
-    """(positions, C) of a batch of one, those that count."""
-    if isinstance(batch, dict):
-        return model(**batch).logits[0, :-1]
-    return model(batch[0])
-
-
-def ggn(case: Case, weights: dict[str, tuple[str, str | None, bool]]) -> dict[str, np.ndarray]:
-    """Layer -> (D, D), sum over positions of J^T (diag(p) - p p^T) J, averaged over examples."""
-    count = len(case.data["input_ids"] if isinstance(case.data, dict) else case.data[0])
-    positions, classes = logits_of(case.model.double(), case.one(case.data, 0)).shape
-    out: dict[str, np.ndarray] = {}
-    for i in range(count):
-        batch = case.one(case.data, i)
-        with torch.no_grad():
-            p = logits_of(case.model, batch).softmax(1).numpy()
-        positions, classes = p.shape
-        jacobians = {
-            (t, c): oracle.example_gradients(
-                case.model, lambda _, b=batch: b, 1, lambda m, b, t=t, c=c: logits_of(m, b)[t, c], weights
-            )
-            for t in range(positions)
-            for c in range(classes)
-        }
-        for layer in weights:
-            for t in range(positions):
-                j = np.stack([jacobians[t, c][layer].ravel() for c in range(classes)])
-                inner = np.diag(p[t]) - np.outer(p[t], p[t])
-                out[layer] = out.get(layer, 0.0) + j.T @ inner @ j / count
-    case.model.float()
-    return out
 
 
 def matrix(index: Index, layer: str) -> np.ndarray:
@@ -148,10 +115,6 @@ def test_a_loss_that_says_where_its_logits_are(tmp_path: Path) -> None:
     default = Index.build(tmp_path / "default", model=case.model, data=case.data, config=config)
     assert np.allclose(given.scores(case.query), default.scores(case.query), rtol=1e-4, atol=1e-4)
     assert given.config.curvature == "mixed" and default.config.curvature == "auto"
-
-
-def own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    return functional.mse_loss(model(batch[0]), functional.one_hot(batch[1], 10).float(), reduction="none").sum(1)
 
 
 def test_a_loss_that_does_not_gets_the_empirical_curvature_and_is_told(tmp_path: Path) -> None:
