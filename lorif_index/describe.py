@@ -57,8 +57,7 @@ class Described:
 
         Returns:
             {"new_rows": rows that were added since, "rows": all, "new_trace": the share of all rows' squared gradient
-            norm that is new ones' (None where an older version did not keep it), "removed": rows that were removed and
-            are not yet compacted}.
+            norm that is new ones', "removed": rows that were removed and are not yet compacted}.
         """
         return _curvature_age(self._reader)
 
@@ -119,7 +118,7 @@ class Described:
 
     @property
     def codec(self) -> str:
-        """What rows hold: "eigen", "both", "factors", "coordinates" or "coarse" (see `BuildConfig.store`)."""
+        """What rows hold: "eigen", "factors" or "largest" (see `BuildConfig.store`)."""
         return self._reader.codec.name
 
     @property
@@ -190,7 +189,7 @@ def _as_html(reader: Reader) -> str:
         ("examples", f"{reader.live_count:,}" + (f", {len(skipped)} skipped" if skipped else "")),
         ("size", size),
         ("stored", f"{reader.codec.name} ({reader.codec.label})"),
-        ("coarse", "none" if coarse is None else f"{coarse['factory']} on {coarse['dim']} coordinates"),
+        ("coarse", "none" if coarse is None else f"{coarse['kind']} on {coarse['dim']} coordinates"),
         ("damping", f"{config.damping}, {config.complement}"),
         ("fingerprint", reader.manifest.digest()),
     ]
