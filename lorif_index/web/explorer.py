@@ -35,7 +35,6 @@ ALL_SCORES_UP_TO = 200_000
 _KEPT, _SHADINGS_KEPT = 64, 1000
 _MOST_LAYER_SCORES = 1_000_000
 _EXAMPLES = 6
-_WITH_GRADIENTS = ("eigen", "factors", "both")
 
 
 @dataclass(frozen=True)
@@ -279,15 +278,11 @@ class Explorer:
             return self._kept[key]
 
     def _query(self, question: Question) -> Any:
-        words = question.text
         if question.row is not None:
-            if self.text_model is None or self.index.representation in _WITH_GRADIENTS:
-                return self.index.gradients([question.row])
-            # Rows of coordinates are no gradients, but the passage still has words.
-            words = self.text_of(question)
+            return self.index.gradients([question.row])
         if self.text_model is None:
             raise QueryError(f"a text needs the model, and {self.why}: name it with --model, or ask by a row's id")
-        return in_words(words or "", question.prompt)
+        return in_words(question.text or "", question.prompt)
 
     def _shadings_of(
         self, text_model: TextModel, query: dict[str, str], rows: list[int], asked_tokens: bool
