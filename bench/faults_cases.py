@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,6 +203,7 @@ class Template:
         after: what it answers afterwards.
         generation: of the version before, or -1.
         changes: whether a version was committed.
+        seconds: that it took.
     """
 
     case: Case
@@ -211,6 +213,7 @@ class Template:
     after: Answer
     generation: int
     changes: bool
+    seconds: float
 
     def __str__(self) -> str:
         return f"{self.case.name}, {self.operation}"
@@ -238,9 +241,10 @@ def templates(case: Case, root: Path) -> list[Template]:
         if start is not None:
             shutil.copytree(start, folder)
         before, generation = None if start is None else answer(start), generation_of(folder)
+        began = time.perf_counter()
         run(case, operation, folder)
-        changes = generation_of(folder) != generation
-        made.append(Template(case, operation, start, before, answer(folder), generation, changes))
+        seconds, changes = time.perf_counter() - began, generation_of(folder) != generation
+        made.append(Template(case, operation, start, before, answer(folder), generation, changes, seconds))
         return folder
 
     removed = course("remove", course("add", course("build", None)))
