@@ -23,7 +23,7 @@ import torch
 from bench.corpus import gpt, sequences, train
 from bench.environment import ROOT, arguments, in_child, in_turn, keep, medians, peak_rss, ratios, table
 from bench.tasks import TASKS, take
-from lorif_index import BuildConfig, Estimate, Index, default_loss
+from lorif_index import BuildConfig, Compute, Estimate, Index, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture, ModelGradients
 
@@ -97,7 +97,12 @@ def build(smoke: bool) -> dict[str, Any]:
     layers, width, count = (1, 16, 64) if smoke else (4, 64, 256)
     model, ids = gpt(layers, width), sequences(count if smoke else 4000)
     train(model, ids, 5 if smoke else 100)
-    small: dict[str, Any] = {"curvature_sample": 256, "curvature_rank": 128, "coarse": None, "shard_bytes": 4 << 20}
+    small: dict[str, Any] = {
+        "sample": 256,
+        "curvature_rank": 128,
+        "coarse": None,
+        "compute": Compute(shard_bytes=4 << 20),
+    }
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "facts.json"
         peaks = {
@@ -147,7 +152,7 @@ def explain(smoke: bool) -> dict[str, Any]:
         result |= {
             "examples": count,
             "projected": sorted({(spec.d_in, spec.d_out) for spec in index.specs.values()}),
-            "stored": index.representation,
+            "stored": index.codec,
             "error_of_sums": {
                 what: max(abs(float(getattr(e, what).sum()) - e.score) for e in found) / most
                 for what in ("tokens", "query_tokens")

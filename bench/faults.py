@@ -28,7 +28,6 @@ from bench.environment import kept as kept_result
 from bench.faults_cases import MORE, ROWS, Answer, Calls, N, Template, ask, blocks, cases, settle, templates
 from bench.faults_damage import flip_trials, fuzz_trials
 from lorif_index import BuildConfig, Index
-from lorif_index.search.coarse import load_faiss
 
 MODES = ("ENOSPC", "EIO", "exit before", "exit after")
 READERS = 4
@@ -174,7 +173,7 @@ def readers(root: Path, smoke: bool) -> dict[str, Any]:
         "remove": lambda: index.remove(index.ids[-MORE:]),
         "compact": lambda: index.compact(progress=False),
         "refit": lambda: index.refit(progress=False),
-        "rebuild_coarse": lambda: index.rebuild_coarse("Flat", progress=False),
+        "rebuild_coarse": lambda: index.rebuild_coarse("flat", progress=False),
     }
     made: Counter[str] = Counter()
     while time.monotonic() < until:
@@ -258,10 +257,12 @@ PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
 
 
 def main() -> None:
+    import faiss
+
     parsed = arguments(__doc__, only={"choices": list(PARTS), "nargs": "+", "default": list(PARTS)})
     # Writers are forked from here: no other thread may be at work.
     torch.set_num_threads(1)
-    load_faiss().omp_set_num_threads(1)
+    faiss.omp_set_num_threads(1)
     before = None if parsed.smoke else kept_result("faults")
     parts = {} if before is None else before["parts"]
     for name in parsed.only:

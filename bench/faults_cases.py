@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import xxhash
 
-from lorif_index import BuildConfig, Index
+from lorif_index import BuildConfig, CoarseIndex, Compute, Index
 
 N, MORE = 220, 40
 CLOSE = 2e-5
@@ -26,7 +26,7 @@ CLOSE = 2e-5
 STORES: dict[str, dict[str, Any]] = {
     "factors": {"store": "factors", "rank": 2},
     "eigen": {"store": "eigen", "eigen_bytes": 24},
-    "largest": {"store": "eigen", "eigen_code": "largest", "eigen_bytes": 24},
+    "largest": {"store": "largest", "eigen_bytes": 24},
 }
 # Names that an index's folder may have beside the files that its manifest names.
 OWN_NAMES = {"manifest.json", "writer.lock"}
@@ -69,7 +69,7 @@ class Case:
     """
 
     store: str
-    coarse: str | None = "Flat"
+    coarse: str | None = "flat"
     payloads: bool = True
     shard_bytes: int = 3000
 
@@ -82,10 +82,8 @@ class Case:
         return BuildConfig(
             **STORES[self.store],
             curvature_rank=10,
-            sketch_dim=16,
-            coarse=self.coarse,
-            shard_bytes=self.shard_bytes,
-            calibration_queries=4,
+            coarse=CoarseIndex(kind=self.coarse or "none", dim=16, queries=4),
+            compute=Compute(shard_bytes=self.shard_bytes),
             projection="random",
             projection_dim=None,
         )

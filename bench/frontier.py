@@ -27,7 +27,7 @@ from lorif_index.codecs.bits import CodeLayout
 
 Gradients = dict[str, torch.Tensor]
 FROM_MODEL = {
-    "library default": ("levels", (256, 512, 1024, 1600, 2048, 4096, 8192, 16384)),
+    "library default": ("eigen", (256, 512, 1024, 1600, 2048, 4096, 8192, 16384)),
     "library, largest of groups": ("largest", (128, 256, 512, 1024, 1600, 2048, 4096)),
 }
 GIVEN: list[tuple[str, dict[str, Any]]] = [
@@ -86,9 +86,9 @@ def main() -> None:
             index = Index.build(folder / f"row-{len(rows)}", config=config, progress=False, **given)
             note(family, what, index.scores(query), index.bytes_per_example, shared_bytes(index))
 
-        for family, (code, rooms) in FROM_MODEL.items():
+        for family, (store, rooms) in FROM_MODEL.items():
             for room in rooms[:1] if smoke else rooms:
-                config = BuildConfig(eigen_bytes=room, eigen_code=code, coarse=None)
+                config = BuildConfig(store=store, eigen_bytes=room, coarse=None)
                 stored(family, f"eigen_bytes={room}", task.queries, config, model=model, data=task.data)
         config = BuildConfig(curvature_rank=None, store="factors", coarse=None, projection_dim=8 if smoke else "auto")
         fitted = Index.build(folder / "fit", model=model, data=task.data, config=config, progress=False)
@@ -115,7 +115,7 @@ def main() -> None:
         curvature = CurvatureRows([shaped(roots, fitted.specs)], rows_per_example=len(next(iter(roots.values()))))
         query = shaped(asked, fitted.specs)
         for store, settings in GIVEN[::8] if smoke else GIVEN:
-            config = BuildConfig(store=store, coarse=None, curvature_sample=n, damping=multiple, **settings)
+            config = BuildConfig(store=store, coarse=None, sample=n, damping=multiple, **settings)
             what = ", ".join(f"{k}={v}" for k, v in settings.items())
             stored(f"{store}, d = 32", what, query, config, gradients=of_gradients(data), curvature=curvature)
         for rank in () if smoke else (1, 2, 4, 8):

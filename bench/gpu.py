@@ -61,7 +61,7 @@ def agreement(device: torch.device, smoke: bool) -> dict[str, Any]:
                     projection="random",
                     projection_dim=8,
                     curvature="empirical",
-                    curvature_sample=count,
+                    sample=count,
                     dtype="float32",
                     coarse=None,
                 )

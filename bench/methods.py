@@ -20,7 +20,7 @@ from torch import nn
 from bench.environment import shards
 from bench.peers import PEERS, Peer
 from bench.tasks import Task, batches, size, take
-from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, ReleaseDamping
+from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, RelativeDamping, Sample
 from lorif_index.capture.gradients import LayerSpec
 from lorif_index.capture.sources import ModelCapture
 from lorif_index.linalg.projection import Projections
@@ -35,7 +35,7 @@ def kinds_of_index() -> dict[str, BuildConfig]:
     """Kinds of index that the suites on flipped labels, triggers and duplicates build of one model and its data."""
     return {
         "default": BuildConfig(),
-        "largest": BuildConfig(eigen_code="largest"),
+        "largest": BuildConfig(store="largest"),
         "paper": BuildConfig.paper(),
     }
 
@@ -143,14 +143,14 @@ def library(
             scores[label] = index.scores(task.queries, damping=damping)
             if label == "default":
                 seconds = time.perf_counter() - began
-        note = f"store={index.representation}; {shared_bytes(index):,} bytes are shared by all examples"
+        note = f"store={index.codec}; {shared_bytes(index):,} bytes are shared by all examples"
         return Peer(scores, "default", float(index.bytes_per_example), built, 1e3 * seconds / size(task.queries), note)
 
 
 def paper(task: Task, model: nn.Module, *, rank: int = 1) -> Peer:
     """LoRIF as published (arXiv:2601.21929) at the library's d, and with the damping of the authors' release."""
     config = BuildConfig.paper(projection_dim=1 / 16, projection_floor=32, rank=rank, coarse=None)
-    return library(task, model, rules={"release": ReleaseDamping()}, config=config)
+    return library(task, model, rules={"release": RelativeDamping(0.5)}, config=config)
 
 
 def decay(task: Task, model: nn.Module) -> Peer:
@@ -173,12 +173,10 @@ METHODS: dict[str, Method] = {
     "library, d=64": lambda t, m: library(t, m, projection_floor=64),
     **{f"library, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b)) for b in (512, 1024, 4096, 8192, 16384)},
     **{
-        f"library, largest, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b, eigen_code="largest"))
+        f"library, largest, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b, store="largest"))
         for b in (512, 1024, 1600, 4096, 8192)
     },
-    "library, largest, with the head": lambda t, m: library(
-        t, m, eigen_code="largest", layers=LayerSelection(head=True)
-    ),
+    "library, largest, with the head": lambda t, m: library(t, m, store="largest", layers=LayerSelection(head=True)),
     "library, 8192 bytes, with the head": lambda t, m: library(
         t, m, eigen_bytes=8192, layers=LayerSelection(head=True)
     ),
@@ -189,8 +187,8 @@ METHODS: dict[str, Method] = {
     "library, empirical curvature": lambda t, m: library(t, m, curvature="empirical"),
     "library, random projection": lambda t, m: library(t, m, projection="random"),
     **{f"library, factors, c={c}": (lambda t, m, c=c: library(t, m, store="factors", rank=c)) for c in (1, 4)},
-    "library, one probe": lambda t, m: library(t, m, probes=1),
-    "library, four probes": lambda t, m: library(t, m, probes=4),
+    "library, one probe": lambda t, m: library(t, m, sample=Sample(probes=1)),
+    "library, four probes": lambda t, m: library(t, m, sample=Sample(probes=4)),
     **{f"TRAK p={p}": (lambda t, m, p=p: PEERS["trak"](t, m, proj_dim=p)) for p in (1024, 2048)},
     "EK-FAC (kronfluence)": PEERS["ekfac"],
     "LoGRA (dattri)": PEERS["dattri-logra"],

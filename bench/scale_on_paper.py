@@ -167,7 +167,7 @@ def fits() -> str:
     for shape in SHAPES:
         for name, config in CONFIGS.items():
             specs = shape.specs(config)
-            sample = 4 * _width(specs) * config.curvature_sample
+            sample = 4 * _width(specs) * config.sample.size
             held = stage_memory(config, specs, config.store, COUNTS[0])
             sent = [
                 sum(
@@ -177,7 +177,7 @@ def fits() -> str:
                 )
                 for ranks in (8, 64)
             ]
-            kept = units(2 * sample) if sample <= config.spool_bytes else f"{units(2 * sample)}: not kept"
+            kept = units(2 * sample) if sample <= config.compute.spool_bytes else f"{units(2 * sample)}: not kept"
             sizes = [held["curvature"], held["sketch"], sum(fit_sizes(config, specs, config.store).values()), *sent]
             rows.append([shape.name, name, kept, str(_walks(specs)), *map(units, sizes)])
     return markdown(rows)
@@ -198,7 +198,7 @@ def rows_on_disk() -> str:
             specs = shape.specs(config)
             sizes = [disk_sizes(config, specs, config.store, n) for n in COUNTS]
             each = max(sizes[0].row, 8)
-            shards, larger = (-(-COUNTS[-1] * each // size) for size in (config.shard_bytes, 1 << 30))
+            shards, larger = (-(-COUNTS[-1] * each // size) for size in (config.compute.shard_bytes, 1 << 30))
             refused = " (refused)" if shards * ENTRY_BYTES > LARGEST else ""
             rows.append(
                 [shape.name if "factors" in name else "any", name, f"{sizes[0].row:,}"]
@@ -217,12 +217,12 @@ def searches() -> str:
         for ranks in (1, 8, 64):
             own = -(-count // ranks)
             row = disk_sizes(DEFAULT, specs, "eigen", 1).row
-            files = [-(-own * row // size) for size in (DEFAULT.shard_bytes, 1 << 30)]
+            files = [-(-own * row // size) for size in (DEFAULT.compute.shard_bytes, 1 << 30)]
             held = stage_memory(DEFAULT, specs, "eigen", count, ranks=ranks)["calibrate"]
             sent = build_traffic(DEFAULT, specs, "eigen", count, ranks).most()["calibrate"] if ranks > 1 else 0
             asked = search_traffic(DEFAULT, specs, "eigen", count, ranks, k=100).most()["candidates"]
             rows.append(
-                [number(count), str(ranks), units(own * code_bytes(DEFAULT.sketch_dim)), units(8 * own)]
+                [number(count), str(ranks), units(own * code_bytes(DEFAULT.coarse.dim)), units(8 * own)]
                 + [" / ".join(f"{n:,}" for n in files), milliseconds(own * SECONDS_A_CODE)]
                 + [units(asked if ranks > 1 else 0), units(held), units(sent)]
             )
@@ -234,7 +234,7 @@ def passes() -> str:
     rows = [["model", "bfloat16 weights", "fitting", *(f"N = {number(n)}" for n in COUNTS)]]
     for shape in SHAPES:
         specs = shape.specs(DEFAULT)
-        examples = _walks(specs) * eigenbases.SAMPLE + (1 + PROBES) * DEFAULT.curvature_sample
+        examples = _walks(specs) * eigenbases.SAMPLE + (1 + PROBES) * DEFAULT.sample.size
         each = _pass_seconds(shape)
         rows.append(
             [shape.name, units(2 * shape.parameters), hours(examples * each), *(hours(n * each) for n in COUNTS)]
@@ -249,7 +249,7 @@ def limits() -> str:
     def calibrating(ranks: int) -> int:
         return build_traffic(DEFAULT, GPT2.specs(DEFAULT), "eigen", COUNTS[-1], ranks).most()["calibrate"]
 
-    wide = DEFAULT.spool_bytes // (4 * DEFAULT.curvature_sample)
+    wide = DEFAULT.compute.spool_bytes // (4 * DEFAULT.sample.size)
     rows = [
         ["what", "stops", "turn"],
         [
@@ -260,27 +260,27 @@ def limits() -> str:
         [
             "the sample's gradients in `spool_bytes`, 16 GiB: beyond, passes over the model take their place",
             f"sum of D above {number(wide)}",
-            "`projection_dim`, `spool_bytes`, `curvature_sample`; ranks each keep their part",
+            "`projection_dim`, `spool_bytes`, `sample`; ranks each keep their part",
         ],
         [
             "open files: each shard that is scanned, twice where rows are gathered, of a usual limit of 1,024",
-            f"N above {number(1024 * DEFAULT.shard_bytes // row)} at {row:,} B a row",
+            f"N above {number(1024 * DEFAULT.compute.shard_bytes // row)} at {row:,} B a row",
             "`shard_bytes`, `ulimit -n`, ranks",
         ],
         [
             f"one manifest of at most 256 MiB, {ENTRY_BYTES} B a shard, written anew with each",
-            f"N above {number(LARGEST // ENTRY_BYTES * DEFAULT.shard_bytes // row)} at {row:,} B a row",
+            f"N above {number(LARGEST // ENTRY_BYTES * DEFAULT.compute.shard_bytes // row)} at {row:,} B a row",
             "`shard_bytes`; a folder for each rank, which has its own manifest",
         ],
         [
             f"bytes that calibration sends over 64 ranks: all proposals of up to {most_proposed(10**9):,} a rank and "
             "query, to all",
             f"{units(calibrating(64))} a rank at 1B",
-            "`calibration_queries`; fewer ranks; 0: searches begin with a guess, and go on by what they see",
+            "`CoarseIndex(queries=)`; fewer ranks; 0: searches begin with a guess, and go on by what they see",
         ],
         [
             "the coarse index in memory, 128 B a row, put together by the leader of a folder, twice, in 256 GiB",
-            f"N above {number((256 << 30) // (2 * code_bytes(DEFAULT.sketch_dim)))}",
+            f"N above {number((256 << 30) // (2 * code_bytes(DEFAULT.coarse.dim)))}",
             "a folder for each rank, or machine; `coarse=None` and scans",
         ],
         ["ids of a rank's rows in memory, 8 B each, in 64 GiB", f"N / K above {number((64 << 30) // 8)}", "ranks"],

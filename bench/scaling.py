@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from bench.corpus import gpt, sequences
 from bench.environment import ROOT, arguments, keep, median_seconds, medians, peak_rss, ratios, table
-from lorif_index import BuildConfig, Index
+from lorif_index import BuildConfig, CoarseIndex, Compute, Index
 
 LAYERS, DIM = 8, 32
 # What ranks tell each other in words is no part of an estimate: stages that send less than this are not compared.
@@ -55,7 +55,7 @@ def asked(queries: int) -> dict[str, torch.Tensor]:
 
 def given_build(count: int, smoke: bool) -> dict[str, Any]:
     """Arguments of a build whose messages are compared with their estimate."""
-    small: dict[str, Any] = {"curvature_sample": 600, "calibration_queries": 16} if smoke else {}
+    small: dict[str, Any] = {"sample": 600, "coarse": CoarseIndex(queries=16)} if smoke else {}
     config = BuildConfig(store="factors", rank=2, curvature_rank=64, **small)
     return {"gradients": Given(count, pairs=False), "config": config}
 
@@ -78,7 +78,7 @@ def scan(folder: Path, place: str, size: int, smoke: bool) -> dict[str, Any]:
 def whole(folder: Path, place: str, size: int, smoke: bool) -> dict[str, Any]:
     """Peak memory of a build of the model."""
     model, data = gpt(*shape(smoke)), {"input_ids": sequences(size)}
-    config = BuildConfig(curvature_sample=512, batch_size=16, spool_bytes=1 << 20)
+    config = BuildConfig(sample=512, batch_size=16, compute=Compute(spool_bytes=1 << 20))
     Index.build(folder / place, model=model, data=data, config=config)
     return {"peak_rss": peak_rss()}
 
@@ -167,11 +167,11 @@ def main() -> None:
     count, rows, repeats, given = (48, 1000, 1, 1152) if smoke else (1500, parsed.rows, parsed.repeats, 8192)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        config = BuildConfig(curvature="empirical", curvature_sample=512, coarse=None, batch_size=16)
+        config = BuildConfig(curvature="empirical", sample=512, coarse=None, batch_size=16)
         fit = {"input_ids": sequences(64)}
         Index.build(folder / "fit", model=gpt(*shape(smoke)), data=fit, config=config).close()
         config = BuildConfig(
-            store="factors", coarse=None, curvature_sample=1000, curvature_rank=64, shard_bytes=4 << 20
+            store="factors", coarse=None, sample=1000, curvature_rank=64, compute=Compute(shard_bytes=4 << 20)
         )
         Index.build(folder / "rows", gradients=Given(rows, pairs=True), config=config).close()
         taken: dict[str, dict[str, list[float]]] = {}

@@ -49,7 +49,7 @@ def built(folder: Path, count: int, rank: int, curvature_rank: int, steps: int) 
             projection_dim=DIM,
             rank=rank,
             curvature_rank=curvature_rank,
-            curvature_sample=min(4000, count),
+            sample=min(4000, count),
             batch_size=64,
             store="factors",
             coarse=None,

@@ -37,8 +37,7 @@ from bench.environment import (
     timed,
 )  # fmt: skip
 from bench.methods import gathered, shaped
-from lorif_index import BuildConfig, Index, default_loss
-from lorif_index.search.coarse import load_faiss
+from lorif_index import BuildConfig, CoarseIndex, Index, default_loss
 
 LENGTH, VOCABULARY = 32, 2000
 TARGETS, KS, DAMPINGS = (0.9, 0.95, 0.99), (1, 10, 100), (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -47,13 +46,13 @@ SIGNS = ("proponents", "opponents")
 BATCHES = (1, 4, 16, 32, 64, 128, 256, 512, 1000)
 STORES: dict[str, dict[str, Any]] = {
     "eigen": {"store": "eigen"},
-    "largest": {"store": "eigen", "eigen_code": "largest"},
+    "largest": {"store": "largest"},
     "factors": {"store": "factors", "projection_dim": 32},
 }
 _CODE = ("*.py",)
 _PROSE = ("METADATA", "LICENSE*", "*.md", "*.rst", "NOTICE*", "*.txt")
 _FOLDER = CACHE / "scale"
-_SMOKE = {"curvature_rank": 32, "sketch_dim": 64, "curvature_sample": 600, "calibration_queries": 8, "eigen_bytes": 200}
+_SMOKE = {"curvature_rank": 32, "sample": 600, "coarse": CoarseIndex(dim=64, queries=8), "eigen_bytes": 200}
 Gradients = dict[str, torch.Tensor]
 
 
@@ -297,7 +296,8 @@ def together(index: Index, queries: Gradients) -> list[dict[str, float]]:
 
 def flat_peer(index: Index, queries: Gradients, count: int) -> dict[str, Any]:
     """A FAISS flat index over the rows' whole gradients in half precision; a question is any vector of that width."""
-    faiss = load_faiss()
+    import faiss
+
     flat = torch.cat([g.flatten(1) for g in queries.values()], dim=1).numpy()
     width = flat.shape[1]
     peer = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
@@ -311,7 +311,9 @@ def flat_peer(index: Index, queries: Gradients, count: int) -> dict[str, Any]:
 
 def synthetic(count: int, dim: int) -> dict[str, Any]:
     """FAISS's 4-bit product quantiser alone, two dimensions a code, over made-up coordinates of differing norms."""
-    faiss, rng = load_faiss(), np.random.default_rng(0)
+    import faiss
+
+    rng = np.random.default_rng(0)
 
     def made_up(rows: int) -> np.ndarray:
         norms = np.exp(0.3 * rng.standard_normal((rows, 1), dtype=np.float32))
