@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lorif_index.search.flat import FlatSketch
 
 from bench.corpus import gpt
 from bench.costs import BATCH, capture, plain
@@ -23,7 +24,6 @@ from bench.environment import arguments, drop_files, keep, read_files, shards, t
 from lorif_index import BuildConfig, Index
 from lorif_index.errors import ConfigError
 from lorif_index.linalg.subspace import SubspaceFit
-from lorif_index.search.flat import FlatSketch
 
 # Of scores, beside the largest, and of ranks: by rounding alone.
 _DIFFERENCE, _CORRELATION = 1e-2, 0.98

@@ -1,4 +1,4 @@
-"""A toy codec, dense float32 rows: one class, registered, and known to no file of the package; and two ranks with it."""
+"""A toy codec, dense float32 rows: one class, registered, known to no file of the package; and two ranks with it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def register() -> None:
 
 
 def rank(number: int, port: int, folder: str, config: dict[str, Any], data: dict[str, torch.Tensor], out: str) -> None:
-    """One of two ranks: builds the index of some gradients together with the other, searches it, and keeps the answer."""
+    """One of two ranks: builds an index of gradients together with the other, searches it, and keeps the answer."""
     register()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)

@@ -11,22 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_same_hits
+from lorif_index.build.memory import stage_memory
+from lorif_index.search.flat import FlatSketch
+from lorif_index.search.joint import JointProposer
+from lorif_index.search.team import Team
+from lorif_index.text.show import show_estimate
 from rich.console import Console
 
 from bench import scale_on_paper
 from lorif_index import BuildConfig, Index
-from lorif_index.build.memory import stage_memory
 from lorif_index.build.traffic import Traffic, build_traffic, search_traffic
 from lorif_index.capture.gradients import LayerSpec
 from lorif_index.errors import ConfigError, StoreError
 from lorif_index.ranks import ALONE
 from lorif_index.search import joint
 from lorif_index.search.candidates import most_proposed
-from lorif_index.search.flat import FlatSketch
-from lorif_index.search.joint import JointProposer
-from lorif_index.search.team import Team
 from lorif_index.storage.store import Store
-from lorif_index.text.show import show_estimate
 
 ROOT = Path(__file__).parents[2]
 
