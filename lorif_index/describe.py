@@ -118,7 +118,7 @@ class Described:
 
     @property
     def codec(self) -> str:
-        """What rows hold: "eigen", "factors" or "largest" (see `BuildConfig.store`)."""
+        """Name of the codec that rows are written by (see `BuildConfig.store`)."""
         return self._reader.codec.name
 
     @property
