@@ -13,7 +13,16 @@ import torch
 from conftest import assert_best, reader_of, small_data, small_model, write_manifest
 from torch import nn
 
-from lorif_index import AbsoluteDamping, BuildConfig, Compute, Index, LayerSelection, ProgressEvent, Sample, default_loss
+from lorif_index import (
+    AbsoluteDamping,
+    BuildConfig,
+    Compute,
+    Index,
+    LayerSelection,
+    ProgressEvent,
+    Sample,
+    default_loss,
+)
 from lorif_index.errors import (
     CaptureError,
     ConfigError,
