@@ -132,7 +132,7 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Asked:
+class QueryBatch:
     """A batch of queries.
 
     Attributes:
@@ -206,7 +206,7 @@ class _Shares:
 
 def explain(
     reader: Reader,
-    asked: Asked,
+    asked: QueryBatch,
     wanted: np.ndarray,
     first: int,
     data: TrainingData,
@@ -270,7 +270,7 @@ def explain(
 
 def _stored_scores(
     reader: Reader,
-    asked: Asked,
+    asked: QueryBatch,
     unique: np.ndarray,
     preconditioners: Mapping[str, Preconditioner],
     members: int,
@@ -301,7 +301,7 @@ def _check_examples(reader: Reader, data: TrainingData, block: GradientBlock, ha
 
 
 def _query_shares(
-    asked: Asked,
+    asked: QueryBatch,
     block: GradientBlock,
     pairs: list[tuple[int, np.ndarray]],
     preconditioners: Mapping[str, Preconditioner],
