@@ -20,7 +20,7 @@ from .damping import Damping, as_damping
 from .errors import NonFiniteError, QueryError
 from .identity import Identity
 from .search.answer import Prepared
-from .search.explain import QueryBatch, Positions, shown_positions
+from .search.explain import Positions, QueryBatch, shown_positions
 from .search.normalise import question_roots
 from .search.scoring import Question, shared_question
 from .search.whole import member_count

@@ -12,7 +12,7 @@ from ..curvature.inverse import Preconditioner
 from ..errors import DataError, QueryError
 from ..progress import Reporter
 from ..results import Hits
-from .explain import QueryBatch, Explanation, TrainingData, explain
+from .explain import Explanation, QueryBatch, TrainingData, explain
 from .named import as_ids, check_alone, found_positions
 from .reader import Reader
 from .whole import member_count
