@@ -14,7 +14,7 @@ import torch
 from conftest import PATIENCE, assert_same_hits
 from torch import nn
 
-from lorif_index import BuildConfig, Index
+from lorif_index import BuildConfig, CoarseIndex, Compute, Index
 from lorif_index.capture.sources import model_digest
 from lorif_index.errors import (
     ConfigError,
@@ -28,7 +28,7 @@ from lorif_index.errors import (
 )
 
 N = 80
-STORES = ["factors", "both", "coordinates", "eigen"]
+STORES = ["factors", "eigen", "largest"]
 
 
 def blocks(rows: torch.Tensor, size: int = 32) -> list[dict[str, torch.Tensor]]:
@@ -36,7 +36,10 @@ def blocks(rows: torch.Tensor, size: int = 32) -> list[dict[str, torch.Tensor]]:
 
 
 def config(store: str = "factors", **changes: Any) -> BuildConfig:
-    settings: dict[str, Any] = {"store": store, "rank": 1, "curvature_rank": 8, "sketch_dim": 8, "coarse": None}
+    settings: dict[str, Any] = {"store": store, "rank": 1, "curvature_rank": 8, "coarse": None}
+    if store == "largest":
+        # One direction of each eight.
+        settings |= {"curvature_rank": None, "eigen_bytes": 6}
     return BuildConfig(**(settings | changes))
 
 
@@ -244,9 +247,10 @@ def test_a_model_that_has_changed_asks_nothing(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
-    for opened in (index, Index.open(tmp_path / "i", model=classes()[0])):
-        if opened is not index:
-            opened._identity.model.load_state_dict(model.state_dict())  # type: ignore[union-attr]
+    other = classes()[0]
+    reopened = Index.open(tmp_path / "i", model=other)
+    other.load_state_dict(model.state_dict())
+    for opened in (index, reopened):
         for ask in (opened.search, opened.scores):
             with pytest.raises(FingerprintError, match="weights have changed since, differs in model"):
                 ask((x[:4], y[:4]))
@@ -320,7 +324,7 @@ def test_nothing_but_damaged_examples(tmp_path: Path, curvature: str) -> None:
 @pytest.mark.parametrize("store", STORES)
 def test_what_is_left_of_many_rows_can_be_refitted(tmp_path: Path, store: str) -> None:
     many = torch.randn(1100, 46)
-    index = Index.build(tmp_path / "i", gradients=blocks(many, 256), config=config(store, coarse="auto"))
+    index = Index.build(tmp_path / "i", gradients=blocks(many, 256), config=config(store, coarse=CoarseIndex(dim=8)))
     assert index.coarse is not None
     index.remove(index.ids[:-10])
     query = blocks(many[:3], 3)[0]
@@ -397,9 +401,9 @@ def test_arguments_of_another_type(tmp_path: Path) -> None:
             call()
     for given in ({"model": model, "data": (x, y)}, {"gradients": blocks(torch.randn(N, 46))}):
         with pytest.raises(ConfigError, match="device='gpu0' is no device .*'cuda'"):
-            Index.build(tmp_path / "j", config=BuildConfig(device="gpu0"), **given)
+            Index.build(tmp_path / "j", config=BuildConfig(compute="gpu0"), **given)
         assert not (tmp_path / "j").exists() or not any((tmp_path / "j").iterdir())
-    assert BuildConfig(device=torch.device("cpu")).device == "cpu"  # type: ignore[arg-type]
+    assert Compute(device=torch.device("cpu")).device == "cpu"  # type: ignore[arg-type]
 
 
 def test_scores_fill_whatever_has_a_shape(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ PAYLOADS: list[Any] = [
     None if i % 7 == 0 else {"source": ("a", NASTY, "c")[i % 3], "n": i % 2 == 1, "score": i, "text": "x" * 10 * i}
     for i in range(90)
 ]  # fmt: skip
-CONFIG = BuildConfig(dtype="float32", shard_bytes=6000, batch_size=8)
+CONFIG = BuildConfig(dtype="float32", batch_size=8, compute={"shard_bytes": 6000})
 
 
 @pytest.fixture(scope="module")
