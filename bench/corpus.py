@@ -1,38 +1,26 @@
-"""Real text and a small real model, without a download: the standard library's own sources."""
+"""Real text and small real models without a download: the standard library's sources, and the King James Bible."""
 
 from __future__ import annotations
 
 import collections
+import math
 import re
+import shutil
+import subprocess
 import sysconfig
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from bench.environment import CACHE
 from lorif_index import default_loss
 
 LENGTH, VOCABULARY = 64, 4000
-
-
-def sequences(count: int, seed: int = 0) -> torch.Tensor:
-    """(count, 64) int64 word ids of the standard library's source text, in windows that do not overlap.
-
-    Windows are shuffled over files by the seed, so that any part of them is a fair sample.
-    """
-    path = CACHE / "stdlib-words.npy"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, _word_ids(), allow_pickle=False)
-    ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    windows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
-    if len(windows) < count:
-        raise ValueError(f"the standard library here has {len(windows)} windows of text, {count} were asked for")
-    chosen = np.random.default_rng(seed).permutation(len(windows))[:count]
-    return torch.from_numpy(windows[chosen].astype(np.int64))
 
 
 def tokens(text: str) -> list[str]:
@@ -46,13 +34,64 @@ def numbers(words: Iterable[str], vocabulary: int) -> dict[str, int]:
     return {word: i + 1 for i, (word, _) in enumerate(common)}
 
 
-def _word_ids() -> np.ndarray:
-    words: list[str] = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if "site-packages" not in path.parts:
-            words += tokens(path.read_text(encoding="utf-8", errors="ignore"))
-    number = numbers(words, VOCABULARY)
-    return np.array([number.get(word, 0) for word in words], dtype=np.int16)
+# -- the standard library ------------------------------------------------------------------------------------------
+
+
+def sources() -> list[list[str]]:
+    """Tokens of each source file, in the order of their names."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    return [tokens(p.read_text(encoding="utf-8", errors="ignore")) for p in paths if "site-packages" not in p.parts]
+
+
+def sequences(count: int, seed: int = 0) -> torch.Tensor:
+    """(count, 64) int64 word ids, in windows that do not overlap, shuffled over files by the seed.
+
+    Raises:
+        ValueError: there is not so much text here.
+    """
+    path = CACHE / "stdlib-words.npy"
+    if not path.exists():
+        words = [word for file in sources() for word in file]
+        number = numbers(words, VOCABULARY)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.array([number.get(word, 0) for word in words], dtype=np.int16), allow_pickle=False)
+    ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    windows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    if len(windows) < count:
+        raise ValueError(f"the standard library here has {len(windows)} windows of text, {count} were asked for")
+    chosen = np.random.default_rng(seed).permutation(len(windows))[:count]
+    return torch.from_numpy(windows[chosen].astype(np.int64))
+
+
+# -- the King James Bible, of Debian's package bible-kjv -----------------------------------------------------------
+
+BOOKS = tuple("Ge Exo Josh Jdgs Ruth 1Sm 2Sm 1Ki 2Ki 1Chr 2Chr Ezra Neh Psa Isa Jer Mic".split())
+"""The books that tell the same stories, or sing the same psalms."""
+
+
+def verses() -> dict[str, str]:
+    """Reference, such as 1Chr10:1, to text, in the order of the books.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    if shutil.which("bible") is None:
+        raise FileNotFoundError("no text: apt-get install bible-kjv")
+    command = ["bible", "-f", "Gen1:1-Rev22:21"]
+    printed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
+    split = (line.partition(" ") for line in printed.splitlines())
+    return {ref: text for ref, _, text in split}
+
+
+def book(ref: str) -> str:
+    return re.sub(r"\d+:\d+$", "", ref)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+# -- models --------------------------------------------------------------------------------------------------------
 
 
 def gpt(
@@ -82,18 +121,54 @@ def gpt(
     return GPT2LMHeadModel(config)
 
 
-def train(model: Any, ids: torch.Tensor, steps: int) -> float:
-    """A short training; mean loss per token of the last steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
+def descend(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Any],
+    loss: Callable[[Any], torch.Tensor],
+    schedule: Any = None,
+) -> None:
+    """Trains: one step for each batch, down the gradient of loss(batch). Leaves the model in eval mode."""
     model.train()
-    last = []
-    for _ in range(steps):
-        batch = ids[torch.randint(len(ids), (32,), generator=generator)]
-        optimizer.zero_grad()
-        loss = default_loss(model, {"input_ids": batch}).mean() / (LENGTH - 1)
-        loss.backward()
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)
+        loss(batch).backward()
         optimizer.step()
-        last.append(float(loss.detach()))
+        if schedule is not None:
+            schedule.step()
     model.eval()
-    return float(np.mean(last[-20:]))
+
+
+def train(model: Any, ids: torch.Tensor, steps: int) -> None:
+    """A short training on random batches of sequences."""
+    generator = torch.Generator().manual_seed(0)
+    batches = (ids[torch.randint(len(ids), (32,), generator=generator)] for _ in range(steps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    descend(model, optimizer, batches, lambda part: default_loss(model, {"input_ids": part}).mean() / (LENGTH - 1))
+
+
+def once_trained(path: Path | None, model: Any, training: Callable[[Any], object]) -> tuple[Any, float]:
+    """The model after its training, in eval mode, and the seconds that this took.
+
+    Args:
+        path: where the weights are kept, and taken from where they are; None: they are not kept.
+        model: with the weights that it begins with.
+        training: training(model) trains it.
+
+    Returns:
+        the model; seconds, NaN where weights were kept without.
+    """
+    if path is not None and path.exists():
+        with np.load(path, allow_pickle=False) as file:
+            weights = {key: torch.from_numpy(file[key]) for key in file.files if not key.startswith("fact ")}
+            seconds = float(file["fact seconds"]) if "fact seconds" in file.files else math.nan
+        model.load_state_dict(weights)
+        return model.eval(), seconds
+    began = time.perf_counter()
+    training(model)
+    seconds = time.perf_counter() - began
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights_of = {key: value.numpy() for key, value in model.state_dict().items()}
+        np.savez(path, **{"fact seconds": np.float64(seconds)}, **weights_of)
+    return model.eval(), seconds

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from bench.environment import arguments, keep, table
-from bench.lds import lds, membership, summary
-from bench.lds_truth import gather, make
+from bench.lds import lds, summary, trial
 from bench.methods import gathered
 from bench.tasks import TASKS, Task, batches, per_example
 from lorif_index import BuildConfig, Index
@@ -77,14 +76,12 @@ class Scores:
 
 def main() -> None:
     parsed = arguments(
-        __doc__ or "",
+        __doc__,
         task={"default": "digits", "choices": sorted(TASKS)},
         widths={"type": int, "nargs": "*", "default": (), "help": "also compare projections of these widths"},
     )
-    task = TASKS[parsed.task](parsed.smoke)
-    if parsed.smoke:
-        make(task, smoke=True)
-    truth, members = gather(task, parsed.smoke).mean(axis=0), membership(task)
+    task, losses_of, members = trial(parsed.task, parsed.smoke)
+    truth = losses_of.mean(axis=0)
     model = task.full(0, parsed.smoke)
     rows: list[dict[str, Any]] = []
 

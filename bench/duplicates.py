@@ -24,18 +24,17 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from bench.corpus import gpt
+from bench.corpus import BOOKS, book, descend, gpt, once_trained, verses, words
 from bench.environment import CACHE, arguments, keep, table
 from bench.methods import blocks, kinds_of_index
-from bench.scripture import BOOKS, book, verses, words
-from bench.tasks import batches, keep_weights, take, with_weights
+from bench.tasks import batches, take
 from lorif_index import Index, default_loss
 
 Batch = dict[str, torch.Tensor]
 THIRD_COPY = [f"Jer39:{verse}" for verse in range(1, 11)]
 """Of what 2 Kings 25 and Jeremiah 52 tell; left out of training, since it would be right and not counted."""
 CUTS = (1, 5, 20)
-WORDINGS = (("under half of the words", 0.0), ("half to 80%", 0.5), ("80% and more", 0.8))
+WORDINGS = {"under half of the words": (0.0, 0.5), "half to 80%": (0.5, 0.8), "80% and more": (0.8, np.inf)}
 """Bands of how many words, as sets, a question and its answer have in common: intersection over union."""
 
 # Chapter asked, chapter trained on: verses asked, and their parallels; "+" means either.
@@ -203,38 +202,30 @@ def trimmed(batch: Batch) -> Batch:
 
 def trained(data: Batch, sizes: Sizes, smoke: bool) -> tuple[Any, float]:
     """The model trained from scratch (AdamW, cosine to zero, mean loss per word); kept between runs. Also seconds."""
-    made = (sizes.layers, sizes.width)
-    model = gpt(*made, vocabulary=sizes.vocabulary, length=sizes.length, dropout=False)
+    model = gpt(sizes.layers, sizes.width, vocabulary=sizes.vocabulary, length=sizes.length, dropout=False)
     digest = hashlib.sha256(repr(dataclasses.astuple(sizes)).encode() + data["input_ids"].numpy().tobytes())
-    path = CACHE / "duplicates" / f"{digest.hexdigest()[:20]}.npz"
-    if path.exists() and not smoke:
-        model, facts = with_weights(model, path)
-        return model, facts["seconds"]
-    began = time.perf_counter()
-    count = len(data["input_ids"])
+    path = None if smoke else CACHE / "duplicates" / f"{digest.hexdigest()[:20]}.npz"
+    return once_trained(path, model, lambda model: train(model, data, sizes))
+
+
+def train(model: Any, data: Batch, sizes: Sizes) -> None:
     lengths = data["attention_mask"].sum(dim=1)
+    count, generator = len(lengths), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.rate, weight_decay=sizes.decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, -(-count // sizes.batch) * sizes.epochs)
-    generator = torch.Generator().manual_seed(0)
-    model.train()
-    for _ in range(sizes.epochs):
-        # Of like length, so that little is padding: sorted within random groups of batches.
-        order = torch.randperm(count, generator=generator)
-        parts = [
-            part
-            for group in order.split(16 * sizes.batch)
-            for part in group[lengths[group].argsort(stable=True)].split(sizes.batch)
-        ]
-        for i in torch.randperm(len(parts), generator=generator):
-            batch = trimmed(take(data, parts[int(i)]))
-            optimizer.zero_grad(set_to_none=True)
-            (default_loss(model, batch).sum() / (batch["attention_mask"].sum() - len(parts[int(i)]))).backward()
-            optimizer.step()
-            schedule.step()
-    seconds = time.perf_counter() - began
-    if not smoke:
-        keep_weights(path, model, seconds=seconds)
-    return model.eval(), seconds
+
+    def parts() -> Iterator[Batch]:
+        for _ in range(sizes.epochs):
+            # Of like length, so that little is padding: sorted within random groups of batches.
+            groups = torch.randperm(count, generator=generator).split(16 * sizes.batch)
+            found = [p for group in groups for p in group[lengths[group].argsort(stable=True)].split(sizes.batch)]
+            for i in torch.randperm(len(found), generator=generator):
+                yield trimmed(take(data, found[int(i)]))
+
+    def loss(batch: Batch) -> torch.Tensor:
+        return default_loss(model, batch).sum() / batch["attention_mask"][:, 1:].sum()
+
+    descend(model, optimizer, parts(), loss, schedule)
 
 
 def loss_per_word(model: Any, data: Batch) -> float:
@@ -341,8 +332,7 @@ def measured(method: Method, corpus: Corpus, common: np.ndarray, timed: int) -> 
     found: dict[str, Any] = {f"recall@{k}": float(hit[:, :k].any(axis=1).mean()) for k in CUTS}
     first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1.0, np.inf)
     found["mrr@20"] = float((1 / first).mean())
-    edges = [least for _, least in WORDINGS] + [np.inf]
-    for (name, least), most in zip(WORDINGS, edges[1:], strict=True):
+    for name, (least, most) in WORDINGS.items():
         inside = (common >= least) & (common < most)
         found[f"recall@1, {name}"] = float((first[inside] == 1).mean()) if inside.any() else None
     clock = []
@@ -356,7 +346,7 @@ def measured(method: Method, corpus: Corpus, common: np.ndarray, timed: int) -> 
 
 
 def main() -> None:
-    parsed = arguments(__doc__ or "")
+    parsed = arguments(__doc__)
     smoke = parsed.smoke
     sizes = SMOKE if smoke else Sizes()
     corpus = made_up(160, 24) if smoke else bible()
@@ -367,8 +357,7 @@ def main() -> None:
         "examples": len(corpus.texts),
         "queries": len(corpus.asked),
         "by_wording": {
-            name: int(((common >= least) & (common < most)).sum())
-            for (name, least), most in zip(WORDINGS, [w[1] for w in WORDINGS[1:]] + [np.inf], strict=True)
+            name: int(((common >= least) & (common < most)).sum()) for name, (least, most) in WORDINGS.items()
         },
         "training_seconds": training,
         "loss_per_word": loss_per_word(model, data),
@@ -386,9 +375,9 @@ def main() -> None:
             results[name] = measured(method, corpus, common, sizes.timed)
             print(f"{name}: {results[name]['recall@1']:.3f} at 1", flush=True)
     columns = [*(f"recall@{k}" for k in CUTS), "mrr@20"]
-    rows = [["method", *columns, *(f"@1, {name}" for name, _ in WORDINGS), "ms", "bytes"]]
+    rows = [["method", *columns, *(f"@1, {name}" for name in WORDINGS), "ms", "bytes"]]
     for name, found in sorted(results.items(), key=lambda item: -item[1]["mrr@20"]):
-        by_wording = [found[f"recall@1, {band}"] for band, _ in WORDINGS]
+        by_wording = [found[f"recall@1, {band}"] for band in WORDINGS]
         rows.append(
             [name, *(f"{found[c]:.3f}" for c in columns)]
             + ["-" if value is None else f"{value:.3f}" for value in by_wording]

@@ -19,14 +19,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
-from bench.agreement import correlations
-from bench.environment import CACHE, RESULTS, arguments, keep, table
+from bench.environment import CACHE, arguments, keep, plus_minus, table
+from bench.environment import kept as kept_result
 from bench.lds_truth import gather, make
 from bench.methods import METHODS
 from bench.peers import Peer
 from bench.tasks import TASKS, Task
 from lorif_index.search.shrinkage import shrink, thresholds
+
+
+def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(q,) Spearman correlations of rows."""
+    ranks = [rankdata(v, axis=1) - (v.shape[1] + 1) / 2 for v in (a, b)]
+    norms = [np.sqrt(np.square(r).sum(axis=1)) for r in ranks]
+    return (ranks[0] * ranks[1]).sum(axis=1) / np.maximum(norms[0] * norms[1], 1e-12)
+
+
+def trial(name: str, smoke: bool) -> tuple[Task, np.ndarray, np.ndarray]:
+    """A task, its losses after retraining (seeds, subsets, q), and which examples are in a half (subsets, n).
+
+    A smoke run makes the truth on the spot.
+    """
+    task = TASKS[name](smoke)
+    if smoke:
+        make(task, smoke=True)
+    return task, gather(task, smoke), membership(task)
 
 
 def membership(task: Task) -> np.ndarray:
@@ -107,24 +126,15 @@ def kept(path: Path) -> Peer | None:
         return Peer(scores=scores, **json.loads(str(file["facts"])))
 
 
-def _reported(task: str) -> dict[str, Any]:
-    """Method -> figures of the result that is kept in `bench/results/`."""
-    path = RESULTS / f"lds_{task}.json"
-    return json.loads(path.read_text())["methods"] if path.exists() else {}
-
-
 def main() -> None:
     parsed = arguments(
-        __doc__ or "",
+        __doc__,
         task={"default": "digits", "choices": sorted(TASKS)},
         methods={"nargs": "*", "default": None, "help": "methods to run; all that were not, by default"},
         again={"action": "store_true", "help": "also run what was kept"},
     )
-    task = TASKS[parsed.task](parsed.smoke)
-    if parsed.smoke:
-        make(task, smoke=True)
-    losses = gather(task, parsed.smoke)
-    truth, members = losses.mean(axis=0), membership(task)
+    task, losses, members = trial(parsed.task, parsed.smoke)
+    truth = losses.mean(axis=0)
     wanted = list(METHODS) if parsed.methods is None else parsed.methods
     if parsed.smoke and parsed.methods is None:
         wanted = ["random", "gradient dot", "LoGRA d=16", "LoRIF c=1", "library default"]
@@ -147,31 +157,21 @@ def main() -> None:
     reference = kept(score_file(task, parsed.smoke, "library default"))
     base = lds(reference.scores[reference.default], members, truth) if reference is not None else None
     rows, figures = [["method", "LDS, default", "shrunk", "best on odd", "at", "bytes", "build s", "query ms"]], {}
-    before = {} if parsed.smoke else _reported(task.name)
+    before = None if parsed.smoke else kept_result(f"lds_{task.name}")
     for name in METHODS:
         found = kept(score_file(task, parsed.smoke, name))
-        if found is None and name not in failed and name in before:
+        if name in failed:
+            figures[name] = {"error": failed[name]}
+            rows.append([name, "did not run", *[""] * 6])
+        elif found is not None:
+            f = figures[name] = judge(found, members, truth, base)
+            rows.append(
+                [name, plus_minus(f["lds"]), plus_minus(f["lds_shrunk"]), plus_minus(f["best_odd"]), f["best"]]
+                + [f"{f['bytes_per_example']:,.0f}", f"{f['build_seconds']:.1f}", f"{f['query_milliseconds']:.2f}"]
+            )
+        elif before is not None and name in before["methods"]:
             # Its scores are on another machine. What was compared with another default's scores is left out.
-            figures[name] = {k: v for k, v in before[name].items() if "minus_library" not in k}
-            continue
-        if found is None:
-            if name in failed:
-                figures[name] = {"error": failed[name]}
-                rows.append([name, "did not run", *[""] * 6])
-            continue
-        f = figures[name] = judge(found, members, truth, base)
-        rows.append(
-            [
-                name,
-                "{:.3f} ± {:.3f}".format(*f["lds"]),
-                "{:.3f} ± {:.3f}".format(*f["lds_shrunk"]),
-                "{:.3f} ± {:.3f}".format(*f["best_odd"]),
-                f["best"],
-                f"{f['bytes_per_example']:,.0f}",
-                f"{f['build_seconds']:.1f}",
-                f"{f['query_milliseconds']:.2f}",
-            ]
-        )
+            figures[name] = {k: v for k, v in before["methods"][name].items() if "minus_library" not in k}
     table(rows)
     result = {
         "task": task.name,

@@ -73,7 +73,7 @@ def gather(task: Task, smoke: bool = False) -> np.ndarray:
 
 def main() -> None:
     parsed = arguments(
-        __doc__ or "",
+        __doc__,
         task={"default": "digits", "choices": sorted(TASKS)},
         part={"type": int, "nargs": 2, "default": (0, 1)},
     )

@@ -17,11 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench.environment import shards
 from bench.peers import PEERS, Peer
 from bench.tasks import Task, batches, size, take
-from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, ReleaseDamping
+from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, RelativeDamping, Sample
 from lorif_index.capture.gradients import LayerSpec
 from lorif_index.capture.sources import ModelCapture
+from lorif_index.linalg.projection import Projections
+from lorif_index.storage.fitted import FittedProjections
+from lorif_index.storage.manifest import read_manifest
 
 SWEEP = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 Method = Callable[[Task, nn.Module], Peer]
@@ -31,7 +35,7 @@ def kinds_of_index() -> dict[str, BuildConfig]:
     """Kinds of index that the suites on flipped labels, triggers and duplicates build of one model and its data."""
     return {
         "default": BuildConfig(),
-        "largest": BuildConfig(eigen_code="largest"),
+        "largest": BuildConfig(store="largest"),
         "paper": BuildConfig.paper(),
     }
 
@@ -42,11 +46,18 @@ def random(task: Task, model: nn.Module) -> Peer:
     return Peer({"default": scores}, "default", 0.0, 0.0, 0.0, "")
 
 
+def projections(index: Index) -> Projections:
+    """Those of an index, by which gradients of its questions are projected."""
+    learnt = read_manifest(index.path).projections
+    fitted = None if learnt is None else FittedProjections(index.path, learnt, index.specs)
+    return Projections(index.specs, index.config.seed, fitted)
+
+
 def blocks(
     model: nn.Module, parts: Iterable[Any], config: BuildConfig, index: Index | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Layer -> (b, D) projected gradients of each batch, in the projections of an index if given."""
-    capture = ModelCapture(model, config, None if index is None else index._now.projections).capture(None)
+    capture = ModelCapture(model, config, None if index is None else projections(index)).capture(None)
     for part in parts:
         block = capture.gradients(np.arange(size(part)), part)
         yield {name: g.flat() for name, g in block.layers.items()}
@@ -67,7 +78,7 @@ def shaped(gradients: dict[str, torch.Tensor], specs: dict[str, LayerSpec]) -> d
 
 def shared_bytes(index: Index) -> int:
     """Bytes of an index that are not its rows'."""
-    return index.nbytes - sum(shard.file.info.size for shard in index._reader.store.shards)
+    return index.nbytes - sum(path.stat().st_size for path in shards(index.path))
 
 
 def dot(task: Task, model: nn.Module, *, cosine: bool = False) -> Peer:
@@ -139,7 +150,7 @@ def library(
 def paper(task: Task, model: nn.Module, *, rank: int = 1) -> Peer:
     """LoRIF as published (arXiv:2601.21929) at the library's d, and with the damping of the authors' release."""
     config = BuildConfig.paper(projection_dim=1 / 16, projection_floor=32, rank=rank, coarse=None)
-    return library(task, model, rules={"release": ReleaseDamping()}, config=config)
+    return library(task, model, rules={"release": RelativeDamping(0.5)}, config=config)
 
 
 def decay(task: Task, model: nn.Module) -> Peer:
@@ -162,12 +173,10 @@ METHODS: dict[str, Method] = {
     "library, d=64": lambda t, m: library(t, m, projection_floor=64),
     **{f"library, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b)) for b in (512, 1024, 4096, 8192, 16384)},
     **{
-        f"library, largest, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b, eigen_code="largest"))
+        f"library, largest, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b, store="largest"))
         for b in (512, 1024, 1600, 4096, 8192)
     },
-    "library, largest, with the head": lambda t, m: library(
-        t, m, eigen_code="largest", layers=LayerSelection(head=True)
-    ),
+    "library, largest, with the head": lambda t, m: library(t, m, store="largest", layers=LayerSelection(head=True)),
     "library, 8192 bytes, with the head": lambda t, m: library(
         t, m, eigen_bytes=8192, layers=LayerSelection(head=True)
     ),
@@ -176,21 +185,10 @@ METHODS: dict[str, Method] = {
     "library, with the head": lambda t, m: library(t, m, layers=LayerSelection(head=True)),
     "library, pure GGN": lambda t, m: library(t, m, curvature="ggn"),
     "library, empirical curvature": lambda t, m: library(t, m, curvature="empirical"),
-    "library, factors alone": lambda t, m: library(t, m, store="factors"),
-    "library, coordinates alone": lambda t, m: library(t, m, store="coordinates"),
-    "library, both": lambda t, m: library(t, m, store="both"),
-    "library, both, pure GGN": lambda t, m: library(t, m, store="both", curvature="ggn"),
-    "library, both, random projection": lambda t, m: library(t, m, store="both", projection="random"),
-    "library, both, empirical curvature": lambda t, m: library(t, m, store="both", curvature="empirical"),
-    "library, both, random and empirical": lambda t, m: library(
-        t, m, store="both", projection="random", curvature="empirical"
-    ),
-    "library, both, rank 4": lambda t, m: library(t, m, store="both", rank=4),
-    "library, both, truncated": lambda t, m: library(t, m, store="both", complement="truncated"),
-    "library, both, mean tail": lambda t, m: library(t, m, store="both", complement="tail-corrected"),
-    "library, both, all directions": lambda t, m: library(t, m, store="both", curvature_rank=None),
-    "library, one probe": lambda t, m: library(t, m, probes=1),
-    "library, four probes": lambda t, m: library(t, m, probes=4),
+    "library, random projection": lambda t, m: library(t, m, projection="random"),
+    **{f"library, factors, c={c}": (lambda t, m, c=c: library(t, m, store="factors", rank=c)) for c in (1, 4)},
+    "library, one probe": lambda t, m: library(t, m, sample=Sample(probes=1)),
+    "library, four probes": lambda t, m: library(t, m, sample=Sample(probes=4)),
     **{f"TRAK p={p}": (lambda t, m, p=p: PEERS["trak"](t, m, proj_dim=p)) for p in (1024, 2048)},
     "EK-FAC (kronfluence)": PEERS["ekfac"],
     "LoGRA (dattri)": PEERS["dattri-logra"],

@@ -38,9 +38,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bench.environment import CACHE, RESULTS, arguments, keep, table
+from bench.corpus import descend, once_trained
+from bench.environment import CACHE, arguments, keep, table
+from bench.environment import kept as kept_result
 from bench.methods import gathered, kinds_of_index, shaped
-from bench.tasks import batches, keep_weights, take, with_weights
+from bench.tasks import batches, take
 from lorif_index import BuildConfig, Index, default_loss
 
 Batch = dict[str, torch.Tensor]
@@ -243,27 +245,19 @@ def fine_tune(base: Base, data: Batch, sizes: Sizes, seed: int, smoke: bool) -> 
     digest = hashlib.sha256(repr((dataclasses.astuple(sizes), seed)).encode())
     for value in data.values():
         digest.update(value.numpy().tobytes())
-    path = CACHE / "mislabelled" / f"{digest.hexdigest()[:20]}.npz"
-    if path.exists() and not smoke:
-        _, facts = with_weights(model, path)
-        return model.eval(), facts["seconds"]
-    began = time.perf_counter()
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.rate, weight_decay=sizes.decay)
-    count = len(data["labels"])
-    steps = -(-count // sizes.batch) * sizes.epochs
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(sizes.epochs):
-        for part in torch.randperm(count, generator=generator).split(sizes.batch):
-            optimizer.zero_grad(set_to_none=True)
-            default_loss(model, take(data, part)).mean().backward()
-            optimizer.step()
-            schedule.step()
-    seconds = time.perf_counter() - began
-    if not smoke:
-        keep_weights(path, model, seconds=seconds)
-    return model.eval(), seconds
+    path = None if smoke else CACHE / "mislabelled" / f"{digest.hexdigest()[:20]}.npz"
+
+    def training(model: Top) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.rate, weight_decay=sizes.decay)
+        count, generator = len(data["labels"]), torch.Generator().manual_seed(seed)
+        steps = -(-count // sizes.batch) * sizes.epochs
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        parts = (
+            part for _ in range(sizes.epochs) for part in torch.randperm(count, generator=generator).split(sizes.batch)
+        )
+        descend(model, optimizer, parts, lambda part: default_loss(model, take(data, part)).mean(), schedule)
+
+    return once_trained(path, model, training)
 
 
 def margins(model: Top, data: Batch) -> np.ndarray:
@@ -500,39 +494,31 @@ def split(base: Base, mails: Mails, sizes: Sizes) -> tuple[Mails, Mails]:
     return mails.part(train), mails.part(held_out)
 
 
-def kept_before() -> dict[str, Any]:
-    """The parts of the kept result, each with the commit that it is of.
-
-    Raises:
-        FileNotFoundError: nothing was kept.
-    """
-    found = json.loads((RESULTS / "mislabelled.json").read_text())
-    commit = {"commit": found["environment"]["commit"]}
-    return {part: commit | found[part] for part in ("mislabelled", "poisoned")}
-
-
 def main() -> None:
     parsed = arguments(
-        __doc__ or "",
+        __doc__,
         only={"default": None, "choices": ["mislabelled", "poisoned"], "help": "the other stays as it was kept"},
         seeds={"type": int, "default": None, "help": "of the flips; the sizes' own by default"},
     )
     smoke = parsed.smoke
     sizes = SMOKE if smoke else Sizes()
-    before = None if parsed.only is None else kept_before()
     base = tiny(sizes.length) if smoke else minilm(sizes.length)
     mails = made_up(sizes.train + sizes.held_out + 20) if smoke else spam_assassin()
     train, held_out = split(base, mails, sizes)
     began = time.perf_counter()
-    if before is None or parsed.only == "mislabelled":
-        flips = mislabelled(base, train, held_out, sizes, smoke, parsed.seeds or sizes.seeds)
-    else:
-        flips = before["mislabelled"]
-    if before is None or parsed.only == "poisoned":
-        poison = poisoned(base, train, held_out, sizes, smoke)
-    else:
-        poison = before["poisoned"]
-    seconds = time.perf_counter() - began
+    parts = {
+        "mislabelled": lambda: mislabelled(base, train, held_out, sizes, smoke, parsed.seeds or sizes.seeds),
+        "poisoned": lambda: poisoned(base, train, held_out, sizes, smoke),
+    }
+    before = None if parsed.only is None else kept_result("mislabelled")
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        if before is None or parsed.only == name:
+            found[name] = part()
+        else:
+            # As it was kept, with the commit that it is of.
+            found[name] = {"commit": before["environment"]["commit"]} | before[name]
+    flips, poison, seconds = found["mislabelled"], found["poisoned"], time.perf_counter() - began
 
     print(f"\nMislabelled: {FLIPPED:.0%} of {sizes.train} labels flipped, {len(flips['runs'])} seeds")
     rows = [
@@ -548,8 +534,8 @@ def main() -> None:
     print(f"\nPoisoned: {poison['planted']} planted among {sizes.train}, {poison['queries']} queries")
     names = [f"recall@{k}" for k in sizes.cuts] + ["first"]
     rows = [["method", *names]]
-    for name, found in sorted(poison["results"].items(), key=lambda item: -item[1][names[0]]):
-        rows.append([name, *(f"{found[n]:.3f}" for n in names)])
+    for name, of in sorted(poison["results"].items(), key=lambda item: -item[1][names[0]]):
+        rows.append([name, *(f"{of[n]:.3f}" for n in names)])
     table(rows)
     builds = ", ".join(
         f"{name} {b['build_seconds']:.0f} s and {b['bytes_per_example']:,} bytes an example"
@@ -562,10 +548,8 @@ def main() -> None:
         "sizes": dataclasses.asdict(sizes),
         "trigger": TRIGGER,
         "seconds": seconds,
-        "mislabelled": flips,
-        "poisoned": poison,
     }
-    keep("mislabelled", result, parsed)
+    keep("mislabelled", result | found, parsed)
 
 
 if __name__ == "__main__":

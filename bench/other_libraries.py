@@ -61,9 +61,8 @@ class Joined(nn.Module):
 
 
 def joined(data: mail.Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([data["hidden"], data["attention_mask"].unsqueeze(2).to(data["hidden"].dtype)], dim=2), data[
-        "labels"
-    ]
+    mask = data["attention_mask"].unsqueeze(2).to(data["hidden"].dtype)
+    return torch.cat([data["hidden"], mask], dim=2), data["labels"]
 
 
 def settings(found: Peer) -> list[tuple[str, str]]:
@@ -204,7 +203,7 @@ def flat(found: dict[str, Any], way: str = "") -> list[list[str]]:
 
 def main() -> None:
     parsed = arguments(
-        __doc__ or "",
+        __doc__,
         suite={"default": "mislabelled", "choices": sorted(SUITES)},
         seeds={"type": int, "default": 3, "help": "of the flipped labels"},
     )

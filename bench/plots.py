@@ -1,17 +1,19 @@
-"""One picture of the attribution quality suites, from the results that are kept: `docs/quality.svg`.
+"""Pictures of the kept results: `docs/quality.svg`, `docs/frontier.svg` and `docs/search_at_scale.svg`.
 
-Nothing is measured here. Each panel names the command whose JSON it shows; methods without figures are left out.
+Nothing is measured here. Each panel names the suite whose JSON it shows; methods without figures are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.environment import RESULTS, ROOT
+import numpy as np
+
+from bench.environment import RESULTS, ROOT, kept
 
 OURS, OTHERS, PLAIN = "#c0392b", "#2c6fbb", "#8a8a8a"
 # Method of bench.lds -> name, colour and marker. Like methods have like colours.
@@ -20,7 +22,6 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "library, 8192 bytes": ("this library, 8,192 bytes", OURS, "H"),
     "library, largest, 512 bytes": ("this library, largest of groups, 512 bytes", "#e57fb0", "p"),
     "library, largest, 1600 bytes": ("this library, largest of groups, 1,600 bytes", "#e57fb0", "*"),
-    "library, both": ('this library, store="both"', OURS, "P"),
     "LoRIF c=1": ("LoRIF as published, c = 1", "#e08e2b", "v"),
     "LoRIF c=4": ("LoRIF as published, c = 4", "#e08e2b", "^"),
     "LoGRA d=16": ("LoGRA, d = 16", "#5aa35a", "s"),
@@ -46,27 +47,26 @@ KINDS = {
 }
 # Where methods that keep nothing for an example stand on the axis of bytes.
 NOTHING = 60
+Bars = list[tuple[str, float, float]]
+"""Name, value, and half the width of its error bar."""
 
 
-def kept(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+# -- attribution quality -------------------------------------------------------------------------------------------
 
 
 def scatter(axes: Any, task: str) -> list[Any]:
     """LDS against bytes: filled at the method's own damping, hollow at the best of a sweep. The legend's handles."""
-    found = kept(f"lds_{task}")
+    methods = (kept(f"lds_{task}") or {"methods": {}})["methods"]
     handles = []
     for name, (label, colour, marker) in METHODS.items():
-        figures = (found or {"methods": {}})["methods"].get(name, {"error": ""})
+        figures = methods.get(name, {"error": ""})
         if "error" in figures:
             continue
-        x = figures["bytes_per_example"] or NOTHING
-        size = 13 if marker == "*" else 7
-        axes.plot([x, x], [figures["lds"][0], figures["best_odd"][0]], color=colour, lw=1, alpha=0.5, zorder=1)
-        style = {"color": colour, "marker": marker, "ls": "", "ms": size}
-        axes.plot(x, figures["best_odd"][0], mfc="white", zorder=2, **style)
-        handles += axes.plot(x, figures["lds"][0], label=label, zorder=3, **style)
+        x, own, best = figures["bytes_per_example"] or NOTHING, figures["lds"][0], figures["best_odd"][0]
+        axes.plot([x, x], [own, best], color=colour, lw=1, alpha=0.5, zorder=1)
+        style = {"color": colour, "marker": marker, "ls": "", "ms": 13 if marker == "*" else 7}
+        axes.plot(x, best, mfc="white", zorder=2, **style)
+        handles += axes.plot(x, own, label=label, zorder=3, **style)
     axes.set(xscale="log", title=f"LDS: {TASKS[task]}", xlabel="bytes per example", ylabel="LDS", ylim=(-0.02, 0.75))
     axes.set_xlim(NOTHING / 1.8, 5e5)
     axes.set_xticks([NOTHING, 1e3, 1e4, 1e5], ["none", "1,000", "10,000", "100,000"])
@@ -75,53 +75,18 @@ def scatter(axes: Any, task: str) -> list[Any]:
     return handles
 
 
-def ensembles(axes: Any) -> None:
-    """LDS of 1, 2 and 4 checkpoints against bytes."""
-    styles = {
-        "default, bytes for each member": (OURS, "o", "-"),
-        "eigencodes, bytes of one for all": (PLAIN, "s", "--"),
-    }
-    for task in ("digits", "finetuned"):
-        rows = (kept(f"ensembles_{task}") or {"rows": []})["rows"]
-        for stored, (colour, marker, line) in styles.items():
-            points = [r for r in rows if r["stored"] == stored and r["members"] == list(range(len(r["members"])))]
-            if not points:
-                continue
-            xs, ys = [r["bytes"] for r in points], [r["lds"][0] for r in points]
-            errors = [r["lds"][1] for r in points]
-            label = stored.replace("default, bytes for each member", "default: so many times the bytes")
-            label = label.replace("eigencodes, bytes of one for all", "eigencodes: the bytes of one for all")
-            axes.errorbar(
-                xs,
-                ys,
-                yerr=errors,
-                color=colour,
-                marker=marker,
-                ls=line,
-                ms=4,
-                lw=1,
-                label=label if task == "digits" else None,
-            )
-            for r, x, y in zip(points, xs, ys, strict=True):
-                axes.annotate(str(len(r["members"])), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-        if rows:
-            at = rows[0]
-            axes.annotate(
-                TASKS[task].split(",")[0], (at["bytes"], at["lds"][0]), (-6, 14), textcoords="offset points", ha="right"
-            )
-    axes.set(xscale="log", title="LDS: ensembles of 1, 2 and 4 checkpoints", xlabel="bytes per example", ylabel="LDS")
-    axes.set(xlim=(80, 2e4), ylim=(0.13, 0.78))
-    axes.set_xticks([100, 1e3, 1e4], ["100", "1,000", "10,000"])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7.5, loc="lower left")
+def colour_of(name: str) -> str:
+    """This library's, another's, or a plain reference's."""
+    if name.startswith("this library"):
+        return OURS
+    return OTHERS if name.startswith(("LoRIF", "TRAK", "EK-FAC", "LoGRA")) else PLAIN
 
 
-def bars(axes: Any, title: str, what: str, rows: Iterable[tuple[str, float, float, str]]) -> None:
-    """Horizontal bars, best on top: (name, value, half width of the error bar, colour)."""
+def bars(axes: Any, title: str, what: str, rows: Bars) -> None:
+    """Horizontal bars, best on top."""
     ordered = sorted(rows, key=lambda row: row[1])
-    for place, (_, value, error, colour) in enumerate(ordered):
-        axes.barh(place, value, xerr=error or None, color=colour, height=0.7, error_kw={"lw": 1})
+    for place, (name, value, error) in enumerate(ordered):
+        axes.barh(place, value, xerr=error or None, color=colour_of(name), height=0.7, error_kw={"lw": 1})
         text = f"{value:+.2f}" if what.startswith("nats") else f"{value:.3f}"
         axes.annotate(text, (max(value, 0) + error, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(ordered)), [row[0] for row in ordered], fontsize=7.5)
@@ -131,93 +96,62 @@ def bars(axes: Any, title: str, what: str, rows: Iterable[tuple[str, float, floa
     axes.set_axisbelow(True)
 
 
-def colour_of(name: str) -> str:
-    """This library's, another's, or a plain reference's."""
-    if name.startswith("this library"):
-        return OURS
-    known = ("LoRIF", "TRAK", "EK-FAC", "LoGRA")
-    return OTHERS if name.startswith(known) else PLAIN
-
-
-def tail_patch() -> list[tuple[str, float, float, str]]:
-    rows = []
-    for name, figures in (kept("tail_patch") or {"methods": {}})["methods"].items():
-        label = (
-            METHODS[name][0]
-            if name in METHODS
-            else {"TRAK p=1024": "TRAK (traker), p = 1024", "random": "random"}.get(name)
-        )
-        if label is not None:
-            rows.append((label, *figures["top"], colour_of(label)))
-    return rows
-
-
 def readable(name: str) -> str:
     """The library's kinds of index by what they are."""
-    for kind, label in KINDS.items():
-        for pattern in (kind, f"{kind}, relatif"):
-            if name == pattern:
-                return label + (', normalize="relatif"' if name.endswith("relatif") else "")
-        for what in ("self-influence", "held-out influence"):
-            if name == f"{what}, {kind}":
-                return f"{label}: {what}"
-            if name == f"{what}, {kind}, relatif, right":
-                return f"{label}: {what}, relatif, right"
-    return name
+    what, _, kind = name.rpartition("influence, ")
+    kind, _, way = kind.partition(", ")
+    if kind not in KINDS:
+        return name
+    words = [f"{what}influence"] if what else []
+    words += [way if words else f'normalize="{way}"'] if way else []
+    return f"{KINDS[kind]}{': ' if what else ', ' if way else ''}{', '.join(words)}"
 
 
 def of_others(results: dict[str, Any], key: str) -> dict[str, float]:
     """Other libraries' figures: name and setting -> value."""
-    out = {}
-    for name, found in results.items():
-        for setting, figures in found.items():
-            if isinstance(figures, dict) and key in figures:
-                out[f"{name}: {setting}"] = figures[key]
-    return out
+    return {
+        f"{name}: {setting}": figures[key]
+        for name, found in results.items()
+        for setting, figures in found.items()
+        if isinstance(figures, dict) and key in figures
+    }
 
 
-def mislabelled() -> list[tuple[str, float, float, str]]:
-    found, others = kept("mislabelled"), kept("other_libraries_mislabelled")
+def tail_patch() -> Bars:
+    names = {name: label for name, (label, _, _) in METHODS.items()} | {"random": "random"}
+    methods = (kept("tail_patch") or {"methods": {}})["methods"]
+    return [(names[name], *figures["top"]) for name, figures in methods.items() if name in names]
+
+
+def mislabelled() -> Bars:
+    """The mean over seeds. Held-out influence normalised otherwise is in the JSON alone: too many to show."""
     values: dict[str, list[float]] = {}
-    if found:
-        for name in found["mislabelled"]["summary"]:
-            if name.startswith("held-out influence") and name.endswith(("cosine", "cosine, right", "relatif")):
-                # In the JSON alone: too many to show.
-                continue
-            values[readable(name)] = [run["results"][name]["found"] for run in found["mislabelled"]["runs"]]
-    for run in others["runs"] if others else []:
+    for run in (kept("mislabelled") or {"mislabelled": {"runs": []}})["mislabelled"]["runs"]:
+        for name, figures in run["results"].items():
+            if not (name.startswith("held-out influence") and name.endswith(("cosine", "cosine, right", "relatif"))):
+                values.setdefault(readable(name), []).append(figures["found"])
+    for run in (kept("other_libraries_mislabelled") or {"runs": []})["runs"]:
         for name, value in of_others(run["results"], "found").items():
             values.setdefault(name, []).append(value)
-    rows = []
-    for name, each in values.items():
-        rows.append((name, sum(each) / len(each), 0.0, colour_of(name)))
-    return rows
+    return [(name, sum(each) / len(each), 0.0) for name, each in values.items()]
 
 
-def of_suite(suite: str, key: str) -> list[tuple[str, float, float, str]]:
+def of_suite(suite: str, key: str) -> Bars:
     """Poisoned examples or duplicates."""
     own = (kept("mislabelled") or {}).get("poisoned") if suite == "poisoned" else kept(suite)
     others = (kept(f"other_libraries_{suite}") or {"results": {}})["results"]
     found = (own or {"results": {}})["results"]
     values = {readable(name): figures[key] for name, figures in found.items()} | of_others(others, key)
-    return [(name, value, 0.0, colour_of(name)) for name, value in values.items()]
+    return [(name, value, 0.0) for name, value in values.items()]
 
 
-def draw(path: Path, also: Path | None = None) -> None:
-    """Writes the picture; the same results give the same bytes. `also`: a PNG to look at."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 9, "svg.hashsalt": "lorif", "axes.titlesize": 10})
-    figure = pyplot.figure(figsize=(11, 21), layout="constrained")
+def quality(figure: Any) -> None:
+    figure.set_size_inches(11, 21)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.45, 1.25))
-    panels = upper.subplots(3, 2)
-    handles = {}
+    panels, handles = upper.subplots(3, 2), {}
     for task, axes in zip(TASKS, panels.flat, strict=False):
         handles |= {handle.get_label(): handle for handle in scatter(axes, task)}
-    ensembles(panels[2, 1])
+    panels[2, 1].set_axis_off()
     upper.legend(
         handles.values(),
         handles.keys(),
@@ -227,27 +161,90 @@ def draw(path: Path, also: Path | None = None) -> None:
         title="LDS: filled at each method's own damping, hollow at the best of a sweep",
     )
     panels = lower.subplots(2, 2, height_ratios=(1.4, 1))
-    few = len((kept("other_libraries_mislabelled") or {"runs": []})["runs"])
-    many = len((kept("mislabelled") or {"mislabelled": {"runs": []}})["mislabelled"]["runs"])
-    what = f"share of all flips; other libraries: {few} of {many} seeds" if few else "share of all flips"
-    bars(panels[0, 0], "Mislabelled: in the first 10%", what, mislabelled())
+    bars(panels[0, 0], "Mislabelled: in the first 10%", "share of all flips", mislabelled())
     bars(panels[0, 1], "Poisoned: among the 20 first", "recall@20", of_suite("poisoned", "recall@20"))
     bars(panels[1, 0], "Tail-patch: a step on the 16 first", "nats of log-probability", tail_patch())
     bars(panels[1, 1], "Duplicates: the first is a parallel", "recall@1", of_suite("duplicates", "recall@1"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    if also is not None:
-        figure.savefig(also, dpi=90)
+
+
+# -- bytes, and search ---------------------------------------------------------------------------------------------
+
+
+def frontier(figure: Any) -> None:
+    figure.set_size_inches(7, 4.5)
+    axes, rows = figure.subplots(), (kept("frontier") or {"rows": []})["rows"]
+    gone = ("both", "coordinates")
+    for family in dict.fromkeys(r["family"] for r in rows if not r["family"].startswith(gone)):
+        points = sorted((r["bytes"], *r["lds"]) for r in rows if r["family"] == family)
+        x, y, error = np.array(points).T
+        axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1, label=family)
+    axes.set(xscale="log", xlabel="bytes per example, without what all share", ylabel="LDS")
+
+
+def search_at_scale(figure: Any) -> None:
+    """Rows rescored for a recall; latency, candidates and batches against their numbers."""
+    figure.set_size_inches(9, 7)
+    recall, latency, candidates, rate = figure.subplots(2, 2).flat
+    for store in ("eigen", "largest", "factors"):
+        indexes = [e for e in (kept(f"search_at_scale_{store}") or {"indexes": []})["indexes"] if "hot_ms_10" in e]
+        ns = [e["n"] for e in indexes]
+        for e in (e for e in indexes if "batches" in e):
+            for k in (10, 100):
+                rows = [r for r in e["recall_held-out"] if r["k"] == k and r["sign"] == "proponents"]
+                label = f"{store}, k={k}, N={e['n']:,}"
+                recall.plot([r["candidates"] for r in rows], [r["recall"] for r in rows], "o-", label=label)
+            sizes, ms = ([b[key] for b in e["batches"]] for key in ("batch", "ms_per_query"))
+            rate.plot(sizes, 1e3 / np.array(ms), "o-", label=f"{store}, N={e['n']:,}")
+        if not ns:
+            continue
+        latency.plot(ns, [e["hot_ms_10"] for e in indexes], "o-", label=f"search, {store}")
+        latency.plot(ns, [e["scan_hot_ms"] for e in indexes], "s--", label=f"scan, {store}")
+        for k in (10, 100):
+            candidates.plot(ns, [e[f"candidates_{k}"] for e in indexes], "o-", label=f"{store}, k={k}")
+    recall.set(xscale="log", xlabel="rows rescored", ylabel="recall")
+    latency.set(xscale="log", yscale="log", xlabel="N", ylabel="ms, one query, warm")
+    candidates.set(xscale="log", yscale="log", xlabel="N", ylabel="rows rescored at a recall of .99")
+    rate.set(xscale="log", xlabel="queries together", ylabel="queries per second")
+
+
+PICTURES: dict[str, Callable[[Any], None]] = {
+    "quality": quality,
+    "frontier": frontier,
+    "search_at_scale": search_at_scale,
+}
+
+
+@contextmanager
+def drawn(path: Path) -> Iterator[Any]:
+    """A figure that is written to a file; the same results give the same bytes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "svg.hashsalt": "lorif", "axes.titlesize": 10})
+    figure = pyplot.figure(layout="constrained")
+    yield figure
+    for axes in figure.axes:
+        if axes.get_legend_handles_labels()[0] and len(figure.axes) < 5:
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.svg")
-    parser.add_argument("--png", type=Path, default=None, help="also as a PNG, to look at")
+    parser.add_argument("pictures", nargs="*", default=list(PICTURES), help=f"of {', '.join(PICTURES)}; all by default")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="a folder")
+    parser.add_argument("--suffix", default=".svg", help=".png: to look at")
     parsed = parser.parse_args()
-    draw(parsed.out, parsed.png)
-    print(f"drawn from {RESULTS.name}/: {parsed.out}")
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    for name in parsed.pictures:
+        path = parsed.out / f"{name}{parsed.suffix}"
+        with drawn(path) as figure:
+            PICTURES[name](figure)
+        print(f"drawn from {RESULTS.name}/: {path}")
 
 
 if __name__ == "__main__":

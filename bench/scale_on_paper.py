@@ -1,8 +1,7 @@
 """What does an index of up to a billion examples of up to 70 billion parameters take? Tables of `docs/scale.md`.
 
-No measurement: the package's own formulas (`lorif_index.build.sizes`, `memory`, `traffic`, which
-`bench.estimate_accuracy` and `bench.rank_accuracy` compare with builds), at shapes of public models. Prints Markdown;
-`--write` puts it into the page.
+No measurement: the package's own formulas (`lorif_index.build.sizes`, `memory`, `traffic`, which `bench.costs estimate`
+and `bench.scaling` compare with builds), at shapes of public models. Prints Markdown; `--write` puts it into the page.
 """
 
 from __future__ import annotations
@@ -100,8 +99,8 @@ DEFAULT = BuildConfig(projection_floor=LEAST_FLOOR, store="eigen")
 CONFIGS = {
     "default": DEFAULT,
     "projection_dim=64": dataclasses.replace(DEFAULT, projection_dim=64),
-    "the same, store='both'": dataclasses.replace(DEFAULT, projection_dim=64, store="both"),
-    "the same, projection_dim=32": dataclasses.replace(DEFAULT, projection_dim=32, store="both"),
+    "projection_dim=32": dataclasses.replace(DEFAULT, projection_dim=32),
+    "the same, store='factors'": dataclasses.replace(DEFAULT, projection_dim=32, store="factors"),
 }
 
 
@@ -136,6 +135,12 @@ def _width(specs: dict[str, LayerSpec]) -> int:
     return sum(spec.dim for spec in specs.values())
 
 
+def _walks(specs: dict[str, LayerSpec]) -> int:
+    """Over the sample, that learnt projections take."""
+    sides = eigenbases.side_fits(specs, eigenbases.fitted_sides(specs), 0, torch.device("cpu"))
+    return sum(max(fit.passes(eigenbases.POWER_ITERATIONS) for _, fit in group) for group in grouped(sides))
+
+
 def _pass_seconds(shape: Shape) -> float:
     """Of one example's forward and backward pass without parameters' gradients: 2 operations a parameter, token and
     pass."""
@@ -146,46 +151,23 @@ def shapes() -> str:
     """What is tracked, and how wide its projected gradients are."""
     rows = [["model", "linear maps", "settings", "d of the widest map", "sum of D", "an example's gradient", "a batch"]]
     for shape in SHAPES:
-        for name in ("default", "projection_dim=64", "the same, projection_dim=32"):
-            config = CONFIGS[name]
+        for name, config in list(CONFIGS.items())[:3]:
             specs = shape.specs(config)
             widest = max(specs.values(), key=lambda spec: spec.dim)
             each = 4 * _width(specs)
-            rows.append(
-                [
-                    shape.name,
-                    str(len(specs)),
-                    name.removeprefix("the same, "),
-                    f"{widest.d_in} x {widest.d_out}",
-                    number(_width(specs)),
-                    units(each),
-                    units(each * config.batch_size),
-                ]
-            )
+            row = [shape.name, str(len(specs)), name, f"{widest.d_in} x {widest.d_out}", number(_width(specs))]
+            rows.append([*row, units(each), units(each * config.batch_size)])
     return markdown(rows)
 
 
 def fits() -> str:
     """What is fitted once, whatever N is."""
-    rows = [
-        [
-            "model",
-            "settings",
-            "sample on disk",
-            "walks for projections",
-            "held by curvature",
-            "held by sketch",
-            "files",
-            "sent by a rank of 8",
-            "of 64",
-        ]
-    ]
+    head = "model|settings|sample on disk|walks for projections|held by curvature|held by sketch|files"
+    rows = [[*head.split("|"), "sent by a rank of 8", "of 64"]]
     for shape in SHAPES:
         for name, config in CONFIGS.items():
             specs = shape.specs(config)
-            sample = 4 * _width(specs) * config.curvature_sample
-            sides = eigenbases.side_fits(specs, eigenbases.fitted_sides(specs), 0, torch.device("cpu"))
-            walks = sum(max(fit.passes(eigenbases.POWER_ITERATIONS) for _, fit in group) for group in grouped(sides))
+            sample = 4 * _width(specs) * config.sample.size
             held = stage_memory(config, specs, config.store, COUNTS[0])
             sent = [
                 sum(
@@ -195,27 +177,15 @@ def fits() -> str:
                 )
                 for ranks in (8, 64)
             ]
-            kept = units(2 * sample) if sample <= config.spool_bytes else f"{units(2 * sample)}: not kept"
-            rows.append(
-                [
-                    shape.name,
-                    name,
-                    kept,
-                    str(walks),
-                    units(held["curvature"]),
-                    units(held["sketch"]),
-                    units(sum(fit_sizes(config, specs, config.store).values())),
-                    *map(units, sent),
-                ]
-            )
+            kept = units(2 * sample) if sample <= config.compute.spool_bytes else f"{units(2 * sample)}: not kept"
+            sizes = [held["curvature"], held["sketch"], sum(fit_sizes(config, specs, config.store).values()), *sent]
+            rows.append([shape.name, name, kept, str(_walks(specs)), *map(units, sizes)])
     return markdown(rows)
 
 
 def rows_on_disk() -> str:
     """Rows, by representation, and the number of shards that they make."""
     ways: list[tuple[str, BuildConfig]] = [
-        ("coarse alone", dataclasses.replace(DEFAULT, store="coarse")),
-        ("coordinates, 4 bits", dataclasses.replace(DEFAULT, store="coordinates")),
         ("eigen (default)", DEFAULT),
         ("factors, c=1, projection_dim=64", dataclasses.replace(DEFAULT, projection_dim=64, store="factors")),
         ("factors, c=1", dataclasses.replace(DEFAULT, store="factors")),
@@ -228,58 +198,33 @@ def rows_on_disk() -> str:
             specs = shape.specs(config)
             sizes = [disk_sizes(config, specs, config.store, n) for n in COUNTS]
             each = max(sizes[0].row, 8)
-            shards = -(-COUNTS[-1] * each // config.shard_bytes)
-            larger = -(-COUNTS[-1] * each // (1 << 30))
+            shards, larger = (-(-COUNTS[-1] * each // size) for size in (config.compute.shard_bytes, 1 << 30))
+            refused = " (refused)" if shards * ENTRY_BYTES > LARGEST else ""
             rows.append(
-                [
-                    shape.name if "factors" in name else "any",
-                    name,
-                    f"{sizes[0].row:,}",
-                    *(units(size.rows + size.coarse) for size in sizes),
-                    f"{shards:,}",
-                    units(shards * ENTRY_BYTES) + (" (refused)" if shards * ENTRY_BYTES > LARGEST else ""),
-                    f"{larger:,}, {units(larger * ENTRY_BYTES)}",
-                ]
+                [shape.name if "factors" in name else "any", name, f"{sizes[0].row:,}"]
+                + [units(size.rows + size.coarse) for size in sizes]
+                + [f"{shards:,}", units(shards * ENTRY_BYTES) + refused, f"{larger:,}, {units(larger * ENTRY_BYTES)}"]
             )
     return markdown(rows)
 
 
 def searches() -> str:
     """What each rank holds, sends and takes in a search, and in calibration."""
-    rows = [
-        [
-            "N",
-            "ranks",
-            "coarse codes",
-            "ids",
-            "open files, 64 MiB / 1 GiB shards",
-            "coarse stage, a query",
-            "sent, a query",
-            "calibration holds",
-            "and sends",
-        ]
-    ]
+    head = "N|ranks|coarse codes|ids|open files, 64 MiB / 1 GiB shards|coarse stage, a query|sent, a query"
+    rows = [[*head.split("|"), "calibration holds", "and sends"]]
     specs = GPT2.specs(DEFAULT)
     for count in COUNTS:
         for ranks in (1, 8, 64):
             own = -(-count // ranks)
             row = disk_sizes(DEFAULT, specs, "eigen", 1).row
-            files = [-(-own * row // size) for size in (DEFAULT.shard_bytes, 1 << 30)]
+            files = [-(-own * row // size) for size in (DEFAULT.compute.shard_bytes, 1 << 30)]
             held = stage_memory(DEFAULT, specs, "eigen", count, ranks=ranks)["calibrate"]
             sent = build_traffic(DEFAULT, specs, "eigen", count, ranks).most()["calibrate"] if ranks > 1 else 0
             asked = search_traffic(DEFAULT, specs, "eigen", count, ranks, k=100).most()["candidates"]
             rows.append(
-                [
-                    number(count),
-                    str(ranks),
-                    units(own * code_bytes(DEFAULT.sketch_dim)),
-                    units(8 * own),
-                    " / ".join(f"{n:,}" for n in files),
-                    milliseconds(own * SECONDS_A_CODE),
-                    units(asked if ranks > 1 else 0),
-                    units(held),
-                    units(sent),
-                ]
+                [number(count), str(ranks), units(own * code_bytes(DEFAULT.coarse.dim)), units(8 * own)]
+                + [" / ".join(f"{n:,}" for n in files), milliseconds(own * SECONDS_A_CODE)]
+                + [units(asked if ranks > 1 else 0), units(held), units(sent)]
             )
     return markdown(rows)
 
@@ -289,9 +234,7 @@ def passes() -> str:
     rows = [["model", "bfloat16 weights", "fitting", *(f"N = {number(n)}" for n in COUNTS)]]
     for shape in SHAPES:
         specs = shape.specs(DEFAULT)
-        sides = eigenbases.side_fits(specs, eigenbases.fitted_sides(specs), 0, torch.device("cpu"))
-        walks = sum(max(fit.passes(eigenbases.POWER_ITERATIONS) for _, fit in group) for group in grouped(sides))
-        examples = walks * eigenbases.SAMPLE + (1 + PROBES) * DEFAULT.curvature_sample
+        examples = _walks(specs) * eigenbases.SAMPLE + (1 + PROBES) * DEFAULT.sample.size
         each = _pass_seconds(shape)
         rows.append(
             [shape.name, units(2 * shape.parameters), hours(examples * each), *(hours(n * each) for n in COUNTS)]
@@ -306,7 +249,7 @@ def limits() -> str:
     def calibrating(ranks: int) -> int:
         return build_traffic(DEFAULT, GPT2.specs(DEFAULT), "eigen", COUNTS[-1], ranks).most()["calibrate"]
 
-    wide = DEFAULT.spool_bytes // (4 * DEFAULT.curvature_sample)
+    wide = DEFAULT.compute.spool_bytes // (4 * DEFAULT.sample.size)
     rows = [
         ["what", "stops", "turn"],
         [
@@ -317,39 +260,31 @@ def limits() -> str:
         [
             "the sample's gradients in `spool_bytes`, 16 GiB: beyond, passes over the model take their place",
             f"sum of D above {number(wide)}",
-            "`projection_dim`, `spool_bytes`, `curvature_sample`; ranks each keep their part",
+            "`projection_dim`, `spool_bytes`, `sample`; ranks each keep their part",
         ],
         [
             "open files: each shard that is scanned, twice where rows are gathered, of a usual limit of 1,024",
-            f"N above {number(1024 * DEFAULT.shard_bytes // row)} at {row:,} B a row",
+            f"N above {number(1024 * DEFAULT.compute.shard_bytes // row)} at {row:,} B a row",
             "`shard_bytes`, `ulimit -n`, ranks",
         ],
         [
             f"one manifest of at most 256 MiB, {ENTRY_BYTES} B a shard, written anew with each",
-            f"N above {number(LARGEST // ENTRY_BYTES * DEFAULT.shard_bytes // row)} at {row:,} B a row",
+            f"N above {number(LARGEST // ENTRY_BYTES * DEFAULT.compute.shard_bytes // row)} at {row:,} B a row",
             "`shard_bytes`; a folder for each rank, which has its own manifest",
         ],
         [
             f"bytes that calibration sends over 64 ranks: all proposals of up to {most_proposed(10**9):,} a rank and "
             "query, to all",
             f"{units(calibrating(64))} a rank at 1B",
-            "`calibration_queries`; fewer ranks; 0: searches begin with a guess, and go on by what they see",
+            "`CoarseIndex(queries=)`; fewer ranks; 0: searches begin with a guess, and go on by what they see",
         ],
         [
             "the coarse index in memory, 128 B a row, put together by the leader of a folder, twice, in 256 GiB",
-            f"N above {number((256 << 30) // (2 * code_bytes(DEFAULT.sketch_dim)))}",
-            "a folder for each rank, or machine; `coarse=None` and scans; a shorter factory string such as `PQ128x4fs`",
+            f"N above {number((256 << 30) // (2 * code_bytes(DEFAULT.coarse.dim)))}",
+            "a folder for each rank, or machine; `coarse=None` and scans",
         ],
-        [
-            "ids of a rank's rows in memory, 8 B each, in 64 GiB",
-            f"N / K above {number((64 << 30) // 8)}",
-            "ranks",
-        ],
-        [
-            "recall that takes more proposals than that",
-            "a search scans instead, and says why",
-            "`recall`, `k`, a longer code (`coarse=`)",
-        ],
+        ["ids of a rank's rows in memory, 8 B each, in 64 GiB", f"N / K above {number((64 << 30) // 8)}", "ranks"],
+        ["recall that takes more proposals than that", "a search scans instead, and says why", "`recall`, `k`"],
     ]
     return markdown(rows)
 

@@ -9,14 +9,14 @@ this machine keep the figures of the result before, with its commit and without 
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from bench.environment import RESULTS, arguments, keep, table
+from bench.environment import arguments, keep, plus_minus, table
+from bench.environment import kept as kept_result
 from bench.lds import kept, score_file, summary
 from bench.methods import METHODS, library
 from bench.tasks import TASKS, Task, positions, take
@@ -39,9 +39,8 @@ def patched(task: Task, model: nn.Module, chosen: np.ndarray, query: int, rate: 
 
 def reported(facts: dict[str, Any]) -> dict[str, Any]:
     """Method -> figures of the kept result if it is of the same questions; each names the commit it is of."""
-    path = RESULTS / "tail_patch.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if any(found.get(key) != value for key, value in facts.items()):
+    found = kept_result("tail_patch")
+    if found is None or any(found[key] != value for key, value in facts.items()):
         return {}
     commit = {"commit": found["environment"]["commit"]}
     return {
@@ -52,7 +51,7 @@ def reported(facts: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parsed = arguments(
-        __doc__ or "",
+        __doc__,
         task={"default": "finetuned", "choices": sorted(TASKS)},
         k={"type": int, "default": 16},
         queries={"type": int, "default": 64},
@@ -72,7 +71,7 @@ def main() -> None:
             found = library(task, model, projection_dim=8) if name != "random" else METHODS[name](task, model)
         if found is None and name in before:
             figures[name] = before[name]
-            rows.append([name, "{:+.3f} ± {:.3f}".format(*before[name]["top"]), "not on this machine", ""])
+            rows.append([name, plus_minus(before[name]["top"], "+.3f"), "not on this machine", ""])
         if found is None:
             continue
         scores = found.scores[found.default][:count]
@@ -82,9 +81,7 @@ def main() -> None:
         base = up if base is None else base
         figures[name] = {"top": summary(up), "last": summary(down), "top_minus_library": summary(up - base)}
         figures[name]["top_each"] = [round(float(v), 4) for v in up]
-        rows.append(
-            [name] + ["{:+.3f} ± {:.3f}".format(*figures[name][key]) for key in ("top", "top_minus_library", "last")]
-        )
+        rows.append([name] + [plus_minus(figures[name][key], "+.3f") for key in ("top", "top_minus_library", "last")])
         print(*rows[-1], flush=True)
     table(rows)
     keep("tail_patch", facts | {"methods": figures}, parsed)

@@ -9,7 +9,6 @@ dataset-fashion-mnist); text is the standard library's own source, with one docu
 from __future__ import annotations
 
 import gzip
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench import corpus, scripture
+from bench import corpus
 from bench.environment import CACHE
 from lorif_index import default_loss
 
@@ -65,37 +64,35 @@ class Task:
 
     def train(self, chosen: np.ndarray, seed: int) -> nn.Module:
         """A model trained on some of the examples."""
-        return self.trained(chosen, seed)[0]
+        model = self.begin(seed)
+        self.fit(model, chosen, seed)
+        return model
 
-    def trained(self, chosen: np.ndarray, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The same, and the optimiser as it was left."""
+    def fit(self, model: nn.Module, chosen: np.ndarray, seed: int) -> None:
+        """Trains a model on some of the examples, in an order that the seed gives."""
         recipe = self.recipe
-        model = self.begin(seed).train()
-        if recipe.optimizer == "sgd":
-            optimizer: Any = torch.optim.SGD(
-                model.parameters(), lr=recipe.rate, momentum=0.9, weight_decay=recipe.decay
-            )
-        else:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
+        kind, more = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}[recipe.optimizer]
+        optimizer = kind(model.parameters(), lr=recipe.rate, weight_decay=recipe.decay, **more)
         steps = -(-len(chosen) // recipe.batch) * recipe.epochs
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(seed)
         indices = torch.from_numpy(np.asarray(chosen, dtype=np.int64))
-        for _ in range(recipe.epochs):
-            for part in indices[torch.randperm(len(indices), generator=generator)].split(recipe.batch):
-                optimizer.zero_grad(set_to_none=True)
-                losses = default_loss(model, take(self.data, part))
-                (losses.mean() / positions(self.data)).backward()
-                optimizer.step()
-                schedule.step()
-        return model.eval(), optimizer
+        parts = (
+            part
+            for _ in range(recipe.epochs)
+            for part in indices[torch.randperm(len(indices), generator=generator)].split(recipe.batch)
+        )
+
+        def loss(part: torch.Tensor) -> torch.Tensor:
+            return default_loss(model, take(self.data, part)).mean() / positions(self.data)
+
+        corpus.descend(model, optimizer, parts, loss, schedule)
 
     def full(self, seed: int = 0, smoke: bool = False) -> nn.Module:
         """The model that is asked about: trained on everything, once, and kept."""
         path = CACHE / "full" / f"{self.name}{'-smoke' if smoke else ''}-{seed}.npz"
-        if not path.exists():
-            keep_weights(path, self.train(np.arange(self.count), seed))
-        return with_weights(self.begin(seed), path)[0]
+        everything = np.arange(self.count)
+        return corpus.once_trained(path, self.begin(seed), lambda model: self.fit(model, everything, seed))[0]
 
     def subset(self, number: int) -> np.ndarray:
         """Sorted positions of one half of the training examples."""
@@ -105,22 +102,6 @@ class Task:
     def losses(self, model: nn.Module) -> np.ndarray:
         """(q,) loss of each query, in nats, summed over tokens."""
         return per_example(model, self.queries)
-
-
-def keep_weights(path: Path, model: nn.Module, **facts: float) -> None:
-    """Writes a model's weights, and numbers that are to come back with them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = {f"fact {name}": np.float64(value) for name, value in facts.items()}
-    np.savez(path, **numbers, **{key: value.numpy() for key, value in model.state_dict().items()})
-
-
-def with_weights(model: nn.Module, path: Path) -> tuple[nn.Module, dict[str, float]]:
-    """The model with the weights that were kept, in eval mode, and the numbers."""
-    with np.load(path, allow_pickle=False) as kept:
-        facts = {key.removeprefix("fact "): float(kept[key]) for key in kept.files if key.startswith("fact ")}
-        weights = [key for key in kept.files if not key.startswith("fact ")]
-        model.load_state_dict({key: torch.from_numpy(kept[key]) for key in weights})
-    return model.eval(), facts
 
 
 def size(data: Any) -> int:
@@ -160,16 +141,14 @@ def digits(smoke: bool = False) -> Task:
     order = np.random.default_rng(0).permutation(len(found.target))
     x = torch.tensor(found.data[order] / 16.0, dtype=torch.float32)
     y = torch.tensor(found.target[order])
-    n, q = (200, 24) if smoke else (1437, 360)
+    n, q, epochs, subsets, seeds = (200, 24, 4, 4, 1) if smoke else (1437, 360, 30, 100, 3)
 
     def begin(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
-    recipe = Recipe(4 if smoke else 30, 64, 0.05, 5e-4, "sgd")
-    return Task(
-        "digits", (x[:n], y[:n]), (x[n : n + q], y[n : n + q]), begin, recipe, 4 if smoke else 100, 1 if smoke else 3
-    )
+    recipe = Recipe(epochs, 64, 0.05, 5e-4, "sgd")
+    return Task("digits", (x[:n], y[:n]), (x[n : n + q], y[n : n + q]), begin, recipe, subsets, seeds)
 
 
 def images(part: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,17 +183,9 @@ def convolutional(seed: int) -> nn.Module:
 def fashion(smoke: bool = False) -> Task:
     x, y = images("train")
     xq, yq = images("t10k")
-    n, q = (200, 24) if smoke else (4000, 360)
-    recipe = Recipe(2 if smoke else 25, 64, 0.05, 5e-4, "sgd")
-    return Task(
-        "fashion",
-        (x[:n], y[:n]),
-        (xq[:q], yq[:q]),
-        convolutional,
-        recipe,
-        4 if smoke else 80,
-        1 if smoke else 2,
-    )
+    n, q, epochs, subsets, seeds = (200, 24, 2, 4, 1) if smoke else (4000, 360, 25, 80, 2)
+    recipe = Recipe(epochs, 64, 0.05, 5e-4, "sgd")
+    return Task("fashion", (x[:n], y[:n]), (xq[:q], yq[:q]), convolutional, recipe, subsets, seeds)
 
 
 # -- sequences -----------------------------------------------------------------------------------------------------
@@ -226,10 +197,7 @@ def documents() -> tuple[np.ndarray, np.ndarray]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         words, files = [], []
-        for number, source in enumerate(sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))):
-            if "site-packages" in source.parts:
-                continue
-            found = corpus.tokens(source.read_text(encoding="utf-8", errors="ignore"))
+        for number, found in enumerate(corpus.sources()):
             whole = len(found) // LENGTH * LENGTH
             words += found[:whole]
             files += [number] * (whole // LENGTH)
@@ -268,9 +236,9 @@ def passages(n: int, q: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dic
 def chapters(n: int, q: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The same of the King James Bible: n and q are of the books that tell stories twice, the base's of the others."""
     text: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
-    for ref, verse in scripture.verses().items():
-        of = scripture.book(ref)
-        text[of in scripture.BOOKS].setdefault(of, []).extend(corpus.tokens(verse.lower()))
+    for ref, verse in corpus.verses().items():
+        of = corpus.book(ref)
+        text[of in corpus.BOOKS].setdefault(of, []).extend(corpus.tokens(verse.lower()))
     words = (word for side in text.values() for book in side.values() for word in book)
     number_of = corpus.numbers(words, VOCABULARY)
 
@@ -294,21 +262,17 @@ def gpt(seed: int) -> nn.Module:
 
 def _base(ids: torch.Tensor, steps: int, of: str = "") -> dict[str, torch.Tensor]:
     """The base model's weights, trained once on windows of other files (or, `of` what) and kept."""
-    path = CACHE / "full" / f"base{of}-{steps}.npz"
-    if not path.exists():
+
+    def training(model: nn.Module) -> None:
         print(f"training the base model, {steps} steps ...", flush=True)
-        model = gpt(0).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         rows = ids[np.random.default_rng(1).permutation(len(ids))]
-        for step in range(steps):
-            at = step * 32 % (len(rows) - 32)
-            optimizer.zero_grad(set_to_none=True)
-            (default_loss(model, {"input_ids": rows[at : at + 32]}).mean() / (LENGTH - 1)).backward()
-            optimizer.step()
-            schedule.step()
-        keep_weights(path, model)
-    return dict(with_weights(gpt(0), path)[0].state_dict())
+        starts = (step * 32 % (len(rows) - 32) for step in range(steps))
+        parts = ({"input_ids": rows[at : at + 32]} for at in starts)
+        corpus.descend(model, optimizer, parts, lambda part: default_loss(model, part).mean() / (LENGTH - 1), schedule)
+
+    return dict(corpus.once_trained(CACHE / "full" / f"base{of}-{steps}.npz", gpt(0), training)[0].state_dict())
 
 
 def _tuned(name: str, data: Any, queries: Any, weights: dict[str, torch.Tensor], smoke: bool) -> Task:

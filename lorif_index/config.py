@@ -242,11 +242,11 @@ class BuildConfig:
             loss that says where its logits are; "empirical": the gradients themselves; "mixed": a quarter of the trace
             of "ggn" replaced by as much of the empirical; "auto": "mixed" where it can be.
         curvature_rank: r, the number of curvature directions kept per layer; None keeps all; "auto": 512, or more where
-            layers are so few that rows of eigencodes have room for more (see `eigencodes.directions_for`).
+            layers are so few that rows of eigencodes have room for more (see `codecs.eigencodes`).
         power_iterations: subspace iterations of the randomised SVD that fits the curvature.
         damping: the default damping of searches; a number is a multiple of trace / D.
         complement: the weight of directions outside the subspace. "log-mean": what a tail of falling eigenvalues gives
-            a gradient on average (`query.log_mean`); "tail-corrected": 1 / (lambda + mean tail eigenvalue);
+            a gradient on average (`inverse.log_mean`); "tail-corrected": 1 / (lambda + mean tail eigenvalue);
             "truncated": 1 / lambda.
         store: the row codec, what is kept of an example. "eigen": the unfactored gradient's coordinates in the layers'
             curvature eigenbases, in few bits (see `codecs.eigencodes`). "factors": the published design. "largest": of

@@ -119,7 +119,7 @@ class Described:
 
     @property
     def codec(self) -> str:
-        """What rows hold: "eigen", "both", "factors", "coordinates" or "coarse" (see `BuildConfig.store`)."""
+        """Name of the codec that rows are written by (see `BuildConfig.store`)."""
         return self._reader.codec.name
 
     @property
@@ -190,7 +190,7 @@ def _as_html(reader: Reader) -> str:
         ("examples", f"{reader.live_count:,}" + (f", {len(skipped)} skipped" if skipped else "")),
         ("size", size),
         ("stored", f"{reader.codec.name} ({reader.codec.label})"),
-        ("coarse", "none" if coarse is None else f"{coarse['factory']} on {coarse['dim']} coordinates"),
+        ("coarse", "none" if coarse is None else f"{coarse['kind']} on {coarse['dim']} coordinates"),
         ("damping", f"{config.damping}, {config.complement}"),
         ("fingerprint", reader.manifest.digest()),
     ]

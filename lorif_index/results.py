@@ -23,13 +23,12 @@ class SearchStats:
 
     Attributes:
         exact: every row was scored; "exact" means exact for what is stored.
-        codec: what the scored rows hold: "eigen", "both", "factors", "coordinates", or "coarse" where scores
-            are the coarse index's approximations.
-        dtype: the stored dtype of factors, and the bits of coordinates: "float16", "4 bits", "float16 + 4 bits".
+        codec: name of the codec that rows are written by.
+        dtype: how a row's numbers are stored: "float16", "1 bits".
         examined: rows scored exactly for the query that took most.
         total: rows in the index.
         bytes_read: from the shards, for all queries together.
-        seconds: by stage: "gradients", "transform", then "scan", or "coarse", "narrow", "gather",
+        seconds: by stage: "gradients", "transform", then "scan", or "coarse", "gather",
             "rescore" and "check".
         damping: the policy, as JSON.
         layers: how many layers the scores are summed over.

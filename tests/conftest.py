@@ -25,8 +25,8 @@ from lorif_index.curvature.fit import LayerCurvature
 from lorif_index.linalg.projection import projection_matrix
 from lorif_index.search.reader import Reader
 from lorif_index.storage.manifest import read_manifest
-from lorif_index.text.demo_model import DemoSettings, new_model, train_tokenizer
 from lorif_index.text import Document
+from lorif_index.text.demo_model import DemoSettings, new_model, train_tokenizer
 
 # -- comparisons -------------------------------------------------------------------------------------------------------
 

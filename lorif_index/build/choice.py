@@ -27,7 +27,7 @@ _FLOOR_BYTES = 4 << 30
 # for 15).
 _WIDE, _DIRECTIONS_A_BIT = 128, 4
 # A model whose directions of the least width so many bytes hold all stays there, however many or few are asked for
-# (`bench.ensembles`: two checkpoints of digits in 340 bytes have .583 at d = 32, and .344 when they were wider).
+# (docs/quality.md: two checkpoints of digits in 340 bytes have .583 at d = 32, and .344 when they were wider).
 _SMALL = 1600
 # Examples of the sample that tell what factors lose.
 MEASURED = 256

@@ -36,7 +36,7 @@ Recall = Annotated[float, typer.Option(help="Share of the best passages to be fo
 Exact = Annotated[bool, typer.Option("--exact", help="Score every passage.")]
 SearchDamping = Annotated[
     str | None,
-    typer.Option(help="A multiple of trace/D, or RULE:X with RULE absolute, relative, paper or release."),
+    typer.Option(help="A multiple of trace/D, or RULE:X with RULE absolute, relative or paper."),
 ]
 SearchLayers = Annotated[
     list[str] | None, typer.Option(help="Sum over these layers only: a name or glob pattern; may be repeated.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
@@ -18,7 +18,17 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..config import BITS, CURVATURES, DTYPES, EIGEN_CODES, PROJECTIONS, STORES, BuildConfig, LayerSelection
+from ..config import (
+    COARSE_KINDS,
+    COMPLEMENTS,
+    CURVATURES,
+    DTYPES,
+    PARTS,
+    PROJECTIONS,
+    BuildConfig,
+    LayerSelection,
+    stores,
+)
 from ..errors import ConfigError
 from .options import byte_count, damping_policy
 
@@ -67,6 +77,10 @@ def _projection_dim(given: str) -> int | Fraction | str | None:
     return int(value) if value.denominator == 1 else value
 
 
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
 def _or_none(given: str) -> str | None:
     return None if given == "none" else given
 
@@ -80,42 +94,46 @@ SETTINGS: dict[str, Setting] = {
     "projection": Setting("eigen, learnt from a sample, or random.", choices=PROJECTIONS),
     "rank": Setting("Factor pairs kept per passage and layer, c: an integer or full.", parse=_count(full=None)),
     "curvature": Setting("Of the loss, ggn, of the gradients, empirical, mixed, or auto.", choices=CURVATURES),
-    "probes": Setting("Random rows an example of the ggn: an integer or auto.", parse=_count(auto=None)),
     "curvature_rank": Setting(
         "Curvature directions kept per layer, r: an integer, full or auto.", parse=_count(full=None, auto="auto")
     ),
-    "curvature_rows": Setting(
-        "Fit the curvature on a sample, or on all stored factors (published order).", choices=("sample", "factors")
-    ),
-    "curvature_sample": Setting("Passages that the curvature is fitted on.", int, least=1),
     "power_iterations": Setting("Subspace iterations of the fit.", int, least=0),
     "damping": Setting("The index's damping: a multiple of trace/D, or RULE:X (see search).", parse=damping_policy),
     "complement": Setting(
-        "Weight of directions outside of the curvature's: log-mean, tail-corrected or truncated.",
-        choices=("log-mean", "tail-corrected", "truncated"),
+        "Weight of directions outside of the curvature's: log-mean, tail-corrected or truncated.", choices=COMPLEMENTS
     ),
-    "store": Setting("What is kept of a passage: auto, eigen, both, factors, coordinates or coarse.", choices=STORES),
-    "eigen_bytes": Setting("Most bytes of a passage, with store eigen.", int, least=1),
-    "eigen_code": Setting("What they are: levels of each direction, or the largest of groups.", choices=EIGEN_CODES),
-    "dtype": Setting("Of stored factors: float16, bfloat16 or float32.", choices=DTYPES),
-    "sketch_dim": Setting("Coordinates of a passage, for all layers together.", int, least=1),
-    "sketch": Setting("Directions of the coordinates: auto, pca or per-layer.", choices=("auto", "pca", "per-layer")),
-    "coordinate_bits": Setting("Bits of a stored coordinate: 1, 2, 4 or 8.", int, choices=tuple(map(str, BITS))),
-    "coarse": Setting("The coarse index: a faiss.index_factory string, auto or none.", parse=_or_none),
-    "calibration_queries": Setting("Passages whose exact answers calibrate searches; 0: none.", int, least=0),
-    "batch_size": Setting("Passages per pass through the model.", int, least=1),
+    "store": Setting(f"What is kept of a passage: {_listed(stores())}.", choices=stores()),
+    "eigen_bytes": Setting("Most bytes of a passage, with store eigen and largest.", int, least=1),
+    "dtype": Setting(f"Of stored factors: {_listed(DTYPES)}.", choices=DTYPES),
     "seed": Setting("Of projections and samples.", int, least=0),
-    "device": Setting("Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one."),
-    "autocast": Setting(
+    "batch_size": Setting("Passages per pass through the model.", int, least=1),
+    "on_nonfinite": Setting("A gradient with inf or NaN: error stops, skip leaves it out.", choices=("error", "skip")),
+    "sample.size": Setting("Passages that are fitted on.", int, least=1),
+    "sample.rows": Setting(
+        "Fit the curvature on the sample, or on all stored rows (published order).", choices=("sample", "stored")
+    ),
+    "sample.probes": Setting("Random rows a passage of the ggn: an integer or auto.", parse=_count(auto=None)),
+    "coarse.kind": Setting("What proposes candidates: auto, flat or none.", choices=COARSE_KINDS),
+    "coarse.dim": Setting("Coordinates of a passage, for all layers together.", int, least=1),
+    "coarse.sketch": Setting(
+        "Directions of the coordinates: auto, pca or per-layer.", choices=("auto", "pca", "per-layer")
+    ),
+    "coarse.queries": Setting("Passages whose exact answers calibrate searches; 0: none.", int, least=0),
+    "compute.device": Setting("Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one."),
+    "compute.autocast": Setting(
         "Mixed precision of the forward pass: bfloat16, float16 or none.",
         parse=_or_none,
         choices=("none", "bfloat16", "float16"),
     ),
-    "on_nonfinite": Setting("A gradient with inf or NaN: error stops, skip leaves it out.", choices=("error", "skip")),
-    "shard_bytes": Setting("Size of a shard's rows, as 64MiB.", parse=byte_count),
-    "spool_bytes": Setting("Most disk for temporary rows, as 16GiB.", parse=byte_count),
+    "compute.shard_bytes": Setting("Size of a shard's rows, as 64MiB.", parse=byte_count),
+    "compute.spool_bytes": Setting("Most disk for temporary rows, as 16GiB.", parse=byte_count),
 }
-"""Every field of `BuildConfig` (a test compares them), in the order of `--help`."""
+"""Every field of `BuildConfig` and of its objects (a test compares them), in the order of `--help`."""
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting: its name, without the part that says only where a build is computed."""
+    return "--" + name.removeprefix("compute.").replace(".", "-").replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ class Settings:
 
     Attributes:
         file: a YAML file, or None.
-        flags: fields that were given as flags, as `BuildConfig` takes them.
+        flags: settings that were given as flags, by their names in `SETTINGS`, as values of `BuildConfig`.
     """
 
     file: Path | None
@@ -136,9 +154,15 @@ class Settings:
         Raises:
             ConfigError: what is in the file is not a config, or what both say together is none.
         """
-        values = ({} if self.file is None else read_config(self.file)) | self.flags
+        values = {} if self.file is None else read_config(self.file)
+        for name, value in self.flags.items():
+            part, _, field = name.rpartition(".")
+            if part:
+                values[part] = values.get(part, {}) | {field: value}
+            else:
+                values[name] = value
         # The model is put there, so that the config need not say where it is.
-        device = values.pop("device", None) or "auto"
+        device = values.get("compute", {}).pop("device", None) or "auto"
         try:
             return BuildConfig.from_json(values), str(device)
         except (ConfigError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
@@ -148,8 +172,9 @@ class Settings:
 def read_config(file: Path) -> dict[str, Any]:
     """A YAML file whose keys are fields of `BuildConfig`, as values for `BuildConfig.from_json`.
 
-    Strings may be written as in flags: `rank: full`, `projection_dim: 1/16`, `damping: absolute:0.01`,
-    `spool_bytes: 16GiB`. `layers` is a pattern, a list of them, or a mapping of `LayerSelection`'s fields.
+    Strings may be written as in flags: `rank: full`, `projection_dim: 1/16`, `damping: absolute:0.01`. `layers` is a
+    pattern, a list of them, or a mapping of `LayerSelection`'s fields; `sample`, `coarse` and `compute` are mappings of
+    their objects' fields, or the value that a bare one stands for: `sample: 2000`, `coarse: flat`.
 
     Raises:
         ConfigError: not a YAML mapping, an unknown key (the message names the nearest), a value that cannot be read.
@@ -172,17 +197,28 @@ def read_config(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict):
         raise ConfigError(f"{file} holds a {type(found).__name__}, and settings are a mapping: write lines as rank: 4")
-    _known(found, SETTINGS, f"{file}: ")
+    _known(found, [f.name for f in dataclasses.fields(BuildConfig)], f"{file}: ")
     if isinstance(found.get("layers"), dict):
-        _known(found["layers"], {f.name for f in dataclasses.fields(LayerSelection)}, f"{file}: layers: ")
+        _known(found["layers"], [f.name for f in dataclasses.fields(LayerSelection)], f"{file}: layers: ")
     values = {}
     for name, value in found.items():
-        parse = SETTINGS[name].parse
-        try:
-            values[name] = parse(value) if parse is not None and isinstance(value, str) else value
-        except ValueError as error:
-            raise ConfigError(f"{file}: {name} {error}") from None
+        if name not in PARTS:
+            values[name] = _read(name, value, file)
+            continue
+        kind, short = PARTS[name]
+        part = value if isinstance(value, dict) else {short: "none" if name == "coarse" and value is None else value}
+        _known(part, [f.name for f in dataclasses.fields(kind)], f"{file}: {name}: ")
+        values[name] = {field: _read(f"{name}.{field}", given, file) for field, given in part.items()}
     return values
+
+
+def _read(name: str, value: Any, file: Path) -> Any:
+    """The value of one setting in a file."""
+    parse = SETTINGS[name].parse
+    try:
+        return parse(value) if parse is not None and isinstance(value, str) else value
+    except ValueError as error:
+        raise ConfigError(f"{file}: {name} {error}") from None
 
 
 def _refuse_repeated(node: Any, where: str) -> None:
@@ -211,8 +247,7 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(command, include_extras=True)
     own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(command).parameters.items() if n != "settings"]
-    defaults = BuildConfig().to_json()
-    flags = [_flag(name, setting, defaults[name]) for name, setting in SETTINGS.items()]
+    flags = [_flag(name, setting) for name, setting in SETTINGS.items()]
     file = typer.Option(
         "--config",
         metavar="FILE",
@@ -224,7 +259,7 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**arguments: Any) -> None:
-        written = {name: arguments.pop(name) for name in SETTINGS}
+        written = {name: arguments.pop(_variable(name)) for name in SETTINGS}
         settings = Settings(arguments.pop("config"), _values(written))
         command(settings=settings, **arguments)
 
@@ -248,20 +283,27 @@ def _values(written: dict[str, Any]) -> dict[str, Any]:
         try:
             values[name] = value if parse is None else parse(value)
         except ValueError as error:
-            raise typer.BadParameter(f"--{name.replace('_', '-')} {error}") from None
+            raise typer.BadParameter(f"{flag_of(name)} {error}") from None
     return values
 
 
-def _flag(name: str, setting: Setting, default: Any) -> inspect.Parameter:
+def _variable(name: str) -> str:
+    return flag_of(name).removeprefix("--").replace("-", "_")
+
+
+def _flag(name: str, setting: Setting) -> inspect.Parameter:
     """The parameter of one setting: None unless it is given; the help says what then holds."""
-    shown = {"layers": "all but embeddings and head", "device": "auto", "damping": "relative:0.1"}.get(name)
+    default: Any = BuildConfig().to_json()
+    for part in name.split("."):
+        default = default[part]
+    shown = {"layers": "all but embeddings and head", "damping": "relative:0.1"}.get(name)
     if shown is None and setting.parse is byte_count:
         shown = f"{default >> 30}GiB" if default >= 1 << 30 else f"{default >> 20}MiB"
     elif shown is None and default is None:
         shown = "none" if setting.choices else "auto"
     offered = setting.choices
     option = typer.Option(
-        f"--{name.replace('_', '-')}",
+        flag_of(name),
         min=setting.least,
         help=setting.help,
         show_default=str(default) if shown is None else shown,
@@ -269,4 +311,4 @@ def _flag(name: str, setting: Setting, default: Any) -> inspect.Parameter:
         autocompletion=(lambda: list(offered)) if offered else None,
     )
     kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None, annotation=Annotated[setting.kind | None, option])
+    return inspect.Parameter(_variable(name), kind, default=None, annotation=Annotated[setting.kind | None, option])

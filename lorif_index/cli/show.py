@@ -147,11 +147,7 @@ def show_index(out: Console, facts: dict[str, Any]) -> None:
     summary.add_row(
         "size", f"{facts['bytes_per_example']:,} bytes per example, {in_units(facts['nbytes'])} in all with curvature"
     )
-    stored = {
-        "eigen": "coordinates in the curvature's eigenbases, in few bits",
-        "both": f"{config['dtype']} factors and {config['coordinate_bits']}-bit coordinates",
-    }
-    summary.add_row("stored", stored.get(facts["codec"], facts["codec"]))
+    summary.add_row("rows", f"by the codec {facts['codec']}")
     coarse = facts["coarse"]
     if coarse is not None:
         summary.add_row(

@@ -26,7 +26,7 @@ from .fit import LayerCurvature
 from .inverse import Preconditioner, products
 
 # Above so many half-whitened coordinates (at k = 512: W takes 512 MiB, its fit about 5 GiB), each layer's own
-# eigenvectors stand for the PCA over all layers, for many times the candidates (`bench.sketch_choices`).
+# eigenvectors stand for the PCA over all layers, for many times the candidates (docs/choosing.md).
 PCA_UP_TO = 262_144
 POWER_ITERATIONS = 2
 _BATCH_ROWS = 256

@@ -235,7 +235,7 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         return self._facts[name].products - self._facts[name].diagonal or self._specs[name].dim
 
     def _room(self, name: str) -> torch.Tensor:
-        """Memory for a layer's core: layers of one shape lie one behind the other (see `query.products`)."""
+        """Memory for a layer's core: layers of one shape lie one behind the other (see `inverse.products`)."""
         shape = (self._height(name), self._facts[name].found)
         if shape not in self._rooms:
             alike = [n for n in self._specs if (self._height(n), self._facts[n].found) == shape]
@@ -301,7 +301,7 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
     with closing(file):
         file.verify()
         layers, at = {}, 0
-        # One matrix of all layers, so that they lie one behind the other (see `query.products`).
+        # One matrix of all layers, so that they lie one behind the other (see `inverse.products`).
         room = torch.empty(sum(counts), dim)
         for i, (name, lam, count) in enumerate(zip(names, lams, counts, strict=True)):
             part, directions = room[at : at + count], torch.arange(count)

@@ -16,12 +16,13 @@ from conftest import assert_same_hits, reader_of, share_of_best, write_manifest
 
 pytest.importorskip("faiss")
 
-from lorif_index import BuildConfig, Hits, Index, RelativeDamping
 from lorif_index.build.coarse_build import TILTS
+from lorif_index.search.flat import FlatSketch
+
+from lorif_index import BuildConfig, Hits, Index, RelativeDamping
 from lorif_index.build.pipeline import COARSE_FROM
 from lorif_index.errors import ConfigError, CorruptionError, FingerprintError, LorifError, QueryError
 from lorif_index.search.candidates import Counts
-from lorif_index.search.flat import FlatSketch
 from lorif_index.search.planner import SCAN_UP_TO
 from lorif_index.search.reader import Reader
 from lorif_index.search.scoring import Question

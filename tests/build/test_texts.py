@@ -3,9 +3,9 @@ from __future__ import annotations
 import types
 
 import pytest
+from conftest import SENTENCES, tiny_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from conftest import SENTENCES, tiny_tokenizer, write_jsonl
 
 from lorif_index.errors import ConfigError, DataError
 from lorif_index.text import Document, TokenisedData, read_documents

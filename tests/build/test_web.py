@@ -258,13 +258,6 @@ def test_stored_rows_are_gradients(tmp_path):
         # Few bits, but of the same gradients.
         for name, g in rows.items():
             assert torch.cosine_similarity(g.flatten(1), given[name][[7, 3]].flatten(1)).min() > 0.5
-    with (
-        Index.build(
-            tmp_path / "c", gradients=[given], config=BuildConfig(store="coordinates", **common), progress=False
-        ) as bare,
-        pytest.raises(QueryError, match="keeps no gradients"),
-    ):
-        bare.gradients([1])
 
 
 def test_a_row_finds_others_than_itself(explorer):
@@ -616,18 +609,6 @@ def test_a_server_for_all_addresses_goes_by_addresses(explorer):
     ]:
         assert ask_app(pages, "/", host=host)[0][0] == status, host
     assert ask_app(make_app(explorer, host="192.168.1.7"), "/", host="192.168.1.8")[0][0] == 421
-
-
-def test_rows_without_gradients_ask_with_their_words(home, tmp_path):
-    text_model = load_text_model(home / "model", "cpu")
-    config = BuildConfig(projection_dim=8, store="coordinates", coarse=None)
-    documents = [Document(s, str(i)) for i, s in enumerate(SENTENCES)]
-    with build_text_index(tmp_path / "i", text_model, documents, config=config, progress=False) as index:
-        own = index.search(SENTENCES[2], 10).ids[0].tolist()
-        found = Explorer(index, text_model).search(Question(row=2), 9)
-        assert [hit.item.id for hit in found.hits] == [i for i in own if i != 2]
-        with pytest.raises(QueryError, match="keeps no gradients"):
-            Explorer(index, None, "away").search(Question(row=2), 9)
 
 
 # -- in a browser

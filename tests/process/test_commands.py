@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from lorif_index import AbsoluteDamping, BuildConfig, LayerSelection
 from lorif_index.cli import app
-from lorif_index.cli.settings import SETTINGS, Settings, read_config
+from lorif_index.cli.settings import SETTINGS, Settings, flag_of, read_config
+from lorif_index.config import PARTS, CoarseIndex, Sample
 from lorif_index.errors import ConfigError
 from lorif_index.text import StoredTexts, open_text_index
 from scripts.cli_page import PAGE, page, program
@@ -66,7 +67,7 @@ def test_the_page_lists_every_command_and_option():
         for parameter in command.params:
             for option in [o for o in parameter.opts if o.startswith("-")]:
                 listed = re.search(rf"^\| `[^`]*{re.escape(option)}\b", part, re.MULTILINE)
-                assert listed or (shared and parameter.name in [*SETTINGS, "config"]), f"{name} {option}"
+                assert listed or (shared and option in [*map(flag_of, SETTINGS), "--config"]), f"{name} {option}"
 
 
 def commands_in_the_docs():
@@ -211,7 +212,14 @@ def test_report_says_as_json_what_it_wrote(home, tmp_path):
 
 
 def test_settings_are_all_of_build_config():
-    assert set(SETTINGS) == {f.name for f in dataclasses.fields(BuildConfig)}
+    wanted = []
+    for f in dataclasses.fields(BuildConfig):
+        parts = [f"{f.name}.{p.name}" for p in dataclasses.fields(PARTS[f.name][0])] if f.name in PARTS else [f.name]
+        wanted += parts
+    assert set(SETTINGS) == set(wanted)
+    assert [flag_of(name) for name in ("sample.size", "coarse.kind", "compute.shard_bytes", "eigen_bytes")] == [
+        *("--sample-size", "--coarse-kind", "--shard-bytes", "--eigen-bytes")
+    ]
 
 
 def test_flags_and_file_spell_the_same(home, tmp_path):
@@ -222,48 +230,62 @@ def test_flags_and_file_spell_the_same(home, tmp_path):
         "projection": ("random", "random"),
         "rank": ("full", None),
         "curvature": ("empirical", "empirical"),
-        "probes": ("2", 2),
         "curvature_rank": ("full", None),
-        "curvature_rows": ("factors", "factors"),
-        "curvature_sample": ("99", 99),
         "power_iterations": ("3", 3),
         "damping": ("absolute:1e-3", AbsoluteDamping(1e-3)),
         "complement": ("truncated", "truncated"),
         "store": ("factors", "factors"),
         "eigen_bytes": ("99", 99),
-        "eigen_code": ("largest", "largest"),
         "dtype": ("float32", "float32"),
-        "sketch_dim": ("9", 9),
-        "sketch": ("per-layer", "per-layer"),
-        "coordinate_bits": ("8", 8),
-        "coarse": ("none", None),
-        "calibration_queries": ("0", 0),
         "batch_size": ("7", 7),
         "seed": ("5", 5),
-        "autocast": ("bfloat16", "bfloat16"),
         "on_nonfinite": ("skip", "skip"),
-        "shard_bytes": ("2MiB", 2 << 20),
-        "spool_bytes": ("3GB", 3 * 10**9),
         "layers": ("*.mlp.*", LayerSelection(include=("*.mlp.*",))),
-        "device": ("cpu", "cpu"),
+        "sample.size": ("99", 99),
+        "sample.rows": ("stored", "stored"),
+        "sample.probes": ("2", 2),
+        "coarse.kind": ("flat", "flat"),
+        "coarse.dim": ("9", 9),
+        "coarse.sketch": ("per-layer", "per-layer"),
+        "coarse.queries": ("0", 0),
+        "compute.device": ("cpu", "cpu"),
+        "compute.autocast": ("bfloat16", "bfloat16"),
+        "compute.shard_bytes": ("2MiB", 2 << 20),
+        "compute.spool_bytes": ("3GB", 3 * 10**9),
     }
     assert set(written) == set(SETTINGS)
-    expected = BuildConfig(**{name: value for name, (_, value) in written.items() if name != "device"})
+    values, lines = {}, {}
+    for name, (text, value) in written.items():
+        part, _, field = name.rpartition(".")
+        line = f"{field}: '{text}'\n" if "*" in text else f"{field}: {text}\n"
+        lines[part] = lines.get(part, "") + (f"  {line}" if part else line)
+        if name != "compute.device":
+            (values.setdefault(part, {}) if part else values)[field] = value
+    expected = BuildConfig(**values)
     file = tmp_path / "all.yaml"
-    file.write_text(
-        "".join(f"{name}: '{text}'\n" if "*" in text else f"{name}: {text}\n" for name, (text, _) in written.items())
-    )
+    file.write_text("".join(f"{part}:\n{body}" if part else body for part, body in lines.items()))
     assert Settings(file, {}).read() == (expected, "cpu")
-    flags = [word for name, (text, _) in written.items() for word in (f"--{name.replace('_', '-')}", text)]
+    flags = [word for name, (text, _) in written.items() for word in (flag_of(name), text)]
     made = document("build", tmp_path / "index", "--model", home / "model", "--data", home / "texts.jsonl", *flags)
     assert BuildConfig.from_json(made["config"]) == expected
+
+
+def test_flags_win_over_the_file_field_by_field(tmp_path):
+    (tmp_path / "f.yaml").write_text("sample: 50\ncoarse: null\ncompute: {autocast: bfloat16, device: cpu}\nseed: 3")
+    flags = {"sample.probes": 2, "coarse.dim": 9, "compute.autocast": None, "seed": 4}
+    assert Settings(tmp_path / "f.yaml", flags).read() == (
+        BuildConfig(sample=Sample(size=50, probes=2), coarse=CoarseIndex(kind="none", dim=9), seed=4),
+        "cpu",
+    )
 
 
 @pytest.mark.parametrize(
     "text, values",
     [
         ("", {}),
-        ("rank: null\ncoarse: null\nseed: 3", {"rank": None, "coarse": None, "seed": 3}),
+        ("rank: null\ncoarse: null\nseed: 3", {"rank": None, "coarse": {"kind": "none"}, "seed": 3}),
+        ("sample: 9\ncoarse: {dim: 4}", {"sample": {"size": 9}, "coarse": {"dim": 4}}),
+        ("compute: {spool_bytes: 1MiB, autocast: none}", {"compute": {"spool_bytes": 1 << 20, "autocast": None}}),
         ("damping: {rule: absolute, lam: 0.5}", {"damping": {"rule": "absolute", "lam": 0.5}}),
         ("layers: ['a', 'b']", {"layers": ["a", "b"]}),
         ("projection_dim: 0.25", {"projection_dim": 0.25}),
@@ -280,7 +302,10 @@ def test_a_file_is_read_as_it_is_written(tmp_path, text, values):
     [
         ("eigen_byte: 3", "unknown key 'eigen_byte': did you mean eigen_bytes?"),
         ("layers: {exclud: [a]}", "layers: unknown key 'exclud': did you mean exclude?"),
-        ("qqqq: 3", "known are autocast, batch_size"),
+        ("qqqq: 3", "known are batch_size, coarse"),
+        ("sample: {sise: 3}", "sample: unknown key 'sise': did you mean size?"),
+        ("sample: {size: 1, size: 2}", "sample: size is there twice"),
+        ("coarse: IVF64", "kind must be one of"),
         ("3: 4", "unknown key 3"),
         ("rank: 1\nrank: 2", "rank is there twice"),
         ("layers: {include: a, include: b}", "layers: include is there twice"),
@@ -289,7 +314,7 @@ def test_a_file_is_read_as_it_is_written(tmp_path, text, values):
         ("rank: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("rank: some", "rank takes an integer or full"),
         ("rank: 0", "rank must be an integer of at least 1"),
-        ("shard_bytes: lots", "shard_bytes takes bytes"),
+        ("compute: {shard_bytes: lots}", "compute.shard_bytes takes bytes"),
         ("damping: {rule: nix}", "unknown damping rule 'nix'"),
         ("damping: {rule: [a]}", "with "),
         ("projection_dim: {fraction: [1, 0]}", "with "),
@@ -322,5 +347,5 @@ def test_completion_knows_commands_options_and_values():
         return done.stdout.split()
 
     assert completed("lorif ex") == ["explain"]
-    assert completed("lorif build --store ") == ["auto", "eigen", "both", "factors", "coordinates", "coarse"]
+    assert completed("lorif build --store ") == ["auto", "eigen", "factors", "largest"]
     assert "--install-completion" in lorif("--help")[1]

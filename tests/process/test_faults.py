@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from bench.faults_crash import Calls, PowerCut
+from bench.faults_cases import Calls, PowerCut
 from lorif_index import BuildConfig, Index
 from lorif_index.errors import NotAnIndexError
 from lorif_index.search.coarse import faiss_is_installed
@@ -50,7 +50,7 @@ def test_the_trials_did_what_they_say(trials: dict[str, Any]) -> None:
     }  # fmt: skip
     assert {"fsync", "pwrite", "open"} <= set(trials["inject"]["by_call"])
     assert trials["inject"]["outcomes"]["OSError"] and trials["inject"]["outcomes"]["ended"]
-    assert trials["flip"]["outcomes"]["verify raised"] == trials["flip"]["flips"] >= 40
+    assert trials["flip"]["outcomes"]["verify refused"] == trials["flip"]["flips"] >= 40
     assert trials["fuzz"]["outcomes"]["refused"] > 0
     assert trials["readers"]["answers"] > 4 and trials["readers"]["versions_read"] > 1
     assert trials["cost"]["ratios"]["build"] > 0
