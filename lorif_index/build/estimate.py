@@ -336,7 +336,7 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
     seconds["encode"] = share * known["encode"](own(count)) + (0.0 if whole and not late else own(count) * seen.each)
     if "coarse" in known:
         seconds["queries"] = own(query_count(config, query_bytes(seen.specs), count)) * seen.each
-    for stage in ("coarse", "calibrate"):
+    for stage in ("coarse", "calibration"):
         if stage in known:
             seconds[stage] = known[stage](own(count))
     return {stage: round(value, 3) for stage, value in seconds.items()}
