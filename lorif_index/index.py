@@ -453,7 +453,7 @@ class Index(Described):
             Layer -> (n, d_in, d_out) float32.
 
         Raises:
-            QueryError: an id that the index does not hold, or rows that hold coordinates. CorruptionError: damage.
+            QueryError: an id that the index does not hold. CorruptionError: damage.
         """
         return stored_gradients(self._reader, ids)
 

@@ -1,1 +1,1 @@
-"""Rows: an example's gradients as factors, coordinates or both, and how they lie in a row."""
+"""Codecs: what is kept of an example, a row of bytes, and how such rows are scored."""
