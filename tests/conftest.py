@@ -22,7 +22,7 @@ from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture
 from lorif_index.curvature.fit import LayerCurvature
-from lorif_index.linalg.projection import projection_matrix
+from lorif_index.linalg.projection import Projections, projection_matrix
 from lorif_index.search.reader import Reader
 from lorif_index.storage.manifest import read_manifest
 from lorif_index.text.demo_model import DemoSettings, new_model, train_tokenizer
@@ -311,6 +311,19 @@ def damped(layer: LayerCurvature, lam: float) -> np.ndarray:
 def reader_of(index: Index, device: torch.device = torch.device("cpu")) -> Reader:  # noqa: B008
     """The parts of an index, as they are on disk, for scoring on a device."""
     return Reader(index.path, read_manifest(index.path), device=device)
+
+
+def capture_of(index: Index, model: nn.Module) -> ModelCapture:
+    """Takes gradients of a model as the index's queries are taken."""
+    reader = reader_of(index)
+    config = replace(index.config, projection_floor=reader.manifest.floor())
+    return ModelCapture(model, config, Projections(reader.specs, config.seed, reader.projections))
+
+
+def query_gradients(index: Index, model: nn.Module, query: Any, count: int) -> dict[str, torch.Tensor]:
+    """A query of so many examples as gradients, (q, d_in, d_out) a layer."""
+    block = capture_of(index, model).capture(None).gradients(np.arange(count), query)
+    return {name: gradient.dense() for name, gradient in block.layers.items()}
 
 
 # -- models of transformers, and texts ---------------------------------------------------------------------------------

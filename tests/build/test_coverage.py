@@ -11,21 +11,21 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import cnn, gpt2, projected
+from conftest import capture_of, cnn, gpt2, projected, reader_of
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.build import coverage
 from lorif_index.capture.data import as_source
 from lorif_index.capture.gradients import GradientBlock
-from lorif_index.capture.sources import ModelCapture
+from lorif_index.linalg.projection import Projections
 
 
 def measured(index: Index, model: nn.Module, data: Any, count: int, monkeypatch: Any) -> dict[str, Any]:
     """Coverage over the first so many examples, all of them with parameters."""
     monkeypatch.setattr(coverage, "_ONE_OF", {coverage._WITH_PARAMETERS: 1, coverage._WITH_ROWS: 1})
-    taken = ModelCapture(model, index._query_config(), index._projections)
-    found = coverage.measure_coverage(index._reader, taken, None, as_source(data, 3), np.arange(count))
+    taken = capture_of(index, model)
+    found = coverage.measure_coverage(reader_of(index), taken, None, as_source(data, 3), np.arange(count))
     assert found is not None
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     return found
@@ -68,7 +68,7 @@ def test_shares_are_autograds(make: Any, tmp_path: Path, monkeypatch: pytest.Mon
     for name, spec in index.specs.items():
         sides = []
         for side, width in (("in", spec.width_in), ("out", spec.width_out)):
-            p = index._projections.side(name, side, torch.device("cpu"), torch.float64)
+            p = Projections(index.specs, 0).side(name, side, torch.device("cpu"), torch.float64)
             if p is None:
                 sides.append(np.eye(width))
             else:
@@ -97,16 +97,17 @@ def test_shares_are_autograds(make: Any, tmp_path: Path, monkeypatch: pytest.Mon
     assert found["scores"] == pytest.approx(expected, abs=5e-3)
 
 
-@pytest.mark.parametrize("store", ["eigen", "both", "factors", "coordinates"])
+@pytest.mark.parametrize("store", ["eigen", "factors"])
 def test_rows_are_taken_for_what_they_score(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient that a row stands for has the row's score with any query."""
     case = gpt2()
     config = BuildConfig(store=store, projection_dim=5, sketch_dim=24, eigen_bytes=48, coarse=None)
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config, progress=False)
     block = GradientBlock(index.ids, {})
-    rows = coverage._stored(index._reader, block)
+    reader = reader_of(index)
+    rows = coverage._stored(reader, block)
     query = {n: torch.randn(3, s.d_in, s.d_out, generator=torch.manual_seed(1)) for n, s in index.specs.items()}
-    preconditioners = index._reader.preconditioners(index.layers, config.damping)
+    preconditioners = reader.preconditioners(index.layers, config.damping)
     total = sum(preconditioners[n].apply(g.flatten(1)) @ rows[n].T for n, g in query.items())
     scores = index.scores(query)
     assert np.abs(total.numpy() - scores).max() <= 1e-3 * np.abs(scores).max()

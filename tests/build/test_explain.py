@@ -10,10 +10,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import SENTENCES, Case, cnn, gpt2, mlp, split, tiny_model_folder
+from conftest import SENTENCES, Case, cnn, gpt2, mlp, query_gradients, reader_of, split, tiny_model_folder
 from torch import nn
 
-from lorif_index import BuildConfig, Index, LayerSelection, default_loss
+from lorif_index import BuildConfig, Index, LayerSelection, RelativeDamping, default_loss
 from lorif_index.errors import DataError, QueryError
 from lorif_index.linalg.projection import projection_matrix
 from lorif_index.search.explain import Explanation
@@ -177,7 +177,7 @@ def test_gradients_as_a_query_and_batches_do_not_matter(built: tuple[Case, Index
     for a, b in zip(alone, among, strict=True):
         assert np.abs(a.tokens - b.tokens).max() <= 1e-4 * np.abs(a.tokens).max() and len(a.tokens) == len(b.tokens)
         assert np.abs(a.query_tokens - b.query_tokens).max() <= 1e-4 * np.abs(a.query_tokens).max()
-    g = index._query_gradients(one, None, index.layers)
+    g = query_gradients(index, case.model, one, 1)
     given = index.explain({name: part.numpy() for name, part in g.items()}, [3, 11])[0]
     assert [e.query_tokens for e in given] == [None, None]
     assert np.allclose([e.score for e in given], [e.score for e in alone], rtol=1e-4)
@@ -270,13 +270,14 @@ def test_within_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorif_index.build.sizes.products_for", lambda rank: 40)
     torch.manual_seed(0)
     data, query = (torch.randn(60, 4, 12), torch.randint(0, 3, (60,))), (torch.randn(2, 4, 12), torch.tensor([0, 2]))
-    index = Index.build(tmp_path / "i", model=Grouped(), data=data, config=BuildConfig(store="eigen"), progress=False)
+    model = Grouped()
+    index = Index.build(tmp_path / "i", model=model, data=data, config=BuildConfig(store="eigen"), progress=False)
     assert {n for n, layer in index.curvature.items() if layer.grid is not None} == {"mix", "inner"}
     found = index.explain(query, [3, 40])
     check_sums(found, within=1e-6)
-    asked = index._query_gradients(query, None, index.layers)
-    examples = index._query_gradients(tuple(part[[3, 40]] for part in data), None, index.layers)
-    made = index._reader.preconditioners(index.layers, index._policy(None))
+    asked = query_gradients(index, model, query, 2)
+    examples = query_gradients(index, model, tuple(part[[3, 40]] for part in data), 2)
+    made = reader_of(index).preconditioners(index.layers, RelativeDamping(0.1))
     most = largest(found)
     for name in index.layers:
         basis, g = index.curvature[name].basis.double(), asked[name].flatten(1).double()
@@ -286,21 +287,14 @@ def test_within_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.abs(got - expected).max() <= 1e-4 * most, name
 
 
-@pytest.mark.parametrize("store", ["eigen", "both", "coordinates", "coarse"])
+@pytest.mark.parametrize("store", ["eigen", "factors"])
 def test_every_store_shows_what_it_scores(store: str, tmp_path: Path) -> None:
-    if store == "coarse":
-        pytest.importorskip("faiss")
     case = gpt2()
-    config = BuildConfig(
-        projection_dim=5, store=store, sketch_dim=32, coarse="Flat" if store == "coarse" else None, eigen_bytes=64
-    )
+    config = BuildConfig(projection_dim=5, store=store, coarse=None, eigen_bytes=64)
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config, progress=False)
     found = index.explain(case.query, [1, 2, 3])
     check_sums(found)
     stored = np.array([[e.stored for e in row] for row in found])
-    if store == "coarse":
-        assert np.isnan(stored).all() and found[0][0].to_json()["stored"] is None
-        return
     expected = index.scores(case.query)[:, 1:4]
     assert np.allclose(stored, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 

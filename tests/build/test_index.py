@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_best, small_data, small_model, write_manifest
+from conftest import assert_best, reader_of, small_data, small_model, write_manifest
 from torch import nn
 
 from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, ProgressEvent, default_loss
@@ -484,7 +484,7 @@ def test_progress_tells_rate_and_bytes(tmp_path: Path) -> None:
 
 def test_memory_of_a_search_does_not_grow_with_the_index(index: Index) -> None:
     """Blocks are bounded, and of the scores only k a query are kept."""
-    blocks = [len(rows) for _, rows in index._store.stream(block_bytes=10 * index.bytes_per_example)]
+    blocks = [len(rows) for _, rows in reader_of(index).store.stream(block_bytes=10 * index.bytes_per_example)]
     assert max(blocks) <= 10 and sum(blocks) == N
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, cnn, gpt2, mlp
+from conftest import PATIENCE, cnn, gpt2, mlp, reader_of
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
@@ -19,7 +19,7 @@ from lorif_index.capture import eigenbases
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture
 from lorif_index.errors import CurvatureError, FingerprintError
-from lorif_index.linalg.projection import projection_matrix
+from lorif_index.linalg.projection import Projections, projection_matrix
 
 
 def second_moments(model: nn.Module, name: str, data: Any, bias: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +63,7 @@ def test_projections_are_the_leading_eigenvectors(
     case = make()
     config = BuildConfig(projection_dim=4, layers=[layer], batch_size=7)
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
-    learnt = index._reader.projections
+    learnt = reader_of(index).projections
     assert learnt is not None and set(learnt) == {(layer, "in"), (layer, "out")}
     for side, c in zip(("in", "out"), second_moments(case.model, layer, case.data, bias=True), strict=True):
         p = learnt[layer, side].double().numpy()
@@ -199,12 +199,12 @@ def test_one_hot_sides_stay_random(tmp_path: Path) -> None:
     case = gpt2()
     config = BuildConfig(projection_dim=4, layers=LayerSelection(embeddings=True, head=True))
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
-    learnt = index._reader.projections
+    learnt = reader_of(index).projections
     assert learnt is not None
     # The head is tied to the token embedding: its other side is learnt.
     assert ("transformer.wte", "in") not in learnt and ("transformer.wte", "out") in learnt
     spec = index.specs["transformer.wte"]
-    side = index._projections.side("transformer.wte", "in", torch.device("cpu"), torch.float32)
+    side = Projections(index.specs, 0, learnt).side("transformer.wte", "in", torch.device("cpu"), torch.float32)
     assert side is not None and torch.equal(side, projection_matrix(0, "transformer.wte", "in", spec.width_in, 4))
 
 
@@ -213,7 +213,7 @@ def test_of_gradients_that_were_handed_over(tmp_path: Path) -> None:
     g = torch.randn(60, 9, 7, generator=generator) * torch.linspace(1, 3, 9)[:, None]
     config = BuildConfig(projection_dim=4, dtype="float32", rank=None, store="factors")
     index = Index.build(tmp_path / "i", gradients=[{"w": g[:25]}, {"w": g[25:]}], config=config)
-    learnt = index._reader.projections
+    learnt = reader_of(index).projections
     assert learnt is not None
     whole = g.double().numpy()
     assert same_space(learnt["w", "in"].double().numpy(), leading(np.einsum("nij,nkj->ik", whole, whole), 4)) < 1e-4
@@ -267,7 +267,7 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
         assert index.config == BuildConfig(**settings), "what was asked for is remembered as it was"
         again = Index.open(tmp_path / name, model=case.model)
         assert again.scores(case.query).shape[1] == len(index)
-        return index._manifest.floor()
+        return reader_of(index).manifest.floor()
 
     # A usual row has room for all directions: the model stays narrow, for smaller rows, too.
     assert floor("fits") == 6 and floor("small rows", eigen_bytes=32) == 6

@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import Case, damped, forge, inside_scores, lambdas, projected, with_gradients, within
+from conftest import Case, damped, forge, inside_scores, lambdas, projected, reader_of, with_gradients, within
 
 from lorif_index import BuildConfig, Index
 from lorif_index.codecs.eigencodes import directions_for
@@ -38,14 +38,15 @@ def build(made: Case, folder: Path, **settings: Any) -> Index:
 
 
 def kept(index: Index) -> dict[str, np.ndarray]:
-    code = index._reader.eigen
+    code = reader_of(index).eigen
     assert code is not None
     return {name: part.directions.numpy() for name, part in code.layers.items()}
 
 
 def stands_for(index: Index) -> dict[str, np.ndarray]:
     """G~ of every row, (n, d_in, d_out) a layer, in float64."""
-    code, rows = index._reader.eigen, index._store.gather(np.arange(len(index)))
+    reader = reader_of(index)
+    code, rows = reader.eigen, reader.store.gather(np.arange(len(index)))
     assert code is not None
     out = {}
     for name, coordinates in code.decode(rows.factors).items():
@@ -59,7 +60,7 @@ def stands_for(index: Index) -> dict[str, np.ndarray]:
 def test_scores_are_exact_for_what_is_stored(case: Any, tmp_path: Path, size: int) -> None:
     made, train_gradients, query_gradients = case
     index = build(made, tmp_path, eigen_bytes=size)
-    assert index.representation == "eigen" and index._reader.layout.eigen.bits == BYTES[size]
+    assert index.representation == "eigen" and reader_of(index).layout.eigen.bits == BYTES[size]
     assert index.bytes_per_example <= size
     rows, queries = projected(index, train_gradients), projected(index, query_gradients)
     means = stands_for(index)
@@ -113,7 +114,7 @@ def test_self_influence_is_not_made_longer_by_rounding(case: Any, tmp_path: Path
     made, train_gradients, _ = case
     index = build(made, tmp_path, eigen_bytes=size)
     rows, means = projected(index, train_gradients), stands_for(index)
-    cosine = index._reader.layout.eigen.cosine
+    cosine = reader_of(index).layout.eigen.cosine
     for names in (index.layers, index.layers[:1]):
         lam = lambdas(index, rows, 0.3)
         stored, true = np.zeros(len(index)), np.zeros(len(index))
@@ -171,7 +172,7 @@ def test_directions_of_a_grid_are_stored_by_its_products(
     index = build(made, tmp_path, eigen_bytes=SOME)
     wide = [name for name, spec in index.specs.items() if spec.dim > 20]
     assert wide and all((index.curvature[name].grid is not None) == (name in wide) for name in index.specs)
-    kept = index._reader.eigen
+    kept = reader_of(index).eigen
     assert kept is not None
     by_themselves = {name: int((kept.layers[name].directions >= 15).sum()) for name in wide}
     assert bool(alone) == any(len(index.curvature[name].diagonal) for name in wide)
@@ -179,7 +180,8 @@ def test_directions_of_a_grid_are_stored_by_its_products(
     rows, queries = projected(index, train_gradients), projected(index, query_gradients)
     expected = inside_scores(index, queries, stands_for(index), lambdas(index, rows, 0.3), index.layers)
     assert within(index.scores(made.query, damping=0.3), expected, 1e-4)
-    gathered = index._store.gather(np.arange(len(index))).factors
+    gathered = reader_of(index).store.gather(np.arange(len(index))).factors
+    sketch = reader_of(index).sketch
     own, lam, z = 0.0, lambdas(index, rows, 0.3), 0.0
     for name, dense in kept.dense(gathered, index.curvature).items():
         flat, layer = stands_for(index)[name].reshape(len(index), -1), index.curvature[name]
@@ -187,13 +189,13 @@ def test_directions_of_a_grid_are_stored_by_its_products(
         inside = flat @ layer.basis.double().numpy()
         own = own + (inside**2 / damped(layer, lam[name])).sum(axis=1)
         # The sketch is of the kept directions, half-whitened with the build's damping.
-        if index._reader.sketch is not None:
-            part = index._reader.sketch.layers[name]
+        if sketch is not None:
+            part = sketch.layers[name]
             assert torch.equal(part.directions, kept.layers[name].directions)
             half = inside / np.sqrt(damped(layer, part.lam))
             z = z + half[:, part.directions.numpy()] @ part.weights.double().numpy()
     assert within(index.self_influence(damping=0.3), own * kept.layout.cosine**2, 1e-4)
-    if index._reader.sketch is not None:
+    if sketch is not None:
         assert within(index.coordinates(), np.asarray(z), 1e-4)
     index.close()
     again = Index.open(tmp_path / "i", model=made.model)
@@ -225,7 +227,7 @@ def test_the_largest_of_groups_say_more_of_many_directions(tmp_path: Path) -> No
     room = 8 * (size - 4)
     for code in ("levels", "largest"):
         index, rows = white(tmp_path, code, size)
-        label, count = index._reader.layout.eigen.label, sum(len(directions) for directions in kept(index).values())
+        label, count = reader_of(index).layout.eigen.label, sum(len(directions) for directions in kept(index).values())
         assert index.bytes_per_example <= size
         assert (label == "1 bits" and count <= room) if code == "levels" else (label == "largest of 8" and count > room)
         lam, means = lambdas(index, rows, 0.3), stands_for(index)
@@ -244,7 +246,7 @@ def test_the_largest_of_groups_say_more_of_many_directions(tmp_path: Path) -> No
                 inside = of.reshape(len(index), -1) @ layer.basis.double().numpy()
                 total += (inside**2 / damped(layer, lam[name]))[:, directions].sum(axis=1)
         own = index.self_influence(damping=0.3)
-        assert within(own, index._reader.layout.eigen.cosine**2 * stored, 1e-4)
+        assert within(own, reader_of(index).layout.eigen.cosine ** 2 * stored, 1e-4)
         assert 0.85 < own.mean() / true.mean() < 1.15
         index.verify()
         again = Index.open(tmp_path / code)
@@ -289,7 +291,7 @@ def test_rows_are_never_longer_than_said(size: int, code: str, tmp_path: Path) -
 
 def test_every_direction_has_its_bit_where_there_is_room(tmp_path: Path) -> None:
     index, _ = white(tmp_path, "largest", 400)
-    assert index._reader.layout.eigen.label == "4 bits"
+    assert reader_of(index).layout.eigen.label == "4 bits"
 
 
 def test_the_largest_of_groups_are_proposed_by_a_sketch(tmp_path: Path) -> None:

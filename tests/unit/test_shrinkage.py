@@ -62,7 +62,7 @@ def test_sums_of_few_that_count_among_noise_are_better() -> None:
     assert before < 0.7 and agreement(shrunk(scores)) > 0.95
 
 
-@pytest.mark.parametrize("store", ["eigen", "factors", "coordinates", "both"])
+@pytest.mark.parametrize("store", ["eigen", "factors"])
 def test_scores_are_shrunk_on_request(store: str, tmp_path: Path) -> None:
     config = BuildConfig(store=store, shard_bytes=6000, batch_size=8)
     index = Index.build(tmp_path / "i", model=small_model(), data=small_data(60), config=config, progress=False)
