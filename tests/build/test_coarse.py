@@ -208,7 +208,9 @@ def test_a_tilt_that_helps_is_found(tmp_path: Path) -> None:
     train, query = gradients(3000, seed=2), gradients(60, seed=6)
     sizes = torch.from_numpy(np.exp(0.6 * np.random.default_rng(3).standard_normal(3000))).float()
     train = {name: g * sizes[:, None, None] for name, g in train.items()}
-    index = Index.build(tmp_path / "i", gradients=blocks(train), config=config(coarse={"dim": 32, "queries": 48}, sample=1500))
+    index = Index.build(
+        tmp_path / "i", gradients=blocks(train), config=config(coarse={"dim": 32, "queries": 48}, sample=1500)
+    )
     search = reader_of(index).candidates
     assert search is not None and search.calibration is not None
     assert search.calibration.orders["opponents"].tilt > 0

@@ -158,7 +158,8 @@ EMBEDDINGS = LayerSelection(embeddings=True)
 
 @pytest.mark.parametrize("make", [cnn, gpt2], ids=["cnn", "gpt2"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"projection": "random", "projection_dim": 5}, {"compute": {"autocast": "bfloat16"}}, {"layers": EMBEDDINGS}]
+    "settings",
+    [{}, {"projection": "random", "projection_dim": 5}, {"compute": {"autocast": "bfloat16"}}, {"layers": EMBEDDINGS}],
 )
 def test_no_difference_where_there_is_none(make: Any, settings: Any, tmp_path: Path) -> None:
     case = make()

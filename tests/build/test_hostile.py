@@ -248,6 +248,7 @@ def _opened(root: Path) -> list[str]:
 
 # -- coarse codes ----------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def coded(folder: Path) -> Path:
     """The folder with codes in the place of coordinates."""

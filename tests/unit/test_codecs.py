@@ -272,7 +272,9 @@ def test_the_sketch_of_rows_is_that_of_what_they_stand_for(made: Made) -> None:
     sketch = fit_sketch(whitened, made.curvature, dim=16, method="pca", seed=0, stage=stage, device=CPU)
     z = made.codec.sketcher(sketch)(made.rows)
     assert z.shape == (N, 16)
-    assert within(z.numpy(), SketchEncoder(sketch, made.curvature).encode(made.codec.gradients(made.rows)).numpy(), 1e-4)
+    assert within(
+        z.numpy(), SketchEncoder(sketch, made.curvature).encode(made.codec.gradients(made.rows)).numpy(), 1e-4
+    )
     weights = torch.cat([part.weights for part in sketch.layers.values()]).double().numpy()
     assert within(z.numpy(), e @ weights, 1e-4)
     assert made.codec.sketcher(sketch)(made.rows[:0]).shape == (0, 16)
