@@ -67,7 +67,7 @@ def home(tmp_path_factory):
     for number in range(COUNT - len(HOSTILE)):
         a, b = SENTENCES[number % 10], SENTENCES[number // 10 % 10]
         documents.append(Document(f"{a[:25]} {number} {b}", f"book-{number % 7}.txt:{number}-{number + 1}"))
-    config = BuildConfig(projection_dim=8, store="eigen", curvature_sample=200, coarse=None)
+    config = BuildConfig(projection_dim=8, store="eigen", sample=200, coarse=None)
     build_text_index(folder / "index", text_model, documents, config=config, progress=False).close()
     return folder
 
