@@ -1,1 +1,1 @@
-"""Codecs: what is kept of an example, a row of bytes, and how such rows are scored."""
+"""Codecs: what is kept of an example, one class in one file for each kind, and the registry that names them."""

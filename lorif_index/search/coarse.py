@@ -31,6 +31,8 @@ _CODE_BYTES = 128
 _LEAST_DIM = 8
 # Of a piece's codebook; also the fewest rows that can teach one.
 _CODEWORDS, _BITS = 16, 4
+# Coordinates: beyond any sketch's, and so few that sizes made from them cannot overflow.
+_WIDEST = 1 << 31
 # Codes that faiss's fast scan takes together.
 _TOGETHER = 32
 
@@ -204,7 +206,7 @@ class Codes:
         try:
             dim, pieces, count = (int(entry[key]) for key in ("dim", "pieces", "rows"))
             axis = NormAxis.from_json(entry["axis"])
-            if dim < 1 or count < 0 or not 0 <= pieces <= 2 * _CODE_BYTES or (pieces and dim % pieces):
+            if not 0 < dim < _WIDEST or count < 0 or not 0 <= pieces <= 2 * _CODE_BYTES or (pieces and dim % pieces):
                 raise ValueError(f"{count} rows of {dim} coordinates in {pieces} pieces")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptionError(f"the manifest's entry of the coarse index is damaged: {error!r}") from None

@@ -138,8 +138,9 @@ def write_sealed(
         fd = os.open(temporary, os.O_RDWR)
         try:
             for key, array in arrays.items():
-                os.posix_fallocate(fd, offsets[key], array.nbytes)
-                _write_all(fd, np.ascontiguousarray(array).data.cast("B"), offsets[key])
+                if array.nbytes:
+                    os.posix_fallocate(fd, offsets[key], array.nbytes)
+                    _write_all(fd, np.ascontiguousarray(array).data.cast("B"), offsets[key])
             os.fsync(fd)
             size = os.fstat(fd).st_size
         finally:
@@ -233,7 +234,8 @@ def _allocate(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[
         for key, array in arrays.items():
             space = h5py.h5s.create_simple(array.shape)
             kind = h5py.h5t.py_create(array.dtype.newbyteorder("<"))
-            offsets[key] = int(h5py.h5d.create(file.id, key.encode(), kind, space, layout).get_offset())
+            # HDF5 has no place for an empty one.
+            offsets[key] = int(h5py.h5d.create(file.id, key.encode(), kind, space, layout).get_offset() or 0)
     return offsets
 
 
