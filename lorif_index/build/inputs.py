@@ -35,7 +35,7 @@ from ..config import BuildConfig, CurvatureRows
 from ..errors import ConfigError, DataError
 from ..linalg.projection import ALGORITHM, Projections
 from ..search.coarse import load_faiss
-from ..storage.manifest import FORMAT_VERSION, read_manifest, spec_to_json
+from ..storage.manifest import FORMAT_VERSION, read_manifest
 from ..storage.payloads import Payloads, Values
 from .choice import with_floor
 
@@ -217,7 +217,7 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
         "format_version": FORMAT_VERSION,
         "examples": source.count,
         "projection": ALGORITHM,
-        "layers": [spec_to_json(spec) for spec in specs.values()],
+        "layers": [dataclasses.asdict(spec) for spec in specs.values()],
         "config": {k: v for k, v in config.to_json().items() if k not in _FREE_SETTINGS},
         "curvature": curvature_kind(config, rows, logits) if fitted is None else fitted.fingerprint.get("curvature"),
         "payloads": None if payloads is None else payloads.digest,

@@ -11,6 +11,8 @@ import torch
 
 from ..errors import DataError
 
+SIDES = ("in", "out")
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -39,6 +41,10 @@ class LayerSpec:
     def dim(self) -> int:
         """D = d_in * d_out."""
         return self.d_in * self.d_out
+
+    def side(self, side: str) -> tuple[int, int]:
+        """(its own width, its projected width) of a side, "in" or "out"."""
+        return (self.width_in, self.d_in) if side == "in" else (self.width_out, self.d_out)
 
     @property
     def dense(self) -> bool:

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import xxhash
 from ..capture.gradients import LayerSpec
 from ..errors import CorruptionError, FingerprintError, FormatVersionError, NotAnIndexError, StoreError
 from .locks import Lease, is_read
-from .sealed import SealedInfo, replace_durably
+from .sealed import SealedInfo, as_count, replace_durably
 from .shards import ShardInfo
 
 FORMAT = "lorif-index"
@@ -141,24 +141,9 @@ class Manifest:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "fingerprint": self.fingerprint,
-            "config": self.config,
-            "layers": [spec_to_json(spec) for spec in self.layers],
+            **{part.name: getattr(self, part.name) for part in fields(self)},
+            "layers": [asdict(spec) for spec in self.layers],
             "shards": [shard.to_json() for shard in self.shards],
-            "codec": self.codec,
-            "fits": self.fits,
-            "coarse": self.coarse,
-            "calibration": self.calibration,
-            "skipped": self.skipped,
-            "report": self.report,
-            "metadata": self.metadata,
-            "generation": self.generation,
-            "next_id": self.next_id,
-            "next_file": self.next_file,
-            "removed": self.removed,
-            "fitted_ids": self.fitted_ids,
-            "pending": self.pending,
-            "part": self.part,
         }
 
     @classmethod
@@ -181,14 +166,14 @@ class Manifest:
             fits={name: _entry(entry, needs_file=name != "codec") or {} for name, entry in fits.items()},
             coarse=_entry(data["coarse"]),
             calibration=_typed(data["calibration"], dict, none=True),
-            skipped=[_count(i) for i in _typed(data["skipped"], list)],
+            skipped=[as_count(i) for i in _typed(data["skipped"], list)],
             report=_typed(data["report"], dict),
             metadata=_typed(data["metadata"], dict),
-            generation=_count(data["generation"]),
-            next_id=_count(data["next_id"]),
-            next_file=_count(data["next_file"]),
+            generation=as_count(data["generation"]),
+            next_id=as_count(data["next_id"]),
+            next_file=as_count(data["next_file"]),
             removed=_entry(data["removed"]),
-            fitted_ids=_count(data["fitted_ids"]),
+            fitted_ids=as_count(data["fitted_ids"]),
             pending=_typed(data["pending"], dict, none=True),
             part=_part(data["part"]),
         )
@@ -363,17 +348,11 @@ def _typed(value: Any, kind: type, *, none: bool = False) -> Any:
     return value
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
-        raise TypeError(f"{str(value)[:80]!r} where a count was expected")
-    return value
-
-
 def _part(value: Any) -> dict[str, Any] | None:
     """{"number", "of", "rows", "build"} of an index that lies in several folders, or None."""
     if value is None:
         return None
-    part = {name: _count(_typed(value, dict)[name]) for name in ("number", "of", "rows")}
+    part = {name: as_count(_typed(value, dict)[name]) for name in ("number", "of", "rows")}
     if not part["number"] < part["of"]:
         raise ValueError(f"part {part['number']} of {part['of']}")
     return part | {"build": _typed(value["build"], str)}
@@ -391,7 +370,7 @@ def _spec_from_json(spec: Any) -> LayerSpec:
     made = LayerSpec(**{**_typed(spec, dict), "uses": tuple(names)})
     _typed(made.name, str), _typed(made.bias, bool)
     sizes = (made.width_in, made.width_out, made.d_in, made.d_out, made.rank)
-    if not all(0 < _count(size) <= _WIDEST for size in sizes) or made.d_in * made.d_out > _WIDEST:
+    if not all(0 < as_count(size) <= _WIDEST for size in sizes) or made.d_in * made.d_out > _WIDEST:
         raise ValueError(f"layer {made.name!r} of sizes {sizes}")
     return made
 
@@ -407,19 +386,6 @@ def check_same(stored: dict[str, Any], given: dict[str, Any], what: str, remedy:
     if different:
         lines = "; ".join(_said(k, stored.get(k), given.get(k)) for k in different)
         raise FingerprintError(f"{what} differs in {', '.join(different)} ({lines}): {remedy}")
-
-
-def spec_to_json(spec: LayerSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "width_in": spec.width_in,
-        "width_out": spec.width_out,
-        "d_in": spec.d_in,
-        "d_out": spec.d_out,
-        "rank": spec.rank,
-        "bias": spec.bias,
-        "uses": list(spec.uses),
-    }
 
 
 def _canonical(value: Any) -> str:

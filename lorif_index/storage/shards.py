@@ -9,7 +9,7 @@ XXH3-64 of the bytes, so that single rows gathered from a shard can be verified 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ import torch
 import xxhash
 
 from ..errors import CorruptionError
-from .sealed import SealedFile, SealedInfo, write_sealed
+from .sealed import SealedFile, SealedInfo, as_count, write_sealed
 
-_MOST = 1 << 62
 # Of payloads, at a time; one may be longer.
 _READ_BYTES = 1 << 20
 # Beside a row: its id, its gradient's squared norm, and its checksum; and of a payload its end and its checksum.
@@ -54,31 +53,20 @@ class ShardInfo:
         return self.first_id, self.last_id + 1
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "sealed": self.sealed.to_json(),
-            "rows": self.rows,
-            "first_id": self.first_id,
-            "last_id": self.last_id,
-            "shift": self.shift,
-            "ids_digest": self.ids_digest,
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> ShardInfo:
-        try:
-            sealed = SealedInfo.from_json(data["sealed"])
-            numbers = (data["rows"], data["first_id"], data["last_id"], data["shift"])
-            digest = data["ids_digest"]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise CorruptionError(f"the manifest's entry of a shard is not as expected: {error!r}") from None
-        rows, first, last, _ = numbers
-        if (
-            not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MOST for v in numbers)
-            or not 0 < rows <= last - first + 1
-            or not isinstance(digest, str)
-        ):
-            raise CorruptionError(f"the manifest's entry of shard {sealed.file} has rows and ids {numbers}")
-        return cls(sealed, *numbers, digest)
+        """From the manifest's entry.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: fields that are missing or of the wrong form.
+        """
+        info = cls(**data | {"sealed": SealedInfo.from_json(data["sealed"])})
+        rows, first, last, _ = numbers = [as_count(v) for v in (info.rows, info.first_id, info.last_id, info.shift)]
+        if not 0 < rows <= last - first + 1 or not isinstance(info.ids_digest, str):
+            raise ValueError(f"shard {info.sealed.file} of rows and ids {numbers}")
+        return info
 
 
 def write_shard(
@@ -108,7 +96,7 @@ def write_shard(
         arrays["payloads"] = np.frombuffer(b"".join(payloads), dtype=np.uint8)
         arrays["payload_ends"] = np.cumsum([len(p) for p in payloads]).astype("<i8")
         arrays["payload_checksums"] = np.array([xxhash.xxh3_64_intdigest(p) for p in payloads], dtype="<u8")
-    sealed = write_sealed(folder, name, arrays, {})
+    sealed = write_sealed(folder, name, arrays)
     return ShardInfo(sealed, len(ids), int(ids[0]), int(ids[-1]), 0, xxhash.xxh3_64_hexdigest(numbers.tobytes()))
 
 
