@@ -129,8 +129,7 @@ class LayerGradient:
 
     def flat(self) -> torch.Tensor:
         """(n, a * b) float32."""
-        dense = self.dense()
-        return dense.reshape(dense.shape[0], -1)
+        return self.dense().flatten(1)
 
     def select(self, rows: torch.Tensor) -> LayerGradient:
         if self._pair is not None:

@@ -1,1 +1,1 @@
-"""Rows: an example's gradients as factors, coordinates or both, and how they lie in a row."""
+"""Codecs: what is kept of an example, and what rows of it mean; a file each, and a registry of their names."""

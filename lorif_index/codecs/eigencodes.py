@@ -345,8 +345,7 @@ class EigenCodec(RowCodec):
         scorer = self.layout.scorer(torch.cat(parts).T)
 
         def coordinates(rows: torch.Tensor) -> torch.Tensor:
-            found = [scorer.score(part).T for part in rows.split(SKETCHED_ROWS)]
-            return torch.cat(found) if found else torch.empty(0, sketch.dim)
+            return torch.cat([scorer.score(part).T for part in rows.split(SKETCHED_ROWS)])
 
         return coordinates
 

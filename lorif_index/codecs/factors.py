@@ -131,7 +131,7 @@ class FactorCodec(RowCodec):
         cls, folder: Path, entry: Any, specs: Mapping[str, LayerSpec], curvature: Mapping[str, LayerCurvature]
     ) -> Self:
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise CorruptionError(f"the manifest says that factors are {dtype!r}: known are {sorted(_DTYPES)}")
         return cls(specs, curvature, dtype)
 

@@ -54,7 +54,7 @@ class CurvatureShape:
 
     def height(self, dim: int) -> int:
         """M, rows of the matrix that the directions are."""
-        return self.products or dim
+        return min(self.products or dim, dim)
 
     def fit(self, name: str, dim: int, rows: int, seed: int, device: torch.device) -> SubspaceFit:
         """Of one layer, by so many rows."""

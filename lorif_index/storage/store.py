@@ -31,7 +31,7 @@ class StoreWriter:
     Args:
         folder: where the shards go; must exist.
         row_bytes: of a row.
-        shard_bytes: rows of a shard with their payloads, in bytes.
+        shard_bytes: most bytes of a shard's rows; about as many of its payloads also make it full.
         sealed: shards that are there already, to which the new ones are appended.
         name: gives a new shard's name.
     """

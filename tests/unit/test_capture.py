@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lorif_index import BuildConfig, LayerSelection, default_loss
+from lorif_index import BuildConfig, Compute, LayerSelection, default_loss
 from lorif_index.capture.gradients import GradientBlock
 from lorif_index.capture.hooks import Capture
 from lorif_index.capture.sources import ModelCapture
@@ -374,7 +374,7 @@ def test_mixed_precision_is_close_and_half_models_work() -> None:
     model = gpt2().eval()
     batch = padded_batch()
     exact = dense(take(model, batch, 3, projection_dim=6))
-    cast = dense(take(model, batch, 3, projection_dim=6, autocast="bfloat16"))
+    cast = dense(take(model, batch, 3, projection_dim=6, compute=Compute(autocast="bfloat16")))
     half = dense(take(gpt2().to(torch.bfloat16), batch, 3, projection_dim=6))
     for other in (cast, half):
         for name, g in exact.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.curvature.fit import LayerCurvature, fit_curvature
+from lorif_index.curvature.fit import CurvatureShape, LayerCurvature, fit_curvature
 from lorif_index.curvature.grid import Grid
 from lorif_index.curvature.inverse import (
     Preconditioner,
@@ -44,13 +44,12 @@ def fit(g: torch.Tensor, size: int, rank: int | None = None, block: int = 64, al
         walk,
         len(g),
         {"x": LayerSpec("x", A, B, A, B, 1)},
-        rank=rank,
+        shapes={"x": CurvatureShape(rank, size, alone)},
         power_iterations=2,
         seed=0,
         examples=len(g),
         stage=Stage(None, "curvature", None),
         device=torch.device("cpu"),
-        within={"x": (size, alone)},
     )["x"]
 
 
