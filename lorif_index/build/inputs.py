@@ -24,12 +24,11 @@ from ..capture.sources import (
     GivenGradients,
     ModelCapture,
     ModelGradients,
-    Rewound,
     asked_device,
     data_digest,
     given_specs,
-    is_one_shot,
     model_digest,
+    rewound,
 )
 from ..config import BuildConfig, CurvatureRows
 from ..errors import ConfigError, DataError
@@ -200,10 +199,7 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
         if count_of(given.model) is not None:
             fingerprint["members"] = count_of(given.model)
     else:
-        gradients = given.gradients
-        if is_one_shot(gradients):
-            gradients = Rewound(gradients, claim())
-            stack.callback(gradients.close)
+        gradients = rewound(given.gradients, claim, stack)
         specs = given_specs(gradients, config)
         projections = Projections(specs, config.seed)
         handed = source = GivenGradients(gradients, projections)

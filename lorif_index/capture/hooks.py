@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import CaptureError, NonFiniteError
+from ..errors import CaptureError
 from ..linalg.projection import Projections
 from .data import Batch, batch_count, to_device
 from .gradients import GradientBlock, LayerGradient, LayerSpec
@@ -494,38 +494,3 @@ def _listed(ids: np.ndarray) -> str:
         return f"{ids[0]} to {ids[-1]}"
     shown = ", ".join(str(i) for i in ids[:64])
     return shown if len(ids) <= 64 else f"{shown}, ..."
-
-
-def keep_finite(block: GradientBlock, policy: str, skipped: list[int], what: str = "example") -> GradientBlock:
-    """Applies the policy for examples with inf or NaN in any layer.
-
-    Args:
-        policy: "error" or "skip".
-        skipped: ids left out are appended.
-        what: the examples are, for the message.
-
-    Raises:
-        NonFiniteError: under "error", with the example's id and layer.
-    """
-    totals = [gradient.total() for gradient in block.layers.values()]
-    if bool(torch.isfinite(torch.stack([total.to(totals[0].device) for total in totals])).all()):
-        # The usual case, for which a GPU is waited for once, and not for each layer.
-        return block
-    fine = np.ones(block.count, dtype=bool)
-    for name, gradient in block.layers.items():
-        finite = gradient.finite()
-        if bool(finite.all()):
-            continue
-        flags = finite.cpu().numpy()
-        if policy == "error":
-            bad = int(block.ids[int(np.flatnonzero(~flags)[0])])
-            skip = ", or pass on_nonfinite='skip' to leave such examples out and have their ids recorded"
-            raise NonFiniteError(
-                f"the gradient of {what} {bad} in layer {name!r} has inf or NaN: look at that example, or compute in a "
-                f"wider dtype{skip if what == 'example' else ''}"
-            )
-        fine &= flags
-    if fine.all():
-        return block
-    skipped.extend(int(i) for i in block.ids[~fine])
-    return block.select(np.flatnonzero(fine))

@@ -33,8 +33,7 @@ def save_projections(
 
 def projection_bytes(specs: Mapping[str, LayerSpec]) -> int:
     """Of the file of learnt projections."""
-    sizes = [spec.side(side) for spec in specs.values() for side in SIDES]
-    return sum(4 * width * dim for width, dim in sizes if dim < width)
+    return sum(4 * math.prod(spec.side(side)) for spec in specs.values() for side in SIDES if spec.projected(side))
 
 
 class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):

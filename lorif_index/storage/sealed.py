@@ -55,16 +55,16 @@ class SealedInfo:
         """From the manifest's entry.
 
         Raises:
-            AttributeError, TypeError, ValueError: missing or unknown fields, wrong types, or a name that leaves the
-            folder.
+            CorruptionError: missing or unknown fields, wrong types, or a name that leaves the folder.
         """
-        info = cls(**data)
-        # As builds give them: nothing that the system might take for something else.
-        plain = info.file.isascii() and info.file.isprintable() and "/" not in info.file
-        if not plain or info.file in ("", ".", "..") or not isinstance(info.digest, str):
-            raise ValueError(f"{data!r} as a file")
-        for value in (info.size, *info.offsets.values()):
-            as_count(value)
+        with entry_of("a file"):
+            info = cls(**data)
+            # As builds give them: nothing that the system might take for something else.
+            plain = info.file.isascii() and info.file.isprintable() and "/" not in info.file
+            if not plain or info.file in ("", ".", "..") or not isinstance(info.digest, str):
+                raise ValueError(f"{data!r} as a file")
+            for value in (info.size, *info.offsets.values()):
+                as_count(value)
         return info
 
 

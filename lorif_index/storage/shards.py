@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from ..errors import CorruptionError
-from .sealed import SealedFile, SealedInfo, as_count, write_sealed
+from .sealed import SealedFile, SealedInfo, as_count, entry_of, write_sealed
 
 # Of payloads, at a time; one may be longer.
 _READ_BYTES = 1 << 20
@@ -60,12 +60,13 @@ class ShardInfo:
         """From the manifest's entry.
 
         Raises:
-            AttributeError, KeyError, TypeError, ValueError: fields that are missing or of the wrong form.
+            CorruptionError: fields that are missing or of the wrong form.
         """
-        info = cls(**data | {"sealed": SealedInfo.from_json(data["sealed"])})
-        rows, first, last, _ = numbers = [as_count(v) for v in (info.rows, info.first_id, info.last_id, info.shift)]
-        if not 0 < rows <= last - first + 1 or not isinstance(info.ids_digest, str):
-            raise ValueError(f"shard {info.sealed.file} of rows and ids {numbers}")
+        with entry_of("a shard"):
+            info = cls(**data | {"sealed": SealedInfo.from_json(data["sealed"])})
+            rows, first, last, _ = numbers = [as_count(v) for v in (info.rows, info.first_id, info.last_id, info.shift)]
+            if not 0 < rows <= last - first + 1 or not isinstance(info.ids_digest, str):
+                raise ValueError(f"{info.sealed.file} of rows and ids {numbers}")
         return info
 
 
