@@ -104,11 +104,12 @@ def _is_streaming(data: Any) -> bool:
 class TensorSource:
     """A tensor, or a tuple or dict of tensors with examples along the first dimension."""
 
+    random_access = True
+
     def __init__(self, data: Any, batch_size: int) -> None:
         self._data = data
         self._batch_size = batch_size
         self.count = batch_count(data)
-        self.random_access = True
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         for i in range(_aligned(start, self._batch_size), self.count, self._batch_size):
@@ -124,12 +125,13 @@ class TensorSource:
 class MapSource:
     """A map-style dataset (torch or Hugging Face) and the function that makes a batch of its items."""
 
+    random_access = True
+
     def __init__(self, dataset: Any, collate_fn: Any, batch_size: int) -> None:
         self._dataset = dataset
         self._collate = collate_fn
         self._batch_size = batch_size
         self.count = len(dataset)
-        self.random_access = True
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         return self.select(np.arange(_aligned(start, self._batch_size), self.count, dtype=np.int64))
@@ -148,12 +150,13 @@ class StreamSource:
         DataError: its first items differ from walk to walk.
     """
 
+    random_access = False
+
     def __init__(self, stream: Iterable[Any], batch_size: int, collate_fn: Any) -> None:
         self._stream = stream
         self._collate = collate_fn
         self._batch_size = batch_size
         first, self.count = _counted(stream)
-        self.random_access = False
         _same_order(first, stream)
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
@@ -180,6 +183,9 @@ class LoaderSource:
         DataError: it shuffles, or its order differs from walk to walk.
     """
 
+    # A loader walks to the batch, with its workers.
+    random_access = False
+
     def __init__(self, loader: DataLoader[Any]) -> None:
         if isinstance(loader.sampler, RandomSampler):
             raise _shuffled("the DataLoader shuffles")
@@ -197,8 +203,6 @@ class LoaderSource:
             first, self.count = _counted(loader, batch_count)
             if streamed:
                 _same_order(first, loader)
-        # A loader walks to the batch, with its workers.
-        self.random_access = False
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         at = 0

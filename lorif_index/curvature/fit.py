@@ -315,7 +315,7 @@ def fit_curvature(
         if name not in grids:
             fitted[name] = LayerCurvature(pairs.vectors, pairs.values, pairs.trace, count, examples)
             continue
-        trace = ranks.total(squares[name]) / examples
+        trace = float(ranks.sum(torch.tensor(squares[name], dtype=torch.float64))) / examples
         grid, diagonal = _by_energy(grids[name].to(torch.device("cpu")), ranks.sum(diagonals[name].cpu()) / examples)
         fitted[name] = LayerCurvature(pairs.vectors, pairs.values, trace, count, examples, grid, diagonal)
     return fitted

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import xxhash
 
 from ..capture.gradients import LayerSpec
-from ..errors import CorruptionError, FingerprintError, FormatVersionError, NotAnIndexError, StoreError
+from ..errors import CorruptionError, FingerprintError, FormatVersionError, NotAnIndexError, StoreError, shown
 from .locks import Lease, is_read
 from .sealed import SealedInfo, as_count, replace_durably
 from .shards import ShardInfo
@@ -142,7 +143,7 @@ class Manifest:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **{part.name: getattr(self, part.name) for part in fields(self)},
-            "layers": [asdict(spec) for spec in self.layers],
+            "layers": [asdict(spec) | {"uses": list(spec.uses)} for spec in self.layers],
             "shards": [shard.to_json() for shard in self.shards],
         }
 
@@ -199,15 +200,11 @@ class Manifest:
         """
         self.generation += 1
         retired = folder / f"{_RETIRED}{self.generation - 1:06d}.json"
-        try:
+        # Where it fails there is no manifest yet; or a commit was interrupted right here, and it is the same file, or
+        # an older one of the same number, which no reader could have opened; or the file system has no links, and
+        # readers of the last version are told if files vanish.
+        with suppress(OSError):
             os.link(folder / MANIFEST, retired, follow_symlinks=False)
-        except FileExistsError:
-            # A commit was interrupted between this line and the next but one: it is the same file, or an older one of
-            # the same number, which no reader could have opened.
-            pass
-        except OSError:
-            # No manifest yet, or a file system without links: readers of the last version are told if files vanish.
-            pass
         self.write(folder, MANIFEST)
 
 
@@ -235,8 +232,9 @@ def collect(folder: Path) -> list[str]:
         if (folder / name).is_file():
             needed |= read_manifest(folder, name).names()
     held: set[str] = set()
+    now = folder / MANIFEST
     for path in sorted(folder.glob(f"{_RETIRED}*.json")):
-        if _same_file(path, folder / MANIFEST) or not is_read(path):
+        if (now.exists() and path.samefile(now)) or not is_read(path):
             path.unlink()
             continue
         held |= {path.name} | (read_manifest(folder, path.name).names() - needed)
@@ -255,10 +253,6 @@ def _still_adding(folder: Path) -> bool:
     except StoreError:
         return False
     return pending.get("generation") == read_manifest(folder).generation
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    return b.exists() and a.samefile(b)
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
@@ -402,9 +396,4 @@ def _said(name: str, stored: Any, given: Any) -> str:
             return f"{name}: {len(stored)} there, {len(given)} here"
         first = next(i for i, (a, b) in enumerate(zip(stored, given, strict=True)) if a != b)
         return _said(f"{name}[{first}]", stored[first], given[first])
-    return f"{name}: {_short(stored)} there, {_short(given)} here"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return f"{name}: {shown(stored)} there, {shown(given)} here"
