@@ -57,8 +57,7 @@ class Described:
 
         Returns:
             {"new_rows": rows that were added since, "rows": all, "new_trace": the share of all rows' squared gradient
-            norm that is new ones' (None where an older version did not keep it), "removed": rows that were removed and
-            are not yet compacted}.
+            norm that is new ones', "removed": rows that were removed and are not yet compacted}.
         """
         return _curvature_age(self._reader)
 

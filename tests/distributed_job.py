@@ -101,14 +101,13 @@ def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out
 def answers(index: Index, query: Any) -> dict[str, np.ndarray]:
     """All that is asked of an index, as arrays."""
     found: dict[str, np.ndarray] = {}
-    if index.codec != "coarse":
-        hits = index.search(query, k=12, exact=True)
-        found |= {"scan ids": hits.ids, "scan scores": hits.scores, "scores": index.scores(query)}
-        found |= {"self": index.self_influence(), "ids": index.ids, "shrunk": index.scores(query, shrink=True)}
-        worst = index.search(query, k=12, opponents=True, normalize="relatif")
-        found |= {"opponent ids": worst.ids, "opponent scores": worst.scores}
+    hits = index.search(query, k=12, exact=True)
+    found |= {"scan ids": hits.ids, "scan scores": hits.scores, "scores": index.scores(query)}
+    found |= {"self": index.self_influence(), "ids": index.ids, "shrunk": index.scores(query, shrink=True)}
+    worst = index.search(query, k=12, opponents=True, normalize="relatif")
+    found |= {"opponent ids": worst.ids, "opponent scores": worst.scores}
     if index.coarse is not None:
-        hits = index.search(query, k=12, exact=None if index.codec == "coarse" else False)
+        hits = index.search(query, k=12, exact=False)
         found |= {"candidate ids": hits.ids, "candidate scores": hits.scores}
         found["candidates"] = np.array(hits.stats.candidates_by_query)
     return found
@@ -135,19 +134,18 @@ def build_and_ask(
         with Index.open(place, model=model, loss=loss, distributed=True) as together:
             found = answers(together, query)
             hits = together.search(query, k=3)
-            whole = together.groups(query, by=lambda payload: payload["place"] % 3) if "ids" in found else None
-            if whole is not None and rank == 0:
+            whole = together.groups(query, by=lambda payload: payload["place"] % 3)
+            if rank == 0:
                 found["group sums"] = np.array(
                     [[g.sum for g in sorted(q, key=lambda g: g.value)] for q in whole.queries]
                 )
             if hits.payloads != [[{"place": int(i)} for i in row] for row in hits.ids]:
                 raise RuntimeError(f"payloads {hits.payloads} of {hits.ids}")
-            if "ids" in found:
-                mine = together.scores(query, gather=False)
-                held = np.isin(found["ids"], together.held_ids)
-                np.testing.assert_array_equal(mine, found["scores"][:, held])
-                shrunk = together.scores(query, gather=False, shrink=True)
-                np.testing.assert_array_equal(shrunk, found["shrunk"][:, held])
+            mine = together.scores(query, gather=False)
+            held = np.isin(found["ids"], together.held_ids)
+            np.testing.assert_array_equal(mine, found["scores"][:, held])
+            shrunk = together.scores(query, gather=False, shrink=True)
+            np.testing.assert_array_equal(shrunk, found["shrunk"][:, held])
             told[kind] = {"held": len(together.held_ids), "rows": len(together)}
             if rank == 0:
                 np.savez(Path(folder) / f"{kind}.npz", **found)

@@ -11,7 +11,7 @@ import typer
 from ..index import Index
 from ..text.model import question
 from ..text.passages import described
-from ..text.textindex import StoredTexts, open_text_index
+from ..text.textindex import open_text_index
 from .app import app, reported_errors
 from .options import (
     Device,
@@ -122,16 +122,14 @@ def explain(
     with reported_errors():
         opened, text_model = open_text_index(index, model=model, device=device)
         with opened:
-            asked, stored = [question(one, prompt) for one in questions], StoredTexts(opened, text_model)
+            asked = [question(one, prompt) for one in questions]
             common: dict[str, Any] = {"damping": policy, "layers": layers or None, "progress": None}
             chosen = ids or opened.search(asked, k, opponents=opponents, **common)
-            taken = zip(
-                opened.explain(asked, chosen, data=stored, **common), text_model.token_texts(asked), strict=True
-            )
-            found = [
-                [Told(e, *described(opened.payloads([e.id])[0]), stored.token_texts(e.id), words) for e in row]
-                for row, words in taken
-            ]
+            found = []
+            for row, words in zip(opened.explain(asked, chosen, **common), text_model.token_texts(asked), strict=True):
+                payloads = opened.payloads([e.id for e in row])
+                parts = zip(row, payloads, text_model.token_texts(payloads), strict=True)
+                found.append([Told(e, *described(payload), tokens, words) for e, payload, tokens in parts])
             if json:
                 answers = [
                     {"text": one, "explanations": [told.to_json() for told in row]}

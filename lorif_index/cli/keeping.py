@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from ..errors import CorruptionError
+from ..errors import CorruptionError, QueryError
 from ..index import Index
 from ..storage.damage import damage_message, find_damage
 from ..storage.manifest import read_manifest
 from ..text.documents import read_documents
-from ..text.textindex import add_texts, open_text_index
+from ..text.textindex import open_text_index, text_facts
 from .app import app, reported_errors
 from .options import Device, IndexFolder, Json, MovedModel, SourceField, TextField
 from .show import console, in_units, index_json, write_json
@@ -34,7 +34,15 @@ def add(
         documents = read_documents(data, text_field=text_field, source_field=source_field)
         opened, text_model = open_text_index(index, model=model, device=device)
         with opened:
-            ids = add_texts(opened, text_model, documents).tolist()
+            facts = text_facts(opened)
+            if "max_length" not in facts:
+                raise QueryError(
+                    f"{index} was not made by `lorif build`, so it does not say how texts are cut: use Index.add"
+                )
+            passages = text_model.passages(
+                documents, max_length=facts["max_length"], stride=facts["stride"], folder=index.parent
+            )
+            ids = opened.add(passages, payloads=passages).tolist()
             age = opened.curvature_age
             if json:
                 write_json({"ids": ids, "examples": len(opened), "curvature_age": age})

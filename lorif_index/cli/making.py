@@ -132,7 +132,8 @@ def estimate(
         passages = text_model.passages(documents, max_length=max_length, stride=stride)
         found = Index.estimate(
             model=text_model.model,
-            data=text_model.examples(passages),
+            data=passages,
+            tokenizer=text_model.tokenizer,
             config=config,
             examples=examples,
             batches=batches,

@@ -1,1 +1,1 @@
-"""Codecs: what is kept of an example, and what rows of it mean; a file each, and a registry of their names."""
+"""Codecs: what is kept of an example, one class in one file for each kind, and the registry that names them."""

@@ -1,4 +1,4 @@
-"""Query: the Woodbury-preconditioned transform that turns a question into one small matrix per layer.
+"""Inverse: the Woodbury-preconditioned transform that turns a question into one small matrix per layer.
 
 Q'_l = H_l^-1 vec(G_q), H = V S V^T + lambda I (LoRIF, arXiv:2601.21929, section 3): inside the subspace each direction
 is divided by its eigenvalue + lambda, outside by mu, which is lambda ("truncated"), lambda + the mean tail eigenvalue

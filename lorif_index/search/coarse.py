@@ -31,6 +31,8 @@ _CODE_BYTES = 128
 _LEAST_DIM = 8
 # Of a piece's codebook; also the fewest rows that can teach one.
 _CODEWORDS, _BITS = 16, 4
+# Coordinates: beyond any sketch's, and so few that sizes made from them cannot overflow.
+_WIDEST = 1 << 31
 # Codes that faiss's fast scan takes together.
 _TOGETHER = 32
 
@@ -203,7 +205,7 @@ class Codes:
         with entry_of("the coarse index"):
             dim, pieces, count = (int(entry[key]) for key in ("dim", "pieces", "rows"))
             axis = NormAxis.from_json(entry["axis"])
-            if dim < 1 or count < 0 or not 0 <= pieces <= 2 * _CODE_BYTES or (pieces and dim % pieces):
+            if not 0 < dim < _WIDEST or count < 0 or not 0 <= pieces <= 2 * _CODE_BYTES or (pieces and dim % pieces):
                 raise ValueError(f"{count} rows of {dim} coordinates in {pieces} pieces")
         width = -(-pieces // 2) or dim
         kind = np.dtype(np.uint8 if pieces else "<f4")

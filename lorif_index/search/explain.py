@@ -19,7 +19,6 @@ from ..capture.data import Batch, ExampleSource, as_source
 from ..capture.gradients import GradientBlock, energies
 from ..capture.hooks import Capture
 from ..capture.layers import Use
-from ..capture.sources import data_digest
 from ..curvature.inverse import Preconditioner, transform_precisely
 from ..errors import DataError
 from ..progress import Stage
@@ -66,12 +65,12 @@ class Explanation:
         return self.score - self.stored
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values: arrays as lists, a stored score that is not there as None."""
+        """Plain JSON values: arrays as lists."""
         return {
             "query": self.query,
             "id": self.id,
             "score": self.score,
-            "stored": None if np.isnan(self.stored) else self.stored,
+            "stored": self.stored,
             "layers": dict(self.layers),
             "modules": dict(self.modules),
             "tokens": None if self.tokens is None else self.tokens.tolist(),
@@ -90,14 +89,6 @@ class TrainingData:
 
     def __init__(self, pieces: Sequence[tuple[int, Any]], batch_size: int) -> None:
         self._pieces: list[tuple[int, ExampleSource]] = [(first, as_source(data, batch_size)) for first, data in pieces]
-        self._digest: str | None = None
-
-    @property
-    def digest(self) -> str:
-        """The digest of the first piece, as a build takes it."""
-        if self._digest is None:
-            self._digest = data_digest(self._pieces[0][1])
-        return self._digest
 
     def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
         """(ids, batch) of examples (sorted, unique).

@@ -53,7 +53,7 @@ class Manifest:
         codec: name of the codec that rows are written by; None while that is not decided.
         fits: what all rows share, under the names of `FITS`: an entry each, with the `file` it is sealed in if it has
             one, and what else is known of it.
-        coarse: the coarse index's file, kind and fingerprint, or None.
+        coarse: the coarse codes' file, form and fingerprint, or None.
         calibration: what was learnt of it (see `calibration.Calibration`), or None.
         skipped: ids of examples left out for inf or NaN.
         report: seconds by stage and other facts of the build.

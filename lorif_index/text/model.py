@@ -21,7 +21,7 @@ from ..progress import ProgressCallback
 from .documents import Document
 from .encoding import Needs
 from .passages import Passages
-from .tokenised import TokenisedData, prepared_query
+from .tokenised import prepared_query
 
 LONGEST_DEFAULT = 1024
 """Tokens in a passage where neither the user nor the model's context asks for fewer."""
@@ -73,10 +73,6 @@ class TextModel:
             documents, self.tokenizer, max_length=max_length, stride=stride, folder=folder, progress=progress
         )
 
-    def examples(self, rows: Any) -> TokenisedData:
-        """Passages as data for `Index.build`: they are known to be fit, and not looked at before they are needed."""
-        return TokenisedData(rows, self.tokenizer, model=self.model, check=False)
-
     def losses(self, query: Any) -> list[tuple[int, float]]:
         """(tokens that have a loss, the model's loss on them in nats, summed) of each question.
 
@@ -95,7 +91,10 @@ class TextModel:
         return out
 
     def token_texts(self, query: Any) -> list[list[str]]:
-        """What each token of each question adds to its text, beside `Explanation.query_tokens`; errors as `losses`."""
+        """What each token of each question adds to its text, beside `Explanation.query_tokens`; errors as `losses`.
+
+        Payloads of an index of passages are such questions: their tokens are those of `Explanation.tokens`.
+        """
         data = prepared_query(query, self.model, self.tokenizer)
         return [token_strings(data[i]["input_ids"], self.tokenizer) for i in range(len(data))]
 

@@ -16,7 +16,7 @@ import torch
 from conftest import PATIENCE, SENTENCES, tiny_model_folder, write_jsonl
 from typer.testing import CliRunner
 
-from lorif_index import AbsoluteDamping, Index, PaperDamping, ReleaseDamping
+from lorif_index import AbsoluteDamping, Index, PaperDamping
 from lorif_index.cli import app
 from lorif_index.text import load_text_model
 from lorif_index.version import VERSION
@@ -55,7 +55,7 @@ def home(tmp_path_factory):
         "--dtype",
         "float32",
         "--store",
-        "both",
+        "factors",
     )
     made = document(
         *("build", folder / "index", "--model", folder / "model", "--data", folder / "texts.jsonl"),
@@ -96,7 +96,7 @@ def test_info_for_people(home):
     code, out, err = lorif("info", home / "index")
     assert (code, err) == (0, "")
     made = json.loads((home / "made.json").read_text())
-    for shown in ("10", made["fingerprint"], "transformer.h.0.mlp.c_fc", "float32", "relative 0.1"):
+    for shown in ("10", made["fingerprint"], "transformer.h.0.mlp.c_fc", "factors", "relative 0.1"):
         assert shown in out
     kept = document("info", home / "index")["coverage"]
     assert 0 < kept["tracked"] < 1 and 0 < kept["rows"] <= 1
@@ -172,7 +172,6 @@ def test_search_options_reach_the_index(home):
             (("--damping", "10"), {"damping": 10.0}),
             (("--damping", "absolute:0.01"), {"damping": AbsoluteDamping(0.01)}),
             (("--damping", "paper:0.2"), {"damping": PaperDamping(0.2)}),
-            (("--damping", "release:0.5"), {"damping": ReleaseDamping(0.5)}),
             (("--layers", "*.attn.*"), {"layers": "*.attn.*"}),
             (("--layers", "*.c_attn", "--layers", "*.c_fc"), {"layers": ["*.c_attn", "*.c_fc"]}),
         ]:

@@ -21,7 +21,7 @@ from lorif_index.cli import app
 from lorif_index.cli.settings import SETTINGS, Settings, flag_of, read_config
 from lorif_index.config import PARTS, CoarseIndex, Sample
 from lorif_index.errors import ConfigError
-from lorif_index.text import StoredTexts, open_text_index
+from lorif_index.text import open_text_index
 from scripts.cli_page import PAGE, page, program
 
 ROOT = Path(__file__).parents[2]
@@ -145,10 +145,9 @@ def test_the_example_of_texts_runs(home, monkeypatch, capsys):
 
 
 def test_explain_says_what_the_library_says(home):
-    index, text_model = open_text_index(home / "runs/idx", device="cpu")
+    index, _ = open_text_index(home / "runs/idx", device="cpu")
     with index:
-        data = StoredTexts(index, text_model)
-        expected = index.explain(ASKED, [2, 7], data=data, layers=["*.c_fc"], damping=0.5)[0]
+        expected = index.explain(ASKED, [2, 7], layers=["*.c_fc"], damping=0.5)[0]
         best, worst = (index.search(ASKED, k, opponents=k == 2).ids[0].tolist() for k in (3, 2))
     options = ("--text", ASKED, "--id", 2, "--id", 7, "--layers", "*.c_fc", "--damping", "0.5")
     found = document("explain", home / "runs/idx", *options)

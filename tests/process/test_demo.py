@@ -24,7 +24,7 @@ from lorif_index.text.demo_model import DemoSettings, documentation, new_model, 
 
 ROOT = Path(__file__).parents[2]
 SMALL = DemoSettings(
-    seconds=4,
+    seconds=400,
     held_out=100,
     vocabulary=512,
     context=96,
@@ -40,7 +40,10 @@ SMALL = DemoSettings(
 def small(tmp_path_factory):
     """A demo of smoke size, and where it is."""
     out = tmp_path_factory.mktemp("demo") / "here"
-    return out, run_demo(out, [QUESTION, "Lambdas are functions."], SMALL, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        # As many steps on a slow machine.
+        patch.setattr("lorif_index.text.demo_model._STEPS_PER_SECOND", 0.11)
+        return out, run_demo(out, [QUESTION, "Lambdas are functions."], SMALL, progress=False)
 
 
 def test_every_paragraph_is_kept_once():
@@ -89,7 +92,7 @@ def test_training_stops_at_its_time_limit(monkeypatch):
     passages = made.passages(documents, progress=False)
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr("lorif_index.text.demo_model.time.perf_counter", lambda: float(next(clock)))
-    training = train(made, passages, passages, SMALL, progress=False)
+    training = train(made, passages, passages, replace(SMALL, seconds=4.0), progress=False)
     assert 0 < training.steps < training.planned
 
 
@@ -165,7 +168,7 @@ def test_the_whole_demo(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=6000,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -79,7 +79,7 @@ def test_an_estimate_of_ranks_is_of_each() -> None:
         Index.estimate(gradients=blocks, world_size=0)
 
 
-@pytest.mark.parametrize("stored", ["eigen", "both", "factors", "coordinates", "coarse"])
+@pytest.mark.parametrize("stored", ["eigen", "factors"])
 def test_more_ranks_take_less_each_and_none_send_nothing(stored: str) -> None:
     specs = {name: LayerSpec(name, 768, 3072, 48, 192, 1) for name in "abc"}
     config = BuildConfig(projection_floor=32, store=stored)

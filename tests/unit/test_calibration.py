@@ -79,7 +79,7 @@ def test_it_comes_back_from_json() -> None:
 
 
 def broken(orders: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    return {"orders": {sign: orders | fields for sign in SIGNS}}
+    return {"orders": dict.fromkeys(SIGNS, orders | fields)}
 
 
 @pytest.mark.parametrize(

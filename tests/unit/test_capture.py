@@ -122,19 +122,6 @@ def test_projected_is_the_projection_of_the_unprojected() -> None:
         assert torch.allclose(got.layers[name].dense(), expected.layers[name].dense(), atol=1e-5), name
 
 
-def test_gpt2_conv1d_against_autograd_with_padding() -> None:
-    model = gpt2().eval()
-    batch = padded_batch()
-    got = dense(take(model, batch, 3))
-    assert all("wte" not in n and "lm_head" not in n for n in got) and len(got) == 8
-    named = dict(model.named_parameters())
-    for i, grads in enumerate(by_autograd(model, default_loss(model, batch), list(named.values()))):
-        expected = dict(zip(named, grads, strict=True))
-        for name, g in got.items():
-            matrix = torch.cat([expected[f"{name}.weight"], expected[f"{name}.bias"][None]])
-            assert torch.allclose(g[i], matrix, atol=1e-5), name
-
-
 def test_tied_weights_are_one_layer_and_their_uses_are_summed() -> None:
     model = gpt2().eval()
     batch = padded_batch()

@@ -5,6 +5,7 @@ What a row stands for is a gradient. Scores, self-influence and sketch are compa
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def walk(block: GradientBlock, step: int = 70) -> Iterator[GradientBlock]:
         yield block.select(np.arange(i, min(i + step, block.count)))
 
 
-@dataclass
+@dataclass(eq=False)
 class Made:
     """A fitted codec, what it was fitted on, and rows of that."""
 
@@ -124,6 +125,7 @@ class Made:
         policy = RelativeDamping(multiple)
         return {n: Preconditioner.of(n, self.curvature[n], policy, self.config.complement) for n in names}
 
+    @functools.cache  # noqa: B019
     def inverse(self, name: str, multiple: float = 0.3) -> np.ndarray:
         layer = self.curvature[name]
         v, s, lam = layer.basis.double().numpy(), layer.eigenvalues.numpy(), multiple * layer.trace / layer.dim
@@ -270,7 +272,9 @@ def test_the_sketch_of_rows_is_that_of_what_they_stand_for(made: Made) -> None:
     sketch = fit_sketch(whitened, made.curvature, dim=16, method="pca", seed=0, stage=stage, device=CPU)
     z = made.codec.sketcher(sketch)(made.rows)
     assert z.shape == (N, 16)
-    assert within(z.numpy(), SketchEncoder(sketch, made.curvature).encode(made.codec.gradients(made.rows)).numpy(), 1e-4)
+    assert within(
+        z.numpy(), SketchEncoder(sketch, made.curvature).encode(made.codec.gradients(made.rows)).numpy(), 1e-4
+    )
     weights = torch.cat([part.weights for part in sketch.layers.values()]).double().numpy()
     assert within(z.numpy(), e @ weights, 1e-4)
     assert made.codec.sketcher(sketch)(made.rows[:0]).shape == (0, 16)

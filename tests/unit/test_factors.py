@@ -24,7 +24,8 @@ def block(scale: float = 1.0, n: int = 40) -> GradientBlock:
     generator = torch.Generator().manual_seed(0)
     layers = {
         name: LayerGradient.from_pair(
-            scale * torch.randn(n, spec.d_in, 5, generator=generator), torch.randn(n, spec.d_out, 5, generator=generator)
+            scale * torch.randn(n, spec.d_in, 5, generator=generator),
+            torch.randn(n, spec.d_out, 5, generator=generator),
         )
         for name, spec in SPECS.items()
     }

@@ -100,7 +100,7 @@ ENGINE = [
 ]
 TEXT_SIDE = [
     ("text", "callback textindex demo_model demo"),
-    ("web", "visible charts explorer page export report guard server"),
+    ("web", "visible charts explorer page report guard server"),
     ("cli", "app options settings show making shares asking keeping browsing"),
 ]
 
@@ -108,11 +108,9 @@ TEXT_SIDE = [
 TEXT = [
     "Document",
     "IndexCallback",
-    "StoredTexts",
     "TextModel",
     "TokenisedData",
     "UnpackedDocuments",
-    "add_texts",
     "build_text_index",
     "load_text_model",
     "open_text_index",

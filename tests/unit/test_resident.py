@@ -27,9 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, torch.Tensor]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 17, 20, N, 10 * N])
-def test_the_same_rows_come_out(
-    made: tuple[Store, torch.Tensor], kept: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_rows_come_out(made: tuple[Store, torch.Tensor], kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     store, rows = made
     monkeypatch.setattr(resident, "_KEPT_BLOCK_BYTES", 7 * SIZE)
     held = Resident(store, torch.device("cpu"), kept * SIZE + SIZE - 1)

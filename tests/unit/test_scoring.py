@@ -19,7 +19,9 @@ from lorif_index.storage.store import Store, StoreWriter
 
 
 def test_some_of_a_question_and_its_multiples() -> None:
-    question = Question({"a": torch.randn(4, 2, 3), "b": torch.randn(4, 5)}, torch.randn(4, 8), 4, torch.rand(9), torch.rand(4))
+    question = Question(
+        {"a": torch.randn(4, 2, 3), "b": torch.randn(4, 5)}, torch.randn(4, 8), 4, torch.rand(9), torch.rand(4)
+    )
     some = question.some(slice(1, 3))
     assert some.count == 2 and some.scale is question.scale and some.x is not None and some.thresholds is not None
     assert all(torch.equal(some.parts[name], question.parts[name][1:3]) for name in "ab")

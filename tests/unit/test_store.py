@@ -60,8 +60,10 @@ def again(store: Store, folder: Path, change: Callable[[dict[str, Any]], None] =
 @pytest.mark.parametrize("size", [1, SIZE, 37])
 def test_rows_come_back(tmp_path: Path, size: int) -> None:
     store, rows, ids = make(tmp_path, 40, size)
-    assert len(store) == 40 and len(store.shards) == 6 and store.nbytes == sum(
-        p.stat().st_size for p in tmp_path.iterdir()
+    assert (
+        len(store) == 40
+        and len(store.shards) == 6
+        and store.nbytes == sum(p.stat().st_size for p in tmp_path.iterdir())
     )
     assert np.array_equal(store.ids, ids)
     for block in (1, size * 3, 1 << 20):
@@ -152,7 +154,9 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     again(store, tmp_path).shards[0].file.verify()
 
 
-@pytest.mark.parametrize(("verify", "seen"), [("always", [False, False]), ("first", [False, True]), ("never", [True, True])])
+@pytest.mark.parametrize(
+    ("verify", "seen"), [("always", [False, False]), ("first", [False, True]), ("never", [True, True])]
+)
 def test_shards_are_compared_as_often_as_was_said(tmp_path: Path, verify: str, seen: list[bool]) -> None:
     """Whether a scan goes through: over a damaged file, and over one that was damaged after a scan."""
     made, _, _ = make(tmp_path, 10, per_shard=10)
@@ -283,7 +287,9 @@ def test_a_damaged_payload_is_found(tmp_path: Path) -> None:
 def test_the_same_rows_give_the_same_file(tmp_path: Path) -> None:
     rows, ids = random_rows(9), np.arange(9)
     one, two = (write_shard(tmp_path, f"{name}.h5", rows, ids, energies_of(9)) for name in "ab")
-    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes() and one.sealed.digest == two.sealed.digest
+    assert (tmp_path / "a.h5").read_bytes() == (
+        tmp_path / "b.h5"
+    ).read_bytes() and one.sealed.digest == two.sealed.digest
     assert one.span == (0, 9) and ShardInfo.from_json(one.to_json()) == one
 
 
