@@ -150,8 +150,8 @@ def _pair_logits(logits: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, t
         return logits, y
     if second and not last:
         return logits.movedim(1, -1), y
-    how = "can be read two ways (classes last or second)" if last else "do not fit each other"
-    raise DataError(f"logits {tuple(logits.shape)} and targets {tuple(y.shape)} {how}: pass loss=fn")
+    how = "can be read two ways (classes last or second) beside" if last else "do not fit"
+    raise DataError(f"logits {tuple(logits.shape)} {how} targets {tuple(y.shape)}: pass loss=fn")
 
 
 def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import BuildConfig, CurvatureRows
 from ..errors import ConfigError, DataError
 from ..linalg.projection import Projections
-from .data import ExampleSource, as_source
+from .data import ExampleSource, as_source, digest_of, feed
 from .eigenbases import Walk, walk_model
 from .ensemble import summed, tracked_layers
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
@@ -293,7 +293,7 @@ def model_digest(model: nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in weights_of(model):
         digest.update(f"{name}|".encode())
-        _feed(digest, tensor)
+        feed(digest, tensor)
     return str(digest.hexdigest())
 
 
@@ -312,14 +312,12 @@ def data_digest(examples: ExampleSource) -> str:
 
     The first batch, and of data with random access five further ones, the last among them.
     """
-    digest = xxhash.xxh3_128()
     ids, batch = next(iter(examples.batches()))
-    _feed(digest, batch)
+    batches = [batch]
     if examples.random_access and examples.count > len(ids):
         for start in np.linspace(len(ids), examples.count - 1, _SAMPLED_BATCHES).astype(np.int64).tolist():
-            _, batch = next(iter(examples.batches(start)))
-            _feed(digest, batch)
-    return str(digest.hexdigest())
+            batches.append(next(iter(examples.batches(start)))[1])
+    return digest_of(*batches)
 
 
 def _feed_block(digest: Any, block: GradientBlock) -> None:
@@ -327,21 +325,4 @@ def _feed_block(digest: Any, block: GradientBlock) -> None:
     for name, gradient in ends.layers.items():
         digest.update(f"{name}|{block.count}".encode())
         for part in gradient.parts:
-            _feed(digest, part)
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous()
-        digest.update(f"{tuple(data.shape)}|{data.dtype}".encode())
-        if data.numel():
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    elif hasattr(value, "items"):
-        for key, part in value.items():
-            digest.update(str(key).encode())
-            _feed(digest, part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            _feed(digest, part)
-    else:
-        digest.update(repr(value).encode())
+            feed(digest, part)

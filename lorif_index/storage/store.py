@@ -259,12 +259,11 @@ class Store:
                     pending.append(pool.submit(read, i + _READ_AHEAD))
                 yield first + start, buffers[i % len(buffers)][: stop - start]
 
-    def gather(self, positions: np.ndarray, *, check: bool = True, out: torch.Tensor | None = None) -> torch.Tensor:
+    def gather(self, positions: np.ndarray, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows at some positions, in the order asked for, (m, row_bytes) uint8, into `out` if given.
 
         Args:
             positions: (m,) int64 in [0, n).
-            check: compare each row with its checksum.
             out: contiguous room for them.
 
         Raises:
@@ -276,8 +275,7 @@ class Store:
         raw, flat = out.numpy(), _bytes(out)
         for shard, places, local in self._by_shard(positions):
             shard.gather(local, [flat[p * size : (p + 1) * size] for p in places.tolist()])
-            if check:
-                shard.check(local, raw, places)
+            shard.check(local, raw, places)
         return out
 
     def payloads(self, positions: np.ndarray) -> list[bytes | None]:

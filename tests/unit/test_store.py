@@ -149,7 +149,6 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         if 0 <= row < 10:
             with pytest.raises(CorruptionError, match=f"row {row} .*checksum"):
                 fresh.gather(np.arange(10))
-            assert len(fresh.gather(np.arange(10), check=False)) == 10
     path.write_bytes(data)
     again(store, tmp_path).shards[0].file.verify()
 
