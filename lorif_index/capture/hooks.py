@@ -290,7 +290,7 @@ class Capture:
         matrix, width = self._side(layer, use.transposed, x.local.device, work)
         if isinstance(use.module, nn.Embedding):
             return matrix[x.local] if matrix is not None else functional.one_hot(x.local, width).to(work)
-        x = x.to(work)
+        x = x.map(lambda own: own.to(work))
         if matrix is None:
             extra, whole = width - use.inputs, x.whole()
             return functional.pad(whole, (0, extra), value=1.0 if use.bias else 0.0) if extra else whole
@@ -325,7 +325,7 @@ class Capture:
             return
         self._check_rows(use, dy, "output gradient")
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            part = _outputs(use, dy.detach(), spread).to(left.dtype)
+            part = _outputs(use, dy.detach(), spread).map(lambda own: own.to(left.dtype))
             if padded is not None:
                 part = part.map(lambda own: own.masked_fill(padded.unsqueeze(-1), 0.0))
             part = part.map(lambda own: output_positions(use, own))

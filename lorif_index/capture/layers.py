@@ -272,16 +272,9 @@ def layer_specs(layers: list[TrackedLayer], config: BuildConfig) -> dict[str, La
         # A side whose own width is kept keeps the bias's column too; a projected one takes it in.
         d_in = layer.width_in if d_in >= first.inputs else d_in
         d_out = layer.width_out if d_out >= first.outputs else d_out
-        specs[layer.name] = LayerSpec(
-            name=layer.name,
-            width_in=layer.width_in,
-            width_out=layer.width_out,
-            d_in=d_in,
-            d_out=d_out,
-            rank=kept_rank(config.rank, d_in, d_out),
-            bias=layer.bias,
-            uses=tuple(use.name for use in layer.uses),
-        )
+        uses = tuple(use.name for use in layer.uses)
+        rank = kept_rank(config.rank, d_in, d_out)
+        specs[layer.name] = LayerSpec(layer.name, layer.width_in, layer.width_out, d_in, d_out, rank, layer.bias, uses)
     return specs
 
 

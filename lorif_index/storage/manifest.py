@@ -158,26 +158,19 @@ class Manifest:
         fits = _typed(data["fits"], dict)
         if set(fits) - set(FITS):
             raise ValueError(f"fits {sorted(fits)}")
-        manifest = cls(
-            fingerprint=_typed(data["fingerprint"], dict),
-            config=_typed(data["config"], dict),
-            layers=[_spec_from_json(spec) for spec in _typed(data["layers"], list)],
-            shards=shards,
-            codec=_typed(data["codec"], str, none=True),
-            fits={name: _entry(entry, needs_file=name != "codec") or {} for name, entry in fits.items()},
-            coarse=_entry(data["coarse"]),
-            calibration=_typed(data["calibration"], dict, none=True),
-            skipped=[as_count(i) for i in _typed(data["skipped"], list)],
-            report=_typed(data["report"], dict),
-            metadata=_typed(data["metadata"], dict),
-            generation=as_count(data["generation"]),
-            next_id=as_count(data["next_id"]),
-            next_file=as_count(data["next_file"]),
-            removed=_entry(data["removed"]),
-            fitted_ids=as_count(data["fitted_ids"]),
-            pending=_typed(data["pending"], dict, none=True),
-            part=_part(data["part"]),
-        )
+        known: dict[str, Any] = {
+            "layers": [_spec_from_json(spec) for spec in _typed(data["layers"], list)],
+            "shards": shards,
+            "codec": _typed(data["codec"], str, none=True),
+            "fits": {name: _entry(entry, needs_file=name != "codec") or {} for name, entry in fits.items()},
+            "skipped": [as_count(i) for i in _typed(data["skipped"], list)],
+            "part": _part(data["part"]),
+        }
+        known |= {name: _typed(data[name], dict) for name in ("fingerprint", "config", "report", "metadata")}
+        known |= {name: _typed(data[name], dict, none=True) for name in ("calibration", "pending")}
+        known |= {name: as_count(data[name]) for name in ("generation", "next_id", "next_file", "fitted_ids")}
+        known |= {name: _entry(data[name]) for name in ("coarse", "removed")}
+        manifest = cls(**known)
         after = max((shard.last_id + 1 for shard in shards), default=0)
         if len({spec.name for spec in manifest.layers}) < len(manifest.layers):
             raise ValueError("two layers of one name")
