@@ -53,13 +53,13 @@ def as_source(data: Any, batch_size: int) -> ExampleSource:
     source: ExampleSource
     data = as_tensors(data)
     if isinstance(data, torch.Tensor) or _all_tensors(data):
-        source = TensorSource(data, batch_size)
+        source = _of_tensors(data, batch_size)
     elif isinstance(data, DataLoader):
         source = LoaderSource(data)
     elif isinstance(data, IterableDataset) or _is_streaming(data):
         source = StreamSource(data, batch_size, _collate_of(data))
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, Mapping)):
-        source = MapSource(data, _collate_of(data), batch_size)
+        source = _of_items(data, _collate_of(data), batch_size)
     else:
         raise DataError(
             "data must be a torch Dataset, a DataLoader, a Hugging Face Dataset, or a tuple or dict of tensors, got "
@@ -102,46 +102,40 @@ def _is_streaming(data: Any) -> bool:
     return not hasattr(data, "__len__") and isinstance(data, Iterable) and iter(data) is not data
 
 
-class TensorSource:
-    """A tensor, or a tuple or dict of tensors with examples along the first dimension."""
+class IndexedSource:
+    """Data of which any examples are had at once.
+
+    Args:
+        count: of examples.
+        fetch: gives the batch of some ids (m,) int64.
+        batch_size: of batches.
+    """
 
     random_access = True
 
-    def __init__(self, data: Any, batch_size: int) -> None:
-        self._data = data
-        self._batch_size = batch_size
-        self.count = batch_count(data)
-
-    def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
-        for i in range(_aligned(start, self._batch_size), self.count, self._batch_size):
-            stop = min(i + self._batch_size, self.count)
-            yield np.arange(i, stop, dtype=np.int64), _map(self._data, lambda t: t[i:stop])  # noqa: B023
-
-    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
-        for part in _chunks(ids, self._batch_size):
-            rows = torch.from_numpy(part)
-            yield part, _map(self._data, lambda t: t[rows.to(t.device)])  # noqa: B023
-
-
-class MapSource:
-    """A map-style dataset (torch or Hugging Face) and the function that makes a batch of its items."""
-
-    random_access = True
-
-    def __init__(self, dataset: Any, collate_fn: Any, batch_size: int) -> None:
-        self._dataset = dataset
-        self._collate = collate_fn
-        self._batch_size = batch_size
-        self.count = len(dataset)
+    def __init__(self, count: int, fetch: Callable[[np.ndarray], Batch], batch_size: int) -> None:
+        self.count, self._fetch, self._batch_size = count, fetch, batch_size
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         return self.select(np.arange(_aligned(start, self._batch_size), self.count, dtype=np.int64))
 
     def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
-        fetch = getattr(self._dataset, "__getitems__", None)
-        for part in _chunks(ids, self._batch_size):
-            items = fetch(part.tolist()) if fetch is not None else [self._dataset[int(i)] for i in part]
-            yield part, self._collate(items)
+        return ((part, self._fetch(part)) for part in _chunks(ids, self._batch_size))
+
+
+def _of_tensors(data: Any, batch_size: int) -> IndexedSource:
+    """A tensor, or a tuple or dict of tensors with examples along the first dimension."""
+    return IndexedSource(batch_count(data), lambda ids: _rows(data, ids), batch_size)
+
+
+def _of_items(dataset: Any, collate_fn: Any, batch_size: int) -> IndexedSource:
+    """A map-style dataset (torch or Hugging Face) and the function that makes a batch of its items."""
+    together = getattr(dataset, "__getitems__", None)
+
+    def fetch(ids: np.ndarray) -> Batch:
+        return collate_fn([dataset[i] for i in ids.tolist()] if together is None else together(ids.tolist()))
+
+    return IndexedSource(len(dataset), fetch, batch_size)
 
 
 class StreamSource:
@@ -193,9 +187,9 @@ class LoaderSource:
         self._loader = loader
         ordered = isinstance(loader.sampler, SequentialSampler) and loader.batch_size is not None
         streamed = isinstance(loader.dataset, IterableDataset)
-        self._map: MapSource | None = None
+        self._map: IndexedSource | None = None
         if ordered and not streamed:
-            self._map = MapSource(loader.dataset, loader.collate_fn, loader.batch_size or 1)
+            self._map = _of_items(loader.dataset, loader.collate_fn, loader.batch_size or 1)
             full = self._map.count
             self.count = full - full % (loader.batch_size or 1) if loader.drop_last else full
         else:
@@ -221,8 +215,7 @@ class LoaderSource:
         for found, batch in self.batches():
             rows = np.flatnonzero(np.isin(found, ids))
             if len(rows):
-                index = torch.from_numpy(rows)
-                yield found[rows], _map(batch, lambda t: t[index.to(t.device)])  # noqa: B023
+                yield found[rows], _rows(batch, rows)
 
 
 def collate(items: Sequence[Any]) -> Batch:
@@ -311,6 +304,11 @@ def feed(digest: Any, value: Any) -> None:
     else:
         known = value is None or isinstance(value, (str, bytes, int, float))
         digest.update(repr(value if known else type(value)).encode())
+
+
+def _rows(batch: Batch, rows: np.ndarray) -> Batch:
+    index = torch.from_numpy(rows)
+    return _map(batch, lambda t: t[index.to(t.device)])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

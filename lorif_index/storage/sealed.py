@@ -332,10 +332,6 @@ class SealedFile:
             self.read(offset, out.data.cast("B"))
         return out
 
-    def fileno(self) -> int:
-        """The file's descriptor, after checking that it is the regular file of the size that was sealed."""
-        return self._opened().fd
-
     def _opened(self) -> _Descriptor:
         with self._lock:
             if self._file is None:

@@ -104,7 +104,8 @@ def test_what_is_not_in_the_page_cache_is_read_all_the_same(tmp_path: Path) -> N
     """Gathering asks for cached rows first; files that were dropped from the cache give the same."""
     store, rows, _ = make(tmp_path, 400, per_shard=50)
     for shard in store.shards:
-        os.posix_fadvise(shard.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with shard.file.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     order = np.random.default_rng(0).permutation(400)
     assert torch.equal(store.gather(order), rows[order])
 
