@@ -92,8 +92,7 @@ class Ranks:
         """The sum over all ranks, the same on each; the tensor itself may have become it."""
         if self.size == 1:
             return tensor
-        here = self._served(tensor)
-        with self._talking(here, 2.0 * (self.size - 1) / self.size):
+        with self._talking(tensor, 2.0 * (self.size - 1) / self.size) as here:
             dist.all_reduce(here, group=self._group)
         return here.to(tensor.device)
 
@@ -105,8 +104,7 @@ class Ranks:
         """The sum over all ranks, on rank `to`; elsewhere the tensor may hold anything afterwards."""
         if self.size == 1:
             return tensor
-        here = self._served(tensor)
-        with self._talking(here, float(self.rank != to)):
+        with self._talking(tensor, float(self.rank != to)) as here:
             dist.reduce(here, self._global(to), group=self._group)
         return here.to(tensor.device)
 
@@ -114,8 +112,7 @@ class Ranks:
         """What rank `source` has, on all; the others pass a tensor of its shape and dtype."""
         if self.size == 1:
             return tensor
-        here = self._served(tensor)
-        with self._talking(here, float(self.rank == source)):
+        with self._talking(tensor, float(self.rank == source)) as here:
             dist.broadcast(here, self._global(source), group=self._group)
         return here.to(tensor.device)
 
@@ -123,8 +120,7 @@ class Ranks:
         """What rank `source` has, on rank `to`, which passes a tensor of its shape and dtype; others may pass any."""
         if source == to or self.rank not in (source, to):
             return tensor
-        here = self._served(tensor)
-        with self._talking(here, float(self.rank == source)):
+        with self._talking(tensor, float(self.rank == source)) as here:
             if self.rank == source:
                 dist.send(here, self._global(to), group=self._group)
             else:
@@ -146,11 +142,10 @@ class Ranks:
         each = int(np.prod(array.shape[1:], dtype=np.int64)) * array.itemsize
         room = torch.zeros(max(counts) * each, dtype=torch.uint8)
         room[: array.nbytes] = torch.from_numpy(array.reshape(-1).view(np.uint8).copy())
-        room = self._served(room)
-        parts = [torch.empty_like(room) for _ in counts]
-        with self._talking(room, self.size - 1.0):
-            if len(room):
-                dist.all_gather(parts, room, group=self._group)
+        with self._talking(room, self.size - 1.0) as here:
+            parts = [torch.empty_like(here) for _ in counts]
+            if len(here):
+                dist.all_gather(parts, here, group=self._group)
         return [
             part[: n * each].cpu().numpy().view(array.dtype).reshape(n, *array.shape[1:])
             for part, n in zip(parts, counts, strict=True)
@@ -278,10 +273,15 @@ class Ranks:
             raise self._lost(error) from None
 
     @contextmanager
-    def _talking(self, tensor: torch.Tensor, copies: float) -> Iterator[None]:
+    def _talking(self, tensor: torch.Tensor, copies: float) -> Iterator[torch.Tensor]:
+        """The tensor on a device that the group serves, of which so many copies are sent."""
+        if tensor.device.type == "cpu" and not self._cpu:
+            here = tensor.to(torch.device("cuda", torch.cuda.current_device()))
+        else:
+            here = tensor if tensor.device.type == "cpu" or self._gpu else tensor.cpu()
         self.sent[self.stage] += int(copies * tensor.numel() * tensor.element_size())
         try:
-            yield
+            yield here.contiguous()
         except RuntimeError as error:
             raise self._lost(error) from None
 
@@ -292,14 +292,6 @@ class Ranks:
             "or is slower than the time-out of init_process_group; what was sealed stays, and the same call goes on "
             "from there, also with another number of ranks"
         )
-
-    def _served(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On a device that the group serves."""
-        if tensor.device.type == "cpu" and not self._cpu:
-            tensor = tensor.to(torch.device("cuda", torch.cuda.current_device()))
-        elif tensor.device.type != "cpu" and not self._gpu:
-            tensor = tensor.cpu()
-        return tensor.contiguous()
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self._group, rank)  # type: ignore[arg-type]
