@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from .capture.data import as_source, as_tensors, batch_count
-from .capture.gradients import GradientBlock, parse_block
-from .capture.hooks import keep_finite
+from .capture.gradients import GradientBlock, keep_finite, parse_block
 from .capture.losses import PerExample
 from .capture.sources import ModelCapture, check_block
 from .damping import Damping, as_damping
@@ -183,7 +182,7 @@ class Questions:
             block = capture.gradients(ids, batch, watch=kept)
             if measure is not None:
                 # A measure is to be raised, a loss to be lowered.
-                block = GradientBlock(block.ids, {name: g.negated() for name, g in block.layers.items()})
+                block = GradientBlock(block.ids, {name: g.scaled(-1.0) for name, g in block.layers.items()})
             sign = 1.0 if measure is None else -1.0
             yield block, QueryBatch({}, kept, shown_positions(batch), sign / capture.scale, capture)
 

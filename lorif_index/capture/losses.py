@@ -146,18 +146,12 @@ def _pair_logits(logits: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, t
         raise DataError(f"the default loss takes integer targets, got {y.dtype}: pass loss=fn for a regression")
     last = logits.shape[:-1] == y.shape
     second = logits.ndim >= 2 and (logits.shape[0], *logits.shape[2:]) == tuple(y.shape)
-    if logits.ndim == 2 and last:
+    if last and (logits.ndim == 2 or not second):
         return logits, y
-    if last and second:
-        raise DataError(
-            f"logits {tuple(logits.shape)} and targets {tuple(y.shape)} can be read two ways (classes last or second): "
-            "pass loss=fn"
-        )
-    if last:
-        return logits, y
-    if second:
+    if second and not last:
         return logits.movedim(1, -1), y
-    raise DataError(f"logits {tuple(logits.shape)} do not fit targets {tuple(y.shape)}: pass loss=fn")
+    how = "can be read two ways (classes last or second) beside" if last else "do not fit"
+    raise DataError(f"logits {tuple(logits.shape)} {how} targets {tuple(y.shape)}: pass loss=fn")
 
 
 def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,9 +73,6 @@ class Columns:
         out[..., self.start : self.start + self.local.shape[-1]] = self.local
         return self._added(out)
 
-    def to(self, dtype: torch.dtype) -> Columns:
-        return Columns(self.local.to(dtype), self.start, self.width, self.group)
-
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Columns:
         """The columns after a function that leaves the last dimension alone."""
         return Columns(function(self.local), self.start, self.width, self.group)
@@ -440,7 +437,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor = tensor.detach()
         if tensor.is_meta:
-            tensor = _offloaded(model, name)
+            tensor = torch.as_tensor(_brought_in(model, name)[name.rpartition(".")[2]])
         elif is_dtensor(tensor):
             device = _mesh_device(tensor.device_mesh)  # type: ignore[attr-defined]
             tensor = full(tensor if tensor.device == device else tensor.to(device))
@@ -456,14 +453,6 @@ def check_weights(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         if p.is_meta:
             _brought_in(model, name)
-
-
-def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
-    """A weight that is brought in when its module runs."""
-    found = _brought_in(model, name)[name.rpartition(".")[2]]
-    if not isinstance(found, torch.Tensor):
-        raise DataError(f"parameter {name!r} is offloaded as a {type(found).__name__}, which is no tensor")
-    return found
 
 
 def _brought_in(model: nn.Module, name: str) -> Mapping[str, Any]:

@@ -76,14 +76,13 @@ def test_rows_come_back(tmp_path: Path, size: int) -> None:
     room = torch.empty(6, size, dtype=torch.uint8)
     assert store.gather(order, out=room) is room and torch.equal(room, rows[order])
     assert store.gather(order[:0]).shape == (0, size)
-    assert np.array_equal(store.energies(), energies_of(40))
     assert np.array_equal(store.energies_at(order), energies_of(40)[order])
     assert store.positions_of(np.array([1, 2, 118, 119, 22])).tolist() == [0, -1, 39, -1, 7]
 
 
 def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
     store = Store(tmp_path, SIZE, [])
-    assert len(store) == 0 and not list(store.stream()) and store.ids.shape == (0,) and store.energies().shape == (0,)
+    assert len(store) == 0 and not list(store.stream()) and store.ids.shape == (0,)
 
 
 def test_removed_rows_and_those_of_damaged_shards_are_dead(tmp_path: Path) -> None:
@@ -105,7 +104,8 @@ def test_what_is_not_in_the_page_cache_is_read_all_the_same(tmp_path: Path) -> N
     """Gathering asks for cached rows first; files that were dropped from the cache give the same."""
     store, rows, _ = make(tmp_path, 400, per_shard=50)
     for shard in store.shards:
-        os.posix_fadvise(shard.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with shard.file.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     order = np.random.default_rng(0).permutation(400)
     assert torch.equal(store.gather(order), rows[order])
 
@@ -150,7 +150,6 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         if 0 <= row < 10:
             with pytest.raises(CorruptionError, match=f"row {row} .*checksum"):
                 fresh.gather(np.arange(10))
-            assert len(fresh.gather(np.arange(10), check=False)) == 10
     path.write_bytes(data)
     again(store, tmp_path).shards[0].file.verify()
 
@@ -237,7 +236,7 @@ def test_a_full_disk_leaves_nothing_under_the_name(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space"):
-        write_sealed(tmp_path, "x.h5", {"rows": np.zeros((4, 4), "<f2")}, {})
+        write_sealed(tmp_path, "x.h5", {"rows": np.zeros((4, 4), "<f2")})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -301,9 +300,10 @@ def test_a_shard_is_written_while_the_next_is_made(tmp_path: Path) -> None:
         writer = StoreWriter(tmp_path / name, SIZE, 7 * SIZE, [], names())
         seen: list[int] = []
         with writer.aside(lambda w=writer, s=seen: s.append(len(w.sealed))) if name == "aside" else nullcontext():  # type: ignore[misc]
-            told = [writer.append(rows[i : i + 5], np.arange(i, i + 5), energies_of(5)) for i in range(0, 40, 5)]
+            for i in range(0, 40, 5):
+                writer.append(rows[i : i + 5], np.arange(i, i + 5), energies_of(5))
             writer.flush()
-        assert len(writer.sealed) == 6 and any(told) and seen == ([1, 2, 3, 4, 5, 6] if name == "aside" else [])
+        assert len(writer.sealed) == 6 and seen == ([1, 2, 3, 4, 5, 6] if name == "aside" else [])
         digests.append([(s.sealed.file, s.sealed.digest, s.first_id) for s in writer.sealed])
     assert digests[0] == digests[1]
     assert not [t for t in threading.enumerate() if t.name.startswith("lorif-write")]
