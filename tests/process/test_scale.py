@@ -27,7 +27,6 @@ from lorif_index.search.candidates import most_proposed
 from lorif_index.search.flat import FlatSketch
 from lorif_index.search.joint import JointProposer
 from lorif_index.search.team import Team
-from lorif_index.storage.store import Store
 from lorif_index.text.show import show_estimate
 
 ROOT = Path(__file__).parents[2]
@@ -128,18 +127,17 @@ def test_proposals_are_bounded_and_put_in_order_in_parts(monkeypatch: pytest.Mon
 
 
 def test_too_many_open_files_is_no_damage(tmp_path: Path) -> None:
-    from test_store import make
-
-    store, _, _ = make(tmp_path, 210)
+    blocks = [{"a": torch.randn(210, 4, 3)}]
+    config = BuildConfig(store="factors", shard_bytes=1, coarse=None)
+    Index.build(tmp_path / "i", gradients=blocks, config=config).close()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(list(Path("/proc/self/fd").iterdir()))
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
-        with pytest.raises(StoreError, match=r"Too many open files.*ulimit -n.*shard_bytes"):
-            for _ in store.stream():
-                pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    store.close()
-    again = Store(tmp_path, store.layout, [shard.info for shard in store.shards])
-    assert sum(len(rows) for _, rows in again.stream()) == 210
+    with Index.open(tmp_path / "i") as index:
+        used = len(list(Path("/proc/self/fd").iterdir()))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
+            with pytest.raises(StoreError, match=r"Too many open files.*ulimit -n.*shard_bytes"):
+                index.self_influence()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with Index.open(tmp_path / "i") as index:
+        assert len(index.self_influence()) == 210
