@@ -43,6 +43,11 @@ class ExampleSource(Protocol):
         ...
 
 
+def first_batch(examples: ExampleSource) -> tuple[np.ndarray, Batch]:
+    """(ids, batch)."""
+    return next(iter(examples.batches()))
+
+
 def as_source(data: Any, batch_size: int) -> ExampleSource:
     """A source from a torch Dataset, a DataLoader, a Hugging Face Dataset, a tensor or NumPy array, or a tuple or dict
     of them.

@@ -236,15 +236,13 @@ class Capture:
     def _one_row(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The loss or measure as (1, n)."""
         losses = self._function(model, batch)
-        if isinstance(losses, torch.Tensor):
-            losses = full(losses)
-        if not isinstance(losses, torch.Tensor) or losses.ndim != 1 or losses.shape[0] != self._n:
-            got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        if got != (self._n,):
             raise CaptureError(
                 f"the loss must give one value per example, shape ({self._n},), but gave {got}: "
                 "leave its examples unreduced (reduction='none') and sum over positions only"
             )
-        return losses.unsqueeze(0)
+        return full(losses).unsqueeze(0)
 
     def _forward_hook(self, layer: str, use: Use) -> Callable[..., torch.Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
@@ -262,7 +260,8 @@ class Capture:
             # The first tracked module of the graph: nothing before it needs gradients.
             replaced = None if output.requires_grad else fresh(output)
             target = output if replaced is None else replaced
-            spread = _spread(use)
+            # Some quantised modules have no weight of that name.
+            spread = spread_of(getattr(module, "weight", None), inputs_first=stored_inputs_first(module))
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 x = x.detach()
                 padded = None
@@ -428,14 +427,6 @@ class Capture:
                     "is called, but the loss does not depend on it" if layer.name in self._called else "is never called"
                 )
                 raise CaptureError(f"layer {layer.name!r} got no gradient: it {how}: {_REMEDY}")
-
-
-def _spread(use: Use) -> Spread:
-    # Some quantised modules have none of that name.
-    weight = getattr(use.module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return Spread()
-    return spread_of(weight, inputs_first=stored_inputs_first(use.module))
 
 
 def _inputs(use: Use, x: torch.Tensor, spread: Spread) -> Columns:

@@ -337,15 +337,15 @@ class Spread:
     outputs: tuple[Any, int, int] | None = None
 
 
-def spread_of(weight: torch.Tensor, *, inputs_first: bool) -> Spread:
+def spread_of(weight: Any, *, inputs_first: bool) -> Spread:
     """The shares of a weight (outputs, inputs), or (inputs, outputs), as it is while its module runs."""
     if not is_dtensor(weight) or weight.ndim != 2:
         return Spread()
     from torch.distributed.tensor import Shard
 
     sides: dict[int, tuple[Any, int, int]] = {}
-    mesh = weight.device_mesh  # type: ignore[attr-defined]
-    for dim, placement in enumerate(weight.placements):  # type: ignore[attr-defined]
+    mesh = weight.device_mesh
+    for dim, placement in enumerate(weight.placements):
         # Of the strided kind the columns do not lie together.
         if type(placement) is Shard:
             sides[placement.dim % 2] = _share(mesh, dim, weight.shape[placement.dim])
