@@ -108,13 +108,7 @@ def _is_streaming(data: Any) -> bool:
 
 
 class IndexedSource:
-    """Data of which any examples are had at once.
-
-    Args:
-        count: of examples.
-        fetch: gives the batch of some ids (m,) int64.
-        batch_size: of batches.
-    """
+    """Data of which any examples are had at once: `fetch` gives the batch of some ids (m,) int64."""
 
     random_access = True
 
