@@ -38,12 +38,15 @@ SMALL = DemoSettings(
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A demo of smoke size, and where it is."""
+    """A demo of smoke size, and where it is; torch is left as it was."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
     out = tmp_path_factory.mktemp("demo") / "here"
     with pytest.MonkeyPatch.context() as patch:
         # As many steps on a slow machine.
         patch.setattr("lorif_index.text.demo_model._STEPS_PER_SECOND", 0.11)
-        return out, run_demo(out, [QUESTION, "Lambdas are functions."], SMALL, progress=False)
+        made = run_demo(out, [QUESTION, "Lambdas are functions."], SMALL, progress=False)
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+    return out, made
 
 
 def test_every_paragraph_is_kept_once():
@@ -151,13 +154,6 @@ def test_bad_questions_are_refused_before_the_training(tmp_path):
         with pytest.raises(QueryError, match=message):
             run_demo(tmp_path / "demo", [question], DemoSettings(), progress=False)
     assert not (tmp_path / "demo").exists()
-
-
-def test_torch_is_left_as_it_was(tmp_path):
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    run_demo(tmp_path / "demo", [QUESTION], replace(SMALL, seconds=1.0, characters=2000), progress=False)
-    assert torch.get_num_threads() == threads
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.slow

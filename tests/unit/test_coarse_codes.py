@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-faiss = pytest.importorskip("faiss")
+pytest.importorskip("faiss")
+
+import faiss
 
 from lorif_index.errors import CorruptionError
 from lorif_index.search.coarse import Coarse, Codes, NormAxis, code_bytes, codebook_bytes, pieces_of, tilted

@@ -74,9 +74,8 @@ def test_bare_values_stand_for_a_part() -> None:
     assert BuildConfig(coarse="flat").coarse == CoarseIndex(kind="flat")
     assert BuildConfig(coarse=None).coarse == BuildConfig(coarse="none").coarse == CoarseIndex(kind="none")
     assert BuildConfig(compute="cuda").compute == Compute(device="cuda")
-    assert (
-        BuildConfig(compute=torch.device("cpu")).compute == Compute(device=torch.device("cpu")) == Compute(device="cpu")
-    )  # type: ignore[arg-type]
+    cpu: Any = torch.device("cpu")
+    assert BuildConfig(compute=cpu).compute == Compute(device=cpu) == Compute(device="cpu")
     assert BuildConfig(sample={"size": 5, "probes": 1}).sample == Sample(size=5, probes=1)
     assert BuildConfig(coarse={}).coarse == CoarseIndex() and BuildConfig(compute=None).compute == Compute()
     assert BuildConfig(damping=0.5).policy == RelativeDamping(0.5) == BuildConfig(damping=RelativeDamping(0.5)).damping

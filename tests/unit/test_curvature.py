@@ -201,8 +201,15 @@ def test_rows_may_lie_in_memory_that_is_used_again() -> None:
         room.zero_()
 
     fitted = fit_curvature(
-        reused, 1200, {"a": LayerSpec("a", 4, 3, 4, 3, 1)}, shapes={"a": CurvatureShape(4)}, power_iterations=1, seed=0, examples=1200.0,
-        stage=Stage(None, "curvature", None), device=torch.device("cpu"),
-    )["a"]  # fmt: skip
+        reused,
+        1200,
+        {"a": LayerSpec("a", 4, 3, 4, 3, 1)},
+        shapes={"a": CurvatureShape(4)},
+        power_iterations=1,
+        seed=0,
+        examples=1200.0,
+        stage=Stage(None, "curvature", None),
+        device=torch.device("cpu"),
+    )["a"]
     expected = torch.linalg.eigvalsh(rows.double().T @ rows.double() / 1200).flip(0)
     torch.testing.assert_close(fitted.spectrum[:4], expected[:4], rtol=1e-5, atol=0)

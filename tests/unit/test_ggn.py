@@ -62,17 +62,17 @@ def test_random_probes_of_sequences_estimate_the_ggn(tmp_path: Path) -> None:
     case = gpt2()
     weights = {k: v for k, v in case.weights.items() if k == "transformer.h.1.mlp.c_proj"}
     # Each class at each position is a Jacobian of the oracle's: the shortest sequences.
-    shortest = case.data["attention_mask"].sum(dim=1).argsort()[:12]
+    shortest = case.data["attention_mask"].sum(dim=1).argsort()[:6]
     few = {k: v[shortest, :5] for k, v in case.data.items()}
     case.data = few
     (layer, expected), *_ = ggn(case, weights).items()
     gaps = []
     for probes in (4, 256):
-        config = BuildConfig(**DENSE, layers=[layer], sample=Sample(probes=probes), batch_size=12)
+        config = BuildConfig(**DENSE, layers=[layer], sample=Sample(probes=probes), batch_size=6)
         index = Index.build(tmp_path / str(probes), model=case.model, data=few, config=config)
         gaps.append(gap(matrix(index, layer), expected))
     # Errors fall with the root of the number of probes.
-    assert gaps[1] < 0.12 and 4 < gaps[0] / gaps[1] < 16
+    assert gaps[1] < 0.16 and 4 < gaps[0] / gaps[1] < 16
     assert index.curvature[layer].trace == pytest.approx(np.trace(expected), rel=0.05)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-faiss = pytest.importorskip("faiss")
+pytest.importorskip("faiss")
 
 from lorif_index.search import proposers
 from lorif_index.search.coarse import Coarse, Codes

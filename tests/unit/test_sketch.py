@@ -125,7 +125,7 @@ def test_all_coordinates_are_the_subspace_part_of_influence(
 
 @pytest.mark.parametrize("dim", [8, 16])
 def test_coordinates_and_what_they_leave_out_add_up(dim: int) -> None:
-    """<x, z> of a PCA is the score of what the sketch keeps: the rest is orthogonal to it under its damping."""
+    """<x, z> is the score of what the sketch keeps: the rest is orthogonal to it under the sketch's damping."""
     g, block, curvature, lams, sketch = fitted(dim)
     query = gradients(3, seed=7)
     pre = {n: Preconditioner.of(n, curvature[n], AbsoluteDamping(lams[n]), "truncated") for n in SPECS}

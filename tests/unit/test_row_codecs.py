@@ -16,12 +16,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import toy_codec
 from conftest import within
 
-from lorif_index import BuildConfig, CoarseIndex, Compute, Index
+from lorif_index import BuildConfig
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from lorif_index.codecs import registry
-from lorif_index.codecs.base import CodecSizes, Encoder, Fitting, QueryGradients, RowCodec
+from lorif_index.codecs.base import Fitting, QueryGradients, RowCodec
 from lorif_index.codecs.eigencodes import EigenCodec
 from lorif_index.codecs.registry import CODECS, codec_class
 from lorif_index.curvature.fit import CurvatureShape, LayerCurvature, fit_curvature
@@ -40,50 +41,12 @@ SPECS = {
 N = 300
 
 
-class Plain(RowCodec):
-    """Gradients as they are, float32: no more than a codec must say, so that all else is what the base does."""
-
-    name = "plain"
-
-    @classmethod
-    def sizes(cls, config: BuildConfig, specs: Any, directions: int) -> CodecSizes:
-        width = sum(spec.dim for spec in specs.values())
-        return CodecSizes(4 * width, 0, directions, 4 * width)
-
-    @classmethod
-    def fit(cls, fitting: Fitting) -> Plain:
-        return cls(fitting.specs, fitting.curvature)
-
-    @classmethod
-    def load(cls, folder: Path, entry: Any, specs: Any, curvature: Any) -> Plain:
-        return cls(specs, curvature)
-
-    @property
-    def row_bytes(self) -> int:
-        return 4 * sum(spec.dim for spec in self.specs.values())
-
-    @property
-    def label(self) -> str:
-        return "float32"
-
-    def encoder(self, device: torch.device) -> Encoder:
-        return PlainEncoder()
-
-    def decode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts = rows.view(torch.float32).split([spec.dim for spec in self.specs.values()], dim=1)
-        return dict(zip(self.specs, parts, strict=True))
-
-
-class PlainEncoder(Encoder):
-    def encode(self, block: GradientBlock) -> torch.Tensor:
-        return torch.cat([g.flat() for g in block.layers.values()], dim=1).view(torch.uint8)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> Iterator[None]:
-    CODECS["plain"] = Plain
+    """The toy codec says no more than one must: all else is what the base does."""
+    toy_codec.register()
     yield
-    del CODECS["plain"]
+    del CODECS["dense"]
 
 
 def gradients(n: int, seed: int) -> dict[str, torch.Tensor]:
@@ -133,7 +96,7 @@ class Made:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "plain": dict(store="plain"),
+    "dense": dict(store="dense"),
     "factors of float16": dict(store="factors"),
     "factors of bfloat16": dict(store="factors", dtype="bfloat16"),
     "factors of float32": dict(store="factors", dtype="float32", curvature_rank=12),
@@ -183,7 +146,7 @@ def test_rows_stand_for_about_what_was_written(made: Made) -> None:
         assert part.shape == (N, SPECS[name].dim) and part.dtype == torch.float32
         true = made.block.layers[name].flat()
         cosine = torch.nn.functional.cosine_similarity(part, true).mean()
-        assert cosine > (0.999 if made.codec.name == "plain" else 0.55 if made.config.eigen_bytes < 40 else 0.88)
+        assert cosine > (0.999 if made.codec.name == "dense" else 0.55 if made.config.eigen_bytes < 40 else 0.88)
     again = made.codec.gradients(made.rows)
     for name, part in again.items():
         assert part.shape == (SPECS[name].d_in, SPECS[name].d_out)
@@ -284,11 +247,13 @@ def test_the_sketch_of_rows_is_that_of_what_they_stand_for(made: Made) -> None:
 
 
 def test_codecs_are_found_by_their_names() -> None:
-    assert set(CODECS) == {"eigen", "factors", "largest", "plain"}
+    assert set(CODECS) == {"eigen", "factors", "largest", "dense"}
     for name in CODECS:
         assert codec_class(name).name == name and issubclass(codec_class(name), RowCodec)
     assert {registry.PREFERRED, registry.LOSSLESS} <= set(CODECS)
-    with pytest.raises(ConfigError, match=r"store='both' is no row codec: known are \['eigen', 'factors', 'largest'"):
+    with pytest.raises(
+        ConfigError, match=r"store='both' is no row codec: known are \['dense', 'eigen', 'factors', 'largest'\]"
+    ):
         codec_class("both")
     with pytest.raises(ConfigError, match="store must be one of"):
         BuildConfig(store="both")
@@ -296,7 +261,7 @@ def test_codecs_are_found_by_their_names() -> None:
 
 def test_what_codecs_say_of_themselves() -> None:
     assert codec_class("eigen").depends_on == codec_class("largest").depends_on == {"curvature"}
-    assert codec_class("factors").depends_on == Plain.depends_on == frozenset()
+    assert codec_class("factors").depends_on == codec_class("dense").depends_on == frozenset()
     assert codec_class("eigen").gains_by_width and not codec_class("factors").gains_by_width
     for name in CODECS:
         for choice in codec_class(name).choices():
@@ -318,29 +283,3 @@ def test_eigencodes_ask_for_more_directions_of_few_layers() -> None:
         assert kind.shapes(BuildConfig(curvature_rank=9), wide)["x"] == CurvatureShape(9)
         assert kind.shapes(BuildConfig(curvature_rank=None), wide)["x"] == CurvatureShape(None)
     assert codec_class("factors").shapes(BuildConfig(), wide)["x"] == CurvatureShape(512)
-
-
-def test_an_index_of_a_codec_from_elsewhere(tmp_path: Path) -> None:
-    """Whoever adds a codec writes a class and a line in the registry: build, search, add and verify do the rest."""
-    pytest.importorskip("faiss")
-    g, query = gradients(N, 0), gradients(4, 5)
-    coarse, compute = CoarseIndex(kind="flat", dim=64, queries=8), Compute(shard_bytes=50_000)
-    config = BuildConfig(store="plain", coarse=coarse, compute=compute)
-    index = Index.build(tmp_path / "i", gradients=[g], config=config, progress=False)
-    assert index.codec == "plain" and index.bytes_per_example == 4 * 116
-    scores = np.zeros((4, N))
-    for name, part in g.items():
-        layer = index.curvature[name]
-        v, s, lam = layer.basis.double().numpy(), layer.eigenvalues.numpy(), 0.1 * layer.trace / layer.dim
-        h = oracle.inverse(v, s, layer.trace, lam, config.complement)
-        scores += oracle.scores(query[name].double().numpy(), part.double().numpy(), h)
-    assert within(index.scores(query), scores, 1e-4)
-    for exact in (True, False):
-        hits = index.search(query, k=5, exact=exact)
-        assert within(hits.scores, -np.sort(-scores, axis=1)[:, :5], 1e-4)
-        assert hits.stats.codec == "plain" and hits.stats.dtype == "float32"
-    assert index.add(gradients=[query], progress=False).tolist() == [N, N + 1, N + 2, N + 3]
-    index.verify()
-    again = Index.open(tmp_path / "i")
-    assert within(again.scores(query)[:, :N], scores, 1e-4)
-    assert torch.equal(again.gradients(again.ids[:N])["a"], g["a"])
