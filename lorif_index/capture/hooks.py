@@ -268,8 +268,9 @@ class Capture:
                 if isinstance(module, nn.Embedding):
                     x = full(x)
                     padded = None if module.padding_idx is None else torch.eq(x, module.padding_idx)
+                inputs = _columns(use, x, spread, "input").map(lambda own: positions(use, own))
                 # Projected now: the model may change its input in place later, and the projection is smaller.
-                left = self._project_input(layer, use, _inputs(use, x, spread), output.dtype)
+                left = self._project_input(layer, use, inputs, output.dtype)
             target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
             return replaced
 
@@ -324,7 +325,7 @@ class Capture:
             return
         self._check_rows(use, dy, "output gradient")
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            part = _outputs(use, dy.detach(), spread).map(lambda own: own.to(left.dtype))
+            part = _columns(use, dy.detach(), spread, "output").map(lambda own: own.to(left.dtype))
             if padded is not None:
                 part = part.map(lambda own: own.masked_fill(padded.unsqueeze(-1), 0.0))
             part = part.map(lambda own: output_positions(use, own))
@@ -429,21 +430,14 @@ class Capture:
                 raise CaptureError(f"layer {layer.name!r} got no gradient: it {how}: {_REMEDY}")
 
 
-def _inputs(use: Use, x: torch.Tensor, spread: Spread) -> Columns:
-    """A module's input as (n, positions, this rank's inputs)."""
-    if isinstance(use.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
-        # Indices, or patches that take more than the last dimension.
-        return Columns(positions(use, full(x)), 0, use.inputs)
-    return columns_of(x, use.inputs, spread.inputs, f"the input of module {use.name!r}").map(
-        lambda own: positions(use, own)
-    )
-
-
-def _outputs(use: Use, dy: torch.Tensor, spread: Spread) -> Columns:
-    """The gradient at a module's output: this rank's columns."""
-    if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
-        return Columns(full(dy), 0, use.outputs)
-    return columns_of(dy, use.outputs, spread.outputs, f"the output of module {use.name!r}")
+def _columns(use: Use, tensor: torch.Tensor, spread: Spread, what: str) -> Columns:
+    """This rank's columns of a module's input, or of the gradient at its output."""
+    # Indices, and patches that take more than the last dimension, are whole.
+    whole = (nn.Conv1d, nn.Conv2d, nn.Embedding) if what == "input" else (nn.Conv1d, nn.Conv2d)
+    width, share = (use.inputs, spread.inputs) if what == "input" else (use.outputs, spread.outputs)
+    if isinstance(use.module, whole):
+        return Columns(full(tensor), 0, width)
+    return columns_of(tensor, width, share, f"the {what} of module {use.name!r}")
 
 
 @contextmanager
