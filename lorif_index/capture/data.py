@@ -43,6 +43,11 @@ class ExampleSource(Protocol):
         ...
 
 
+def first_batch(examples: ExampleSource) -> tuple[np.ndarray, Batch]:
+    """(ids, batch)."""
+    return next(iter(examples.batches()))
+
+
 def as_source(data: Any, batch_size: int) -> ExampleSource:
     """A source from a torch Dataset, a DataLoader, a Hugging Face Dataset, a tensor or NumPy array, or a tuple or dict
     of them.
@@ -103,13 +108,7 @@ def _is_streaming(data: Any) -> bool:
 
 
 class IndexedSource:
-    """Data of which any examples are had at once.
-
-    Args:
-        count: of examples.
-        fetch: gives the batch of some ids (m,) int64.
-        batch_size: of batches.
-    """
+    """Data of which any examples are had at once: `fetch` gives the batch of some ids (m,) int64."""
 
     random_access = True
 

@@ -20,7 +20,7 @@ from ..linalg.projection import Projections
 from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
-from .data import ExampleSource
+from .data import ExampleSource, first_batch
 from .gradients import SIDES, GradientBlock, LayerGradient, LayerSpec
 from .hooks import Capture
 from .layers import TrackedLayer, Use
@@ -173,7 +173,7 @@ def walk_model(
     capture = _Sides(model, layers, wide, Projections(wide, 0), loss, autocast)
 
     def walk(sink: Sink) -> None:
-        batches = lockstep(model, examples.select(ids), lambda: next(iter(examples.batches())))
+        batches = lockstep(model, examples.select(ids), lambda: first_batch(examples))
         for (part, batch), counts in batches:
             capture.sink = sink if counts else lambda side, rows: None
             capture.gradients(part, batch)

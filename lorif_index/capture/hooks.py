@@ -236,15 +236,13 @@ class Capture:
     def _one_row(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The loss or measure as (1, n)."""
         losses = self._function(model, batch)
-        if isinstance(losses, torch.Tensor):
-            losses = full(losses)
-        if not isinstance(losses, torch.Tensor) or losses.ndim != 1 or losses.shape[0] != self._n:
-            got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        if got != (self._n,):
             raise CaptureError(
                 f"the loss must give one value per example, shape ({self._n},), but gave {got}: "
                 "leave its examples unreduced (reduction='none') and sum over positions only"
             )
-        return losses.unsqueeze(0)
+        return full(losses).unsqueeze(0)
 
     def _forward_hook(self, layer: str, use: Use) -> Callable[..., torch.Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
@@ -262,15 +260,17 @@ class Capture:
             # The first tracked module of the graph: nothing before it needs gradients.
             replaced = None if output.requires_grad else fresh(output)
             target = output if replaced is None else replaced
-            spread = _spread(use)
+            # Some quantised modules have no weight of that name.
+            spread = spread_of(getattr(module, "weight", None), inputs_first=stored_inputs_first(module))
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 x = x.detach()
                 padded = None
                 if isinstance(module, nn.Embedding):
                     x = full(x)
                     padded = None if module.padding_idx is None else torch.eq(x, module.padding_idx)
+                inputs = _columns(use, x, spread, "input").map(lambda own: positions(use, own))
                 # Projected now: the model may change its input in place later, and the projection is smaller.
-                left = self._project_input(layer, use, _inputs(use, x, spread), output.dtype)
+                left = self._project_input(layer, use, inputs, output.dtype)
             target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
             return replaced
 
@@ -325,7 +325,7 @@ class Capture:
             return
         self._check_rows(use, dy, "output gradient")
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            part = _outputs(use, dy.detach(), spread).map(lambda own: own.to(left.dtype))
+            part = _columns(use, dy.detach(), spread, "output").map(lambda own: own.to(left.dtype))
             if padded is not None:
                 part = part.map(lambda own: own.masked_fill(padded.unsqueeze(-1), 0.0))
             part = part.map(lambda own: output_positions(use, own))
@@ -430,29 +430,14 @@ class Capture:
                 raise CaptureError(f"layer {layer.name!r} got no gradient: it {how}: {_REMEDY}")
 
 
-def _spread(use: Use) -> Spread:
-    # Some quantised modules have none of that name.
-    weight = getattr(use.module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return Spread()
-    return spread_of(weight, inputs_first=stored_inputs_first(use.module))
-
-
-def _inputs(use: Use, x: torch.Tensor, spread: Spread) -> Columns:
-    """A module's input as (n, positions, this rank's inputs)."""
-    if isinstance(use.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
-        # Indices, or patches that take more than the last dimension.
-        return Columns(positions(use, full(x)), 0, use.inputs)
-    return columns_of(x, use.inputs, spread.inputs, f"the input of module {use.name!r}").map(
-        lambda own: positions(use, own)
-    )
-
-
-def _outputs(use: Use, dy: torch.Tensor, spread: Spread) -> Columns:
-    """The gradient at a module's output: this rank's columns."""
-    if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
-        return Columns(full(dy), 0, use.outputs)
-    return columns_of(dy, use.outputs, spread.outputs, f"the output of module {use.name!r}")
+def _columns(use: Use, tensor: torch.Tensor, spread: Spread, what: str) -> Columns:
+    """This rank's columns of a module's input, or of the gradient at its output."""
+    # Indices, and patches that take more than the last dimension, are whole.
+    whole = (nn.Conv1d, nn.Conv2d, nn.Embedding) if what == "input" else (nn.Conv1d, nn.Conv2d)
+    width, share = (use.inputs, spread.inputs) if what == "input" else (use.outputs, spread.outputs)
+    if isinstance(use.module, whole):
+        return Columns(full(tensor), 0, width)
+    return columns_of(tensor, width, share, f"the {what} of module {use.name!r}")
 
 
 @contextmanager

@@ -130,9 +130,9 @@ def _default_exclusions(model: nn.Module, selection: LayerSelection, adapters: s
     modules = {plain_name(name): m for name, m in model.named_modules()}
     embedding_weights = {_key(m) for m in modules.values() if isinstance(m, nn.Embedding)}
     head = _output_embeddings(model)
-    only = selection.adapters == "only" or (selection.adapters == "auto" and bool(adapters))
+    only = selection.adapters == "auto" and bool(adapters)
     for name, module in modules.items():
-        if id(module) in idle or (id(module) in adapters and selection.adapters == "exclude"):
+        if id(module) in idle:
             out.add(id(module))
         elif id(module) in adapters:
             # A classifier's head that is trained with them, too.

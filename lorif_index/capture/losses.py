@@ -188,19 +188,13 @@ def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tens
         )
     if mask is not None and mask.shape == labels.shape:
         labels = labels.masked_fill(mask == 0, IGNORE)
-    if _next_token(model):
+    unshifted = any(part in type(base_model(model)).__name__ for part in _UNSHIFTED)
+    if not unshifted and not _is_encoder_decoder(model):
         logits, labels = logits[:, :-1], labels[:, 1:]
         if mask is not None and mask.shape[1] == labels.shape[1] + 1:
             # Padding on the left: the first token is not predicted, least of all from padding.
             labels = labels.masked_fill(mask[:, :-1] == 0, IGNORE)
     return logits, labels
-
-
-def _next_token(model: nn.Module) -> bool:
-    """Whether labels are the inputs' next tokens: yes, but for encoder-decoder and masked language models, and for
-    classifiers of tokens."""
-    name = type(base_model(model)).__name__
-    return not _is_encoder_decoder(model) and not any(part in name for part in _UNSHIFTED)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import BuildConfig, CurvatureRows
 from ..errors import ConfigError, DataError
 from ..linalg.projection import Projections
-from .data import ExampleSource, as_source, digest_of, feed
+from .data import ExampleSource, as_source, digest_of, feed, first_batch
 from .eigenbases import Walk, walk_model
 from .ensemble import summed, tracked_layers
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
@@ -61,7 +61,7 @@ class ModelGradients:
         return (block for _, block in self._gradients(self._examples.select(ids)))
 
     def _gradients(self, batches: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[np.ndarray, GradientBlock]]:
-        for (ids, batch), counts in lockstep(self._capture.model, batches, lambda: _first(self._examples)):
+        for (ids, batch), counts in lockstep(self._capture.model, batches, lambda: first_batch(self._examples)):
             # The first batch must reach every tracked layer; later ones may leave out a conditional branch.
             block = self._capture.gradients(ids, batch, require_all=not self._reached)
             self._reached = True
@@ -77,22 +77,18 @@ class ProbedGradients:
         self._examples = examples
         self.probes = probes
         self.count = examples.count
-        capture.look(_first(examples)[1], probes.prepare)
+        capture.look(first_batch(examples)[1], probes.prepare)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
         return self.sample(np.arange(start, self.count if stop is None else stop, dtype=np.int64))
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         """The rows of the examples with these ids; blocks of the same examples follow each other."""
-        batches = lockstep(self._capture.model, self._examples.select(ids), lambda: _first(self._examples))
+        batches = lockstep(self._capture.model, self._examples.select(ids), lambda: first_batch(self._examples))
         for (part, batch), counts in batches:
             blocks = self._capture.several(part, batch, lambda model, given: self.probes(model, given, part))  # noqa: B023
             if counts:
                 yield from blocks
-
-
-def _first(examples: ExampleSource) -> tuple[np.ndarray, Any]:
-    return next(iter(examples.batches()))
 
 
 class GivenGradients:
@@ -312,7 +308,7 @@ def data_digest(examples: ExampleSource) -> str:
 
     The first batch, and of data with random access five further ones, the last among them.
     """
-    ids, batch = next(iter(examples.batches()))
+    ids, batch = first_batch(examples)
     batches = [batch]
     if examples.random_access and examples.count > len(ids):
         for start in np.linspace(len(ids), examples.count - 1, _SAMPLED_BATCHES).astype(np.int64).tolist():

@@ -35,12 +35,7 @@ class _Entry:
 
 
 class Spool:
-    """A temporary file of float32 gradient blocks; a `GradientSource` that removes its file when closed.
-
-    Args:
-        folder: an existing folder on the disk that is to hold it.
-        blocks: written once, in order.
-    """
+    """A temporary file of float32 gradient blocks; a `GradientSource` that removes its file when closed."""
 
     def __init__(self, folder: Path, blocks: Iterable[GradientBlock]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))

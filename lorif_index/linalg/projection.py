@@ -76,9 +76,9 @@ class Projections:
             return None
         key = (layer, side, device, dtype)
         if key not in self._cache:
-            if (layer, side) in self._learnt:
-                matrix = self._learnt[layer, side]
-            else:
+            # Not asked whether it is there, which would read a stored one twice.
+            matrix = self._learnt.get((layer, side))
+            if matrix is None:
                 matrix = projection_matrix(self._seed, layer, side, *self.specs[layer].side(side))
             self._cache[key] = matrix.to(device=device, dtype=dtype)
         return self._cache[key]

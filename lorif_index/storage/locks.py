@@ -24,11 +24,8 @@ WRITER = "writer.lock"
 
 
 class WriterLock:
-    """The right to change an index's folder, held from `acquire` to `release`; a context manager.
-
-    Args:
-        folder: of the index; `acquire` makes it if need be.
-    """
+    """The right to change an index's folder, held from `acquire`, which makes the folder if need be, to `release`; a
+    context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / WRITER

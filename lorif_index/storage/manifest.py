@@ -262,11 +262,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
 
 
 def open_version(folder: Path, name: str = MANIFEST) -> tuple[Manifest, Lease]:
-    """Reads and checks a manifest, and keeps its files from being removed until the lease is released.
-
-    Raises:
-        As `read_manifest`.
-    """
+    """Reads and checks a manifest, and keeps its files from being removed until the lease is released; raises as
+    `read_manifest`."""
     path = folder / name
     if not path.is_file():
         unfinished = (folder / BUILDING).is_file()

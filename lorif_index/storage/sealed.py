@@ -131,15 +131,10 @@ def replace_durably(folder: Path, name: str, data: bytes) -> None:
 
 
 def write_sealed(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> SealedInfo:
-    """Writes arrays as the root datasets of a new HDF5 file.
-
-    Args:
-        folder: an existing folder.
-        name: the file's final name; nothing is under it unless the file is complete.
-        arrays: dataset -> array; little-endian. Those without elements are left out.
+    """Writes arrays as the root datasets of a new HDF5 file; those without elements are left out.
 
     Raises:
-        OSError: the disk is full or refuses.
+        OSError: the disk is full or refuses; nothing is under the name then.
     """
     temporary = folder / part_name(name)
     arrays = {key: array for key, array in arrays.items() if array.size}
@@ -178,13 +173,7 @@ def _seal(temporary: Path, final: Path, offsets: dict[str, int], expected: str |
 
 
 class Arrival:
-    """A sealed file that comes from elsewhere, in pieces; under its name only when it is complete and as it was sealed.
-
-    Args:
-        folder: where it goes.
-        info: of the file.
-        name: its name there.
-    """
+    """A sealed file that comes from elsewhere in pieces; under its name only when complete and as it was sealed."""
 
     def __init__(self, folder: Path, info: SealedInfo, name: str) -> None:
         self._final, self._info = folder / name, info

@@ -80,9 +80,7 @@ def write_shard(
     """Writes and seals one shard.
 
     Args:
-        folder: an existing folder.
-        name: the file's final name.
-        rows: (n, row bytes) uint8, n > 0, contiguous, on the CPU.
+        rows: (n, row bytes) uint8, n > 0, on the CPU.
         ids: (n,) int64, rising.
         energies: (n,) float32.
         payloads: n of them, or None.
@@ -109,13 +107,7 @@ def shard_bytes_of(rows: int, row_bytes: int, shard_bytes: int, payload_bytes: f
 
 
 class Shard:
-    """A sealed shard for reading.
-
-    Args:
-        folder: of the index.
-        info: what the manifest says of it.
-        row_bytes: of a row.
-    """
+    """A sealed shard for reading."""
 
     def __init__(self, folder: Path, info: ShardInfo, row_bytes: int) -> None:
         self.info, self.count, self._size = info, info.rows, row_bytes

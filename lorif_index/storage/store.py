@@ -29,8 +29,6 @@ class StoreWriter:
     """Collects rows up to a shard's size, and seals shards one after another.
 
     Args:
-        folder: where the shards go; must exist.
-        row_bytes: of a row.
         shard_bytes: most bytes of a shard's rows; about as many of its payloads also make it full.
         sealed: shards that are there already, to which the new ones are appended.
         name: gives a new shard's name.
@@ -141,9 +139,6 @@ class Store:
     """The sealed rows of an index, addressed by position 0 .. n - 1.
 
     Args:
-        folder: of the index.
-        row_bytes: of a row.
-        shards: in order.
         removed: rising ids of rows that are dead.
         verify: one of `VERIFY`.
         damaged: names of shards whose rows are dead, and which are not read.

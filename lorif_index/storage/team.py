@@ -23,7 +23,6 @@ class Team:
     """Which rows this rank holds, of how many.
 
     Args:
-        ranks: who hold the index together.
         shards: those in this rank's folder, in order.
         starts: of each of those, the position in the whole index of its first row.
         mine: which of those this rank holds.
@@ -136,14 +135,11 @@ class Team:
         *tail: int,
         dtype: type = np.float32,
     ) -> list[np.ndarray]:
-        """Arrays whose entries several ranks have, whole on all: one message for all of them.
+        """Arrays (size, *tail) whose entries several ranks have, whole on all: one message for all of them.
 
         Args:
             compute: gives this rank's entries, an array (any, *tail) for each; what it raises, all ranks raise.
             places: where they belong.
-            sizes: lengths of the arrays.
-            tail: further dimensions.
-            dtype: of the entries.
         """
         if self.ranks.size == 1:
             return list(compute())
