@@ -197,6 +197,6 @@ def test_files_that_were_sealed_with_inf_or_without_codes_are_refused(kind: str,
     wrong = dataclasses.replace(codes, **{"rows" if kind == "flat" else "books": spoilt})
     with pytest.raises(CorruptionError, match="inf or NaN"):
         Codes.load(tmp_path, saved(wrong, tmp_path))
-    info = write_sealed(tmp_path, "none.h5", {"other": codes.rows}, {})
+    info = write_sealed(tmp_path, "none.h5", {"other": codes.rows})
     with pytest.raises(CorruptionError, match="dataset"):
         Codes.load(tmp_path, saved(codes, tmp_path) | {"file": info.to_json()})
