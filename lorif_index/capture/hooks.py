@@ -138,15 +138,8 @@ class Capture:
         return wide[:, : use.outputs].reshape(len(matrix), int(getattr(use.module, "groups", 1)), -1)
 
     def several(self, ids: np.ndarray, batch: Batch, functions: PerExample) -> list[GradientBlock]:
-        """Gradients of several functions of the same batch, from one forward pass and a backward pass each.
-
-        Args:
-            ids, batch: as in `gradients`.
-            functions: functions(model, batch) -> (rows, n).
-
-        Returns:
-            one block a row; raises as `gradients` does.
-        """
+        """Gradients of several functions of the same batch, functions(model, batch) -> (rows, n), from one forward pass
+        and a backward pass each: one block a row; raises as `gradients` does."""
         return self._run(ids, batch, functions)
 
     def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:

@@ -184,12 +184,8 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def lockstep(model: nn.Module, batches: Iterator[T], spare: Callable[[], T]) -> Iterator[tuple[T, bool]]:
     """(batch, whether it is one) until no rank has any left: a rank that has none repeats its last, or takes `spare()`.
 
-    Where the model needs no lockstep these are the batches alone. All ranks must walk to the end.
-
-    Args:
-        model: run once, in the same way, for each batch that is handed out.
-        batches: of this rank.
-        spare: a batch for a rank that never had one.
+    The model is run once, in the same way, for each batch that is handed out; all ranks must walk to the end. Where the
+    model needs no lockstep these are the batches alone.
     """
     if not needs_lockstep(model):
         for batch in batches:

@@ -26,18 +26,8 @@ def keyed_generator(*key: object) -> np.random.Philox:
 
 
 def projection_matrix(seed: int, layer: str, side: str, width: int, dim: int) -> torch.Tensor:
-    """The projection of one side of one layer.
-
-    Args:
-        seed: the build's seed.
-        layer: the layer's name.
-        side: "in" or "out".
-        width: the side's own width (inputs with the bias's column of ones, or outputs).
-        dim: the projected width d.
-
-    Returns:
-        (width, dim) float32 tensor of +-1/sqrt(dim); the identity matrix where dim >= width.
-    """
+    """The projection of one side, "in" or "out", of one layer: (width, dim) float32 of +-1/sqrt(dim); the identity
+    matrix where dim >= width."""
     if dim >= width:
         return torch.eye(width)
     bits = width * dim
@@ -52,8 +42,6 @@ class Projections:
     Matrices are made on the CPU when first asked for, and kept on the device of the gradients.
 
     Args:
-        specs: the layers.
-        seed: of the random ones.
         learnt: (layer, side) -> (width, d) matrix of the sides whose projection was learnt.
     """
 
