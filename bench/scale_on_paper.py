@@ -1,7 +1,7 @@
 """What does an index of up to a billion examples of up to 70 billion parameters take? Tables of `docs/scale.md`.
 
-No measurement: the package's own formulas (`lorif_index.build.sizes`, `memory`, `traffic`, which `bench.costs estimate`
-and `bench.scaling` compare with builds), at shapes of public models. Prints Markdown; `--write` puts it into the page.
+No measurement: the package's own formulas (`lorif_index.build.sizes` and `traffic`, which `bench.costs estimate` and
+`bench.scaling` compare with builds), at shapes of public models. Prints Markdown; `--write` puts it into the page.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lorif_index.build.memory import stage_memory
 
 from lorif_index import BuildConfig
-from lorif_index.build.sizes import ENTRY_BYTES, code_bytes, disk_sizes, fit_sizes
+from lorif_index.build.sizes import ENTRY_BYTES, Shapes
 from lorif_index.build.traffic import build_traffic, search_traffic
 from lorif_index.capture import eigenbases
 from lorif_index.capture.gradients import LayerSpec
@@ -56,6 +55,10 @@ class Shape:
     maps: tuple[tuple[int, int], ...]
     bias: bool
     parameters: float
+
+    def index(self, config: BuildConfig) -> Shapes:
+        """The shapes of an index of it."""
+        return Shapes(config, self.specs(config), config.store)
 
     def specs(self, config: BuildConfig) -> dict[str, LayerSpec]:
         """The layers as `capture.layers.layer_specs` gives them."""
@@ -168,23 +171,24 @@ def fits() -> str:
         for name, config in CONFIGS.items():
             specs = shape.specs(config)
             sample = 4 * _width(specs) * config.sample.size
-            held = stage_memory(config, specs, config.store, COUNTS[0])
+            index = shape.index(config)
+            held = index.memory(COUNTS[0])
             sent = [
                 sum(
                     size
-                    for stage, size in build_traffic(config, specs, config.store, COUNTS[0], ranks).most().items()
-                    if stage in ("projections", "curvature", "eigencodes", "sketch")
+                    for stage, size in build_traffic(index, COUNTS[0], ranks).most().items()
+                    if stage in ("projections", "curvature", "codec", "sketch")
                 )
                 for ranks in (8, 64)
             ]
             kept = units(2 * sample) if sample <= config.compute.spool_bytes else f"{units(2 * sample)}: not kept"
-            sizes = [held["curvature"], held["sketch"], sum(fit_sizes(config, specs, config.store).values()), *sent]
+            sizes = [held["curvature"], held["sketch"], sum(index.fits().values()), *sent]
             rows.append([shape.name, name, kept, str(_walks(specs)), *map(units, sizes)])
     return markdown(rows)
 
 
 def rows_on_disk() -> str:
-    """Rows, by representation, and the number of shards that they make."""
+    """Rows, by codec, and the number of shards that they make."""
     ways: list[tuple[str, BuildConfig]] = [
         ("eigen (default)", DEFAULT),
         ("factors, c=1, projection_dim=64", dataclasses.replace(DEFAULT, projection_dim=64, store="factors")),
@@ -195,8 +199,7 @@ def rows_on_disk() -> str:
         for name, config in ways:
             if "factors" not in name and shape is not SHAPES[0]:
                 continue
-            specs = shape.specs(config)
-            sizes = [disk_sizes(config, specs, config.store, n) for n in COUNTS]
+            sizes = [shape.index(config).disk(n) for n in COUNTS]
             each = max(sizes[0].row, 8)
             shards, larger = (-(-COUNTS[-1] * each // size) for size in (config.compute.shard_bytes, 1 << 30))
             refused = " (refused)" if shards * ENTRY_BYTES > LARGEST else ""
@@ -212,17 +215,17 @@ def searches() -> str:
     """What each rank holds, sends and takes in a search, and in calibration."""
     head = "N|ranks|coarse codes|ids|open files, 64 MiB / 1 GiB shards|coarse stage, a query|sent, a query"
     rows = [[*head.split("|"), "calibration holds", "and sends"]]
-    specs = GPT2.specs(DEFAULT)
+    index = GPT2.index(DEFAULT)
     for count in COUNTS:
         for ranks in (1, 8, 64):
             own = -(-count // ranks)
-            row = disk_sizes(DEFAULT, specs, "eigen", 1).row
+            row, code = index.rows.row, index.disk(1).code
             files = [-(-own * row // size) for size in (DEFAULT.compute.shard_bytes, 1 << 30)]
-            held = stage_memory(DEFAULT, specs, "eigen", count, ranks=ranks)["calibrate"]
-            sent = build_traffic(DEFAULT, specs, "eigen", count, ranks).most()["calibrate"] if ranks > 1 else 0
-            asked = search_traffic(DEFAULT, specs, "eigen", count, ranks, k=100).most()["candidates"]
+            held = index.memory(count, ranks=ranks)["calibration"]
+            sent = build_traffic(index, count, ranks).most()["calibration"] if ranks > 1 else 0
+            asked = search_traffic(index, count, ranks, k=100).most()["candidates"]
             rows.append(
-                [number(count), str(ranks), units(own * code_bytes(DEFAULT.coarse.dim)), units(8 * own)]
+                [number(count), str(ranks), units(own * code), units(8 * own)]
                 + [" / ".join(f"{n:,}" for n in files), milliseconds(own * SECONDS_A_CODE)]
                 + [units(asked if ranks > 1 else 0), units(held), units(sent)]
             )
@@ -244,10 +247,11 @@ def passes() -> str:
 
 def limits() -> str:
     """Where a setting must be turned."""
-    row = disk_sizes(DEFAULT, GPT2.specs(DEFAULT), "eigen", 1).row
+    index = GPT2.index(DEFAULT)
+    row, code = index.rows.row, index.disk(1).code
 
     def calibrating(ranks: int) -> int:
-        return build_traffic(DEFAULT, GPT2.specs(DEFAULT), "eigen", COUNTS[-1], ranks).most()["calibrate"]
+        return build_traffic(index, COUNTS[-1], ranks).most()["calibration"]
 
     wide = DEFAULT.compute.spool_bytes // (4 * DEFAULT.sample.size)
     rows = [
@@ -258,19 +262,19 @@ def limits() -> str:
             "`projection_dim` (a number, not 1/16), `batch_size`",
         ],
         [
-            "the sample's gradients in `spool_bytes`, 16 GiB: beyond, passes over the model take their place",
+            "the sample's gradients on temporary disk, 16 GiB: beyond, passes over the model take their place",
             f"sum of D above {number(wide)}",
-            "`projection_dim`, `spool_bytes`, `sample`; ranks each keep their part",
+            "`projection_dim`, `Compute(spool_bytes=)`, `sample`; ranks each keep their part",
         ],
         [
             "open files: each shard that is scanned, twice where rows are gathered, of a usual limit of 1,024",
             f"N above {number(1024 * DEFAULT.compute.shard_bytes // row)} at {row:,} B a row",
-            "`shard_bytes`, `ulimit -n`, ranks",
+            "`Compute(shard_bytes=)`, `ulimit -n`, ranks",
         ],
         [
             f"one manifest of at most 256 MiB, {ENTRY_BYTES} B a shard, written anew with each",
             f"N above {number(LARGEST // ENTRY_BYTES * DEFAULT.compute.shard_bytes // row)} at {row:,} B a row",
-            "`shard_bytes`; a folder for each rank, which has its own manifest",
+            "`Compute(shard_bytes=)`; a folder for each rank, which has its own manifest",
         ],
         [
             f"bytes that calibration sends over 64 ranks: all proposals of up to {most_proposed(10**9):,} a rank and "
@@ -280,7 +284,7 @@ def limits() -> str:
         ],
         [
             "the coarse index in memory, 128 B a row, put together by the leader of a folder, twice, in 256 GiB",
-            f"N above {number((256 << 30) // (2 * code_bytes(DEFAULT.coarse.dim)))}",
+            f"N above {number((256 << 30) // (2 * code))}",
             "a folder for each rank, or machine; `coarse=None` and scans",
         ],
         ["ids of a rank's rows in memory, 8 B each, in 64 GiB", f"N / K above {number((64 << 30) // 8)}", "ranks"],

@@ -315,11 +315,6 @@ class BuildConfig:
                 f"Sample(rows='stored') fits the curvature after everything was stored, and store={self.store!r} needs "
                 "it before: pass store='factors', or Sample(rows='sample')"
             )
-        if self.sample.rows == "stored" and self.store != "auto" and "curvature" in codec_class(self.store).depends_on:
-            raise ConfigError(
-                f"Sample(rows='stored') fits the curvature after everything was stored, and store={self.store!r} needs "
-                "it before: pass store='factors', or Sample(rows='sample')"
-            )
         object.__setattr__(self, "damping", as_damping(self.damping))
         object.__setattr__(self, "layers", LayerSelection.of(self.layers))
         self._check_projection()

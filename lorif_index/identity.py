@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from .capture.sources import ModelCapture, model_digest, weights_state
 from .errors import FingerprintError, QueryError
 from .search.named import StoredTexts
 from .snapshot import Snapshot
-from .storage.manifest import check_same, spec_to_json
+from .storage.manifest import check_same
 from .text.tokenised import TOKENIZER, TokenisedData, check_tokenizer, prepared, prepared_query
 
 
@@ -49,7 +50,7 @@ class Identity:
             raise FingerprintError(f"{now.path} was built from gradients, not from a model: open it without model=")
         capture = ModelCapture(model, now.query_config())
         given = {
-            "layers": [spec_to_json(spec) for spec in capture.specs.values()],
+            "layers": [asdict(spec) for spec in capture.specs.values()],
             "model": model_digest(model),
             "members": count_of(model),
         }

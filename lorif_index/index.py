@@ -454,7 +454,7 @@ class Index(Described):
             Layer -> (n, d_in, d_out) float32.
 
         Raises:
-            QueryError: an id that the index does not hold, or rows that hold coordinates. CorruptionError: damage.
+            QueryError: an id that the index does not hold. CorruptionError: damage.
         """
         return stored_gradients(self._reader, ids)
 
@@ -548,7 +548,7 @@ class Index(Described):
             {"bytes": freed, "held": names of files that readers of older versions still hold}.
 
         Raises:
-            LockedError: as in `add`. ConfigError: no rows are stored, and the coarse index cannot leave any out.
+            LockedError: as in `add`.
         """
         before = folder_bytes(self.path)
         with self._writing(progress) as change:

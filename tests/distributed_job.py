@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -14,11 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from forked import CONTEXT
 from torch import nn
 from torch.utils.data import Dataset
 
 from lorif_index import BuildConfig, Index
+from lorif_index.identity import Identity
+from lorif_index.ranks import Ranks
+from lorif_index.snapshot import Access, Snapshot
 
+# Seconds that is waited for processes that work, on a machine ten times slower.
+PATIENCE = 1200
 COUNT, WORDS, LENGTH = 1400, 40, 10
 
 
@@ -50,11 +57,11 @@ def sequences(count: int = COUNT) -> torch.Tensor:
 def settings(**changes: Any) -> BuildConfig:
     usual = {
         "curvature": "empirical",
-        "curvature_sample": 400,
-        "shard_bytes": 40_000,
+        "sample": 400,
         "projection_dim": 12,
-        "calibration_queries": 8,
         "batch_size": 32,
+        "coarse": {"queries": 8},
+        "compute": {"shard_bytes": 40_000},
     }
     return BuildConfig(**usual | changes)
 
@@ -79,6 +86,40 @@ class Slow(Dataset):
         return [self.data[place] for place in places]
 
 
+def start(size: int, what: str, out: Path, **options: Any) -> list[Any]:
+    """Processes that do `what` together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    made = [
+        CONTEXT.Process(target=run, args=(rank, size, port, what, options, str(out)), daemon=True)
+        for rank in range(size)
+    ]
+    for process in made:
+        process.start()
+    return made
+
+
+def finish(processes: list[Any], out: Path, seconds: float = PATIENCE) -> list[dict[str, Any]]:
+    """What each rank says in the end: {} of one that was killed."""
+    limit = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(limit - time.monotonic(), 0.1))
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        process.kill()
+    assert not alive, f"{len(alive)} ranks had not ended after {seconds} seconds"
+    files = [Path(f"{out}-{rank}.json") for rank in range(len(processes))]
+    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+
+
+def together(size: int, what: str, out: Path, **given: Any) -> list[Any]:
+    """What each of some ranks finds."""
+    said = finish(start(size, what, out, given=given), out)
+    assert all("result" in one for one in said), said
+    return [one["result"] for one in said]
+
+
 def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out: str) -> None:
     """A rank's life: joins the others, does `what`, and writes what came of it."""
     torch.set_num_threads(1)
@@ -100,15 +141,13 @@ def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out
 
 def answers(index: Index, query: Any) -> dict[str, np.ndarray]:
     """All that is asked of an index, as arrays."""
-    found: dict[str, np.ndarray] = {}
-    if index.codec != "coarse":
-        hits = index.search(query, k=12, exact=True)
-        found |= {"scan ids": hits.ids, "scan scores": hits.scores, "scores": index.scores(query)}
-        found |= {"self": index.self_influence(), "ids": index.ids, "shrunk": index.scores(query, shrink=True)}
-        worst = index.search(query, k=12, opponents=True, normalize="relatif")
-        found |= {"opponent ids": worst.ids, "opponent scores": worst.scores}
+    hits = index.search(query, k=12, exact=True)
+    found = {"scan ids": hits.ids, "scan scores": hits.scores, "scores": index.scores(query)}
+    found |= {"self": index.self_influence(), "ids": index.ids, "shrunk": index.scores(query, shrink=True)}
+    worst = index.search(query, k=12, opponents=True, normalize="relatif")
+    found |= {"opponent ids": worst.ids, "opponent scores": worst.scores}
     if index.coarse is not None:
-        hits = index.search(query, k=12, exact=None if index.codec == "coarse" else False)
+        hits = index.search(query, k=12, exact=False)
         found |= {"candidate ids": hits.ids, "candidate scores": hits.scores}
         found["candidates"] = np.array(hits.stats.candidates_by_query)
     return found
@@ -135,19 +174,18 @@ def build_and_ask(
         with Index.open(place, model=model, loss=loss, distributed=True) as together:
             found = answers(together, query)
             hits = together.search(query, k=3)
-            whole = together.groups(query, by=lambda payload: payload["place"] % 3) if "ids" in found else None
-            if whole is not None and rank == 0:
+            whole = together.groups(query, by=lambda payload: payload["place"] % 3)
+            if rank == 0:
                 found["group sums"] = np.array(
                     [[g.sum for g in sorted(q, key=lambda g: g.value)] for q in whole.queries]
                 )
             if hits.payloads != [[{"place": int(i)} for i in row] for row in hits.ids]:
                 raise RuntimeError(f"payloads {hits.payloads} of {hits.ids}")
-            if "ids" in found:
-                mine = together.scores(query, gather=False)
-                held = np.isin(found["ids"], together.held_ids)
-                np.testing.assert_array_equal(mine, found["scores"][:, held])
-                shrunk = together.scores(query, gather=False, shrink=True)
-                np.testing.assert_array_equal(shrunk, found["shrunk"][:, held])
+            mine = together.scores(query, gather=False)
+            held = np.isin(found["ids"], together.held_ids)
+            np.testing.assert_array_equal(mine, found["scores"][:, held])
+            shrunk = together.scores(query, gather=False, shrink=True)
+            np.testing.assert_array_equal(shrunk, found["shrunk"][:, held])
             told[kind] = {"held": len(together.held_ids), "rows": len(together)}
             if rank == 0:
                 np.savez(Path(folder) / f"{kind}.npz", **found)
@@ -158,9 +196,25 @@ def build_and_ask(
 def slow_build(rank: int, size: int, folder: str, seconds: float, kind: str = "eigen", apart: bool = False) -> int:
     place = Path(folder) / (f"part-{rank}" if apart else "index")
     data = Slow(seconds)
-    config = settings(store=kind, shard_bytes=8000, batch_size=16, coarse=None)
+    config = settings(store=kind, batch_size=16, coarse=None, compute={"shard_bytes": 8000})
     index = Index.build(place, model=make_model(), data=data, loss=loss, config=config)
     return len(index)
+
+
+def account(rank: int, size: int, folder: str, kind: str) -> dict[str, Any]:
+    """What a build, and then a search of each way, have sent and taken."""
+    model, place = make_model(), Path(folder) / "index"
+    index = Index.build(place, model=model, data=sequences(), loss=loss, config=settings(store=kind))
+    report = index.build_report
+    ranks = Ranks.of(None)
+    index = Index(Snapshot.open(place, Access(ranks=ranks)), Identity(model, loss))
+    searches = {}
+    for way, exact in (("scan", True), ("candidates", False)):
+        before = ranks.sent["search"]
+        index.search(sequences()[:1] if rank == 0 else None, k=10, exact=exact, recall=0.5)
+        searches[way] = ranks.sent["search"] - before
+    sent = report["ranks"]["sent_bytes"][rank] | searches
+    return {"sent": sent, "disk": index.nbytes, "memory": report["ranks"]["peak_rss_bytes"][rank]}
 
 
 def propose(rank: int, size: int, folder: str) -> list[Any]:
@@ -170,14 +224,14 @@ def propose(rank: int, size: int, folder: str) -> list[Any]:
 
 def leave_at(rank: int, size: int, folder: str, kind: str, where: str) -> int:
     """A build, which rank 1 leaves without a word at a stage, or before it is finished."""
-    from lorif_index.build import pipeline
+    from lorif_index.build.state import BuildState
 
     def told(event: Any) -> None:
         if rank == 1 and event.stage == where:
             os._exit(3)
 
     if rank == 1 and where == "finish":
-        pipeline._Build._finish = lambda self: os._exit(3)  # type: ignore[method-assign]
+        BuildState.commit = lambda self: os._exit(3)  # type: ignore[method-assign]
     config = settings(store=kind)
     index = Index.build(
         Path(folder) / "index", model=make_model(), data=sequences(), loss=loss, config=config, progress=told
@@ -233,7 +287,7 @@ def memory(rank: int, size: int, folder: str, count: int) -> int:
         model=make_model(),
         data=sequences(count),
         loss=loss,
-        config=settings(coarse=None, curvature_sample=200, spool_bytes=1 << 20),
+        config=settings(coarse=None, sample=200, compute={"shard_bytes": 40_000, "spool_bytes": 1 << 20}),
     )
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
@@ -245,7 +299,7 @@ def hosts(rank: int, size: int, folder: str, seconds: float, interface: str) -> 
         return int(Path(f"/sys/class/net/{interface}{rank}/statistics/tx_bytes").read_text())
 
     model, place, before = make_model(), Path(folder) / f"host-{rank}", sent()
-    config = settings(store="eigen", shard_bytes=8000, batch_size=16)
+    config = settings(store="eigen", batch_size=16, compute={"shard_bytes": 8000})
     built = Index.build(place, model=model, data=Slow(seconds), loss=loss, config=config)
     moved = sent() - before
     hits = built.search(sequences()[:4] if rank == 0 else None, k=12, exact=True)
@@ -266,6 +320,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "slow_build": slow_build,
     "leave_at": leave_at,
     "propose": propose,
+    "account": account,
     "hang": hang,
     "bad_example": bad_example,
     "disagree": disagree,

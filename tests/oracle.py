@@ -137,10 +137,8 @@ def damping(rule: str, c: np.ndarray, rank: int | None = None, value: float = 0.
         return value * np.trace(c) / len(c)
     if rule == "absolute":
         return value
-    if rule == "paper":
-        return 0.1 * eigen(c)[1][: None if rank is None else rank + 10].mean()
-    assert rule == "release"
-    return 0.5 * np.trace(c) / len(c)
+    assert rule == "paper"
+    return 0.1 * eigen(c)[1][: None if rank is None else rank + 10].mean()
 
 
 def exponential_tail(largest: float, mean: float, lam: float) -> float:

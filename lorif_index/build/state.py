@@ -286,9 +286,10 @@ def _unfinished(folder: Path, fresh: Manifest, *, keep_coarse: bool) -> Manifest
         found.next_file = max(found.next_file, other.next_file)
     found.shards.sort(key=lambda shard: shard.first_id)
     old, new = found.config["coarse"], fresh.config["coarse"]
-    if (old["dim"], old["sketch"]) != (new["dim"], new["sketch"]):
+    unwanted = new["kind"] == "none"
+    if unwanted or (old["dim"], old["sketch"]) != (new["dim"], new["sketch"]):
         found.fits.pop("sketch", None)
-    if old["queries"] != new["queries"]:
+    if unwanted or old["queries"] != new["queries"]:
         found.fits.pop("queries", None)
     if not keep_coarse or old["kind"] != new["kind"] or "sketch" not in found.fits:
         found.coarse = None

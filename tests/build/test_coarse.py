@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,23 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_hits, reader_of, share_of_best, write_manifest
+from conftest import assert_same_hits, forge, reader_of, share_of_best
 
 pytest.importorskip("faiss")
 
-from lorif_index.build.coarse_build import TILTS
-from lorif_index.search.flat import FlatSketch
-
-from lorif_index import BuildConfig, Hits, Index, RelativeDamping
-from lorif_index.build.pipeline import COARSE_FROM
+from lorif_index import BuildConfig, CoarseIndex, Hits, Index, RelativeDamping
+from lorif_index.build.candidates import COARSE_FROM, TILTS
 from lorif_index.errors import ConfigError, CorruptionError, FingerprintError, LorifError, QueryError
-from lorif_index.search.candidates import Counts
 from lorif_index.search.planner import SCAN_UP_TO
+from lorif_index.search.proposers import FlatSketch
 from lorif_index.search.reader import Reader
 from lorif_index.search.scoring import Question
 
 SHAPES = {"a": (12, 10), "b": (10, 10), "c": (9, 14)}
 N = 2000
+COARSE = CoarseIndex(dim=64, queries=48)
 
 
 def gradients(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -53,7 +51,7 @@ def blocks(g: dict[str, torch.Tensor], size: int = 500) -> list[dict[str, torch.
 
 
 def config(**changes: Any) -> BuildConfig:
-    small = {"curvature_rank": 60, "sketch_dim": 64, "shard_bytes": 1 << 18, "calibration_queries": 48}
+    small = {"curvature_rank": 60, "compute": {"shard_bytes": 1 << 18}, "coarse": COARSE}
     return BuildConfig(**(small | changes))
 
 
@@ -95,7 +93,7 @@ def test_candidates_score_as_a_scan_and_reach_the_recall(index: Index, query: An
         assert got >= wanted - 0.05 or hits.stats.estimated_recall <= got + 0.03
         stats = hits.stats
         assert 0 < stats.candidates <= N and len(stats.recall_by_query) == 60
-        assert set(stats.seconds) >= {"gradients", "transform", "coarse", "narrow", "gather", "rescore", "check"}
+        assert set(stats.seconds) >= {"gradients", "transform", "coarse", "gather", "rescore", "check"}
 
 
 def test_one_by_one_is_the_same_as_together(index: Index, query: Any) -> None:
@@ -115,14 +113,21 @@ def asked_of(reader: Reader, query: dict[str, torch.Tensor]) -> Question:
     return reader.ask(query, reader.preconditioners(reader.specs, RelativeDamping(0.1)))
 
 
+def coordinates_of(index: Index) -> np.ndarray:
+    """z (n, k) of all rows."""
+    reader = reader_of(index)
+    assert reader.sketch is not None
+    return torch.cat(list(reader.rows.coordinates(reader.sketch))).numpy()
+
+
 def test_a_target_that_is_not_reached_is_gone_on_for(index: Index, query: Any) -> None:
     """An index that believes it needs few candidates finds out, and takes more."""
     reader = reader_of(index)
     search = reader.candidates
     assert search is not None and search.calibration is not None
     question = asked_of(reader, query)
-    few = search.run(question, 10, 0.0, largest=True, counts=Counts(20, 20))
-    more = search.run(question, 10, 0.99, largest=True, counts=Counts(20, 20))
+    few = search.run(question, 10, 0.0, largest=True, wide=20)
+    more = search.run(question, 10, 0.99, largest=True, wide=20)
     scores = index.scores(query)
     assert more.candidates.mean() > few.candidates.mean()
     found = [share_of_best(SimpleNamespace(ids=part.positions), scores) for part in (few, more)]
@@ -173,13 +178,13 @@ def test_coarse_scores_alone_are_marked(index: Index, query: Any) -> None:
     assert 0.1 < got < 1 and abs(hits.stats.estimated_recall - got) < 0.15
     x = asked_of(reader_of(index), query).x
     assert x is not None
-    near = np.take_along_axis(x.numpy() @ index.coordinates().T, hits.ids, axis=1)
+    near = np.take_along_axis(x.numpy() @ coordinates_of(index).T, hits.ids, axis=1)
     assert np.corrcoef(near.ravel(), hits.scores.ravel())[0, 1] > 0.9
 
 
 def test_large_rows_are_given_the_benefit_of_the_doubt(index: Index, query: Any) -> None:
     """A tilted order is <x, z> + tilt |x| |z|, in the coarse index as on a device."""
-    z, reader = index.coordinates(), reader_of(index)
+    z, reader = coordinates_of(index), reader_of(index)
     x, coarse = asked_of(reader, query).x, reader.coarse
     assert x is not None and coarse is not None and coarse.tilts
     asked, norms = x.numpy(), np.linalg.norm(z, axis=1)
@@ -203,7 +208,9 @@ def test_a_tilt_that_helps_is_found(tmp_path: Path) -> None:
     train, query = gradients(3000, seed=2), gradients(60, seed=6)
     sizes = torch.from_numpy(np.exp(0.6 * np.random.default_rng(3).standard_normal(3000))).float()
     train = {name: g * sizes[:, None, None] for name, g in train.items()}
-    index = Index.build(tmp_path / "i", gradients=blocks(train), config=config(sketch_dim=32, curvature_sample=1500))
+    index = Index.build(
+        tmp_path / "i", gradients=blocks(train), config=config(coarse={"dim": 32, "queries": 48}, sample=1500)
+    )
     search = reader_of(index).candidates
     assert search is not None and search.calibration is not None
     assert search.calibration.orders["opponents"].tilt > 0
@@ -231,7 +238,6 @@ def test_beyond_the_size_of_a_quick_scan_candidates_are_chosen(
     costly = index.search(query, k=1, recall=0.8)
     assert costly.stats.exact and "cost as much" in costly.stats.plan
     monkeypatch.setattr("lorif_index.search.planner._GATHER_BYTES", 0)
-    monkeypatch.setattr("lorif_index.search.planner._NARROW_BYTES", 0)
     hits = index.search(query, k=1, recall=0.8)
     assert not hits.stats.exact and "candidates" in hits.stats.plan
     layers = index.search(query, layers="a")
@@ -241,13 +247,19 @@ def test_beyond_the_size_of_a_quick_scan_candidates_are_chosen(
 
 
 def test_what_was_never_calibrated_is_a_guess_that_says_so(train: Any, query: Any, tmp_path: Path) -> None:
-    index = Index.build(tmp_path / "i", gradients=blocks(train), config=config(calibration_queries=0))
+    index = Index.build(tmp_path / "i", gradients=blocks(train), config=config(coarse={"dim": 64, "queries": 0}))
     hits = index.search(query, k=10, exact=False)
     assert "never calibrated" in hits.stats.plan and share_of_best(hits, index.scores(query)) > 0.95
     alone = index.search(query, k=10, rescore=False)
     assert np.isnan(alone.stats.estimated_recall)
-    index.calibrate(query)
+    index.rebuild_coarse(query=query)
     assert "never calibrated" not in Index.open(tmp_path / "i").search(query, k=10, exact=False).stats.plan
+
+
+def test_what_it_is_is_told(index: Index) -> None:
+    assert index.coarse is not None and index.coarse["dim"] == 64
+    assert f"{index.coarse['kind']} on 64 coordinates" in repr(index)
+    assert f"{index.coarse['kind']} on 64 coordinates" in index._repr_html_()
 
 
 def test_small_and_unwanted_indexes_have_none(train: Any, query: Any, tmp_path: Path) -> None:
@@ -273,7 +285,7 @@ def test_rebuilt_without_the_model(index: Index, query: Any, tmp_path: Path) -> 
     copy = Index.open(tmp_path / "copy")
     before, scores = copy.search(query, k=5, exact=False), copy.scores(query)
     copy.rebuild_coarse()
-    assert len(list((tmp_path / "copy").glob("coarse-*"))) == 1
+    assert len(list((tmp_path / "copy").glob("coarse*"))) == 1
     assert np.array_equal(copy.scores(query), scores) and copy.fingerprint == index.fingerprint
     again = Index.open(tmp_path / "copy").search(query, k=5, exact=False)
     assert_same_hits(again, before)
@@ -281,42 +293,37 @@ def test_rebuilt_without_the_model(index: Index, query: Any, tmp_path: Path) -> 
 
 def test_a_stale_coarse_index_is_never_used(index: Index, query: Any, tmp_path: Path) -> None:
     shutil.copytree(index.path, tmp_path / "copy")
-    manifest = tmp_path / "copy" / "manifest.json"
-    data = json.loads(manifest.read_text())
-    # Another damping of the sketch than the coarse index was made with.
-    data["sketch"]["lams"][0] *= 2
-    write_manifest(manifest, data)
+
+    def change(data: Any) -> None:
+        # Another damping of the sketch than the coarse index was made with.
+        data["fits"]["sketch"]["lams"][0] *= 2
+
+    forge(tmp_path / "copy", change)
     stale = Index.open(tmp_path / "copy")
     with pytest.raises(FingerprintError, match="rebuild_coarse"):
         stale.search(query, exact=False)
     assert stale.search(query, exact=True).stats.exact
-    # A fingerprint that was forged too does not fit the file's name.
-    data["coarse"]["fingerprint"] = reader_of(stale).coarse_fingerprint(data["coarse"]["factory"])
-    write_manifest(manifest, data)
-    with pytest.raises(FingerprintError):
-        Index.open(tmp_path / "copy").search(query, exact=False)
+    stale.rebuild_coarse()
+    assert not stale.search(query, exact=False).stats.exact
 
 
 @pytest.mark.parametrize("axis", [[1.0], [1.0, 0.0], ["a", 1.0], [float("inf"), 1.0], 3])
 def test_a_damaged_axis_is_refused(index: Index, query: Any, tmp_path: Path, axis: Any) -> None:
     shutil.copytree(index.path, tmp_path / "copy")
-    manifest = tmp_path / "copy" / "manifest.json"
-    data = json.loads(manifest.read_text())
-    data["coarse"]["axis"] = axis
-    write_manifest(manifest, data)
+    forge(tmp_path / "copy", lambda data: data["coarse"].update(axis=axis))
     with pytest.raises(LorifError):
         Index.open(tmp_path / "copy").search(query, exact=False)
 
 
-def test_a_damaged_file_is_found_before_faiss_reads_it(index: Index, query: Any, tmp_path: Path) -> None:
-    for pattern, use in (
-        ("coarse-*", lambda found: found.search(query, exact=False)),
+def test_a_damaged_file_is_found_before_it_is_used(index: Index, query: Any, tmp_path: Path) -> None:
+    for name, use in (
+        ("coarse.h5", lambda found: found.search(query, exact=False)),
         ("sketch.h5", lambda found: found.search(query, exact=False)),
-        ("calibration.h5", lambda found: found.calibrate()),
+        ("queries.h5", lambda found: found.rebuild_coarse()),
     ):
-        folder = tmp_path / pattern.strip("-*")
+        folder = tmp_path / name
         shutil.copytree(index.path, folder)
-        path = next(folder.glob(pattern))
+        path = folder / name
         damaged = bytearray(path.read_bytes())
         damaged[len(damaged) // 2] ^= 4
         path.write_bytes(damaged)
@@ -328,24 +335,28 @@ def test_a_damaged_file_is_found_before_faiss_reads_it(index: Index, query: Any,
 
 def test_nothing_random_is_left_to_chance(index: Index, train: Any, query: Any, tmp_path: Path) -> None:
     # Sums in blocks of another size differ in the last digit, which may move a coded coordinate to the next level.
-    size = 333 if index.representation == "factors" else 500
+    size = 333 if index.codec == "factors" else 500
     again = Index.build(tmp_path / "i", gradients=blocks(train, size), config=index.config)
     assert_same_hits(again.search(query, exact=False), index.search(query, exact=False))
 
 
-@pytest.mark.parametrize("stage", ["sketch", "encode", "coarse", "calibrate"])
-def test_an_interrupted_build_goes_on(index: Index, train: Any, query: Any, tmp_path: Path, stage: str) -> None:
-    """Stopped in any stage, the finished index answers as one built at once."""
+class Stop(Exception):
+    """What stops a build on its way."""
 
-    class Stop(Exception):
-        pass
 
+def stop_in(stage: str) -> Any:
     def stop(event: Any) -> None:
         if event.stage == stage and event.done:
             raise Stop
 
+    return stop
+
+
+@pytest.mark.parametrize("stage", ["sketch", "encode", "coarse", "calibration"])
+def test_an_interrupted_build_goes_on(index: Index, train: Any, query: Any, tmp_path: Path, stage: str) -> None:
+    """Stopped in any stage, the finished index answers as one built at once."""
     with pytest.raises(Stop):
-        Index.build(tmp_path / "i", gradients=blocks(train), config=index.config, progress=stop)
+        Index.build(tmp_path / "i", gradients=blocks(train), config=index.config, progress=stop_in(stage))
     with pytest.raises(LorifError, match="interrupted"):
         Index.open(tmp_path / "i")
     again = Index.build(tmp_path / "i", gradients=blocks(train), config=index.config)
@@ -356,10 +367,34 @@ def test_an_interrupted_build_goes_on(index: Index, train: Any, query: Any, tmp_
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("stage", ["encode", "coarse", "calibration"])
+@pytest.mark.parametrize(
+    "other",
+    [{"kind": "flat"}, {"kind": "none"}, {"dim": 32}, {"queries": 20}, {"queries": 0}, {"sketch": "per-layer"}],
+    ids=str,
+)
+def test_an_interrupted_build_goes_on_with_another_coarse_index(
+    train: Any, query: Any, tmp_path: Path, stage: str, other: dict[str, Any]
+) -> None:
+    few = {name: g[:COARSE_FROM] for name, g in train.items()}
+    with pytest.raises(Stop):
+        Index.build(tmp_path / "i", gradients=blocks(few), config=config(), progress=stop_in(stage))
+    changed = config(coarse=replace(COARSE, **other))
+    resumed = Index.build(tmp_path / "i", gradients=blocks(few), config=changed)
+    straight = Index.build(tmp_path / "straight", gradients=blocks(few), config=changed)
+    assert resumed.config == changed and resumed.coarse == straight.coarse
+    assert {path.name for path in resumed.path.iterdir()} == {path.name for path in straight.path.iterdir()}
+    assert resumed.fingerprint == straight.fingerprint
+    hits, wanted = (of.search(query, k=5, exact=None if "kind" in other else False) for of in (resumed, straight))
+    assert_same_hits(hits, wanted)
+    assert hits.stats.plan == wanted.stats.plan
+    resumed.verify()
+
+
 def test_without_faiss_everything_is_scanned(
     train: Any, query: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorif_index.build.pipeline.faiss_is_installed", lambda: False)
+    monkeypatch.setattr("lorif_index.build.candidates.faiss_is_installed", lambda: False)
     index = Index.build(tmp_path / "i", gradients=blocks(train), config=config())
     assert index.coarse is None and index.search(query).stats.exact
     import sys
@@ -371,18 +406,19 @@ def test_without_faiss_everything_is_scanned(
 
 def test_flat_coordinates_propose_as_well(index: Index, query: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would hold, here on the CPU: the same rescored results, the exact order of coordinates."""
-    monkeypatch.setattr("lorif_index.search.flat._PAIRS", 60 * 700)  # several pieces
+    monkeypatch.setattr("lorif_index.search.proposers._PAIRS", 60 * 700)  # several pieces
     # Room for the sketch, and for some or all of the rows beside it.
     monkeypatch.setattr("lorif_index.search.reader.room_on", lambda device: 2 * 64 * N)
+    monkeypatch.setattr("lorif_index.search.rows.room_on", lambda device: 2 * 64 * N)
     held = Index.open(index.path, device="cpu")
     scores = index.scores(query)
     hits = held.search(query, k=10, exact=False)
-    assert 0 < reader_of(index, torch.device("cpu")).rows.kept <= N
+    assert 0 < reader_of(index, torch.device("cpu")).rows.resident.kept <= N
     assert_scored(hits, scores)
     assert share_of_best(hits, scores) > 0.97
     x = asked_of(reader_of(index), query).x
     assert x is not None
-    exact = np.sort(x.numpy() @ index.coordinates().T, axis=1)[:, ::-1][:, :10]
+    exact = np.sort(x.numpy() @ coordinates_of(index).T, axis=1)[:, ::-1][:, :10]
     near = held.search(query, k=10, rescore=False).scores
     assert np.abs(near - exact).max() < 2e-3 * np.abs(exact).max()
 
@@ -398,8 +434,8 @@ def test_a_gpu_gives_the_same_rescored_results(index: Index, query: Any) -> None
         with pytest.MonkeyPatch.context() as patch:
             if share < 1:
                 room = int(0.4 * N * index.bytes_per_example)
-                patch.setattr("lorif_index.search.reader.room_on", lambda device: room)  # noqa: B023
-            kept = reader_of(index, torch.device("cuda")).rows.kept
+                patch.setattr("lorif_index.search.rows.room_on", lambda device: room)  # noqa: B023
+            kept = reader_of(index, torch.device("cuda")).rows.resident.kept
             assert kept == N if share == 1 else 0 < kept < N
             held = Index.open(index.path, device="cuda")
             hits = held.search(query, k=10, exact=False)

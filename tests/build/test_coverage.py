@@ -11,21 +11,23 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import cnn, gpt2, projected
+from conftest import cnn, gpt2, projected, reader_of
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.build import coverage
 from lorif_index.capture.data import as_source
-from lorif_index.capture.gradients import GradientBlock
 from lorif_index.capture.sources import ModelCapture
+from lorif_index.snapshot import Access, Snapshot
 
 
 def measured(index: Index, model: nn.Module, data: Any, count: int, monkeypatch: Any) -> dict[str, Any]:
     """Coverage over the first so many examples, all of them with parameters."""
     monkeypatch.setattr(coverage, "_ONE_OF", {coverage._WITH_PARAMETERS: 1, coverage._WITH_ROWS: 1})
-    taken = ModelCapture(model, index._now.query_config(), index._now.projections)
-    found = coverage.measure_coverage(index._reader, taken, None, as_source(data, 3), np.arange(count))
+    now = Snapshot.open(index.path, Access())
+    taken = ModelCapture(model, now.query_config(), now.projections)
+    made = now.reader.preconditioners(index.layers, index.config.policy)
+    found = coverage.measure_coverage(now.reader.rows, made, taken, None, as_source(data, 3), np.arange(count))
     assert found is not None
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     return found
@@ -64,11 +66,11 @@ def test_shares_are_autograds(make: Any, tmp_path: Path, monkeypatch: pytest.Mon
     tracked = sum(whole.values())
     assert found["tracked"] == pytest.approx(tracked / total, abs=1e-4)
     assert found["tracked"] < 0.999 and (found["parameter_examples"], found["row_examples"]) == (count, count)
-    spans = 0.0
+    spans, projections = 0.0, Snapshot.open(index.path, Access()).projections
     for name, spec in index.specs.items():
         sides = []
         for side, width in (("in", spec.width_in), ("out", spec.width_out)):
-            p = index._now.projections.side(name, side, torch.device("cpu"), torch.float64)
+            p = projections.side(name, side, torch.device("cpu"), torch.float64)
             if p is None:
                 sides.append(np.eye(width))
             else:
@@ -97,16 +99,15 @@ def test_shares_are_autograds(make: Any, tmp_path: Path, monkeypatch: pytest.Mon
     assert found["scores"] == pytest.approx(expected, abs=5e-3)
 
 
-@pytest.mark.parametrize("store", ["eigen", "both", "factors", "coordinates"])
+@pytest.mark.parametrize("store", ["eigen", "factors", "largest"])
 def test_rows_are_taken_for_what_they_score(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient that a row stands for has the row's score with any query."""
     case = gpt2()
-    config = BuildConfig(store=store, projection_dim=5, sketch_dim=24, eigen_bytes=48, coarse=None)
+    config = BuildConfig(store=store, projection_dim=5, eigen_bytes=48, coarse=None)
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config, progress=False)
-    block = GradientBlock(index.ids, {})
-    rows = coverage._stored(index._reader, block)
+    rows = {name: g.flatten(1) for name, g in index.gradients(index.ids).items()}
     query = {n: torch.randn(3, s.d_in, s.d_out, generator=torch.manual_seed(1)) for n, s in index.specs.items()}
-    preconditioners = index._reader.preconditioners(index.layers, config.damping)
+    preconditioners = reader_of(index).preconditioners(index.layers, config.policy)
     total = sum(preconditioners[n].apply(g.flatten(1)) @ rows[n].T for n, g in query.items())
     scores = index.scores(query)
     assert np.abs(total.numpy() - scores).max() <= 1e-3 * np.abs(scores).max()
@@ -157,7 +158,8 @@ EMBEDDINGS = LayerSelection(embeddings=True)
 
 @pytest.mark.parametrize("make", [cnn, gpt2], ids=["cnn", "gpt2"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"projection": "random", "projection_dim": 5}, {"autocast": "bfloat16"}, {"layers": EMBEDDINGS}]
+    "settings",
+    [{}, {"projection": "random", "projection_dim": 5}, {"compute": {"autocast": "bfloat16"}}, {"layers": EMBEDDINGS}],
 )
 def test_no_difference_where_there_is_none(make: Any, settings: Any, tmp_path: Path) -> None:
     case = make()

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lorif_index import BuildConfig, Estimate, Index
-from lorif_index.build.sizes import disk_sizes
+from lorif_index.build.sizes import Shapes
+from lorif_index.codecs.registry import CODECS
 from lorif_index.errors import ConfigError, DataError, StoreError
 
 N = 2600
@@ -29,14 +30,14 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(N, 40), torch.randint(0, 10, (N,))
 
 
-@pytest.mark.parametrize("store", ["factors", "both", "coordinates", "eigen", "coarse"])
+@pytest.mark.parametrize("store", ["factors", "eigen", "largest"])
 def test_bytes_are_those_of_the_index(model: nn.Module, data: Any, tmp_path: Path, store: str) -> None:
-    settings: dict[str, Any] = {"store": store, "curvature": "empirical", "rank": 2, "calibration_queries": 16}
-    config = BuildConfig(**settings, eigen_bytes=100, projection_dim=16, projection_floor=1, curvature_sample=600)
+    settings: dict[str, Any] = {"store": store, "curvature": "empirical", "rank": 2, "coarse": {"queries": 16}}
+    config = BuildConfig(**settings, eigen_bytes=100, projection_dim=16, projection_floor=1, sample=600)
     found = Index.estimate(model=model, data=data, config=config, payload_bytes=20.0)
     payloads = [{"number": i, "t": "abc"} for i in range(N)]
     index = Index.build(tmp_path / "i", model=model, data=data, config=config, payloads=payloads)
-    assert found.stored == index.codec and found.examples == N
+    assert found.codec == index.codec and found.examples == N
     assert found.bytes_per_example == pytest.approx(index.bytes_per_example, rel=0.05, abs=2)
     assert found.disk_total == pytest.approx(index.nbytes, rel=0.2)
     assert set(found.seconds) == {s for s in index.build_report["seconds"] if s not in ("compact",)}
@@ -44,10 +45,11 @@ def test_bytes_are_those_of_the_index(model: nn.Module, data: Any, tmp_path: Pat
 
 
 def test_choices_follow_the_budget(model: nn.Module, data: Any) -> None:
-    free = Index.estimate(model=model, data=data, batches=1, examples=5000)
+    config = BuildConfig(calibration_queries=8)
+    free = Index.estimate(model=model, data=data, config=config, batches=1, examples=5000)
     assert all(choice.fits for choice in free.choices)
     room = free.choices[len(free.choices) // 2].disk
-    found = Index.estimate(model=model, data=data, batches=1, disk=room, examples=5000)
+    found = Index.estimate(model=model, data=data, config=config, batches=1, disk=room, examples=5000)
     assert isinstance(found, Estimate) and found.examples == 5000
     assert [c.disk for c in found.choices] == sorted(c.disk for c in found.choices)
     assert all(choice.fits == (choice.disk <= room) for choice in found.choices)
@@ -58,7 +60,7 @@ def test_choices_follow_the_budget(model: nn.Module, data: Any) -> None:
 def test_gradients_are_estimated_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     blocks = [{"a": torch.randn(64, 12, 10)} for _ in range(20)]
-    config = BuildConfig(store="factors", curvature_rank=20)
+    config = BuildConfig(store="factors", curvature_rank=20, calibration_queries=8)
     found = Index.estimate(gradients=blocks, config=config)
     index = Index.build(tmp_path / "i", gradients=blocks, config=config)
     assert found.disk_total == pytest.approx(index.nbytes, rel=0.2)
@@ -93,6 +95,6 @@ def test_more_rows_take_more() -> None:
     from lorif_index.capture.gradients import LayerSpec
 
     specs = {"a": LayerSpec("a", 64, 64, 32, 32, 1)}
-    for stored in ("factors", "both", "coordinates", "eigen", "coarse"):
-        one, two = (disk_sizes(BuildConfig(), specs, stored, n) for n in (10**6, 2 * 10**6))
+    for codec in CODECS:
+        one, two = (Shapes(BuildConfig(projection_floor=32), specs, codec).disk(n) for n in (10**6, 2 * 10**6))
         assert one.total < two.total < 2 * one.total and one.row == two.row

@@ -10,20 +10,27 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import SENTENCES, Case, cnn, gpt2, mlp, split, tiny_model_folder
+from conftest import SENTENCES, Case, cnn, gpt2, mlp, reader_of, split, tiny_model_folder
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.errors import DataError, QueryError
+from lorif_index.identity import Identity
 from lorif_index.linalg.projection import projection_matrix
+from lorif_index.questions import Questions
 from lorif_index.search.explain import Explanation
-from lorif_index.storage.store import Store
+from lorif_index.snapshot import Access, Snapshot
 from lorif_index.text import Document, build_text_index, load_text_model, open_text_index
 from lorif_index.text.model import question, token_strings
 
 WHOLE: dict[str, Any] = dict(
     rank=None, curvature_rank=None, dtype="float32", store="factors", curvature="empirical", projection="random"
 )
+
+
+def gradients_of(index: Index, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+    """Layer -> projected gradients of a batch, as the index asks with them."""
+    return Questions(Snapshot.open(index.path, Access()), Identity(model)).gradients(batch, None, index.layers)
 
 
 def largest(found: list[list[Explanation]]) -> float:
@@ -177,7 +184,7 @@ def test_gradients_as_a_query_and_batches_do_not_matter(built: tuple[Case, Index
     for a, b in zip(alone, among, strict=True):
         assert np.abs(a.tokens - b.tokens).max() <= 1e-4 * np.abs(a.tokens).max() and len(a.tokens) == len(b.tokens)
         assert np.abs(a.query_tokens - b.query_tokens).max() <= 1e-4 * np.abs(a.query_tokens).max()
-    g = index._questions.gradients(one, None, index.layers)
+    g = gradients_of(index, case.model, one)
     given = index.explain({name: part.numpy() for name, part in g.items()}, [3, 11])[0]
     assert [e.query_tokens for e in given] == [None, None]
     assert np.allclose([e.score for e in given], [e.score for e in alone], rtol=1e-4)
@@ -267,16 +274,17 @@ class Grouped(nn.Module):
 def test_within_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares along the grid's sides are those of H^-1 in float64, the query's as well."""
     # Layers that have a grid by themselves would take half a minute to fit.
-    monkeypatch.setattr("lorif_index.build.sizes.products_for", lambda rank: 40)
+    monkeypatch.setattr("lorif_index.codecs.eigencodes.products_for", lambda rank: 40)
     torch.manual_seed(0)
     data, query = (torch.randn(60, 4, 12), torch.randint(0, 3, (60,))), (torch.randn(2, 4, 12), torch.tensor([0, 2]))
-    index = Index.build(tmp_path / "i", model=Grouped(), data=data, config=BuildConfig(store="eigen"), progress=False)
+    model, config = Grouped(), BuildConfig(store="eigen")
+    index = Index.build(tmp_path / "i", model=model, data=data, config=config, progress=False)
     assert {n for n, layer in index.curvature.items() if layer.grid is not None} == {"mix", "inner"}
     found = index.explain(query, [3, 40])
     check_sums(found, within=1e-6)
-    asked = index._questions.gradients(query, None, index.layers)
-    examples = index._questions.gradients(tuple(part[[3, 40]] for part in data), None, index.layers)
-    made = index._reader.preconditioners(index.layers, index._questions.policy(None))
+    asked = gradients_of(index, model, query)
+    examples = gradients_of(index, model, tuple(part[[3, 40]] for part in data))
+    made = reader_of(index).preconditioners(index.layers, index.config.policy)
     most = largest(found)
     for name in index.layers:
         basis, g = index.curvature[name].basis.double(), asked[name].flatten(1).double()
@@ -286,26 +294,19 @@ def test_within_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.abs(got - expected).max() <= 1e-4 * most, name
 
 
-@pytest.mark.parametrize("store", ["eigen", "both", "coordinates", "coarse"])
+@pytest.mark.parametrize("store", ["eigen", "factors", "largest"])
 def test_every_store_shows_what_it_scores(store: str, tmp_path: Path) -> None:
-    if store == "coarse":
-        pytest.importorskip("faiss")
     case = gpt2()
-    config = BuildConfig(
-        projection_dim=5, store=store, sketch_dim=32, coarse="Flat" if store == "coarse" else None, eigen_bytes=64
-    )
+    config = BuildConfig(projection_dim=5, store=store, coarse=None, eigen_bytes=64)
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config, progress=False)
     found = index.explain(case.query, [1, 2, 3])
     check_sums(found)
     stored = np.array([[e.stored for e in row] for row in found])
-    if store == "coarse":
-        assert np.isnan(stored).all() and found[0][0].to_json()["stored"] is None
-        return
     expected = index.scores(case.query)[:, 1:4]
     assert np.allclose(stored, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_added_examples_and_reopened_indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_added_examples_and_reopened_indexes(tmp_path: Path) -> None:
     model, data, query = loop_case(1)
     later = (torch.randn(9, 4, 6), torch.randint(0, 3, (9,)))
     index = Index.build(tmp_path / "i", model=model, data=data, config=BuildConfig(batch_size=4), progress=False)
@@ -328,11 +329,6 @@ def test_added_examples_and_reopened_indexes(tmp_path: Path, monkeypatch: pytest
     shuffled = tuple(t.flip(0) for t in everything)
     with pytest.raises(DataError, match=r"example 3 of the data has a squared gradient norm .* was indexed"):
         reopened.explain(query, [3, 7], data=shuffled)
-    # An index of a version that kept no norms knows its data by their digest.
-    monkeypatch.setattr(Store, "energies_at", lambda self, positions: None)
-    assert reopened.explain(query, [3], data=data)[0][0].score == pytest.approx(both[0][0].score, rel=1e-5)
-    with pytest.raises(DataError, match="the data have the digest"):
-        reopened.explain(query, [3], data=shuffled)
 
 
 def test_what_does_not_fit_is_refused(built: tuple[Case, Index], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ opening an index does reads a file outside of its folder."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -18,27 +19,22 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from lorif_index.search.faiss_file import check_faiss
 
-from bench.faults_cases import ROWS, Case, N, blocks, query, read_json, write_manifest
+from bench.faults_cases import ROWS, Case, N, blocks, query, read_json, sealed, write_manifest
 from bench.faults_damage import reseal
 from lorif_index import Index
-from lorif_index.errors import ConfigError, CorruptionError, LorifError
-from lorif_index.search.coarse import Coarse, faiss_is_installed
+from lorif_index.errors import CorruptionError, LorifError
+from lorif_index.search.coarse import faiss_is_installed
 
 pytestmark = pytest.mark.skipif(not faiss_is_installed(), reason="needs faiss")
 
 ROOT = Path(__file__).parents[2]
-KINDS = (
-    "Flat SQ4 SQ8 SQfp16 PQ8x4fs PQ8x4 IVF8,Flat IVF8,SQ8 IVF8,PQ8x4fs IVF8,PQ8x4 HNSW8 HNSW8,SQ8 RaBitQ IVF8,RaBitQ "
-    "PCA8,PQ8x4fs OPQ8,PQ8x4 RR,SQ4 L2norm,Flat"
-).split()
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "i"
-    Index.build(folder, config=Case("factors").config, progress=False, **Case("factors").given(0, N)).close()
+    Index.build(folder, config=Case("eigen").config, progress=False, **Case("eigen").given(0, N)).close()
     return folder
 
 
@@ -71,10 +67,10 @@ def refused(folder: Path) -> None:
 # -- files that are no files -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", ["shard-000001.h5", "curvature.h5", "sketch.h5", "coarse-*", "manifest.json"])
+@pytest.mark.parametrize("name", ["shard-000001.h5", "curvature.h5", "sketch.h5", "coarse.h5", "manifest.json"])
 @pytest.mark.parametrize("way", ["empty", "short", "long", "gone", "link", "fifo", "folder", "other"])
-def test_files_that_are_something_else(folder: Path, pattern: str, way: str) -> None:
-    path = next(folder.glob(pattern))
+def test_files_that_are_something_else(folder: Path, name: str, way: str) -> None:
+    path = folder / name
     data = path.read_bytes()
     path.unlink()
     if way == "link":
@@ -84,17 +80,17 @@ def test_files_that_are_something_else(folder: Path, pattern: str, way: str) -> 
     elif way == "folder":
         path.mkdir()
     elif way != "gone":
-        other = next(folder.glob("calibration.h5")).read_bytes()
+        other = (folder / "queries.h5").read_bytes()
         path.write_bytes({"empty": b"", "short": data[:-1], "long": data + b"\0", "other": other}[way])
     refused(folder)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "", ".", "..", "a/b", "manifest.json", 3, None, "\0"])
-@pytest.mark.parametrize("entry", ["shard", "curvature", "sketch", "coarse"])
+@pytest.mark.parametrize("entry", ["shard", "curvature", "codec", "sketch", "queries", "coarse"])
 def test_names_that_leave_the_folder(folder: Path, entry: str, name: Any) -> None:
     data = read_json(folder / "manifest.json")
-    owner = data["shards"][0]["sealed"] if entry == "shard" else data[entry]
-    (owner if entry in ("shard", "curvature") else owner["file"])["file"] = name
+    owners = data["fits"] | {"coarse": data["coarse"], "shard": {"file": data["shards"][0]["sealed"]}}
+    owners[entry]["file"]["file"] = name
     write_manifest(folder / "manifest.json", data)
     refused(folder)
 
@@ -111,13 +107,17 @@ def test_a_link_inside_of_the_folder_is_refused_too(folder: Path) -> None:
 ENORMOUS: dict[str, Callable[[dict[str, Any]], None]] = {
     "rows of a shard": lambda m: m["shards"][-1].update(rows=2**40, last_id=2**41),
     "a layer's width": lambda m: m["layers"][0].update(d_in=2**30),
-    "directions": lambda m: m["curvature_layers"][0].update(rank=2**40, spectrum=2**40),
-    "eigenvalues": lambda m: m["curvature_layers"][0].update(spectrum=2**40),
-    "the sketch": lambda m: m["sketch"].update(dim=2**40),
-    "weights": lambda m: m["sketch"].update(counts=[2**40, 2**40]),
-    "an offset": lambda m: m["curvature"]["offsets"].update(basis_0=2**62),
-    "a size": lambda m: m["curvature"].update(size=2**62),
-    "an offset below nothing": lambda m: m["curvature"]["offsets"].update(basis_0=-8),
+    "directions": lambda m: m["fits"]["curvature"]["layers"][0].update(rank=2**40, spectrum=2**40),
+    "eigenvalues": lambda m: m["fits"]["curvature"]["layers"][0].update(spectrum=2**40),
+    "bits of a codec": lambda m: m["fits"]["codec"].update(bits=2**40),
+    "groups of a codec": lambda m: m["fits"]["codec"].update(group=2**40),
+    "directions of a codec": lambda m: m["fits"]["codec"].update(counts=[2**40, 2**40]),
+    "codes": lambda m: m["coarse"].update(rows=2**40),
+    "the sketch": lambda m: m["fits"]["sketch"].update(dim=2**40),
+    "weights": lambda m: m["fits"]["sketch"].update(counts=[2**40, 2**40]),
+    "an offset": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(basis_0=2**62),
+    "a size": lambda m: m["fits"]["curvature"]["file"].update(size=2**62),
+    "an offset below nothing": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(basis_0=-8),
     "payloads": lambda m: m["shards"][0]["sealed"]["offsets"].update(payload_ends=0),
 }
 
@@ -130,6 +130,17 @@ def test_enormous_sizes_are_refused_before_memory_is_taken(folder: Path, what: s
     before = _peak()
     with pytest.raises(LorifError):
         use(folder)
+    assert _peak() - before < 200 << 20
+
+
+@pytest.mark.parametrize("count", [2**40, 2**62, -1, "all"])
+def test_calibration_queries_that_are_not_there(folder: Path, count: Any) -> None:
+    data = read_json(folder / "manifest.json")
+    data["fits"]["queries"]["count"] = count
+    write_manifest(folder / "manifest.json", data)
+    before = _peak()
+    with Index.open(folder) as index, pytest.raises(CorruptionError):
+        index.rebuild_coarse("flat", progress=False)
     assert _peak() - before < 200 << 20
 
 
@@ -189,15 +200,15 @@ TRICKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern", ["shard-000000.h5", "curvature.h5", "sketch.h5"])
-def test_hostile_hdf5_is_never_parsed(made: Path, tmp_path: Path, pattern: str) -> None:
+def test_hostile_hdf5_is_never_parsed(made: Path, tmp_path: Path) -> None:
     """In the place of a file, with a manifest that says it is right: its bytes may be taken as numbers, no more."""
     outside = tmp_path / "outside"
     outside.write_bytes(b"nobody may read this" * 1000)
-    for trick in TRICKS:
-        folder = tmp_path / trick.__name__
+    names = ["shard-000000.h5", "curvature.h5", "codec.h5", "sketch.h5", "coarse.h5"]
+    for name, trick in itertools.product(names, TRICKS):
+        folder = tmp_path / f"{name}{trick.__name__}"
         shutil.copytree(made, folder)
-        path = folder / pattern
+        path = folder / name
         room = path.stat().st_size
         path.unlink()
         with h5py.File(path, "w") as file:
@@ -206,14 +217,10 @@ def test_hostile_hdf5_is_never_parsed(made: Path, tmp_path: Path, pattern: str) 
         data = path.read_bytes().ljust(room, b"\0")
         path.write_bytes(data)
         manifest = read_json(folder / "manifest.json")
-        entry = {
-            "shard-000000.h5": manifest["shards"][0]["sealed"],
-            "curvature.h5": manifest["curvature"],
-            "sketch.h5": manifest["sketch"]["file"],
-        }[pattern]
+        entry = next(entry for entry in sealed(manifest) if entry["file"] == name)
         reseal(folder, manifest, entry, data)
     opened = _opened(tmp_path)
-    assert all(any(trick.__name__ in path for path in opened) for trick in TRICKS)
+    assert all(any(f"{name}{trick.__name__}" in path for path in opened) for name in names for trick in TRICKS)
     assert not [path for path in opened if "outside" in path]
 
 
@@ -222,7 +229,7 @@ def _opened(root: Path) -> list[str]:
     that is possible; else Python tells of its own."""
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "sys.path[:0] = ['tests', '.']\n"
+        "sys.path[:0] = ['tests/build', 'tests', '.']\n"
         "from test_hostile import use\n"
         "from lorif_index.errors import LorifError\n"
         "sys.addaudithook(lambda e, a: print(a[0]) if e == 'open' else None)\n"
@@ -239,132 +246,130 @@ def _opened(root: Path) -> list[str]:
     return [line for line in (done.stdout + done.stderr).splitlines() if str(root) in line]
 
 
-# -- faiss -----------------------------------------------------------------------------------------------------------
+# -- coarse codes ----------------------------------------------------------------------------------------------------
 
 
-def _written(kind: str, rows: np.ndarray) -> bytes:
-    import faiss
-
-    index = faiss.index_factory(rows.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
-    index.train(rows)
-    index.add(rows)
-    return bytes(faiss.serialize_index(index).tobytes())
-
-
-def _check(data: bytes) -> Any:
-    def read(offset: int, view: memoryview) -> None:
-        view[:] = data[offset : offset + len(view)]
-
-    return check_faiss(read, len(data))
+@pytest.fixture
+def coded(folder: Path) -> Path:
+    """The folder with codes in the place of coordinates."""
+    with Index.open(folder) as index:
+        index.rebuild_coarse("auto", progress=False)
+        assert index.coarse is not None and "pieces" in index.coarse["kind"]
+    return folder
 
 
-@pytest.fixture(scope="module")
-def z() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
+def forge_coarse(folder: Path, **fields: Any) -> None:
+    data = read_json(folder / "manifest.json")
+    data["coarse"].update(fields)
+    write_manifest(folder / "manifest.json", data)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_faiss_writes_is_walked_to_its_end(kind: str, z: np.ndarray) -> None:
-    data = _written(kind, z)
-    facts = _check(data)
-    assert (facts.dim, facts.count, facts.metric) == (16, 300, 0)
-    for wrong in (data[:-1], data + b"\0", data[: len(data) // 2], b"", b"\0" * 100):
-        with pytest.raises(CorruptionError):
-            _check(wrong)
+def refused_before_memory_is_taken(folder: Path) -> None:
+    before = _peak()
+    for rescore in (True, False):
+        with Index.open(folder) as index, pytest.raises(CorruptionError, match="coarse"):
+            index.search(query(), k=5, exact=False if rescore else None, rescore=rescore)
+    assert _peak() - before < 100 << 20
+    with Index.open(folder) as index:
+        assert index.search(query(), k=5, exact=True).ids.shape == (3, 5), "what does not need it is answered"
 
 
-@pytest.mark.parametrize("kind", ["Flat,RFlat", "RaBitQfs"])
-def test_kinds_that_are_not_read_are_not_built(kind: str, z: np.ndarray) -> None:
-    with pytest.raises(ConfigError, match="not read back"):
-        Coarse.train(kind, z)
-
-
-def _forged(folder: Path, data: bytes) -> None:
-    path = next(folder.glob("coarse-*"))
-    path.write_bytes(data)
-    manifest = read_json(folder / "manifest.json")
-    reseal(folder, manifest, manifest["coarse"]["file"], data)
-
-
+@pytest.mark.parametrize("kind", ["auto", "flat"])
 @pytest.mark.parametrize(
-    "place",
-    [(4, "<i", 2**31 - 1), (4, "<i", 0), (8, "<q", 2**62), (8, "<q", -1), (16 + 20, "<i", 23), (0, "<4s", b"xxxx")],
-)
-def test_a_forged_faiss_header(folder: Path, place: tuple[int, str, Any]) -> None:
-    at, form, value = place
-    data = bytearray(next(folder.glob("coarse-*")).read_bytes())
-    struct.pack_into(form, data, at, value)
-    _forged(folder, bytes(data))
+    "fields",
+    [
+        {"rows": N + 1}, {"rows": N - 1}, {"rows": 2**40}, {"rows": -1}, {"rows": 2**80}, {"rows": "many"},
+        {"dim": 8}, {"dim": 0}, {"dim": -16}, {"dim": 2**40}, {"dim": 2**62},
+        {"pieces": 3}, {"pieces": -8}, {"pieces": 2**40}, {"pieces": None},
+        {"axis": [float(2**70), 0.0]}, {"axis": [1]}, {"axis": "north"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_entries_that_do_not_fit_their_codes(folder: Path, kind: str, fields: dict[str, Any]) -> None:
+    with Index.open(folder) as index:
+        index.rebuild_coarse(kind, progress=False)
+    forge_coarse(folder, **fields)
+    refused_before_memory_is_taken(folder)
+
+
+def test_entries_that_lack_a_field(coded: Path) -> None:
+    whole = read_json(coded / "manifest.json")
+    for field in ("dim", "pieces", "rows", "axis"):
+        data = json.loads(json.dumps(whole))
+        del data["coarse"][field]
+        write_manifest(coded / "manifest.json", data)
+        refused_before_memory_is_taken(coded)
+
+
+@pytest.mark.parametrize("array", ["codes", "books"])
+@pytest.mark.parametrize("offset", [-8, 2**40, 2**62, None])
+def test_codes_that_lie_beyond_their_file(coded: Path, array: str, offset: int | None) -> None:
+    data = read_json(coded / "manifest.json")
+    offsets = data["coarse"]["file"]["offsets"]
+    if offset is None:
+        del offsets[array]
+    else:
+        offsets[array] = offset
+    write_manifest(coded / "manifest.json", data)
     with pytest.raises(CorruptionError):
-        Index.open(folder).search(query(), k=5, exact=False)
+        use(coded)
 
 
-def test_inverted_lists_in_another_file_are_refused(folder: Path) -> None:
-    import faiss
-
-    rows = np.random.default_rng(0).standard_normal((N, 16)).astype(np.float32)
-    index = faiss.index_factory(16, "IVF8,Flat", faiss.METRIC_INNER_PRODUCT)
-    index.train(rows)
-    lists = faiss.OnDiskInvertedLists(8, index.code_size, str(folder.parent / "lists"))
-    index.replace_invlists(lists)
-    index.add(rows)
-    data = bytes(faiss.serialize_index(index).tobytes())
-    assert b"ilod" in data and str(folder.parent / "lists").encode() in data
-    _forged(folder, data)
-    with pytest.raises(CorruptionError, match="ilod"):
-        Index.open(folder).search(query(), k=5, exact=False)
+def _forged(folder: Path, change: Callable[[bytearray, dict[str, int]], None]) -> None:
+    """Other bytes in the coarse file, and a manifest that says they are right."""
+    manifest = read_json(folder / "manifest.json")
+    entry = manifest["coarse"]["file"]
+    data = bytearray((folder / entry["file"]).read_bytes())
+    change(data, entry["offsets"])
+    (folder / entry["file"]).write_bytes(data)
+    reseal(folder, manifest, entry, bytes(data))
 
 
-def test_other_kinds_of_faiss_files_are_refused(folder: Path, z: np.ndarray) -> None:
-    import faiss
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["auto", "flat"])
+def test_codes_of_no_finite_numbers_are_refused(folder: Path, kind: str, value: float) -> None:
+    with Index.open(folder) as index:
+        index.rebuild_coarse(kind, progress=False)
 
-    rows = np.random.default_rng(0).standard_normal((N, 16)).astype(np.float32)
-    binary = faiss.IndexBinaryFlat(16)
-    binary.add(np.zeros((N, 2), np.uint8))
-    mapped = faiss.IndexIDMap(faiss.IndexFlatIP(16))
-    mapped.add_with_ids(rows, np.arange(N))
-    nested = faiss.IndexFlatIP(16)
-    nested.add(rows)
-    refined = faiss.IndexRefineFlat(faiss.IndexFlatIP(16))
-    refined.add(rows)
-    deep: Any = nested
-    for _ in range(6):
-        deep = faiss.IndexPreTransform(faiss.NormalizationTransform(16), deep)
-    for data in (
-        faiss.serialize_index_binary(binary),
-        faiss.serialize_index(mapped),
-        faiss.serialize_index(refined),
-        faiss.serialize_index(deep),
-    ):
-        _forged(folder, bytes(data.tobytes()))
-        with pytest.raises(CorruptionError):
-            Index.open(folder).search(query(), k=5, exact=False)
+    def change(data: bytearray, offsets: dict[str, int]) -> None:
+        struct.pack_into("<f", data, offsets["books" if kind == "auto" else "codes"] + 12, value)
+
+    _forged(folder, change)
+    with pytest.raises(CorruptionError, match="inf or NaN"):
+        use(folder)
 
 
-def test_a_graph_that_leads_out_of_itself_is_refused(z: np.ndarray) -> None:
-    data = _written("HNSW8", z)
-    # The last neighbour stands before five numbers and the vectors themselves.
-    at = data.index(b"IxFI") - 24
-    for value in (300, 2**31 - 1, -2):
-        wrong = bytearray(data)
-        struct.pack_into("<i", wrong, at, value)
-        with pytest.raises(CorruptionError, match="neighbours"):
-            _check(bytes(wrong))
+def test_a_coarse_file_that_was_cut_is_refused(coded: Path) -> None:
+    def change(data: bytearray, offsets: dict[str, int]) -> None:
+        del data[max(offsets.values()) + 8 :]
+
+    _forged(coded, change)
+    refused_before_memory_is_taken(coded)
 
 
-@pytest.mark.parametrize("value", [300, -1, 2**62])
-def test_lists_of_rows_that_are_not_there_are_refused(z: np.ndarray, value: int) -> None:
-    data = bytearray(_written("IVF8,Flat", z))
-    # The file ends with the last list's ids.
-    struct.pack_into("<q", data, len(data) - 8, value)
-    with pytest.raises(CorruptionError, match="not there"):
-        _check(bytes(data))
+@pytest.mark.parametrize("pieces", [4, 8])
+def test_any_codes_propose_rows_that_are_there(coded: Path, pieces: int) -> None:
+    """A code is a number below 16, whatever the bytes are, and codebooks in fewer pieces are some, too: forged ones
+    propose other rows, whose scores are right."""
+    forge_coarse(coded, pieces=pieces)
+
+    def change(data: bytearray, offsets: dict[str, int]) -> None:
+        manifest = read_json(coded / "manifest.json")["coarse"]
+        size = manifest["rows"] * -(-manifest["pieces"] // 2)
+        data[offsets["codes"] : offsets["codes"] + size] = b"\xff" * size
+
+    _forged(coded, change)
+    with Index.open(coded) as index:
+        scores = index.scores(query())
+        hits = index.search(query(), k=5, exact=False)
+        assert (hits.ids >= 0).all() and (hits.ids < N).all()
+        np.testing.assert_allclose(np.take_along_axis(scores, hits.ids, 1), hits.scores, rtol=1e-4)
 
 
 def test_json_that_is_too_deep(folder: Path) -> None:
     (folder / "manifest.json").write_text("[" * 100_000)
     refused(folder)
-    (folder / "manifest.json").write_text(json.dumps({"format": "lorif-index", "format_version": 6}))
+    (folder / "manifest.json").write_text(json.dumps({"format": "lorif-index", "format_version": 1}))
     refused(folder)
 
 
@@ -385,7 +390,7 @@ def test_a_config_of_the_wrong_form(folder: Path) -> None:
 
 def test_a_curvature_of_fewer_directions_than_the_sketch_weighs(folder: Path) -> None:
     data = read_json(folder / "manifest.json")
-    data["curvature_layers"][1]["rank"] = 0
+    data["fits"]["curvature"]["layers"][1]["rank"] = 0
     write_manifest(folder / "manifest.json", data)
     with pytest.raises(CorruptionError, match="weighs"):
         use(folder)
@@ -395,7 +400,7 @@ def test_a_curvature_of_no_directions_answers(tmp_path: Path) -> None:
     case = Case("factors", coarse=None)
     Index.build(tmp_path / "i", config=case.config, progress=False, **case.given(0, N)).close()
     data = read_json(tmp_path / "i" / "manifest.json")
-    data["curvature_layers"][1]["rank"] = 0
+    data["fits"]["curvature"]["layers"][1]["rank"] = 0
     write_manifest(tmp_path / "i" / "manifest.json", data)
     with Index.open(tmp_path / "i") as index:
         assert np.isfinite(index.scores(query())).all()

@@ -47,8 +47,8 @@ def query_of(rows: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def config(store: str, **changes: Any) -> BuildConfig:
     settings: dict[str, Any] = {
-        "store": store, "rank": 2, "curvature_rank": 20, "sketch_dim": 32, "eigen_bytes": 40, "shard_bytes": 8_000,
-        "calibration_queries": 8,
+        "store": store, "rank": 2, "curvature_rank": 20, "eigen_bytes": 40, "coarse": {"dim": 32, "queries": 8},
+        "compute": {"shard_bytes": 8_000},
     }  # fmt: skip
     return BuildConfig(**(settings | changes))
 
@@ -136,7 +136,7 @@ def test_an_interrupted_addition_goes_on(index: Index, whole: Index, rows: torch
             raise KeyboardInterrupt
 
     generation = index.generation
-    small = {"shard_bytes": 2_000}
+    small = {"compute": {"shard_bytes": 2_000}}
     shutil.rmtree(index.path)
     made = Index.build(index.path, gradients=blocks(rows[:N]), config=config(whole.config.store, **small))
     generation = made.generation
@@ -310,8 +310,7 @@ def test_compaction_takes_the_bytes_away(index: Index, rows: torch.Tensor, query
     assert calibration is not None
     victim = int(calibration.ids()[0])
     needles = [next(iter(calibration.gradients().values()))[0].numpy().tobytes()]
-    row = reader.store.gather(np.array([victim]))
-    needles += [part.numpy().tobytes() for part in (row.factors, row.codes) if part.shape[1]]
+    needles.append(reader.store.gather(np.array([victim])).numpy().tobytes())
     needles.append(b'{"number":%d}' % victim)
     assert all(folder_holds(index.path, needle) for needle in needles)
     index.remove([victim, *range(0, N, 3)] if victim % 3 else range(0, N, 3))
@@ -334,7 +333,7 @@ def test_compaction_takes_the_bytes_away(index: Index, rows: torch.Tensor, query
 
 
 def test_refit_of_factors_is_a_build_with_their_curvature(rows: torch.Tensor, query: Any, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"curvature_rows": "factors", "store": "factors", "rank": None, "dtype": "float32"}
+    settings: dict[str, Any] = {"sample": {"rows": "stored"}, "store": "factors", "rank": None, "dtype": "float32"}
     index = Index.build(tmp_path / "i", gradients=blocks(rows[:600]), config=config(**settings))
     index.add(gradients=blocks(rows[600:N]))
     gone = np.arange(0, N, 7)
@@ -352,7 +351,7 @@ def test_refit_renews_what_it_can_and_says_what_not(index: Index, rows: torch.Te
     index.add(gradients=blocks(rows[N:]))
     index.remove(range(100))
     report = index.refit()
-    store = index.representation
+    store = index.codec
     assert ("curvature" in report["renewed"]) == (store == "factors")
     assert ("curvature" in report["kept"]) == (store != "factors")
     assert "coarse" in report["renewed"]
@@ -540,20 +539,71 @@ def test_repair_drops_what_is_damaged_and_keeps_it_aside(index: Index, rows: tor
     assert (index.path / f"damaged-{shard.sealed.file}.kept").exists(), "nothing that was set aside is cleared away"
 
 
-def test_repair_says_what_it_cannot_mend(index: Index) -> None:
-    """Rows in the directions of a damaged curvature are lost; factors get another curvature."""
-    index.close()
-    path = index.path / "curvature.h5"
+@pytest.fixture(scope="module", params=["factors", "eigen", "largest"])
+def projected_in(request: pytest.FixtureRequest, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of every kind of file: its projections were learnt, and rows were removed."""
+    folder = tmp_path_factory.mktemp(f"projected-{request.param}") / "i"
+    chosen = config(request.param, projection_dim=7, curvature_rank=24)
+    with Index.build(folder, gradients=blocks(rows[:N]), config=chosen) as index:
+        index.remove([5])
+    return folder
+
+
+HOPELESS = {
+    "projections": "cannot be fitted without the model",
+    "curvature": "rows are written in the directions",
+    "codec": "what rows mean",
+    "removed": "which examples were removed",
+}
+
+
+@pytest.mark.parametrize("what", ["projections", "curvature", "codec", "removed", "sketch", "queries", "coarse"])
+def test_repair_of_every_kind_of_file(projected_in: Path, tmp_path: Path, query: Any, what: str) -> None:
+    """What can be fitted on the rows is fitted anew; of what cannot, the index is left as it was."""
+    folder = tmp_path / "i"
+    shutil.copytree(projected_in, folder)
+    with Index.open(folder) as index:
+        scores, codec, files = index.scores(query), index.codec, reader_of(index).manifest.files()
+    if what not in files:
+        assert (codec, what) == ("factors", "codec")
+        return
+    path = folder / files[what].file
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    if index.representation == "factors":
-        assert "curvature" in Index.repair(index.path)["rebuilt"]
-        Index.open(index.path).verify()
+    if what in HOPELESS and (codec, what) != ("factors", "curvature"):
+        with pytest.raises(CorruptionError, match=f"repair cannot help: .*{HOPELESS[what]}"):
+            Index.repair(folder)
+        path.write_bytes(raw)
+        Index.open(folder).verify()
         return
-    with pytest.raises(CorruptionError, match="repair cannot help: rows are written in the directions"):
-        Index.repair(index.path)
-    path.write_bytes(raw)
-    Index.open(index.path).verify()
+    done = Index.repair(folder)
+    assert done["dropped"] == [] and what in done["rebuilt"]
+    assert ("coarse" in done["rebuilt"]) == (what in ("sketch", "coarse"))
+    assert (folder / f"damaged-{path.name}.kept").read_bytes() != raw
+    with Index.open(folder) as mended:
+        mended.verify()
+        if what != "curvature":
+            np.testing.assert_array_equal(mended.scores(query), scores)
+        hits = mended.search(query, k=5, exact=False, recall=0.999)
+        assert "never calibrated" not in hits.stats.plan
+        assert share_of_best(hits, mended.scores(query), mended.ids, within=2e-5) > 0.9
+    assert Index.repair(folder) == {"dropped": [], "rebuilt": []}
+
+
+def test_repair_of_all_that_can_be_made_anew(projected_in: Path, tmp_path: Path, query: Any) -> None:
+    folder = tmp_path / "i"
+    shutil.copytree(projected_in, folder)
+    with Index.open(folder) as index:
+        files, shards = reader_of(index).manifest.files(), reader_of(index).manifest.shards
+    for name in (*(files[what].file for what in ("sketch", "queries", "coarse")), shards[2].sealed.file):
+        (folder / name).unlink()
+    done = Index.repair(folder)
+    assert {"sketch", "queries", "coarse"} == set(done["rebuilt"]) and done["dropped"][0]["rows"] == shards[2].rows
+    with Index.open(folder) as mended:
+        mended.verify()
+        assert len(mended) == N - 1 - shards[2].rows
+        hits = mended.search(query, k=5, exact=False, recall=0.999)
+        assert share_of_best(hits, mended.scores(query), mended.ids, within=2e-5) > 0.9
 
 
 @pytest.mark.skipif(not faiss_is_installed(), reason="needs faiss")
@@ -570,8 +620,7 @@ def test_a_coarse_index_trained_again_leaves_the_old_one_whole(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("lorif_index.build.coarse_build.recalibrate", stop)
-            patch.setattr("lorif_index.life.refit.recalibrate", stop)
+            patch.setattr("lorif_index.build.candidates._calibrate", stop)
             with pytest.raises(KeyboardInterrupt):
                 change(index)
         with Index.open(index.path) as again:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lorif_index.build.coarse_build import random_positions
+from conftest import reader_of
 from rich.console import Console
 
 from lorif_index import BuildConfig, Index
@@ -25,7 +25,7 @@ def built(path: Path, large: int, **settings: Any) -> Index:
     return Index.build(path, gradients=[{"a": g}], config=BuildConfig(**settings), progress=False)
 
 
-@pytest.mark.parametrize("store", ["eigen", "factors", "both", "coordinates"])
+@pytest.mark.parametrize("store", ["eigen", "factors", "largest"])
 @pytest.mark.parametrize("large", [0, 3])
 def test_share_is_of_the_largest_self_influences(store: str, large: int, tmp_path: Path) -> None:
     index = built(tmp_path / "i", large, store=store)
@@ -45,7 +45,6 @@ def test_it_is_told_with_its_remedy(large: int, tmp_path: Path) -> None:
 
 
 def test_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert built(tmp_path / "c", 3, store="coarse", coarse="SQ8").build_report["outliers"] is None
     monkeypatch.setattr(outliers, "_LEAST", N + 1)
     assert built(tmp_path / "i", 3).build_report["outliers"] is None
 
@@ -53,8 +52,9 @@ def test_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_sample_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = built(tmp_path / "i", 3)
     monkeypatch.setattr(outliers, "_EXAMPLES", 200)
-    found = outliers.measure_outliers(index._reader)
-    chosen, _ = random_positions(index._reader, "outliers", 200)
+    reader = reader_of(index)
+    found = outliers.measure_outliers(reader.rows, reader.preconditioners(index.layers, index.config.policy))
+    chosen, _ = reader.rows.drawn("outliers", 200)
     own = np.sort(index.self_influence()[chosen].astype(np.float64))[::-1]
     assert found is not None and found["examples"] == 200 == len(np.unique(chosen))
     assert found["share"] == pytest.approx(own[:2].sum() / own.sum(), rel=1e-4)

@@ -15,51 +15,36 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def block(mark: str) -> str:
-    found = re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+def block(mark: str, page: str = README) -> str:
+    found = re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)```", page, re.DOTALL)
     assert found, mark
     return found[1]
 
 
+def ran(code: str, folder: Path) -> list[str]:
+    """What a program prints, line by line."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_the_life_of_an_index_runs(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "living.md").read_text()
-    found = re.search(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert found
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "1400 300 1700"
+    assert ran(block("example", page), tmp_path)[-1] == "1400 300 1700"
 
 
 def test_the_explanation_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "explain.md").read_text()
-    found = re.search(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert found
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("[('eights', "), done.stdout
-    assert done.stdout.splitlines()[-1] == str([(4, 2)] * 5), done.stdout
+    lines = ran(block("example", (ROOT / "docs" / "explain.md").read_text()), tmp_path)
+    assert lines[0].startswith("[('eights', "), lines
+    assert lines[-1] == str([(4, 2)] * 5), lines
 
 
 def test_the_example_runs(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", block("example")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    asked, found = (line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("labels"))
-    same = [row.count(label) for label, row in zip(json.loads(asked), json.loads(found), strict=True)]
-    assert sum(same) >= 0.8 * 4 * 5, done.stdout
+    lines = ran(block("example"), tmp_path)
+    asked, found = (json.loads(line.split(": ", 1)[1]) for line in lines if line.startswith("labels"))
+    assert sum(row.count(label) for label, row in zip(asked, found, strict=True)) >= 0.8 * 4 * 5, lines
 
 
 def test_the_commands_use_the_constraints_and_known_extras() -> None:

@@ -21,7 +21,7 @@ from lorif_index.text.demo_model import DemoSettings, documentation, new_model, 
 
 ROOT = Path(__file__).parents[2]
 SMALL = DemoSettings(
-    seconds=4,
+    seconds=400,
     held_out=100,
     vocabulary=512,
     context=96,
@@ -35,9 +35,15 @@ SMALL = DemoSettings(
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A demo of smoke size, and where it is."""
+    """A demo of smoke size, and where it is; torch is left as it was."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
     out = tmp_path_factory.mktemp("demo") / "here"
-    return out, run_demo(out, [QUESTION, "Lambdas are functions."], SMALL, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        # As many steps on a slow machine.
+        patch.setattr("lorif_index.text.demo_model._STEPS_PER_SECOND", 0.11)
+        made = run_demo(out, [QUESTION, "Lambdas are functions."], SMALL, progress=False)
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+    return out, made
 
 
 def test_every_paragraph_is_kept_once():
@@ -86,7 +92,7 @@ def test_training_stops_at_its_time_limit(monkeypatch):
     passages = made.passages(documents, progress=False)
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr("lorif_index.text.demo_model.time.perf_counter", lambda: float(next(clock)))
-    training = train(made, passages, passages, SMALL, progress=False)
+    training = train(made, passages, passages, replace(SMALL, seconds=4.0), progress=False)
     assert 0 < training.steps < training.planned
 
 
@@ -145,13 +151,6 @@ def test_bad_questions_are_refused_before_the_training(tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
-def test_torch_is_left_as_it_was(tmp_path):
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    run_demo(tmp_path / "demo", [QUESTION], replace(SMALL, seconds=1.0, characters=2000), progress=False)
-    assert torch.get_num_threads() == threads
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
     done = subprocess.run(
@@ -160,7 +159,7 @@ def test_the_whole_demo(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=6000,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -90,7 +90,7 @@ class Life(RuleBasedStateMachine):
         self.random = np.random.default_rng(seed)
         given = self._new(count)
         config = BuildConfig(
-            store="factors", rank=None, dtype="float32", coarse=None, curvature_rank=None, shard_bytes=400,
+            store="factors", rank=None, dtype="float32", coarse=None, curvature_rank=None, compute={"shard_bytes": 400},
             projection="random", projection_dim=None, damping=0.1,
         )  # fmt: skip
 

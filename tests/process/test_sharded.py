@@ -206,7 +206,7 @@ def test_a_model_on_several_devices(saved: Path, tmp_path: Path, places: str) ->
     batch = {"input_ids": torch.randint(1, 20, (3, 6), generator=generator)}
     for _ in range(2):
         # The embedding and the head are one weight, also after the passes, which take it apart.
-        check_same(model, plain, batch, 3, layers=EVERYTHING, device="cpu")
+        check_same(model, plain, batch, 3, layers=EVERYTHING, compute="cpu")
     assert [(name, p.device.type, p.requires_grad) for name, p in model.named_parameters()] == state
     # So do passes that are not ours.
     model(**batch)
@@ -221,4 +221,4 @@ def test_weights_without_data_are_refused_by_name() -> None:
     with pytest.raises(DataError, match=r"'middle\.0\.weight' is on the meta device"):
         model_digest(model)
     with pytest.raises(ConfigError, match="device='cuda'"):
-        ModelCapture(small(), BuildConfig(device="cuda"))
+        ModelCapture(small(), BuildConfig(compute="cuda"))
