@@ -1,7 +1,7 @@
 """What does an index of up to a billion examples of up to 70 billion parameters take? Tables of `docs/scale.md`.
 
-No measurement: the package's own formulas (`lorif_index.build.sizes`, `traffic`, which `bench.costs estimate`
-and `bench.scaling` compare with builds), at shapes of public models. Prints Markdown; `--write` puts it into the page.
+No measurement: the package's own formulas (`lorif_index.build.sizes` and `traffic`, which `bench.costs estimate` and
+`bench.scaling` compare with builds), at shapes of public models. Prints Markdown; `--write` puts it into the page.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from lorif_index.capture.layers import kept_rank
 from lorif_index.config import LEAST_FLOOR
 from lorif_index.linalg.subspace import grouped
 from lorif_index.search.candidates import most_proposed
-from lorif_index.search.coarse import code_bytes
 from lorif_index.storage.manifest import LARGEST
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
@@ -57,6 +56,10 @@ class Shape:
     bias: bool
     parameters: float
 
+    def index(self, config: BuildConfig) -> Shapes:
+        """The shapes of an index of it."""
+        return Shapes(config, self.specs(config), config.store)
+
     def specs(self, config: BuildConfig) -> dict[str, LayerSpec]:
         """The layers as `capture.layers.layer_specs` gives them."""
         out = {}
@@ -67,10 +70,6 @@ class Shape:
             d_in = widths[0] if d_in >= inputs else d_in
             out[str(number)] = LayerSpec(str(number), *widths, d_in, d_out, kept_rank(config.rank, d_in, d_out))
         return out
-
-    def index(self, config: BuildConfig) -> Shapes:
-        """Of an index with these choices."""
-        return Shapes(config, self.specs(config), config.store)
 
 
 GPT2 = Shape(
@@ -170,8 +169,9 @@ def fits() -> str:
     rows = [[*head.split("|"), "sent by a rank of 8", "of 64"]]
     for shape in SHAPES:
         for name, config in CONFIGS.items():
+            specs = shape.specs(config)
+            sample = 4 * _width(specs) * config.sample.size
             index = shape.index(config)
-            sample = 4 * index.width * config.sample.size
             held = index.memory(COUNTS[0])
             sent = [
                 sum(
@@ -183,7 +183,7 @@ def fits() -> str:
             ]
             kept = units(2 * sample) if sample <= config.compute.spool_bytes else f"{units(2 * sample)}: not kept"
             sizes = [held["curvature"], held["sketch"], sum(index.fits().values()), *sent]
-            rows.append([shape.name, name, kept, str(_walks(index.specs)), *map(units, sizes)])
+            rows.append([shape.name, name, kept, str(_walks(specs)), *map(units, sizes)])
     return markdown(rows)
 
 
@@ -215,17 +215,17 @@ def searches() -> str:
     """What each rank holds, sends and takes in a search, and in calibration."""
     head = "N|ranks|coarse codes|ids|open files, 64 MiB / 1 GiB shards|coarse stage, a query|sent, a query"
     rows = [[*head.split("|"), "calibration holds", "and sends"]]
-    index, coarse = GPT2.index(DEFAULT), DEFAULT.coarse
+    index = GPT2.index(DEFAULT)
     for count in COUNTS:
         for ranks in (1, 8, 64):
             own = -(-count // ranks)
-            row = index.disk(1).row
+            row, code = index.rows.row, index.disk(1).code
             files = [-(-own * row // size) for size in (DEFAULT.compute.shard_bytes, 1 << 30)]
-            held = index.memory(count, ranks=ranks)["calibrate"]
-            sent = build_traffic(index, count, ranks).most()["calibrate"] if ranks > 1 else 0
+            held = index.memory(count, ranks=ranks)["calibration"]
+            sent = build_traffic(index, count, ranks).most()["calibration"] if ranks > 1 else 0
             asked = search_traffic(index, count, ranks, k=100).most()["candidates"]
             rows.append(
-                [number(count), str(ranks), units(own * code_bytes(coarse.kind, coarse.dim)), units(8 * own)]
+                [number(count), str(ranks), units(own * code), units(8 * own)]
                 + [" / ".join(f"{n:,}" for n in files), milliseconds(own * SECONDS_A_CODE)]
                 + [units(asked if ranks > 1 else 0), units(held), units(sent)]
             )
@@ -248,10 +248,10 @@ def passes() -> str:
 def limits() -> str:
     """Where a setting must be turned."""
     index = GPT2.index(DEFAULT)
-    row = index.disk(1).row
+    row, code = index.rows.row, index.disk(1).code
 
     def calibrating(ranks: int) -> int:
-        return build_traffic(index, COUNTS[-1], ranks).most()["calibrate"]
+        return build_traffic(index, COUNTS[-1], ranks).most()["calibration"]
 
     wide = DEFAULT.compute.spool_bytes // (4 * DEFAULT.sample.size)
     rows = [
@@ -262,19 +262,19 @@ def limits() -> str:
             "`projection_dim` (a number, not 1/16), `batch_size`",
         ],
         [
-            "the sample's gradients in `spool_bytes`, 16 GiB: beyond, passes over the model take their place",
+            "the sample's gradients on temporary disk, 16 GiB: beyond, passes over the model take their place",
             f"sum of D above {number(wide)}",
-            "`projection_dim`, `spool_bytes`, `sample`; ranks each keep their part",
+            "`projection_dim`, `Compute(spool_bytes=)`, `sample`; ranks each keep their part",
         ],
         [
             "open files: each shard that is scanned, twice where rows are gathered, of a usual limit of 1,024",
             f"N above {number(1024 * DEFAULT.compute.shard_bytes // row)} at {row:,} B a row",
-            "`shard_bytes`, `ulimit -n`, ranks",
+            "`Compute(shard_bytes=)`, `ulimit -n`, ranks",
         ],
         [
             f"one manifest of at most 256 MiB, {ENTRY_BYTES} B a shard, written anew with each",
             f"N above {number(LARGEST // ENTRY_BYTES * DEFAULT.compute.shard_bytes // row)} at {row:,} B a row",
-            "`shard_bytes`; a folder for each rank, which has its own manifest",
+            "`Compute(shard_bytes=)`; a folder for each rank, which has its own manifest",
         ],
         [
             f"bytes that calibration sends over 64 ranks: all proposals of up to {most_proposed(10**9):,} a rank and "
@@ -284,7 +284,7 @@ def limits() -> str:
         ],
         [
             "the coarse index in memory, 128 B a row, put together by the leader of a folder, twice, in 256 GiB",
-            f"N above {number((256 << 30) // (2 * code_bytes(DEFAULT.coarse.kind, DEFAULT.coarse.dim)))}",
+            f"N above {number((256 << 30) // (2 * code))}",
             "a folder for each rank, or machine; `coarse=None` and scans",
         ],
         ["ids of a rank's rows in memory, 8 B each, in 64 GiB", f"N / K above {number((64 << 30) // 8)}", "ranks"],

@@ -137,7 +137,7 @@ def _curvature_age(reader: Reader) -> dict[str, Any]:
     store = reader.store
     ids, live = store.ids, store.live
     new = ids[live] >= reader.manifest.fitted_ids
-    energies = store.energies()[live]
+    energies = store.energies_at(live)
     total = float(energies.sum(dtype=np.float64))
     share = float(energies[new].sum(dtype=np.float64)) / total if total else 0.0
     return {"new_rows": int(new.sum()), "rows": len(new), "new_trace": share, "removed": len(ids) - len(live)}

@@ -19,6 +19,9 @@ LorifError
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 
 class LorifError(Exception):
     """Base of every error raised on purpose by lorif_index."""
@@ -83,3 +86,9 @@ class CorruptionError(StoreError):
 def told(error: BaseException) -> str:
     """An error's message with its notes, where no traceback shows them."""
     return " ".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def shown(value: Any) -> str:
+    """A JSON value for a message, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from .capture.ensemble import count_of
+from .capture.ensemble import count_of, members_of
 from .capture.losses import PerExample, loss_name
 from .capture.sharded import is_spread
 from .capture.sources import ModelCapture, model_digest, weights_state
 from .errors import FingerprintError, QueryError
+from .search.named import StoredTexts
 from .snapshot import Snapshot
-from .storage.manifest import check_same, spec_to_json
-from .text.tokenised import TOKENIZER, check_tokenizer, prepared, prepared_query
+from .storage.manifest import check_same
+from .text.tokenised import TOKENIZER, TokenisedData, check_tokenizer, prepared, prepared_query
 
 
 class Identity:
@@ -48,7 +50,7 @@ class Identity:
             raise FingerprintError(f"{now.path} was built from gradients, not from a model: open it without model=")
         capture = ModelCapture(model, now.query_config())
         given = {
-            "layers": [spec_to_json(spec) for spec in capture.specs.values()],
+            "layers": [asdict(spec) for spec in capture.specs.values()],
             "model": model_digest(model),
             "members": count_of(model),
         }
@@ -66,6 +68,13 @@ class Identity:
     def data(self, data: Any) -> Any:
         """Training data as they are captured (see `text.tokenised.prepared`)."""
         return prepared(data, self.model, self.tokenizer)
+
+    def stored(self, now: Snapshot) -> list[tuple[int, Any]]:
+        """(0, the texts that an index keeps as payloads, as training data); nothing where they cannot be tokenised."""
+        if self.model is None or self.tokenizer is None:
+            return []
+        rows = StoredTexts(now.reader)
+        return [(0, TokenisedData(rows, self.tokenizer, model=members_of(self.model)[0], check=False))]
 
     def query(self, query: Any, *, strict: bool) -> Any:
         """A question as data (see `text.tokenised.prepared_query`)."""

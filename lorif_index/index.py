@@ -391,7 +391,8 @@ class Index(Described):
         Args:
             query: as in `search`.
             ids: the `Hits` of that search, or row ids (q, k), or (k,) for every query.
-            data: what the index was built from, in the same order; by default what `build` or `open` was given.
+            data: what the index was built from, in the same order; by default what `build` or `open` was given, else
+                the texts that payloads hold, where there is a tokenizer.
             measure, damping, layers, progress: as in `search`.
             query_tokens: also say where in the query; it costs about as much again.
 
@@ -407,7 +408,7 @@ class Index(Described):
         wanted = wanted_ids(reader, ids)
         chosen, policy = ask.chosen(layers), ask.policy(damping)
         taken = ask.capture(None)
-        pieces = self._pieces if data is None else [(0, identity.data(data))]
+        pieces = self._pieces or identity.stored(ask.now) if data is None else [(0, identity.data(data))]
         examples = training_data(pieces, taken.config.batch_size)
         capture, preconditioners = taken.capture(identity.loss).trust(), reader.preconditioners(chosen, policy)
         asked = ask.batches(query, measure, chosen, positions=query_tokens, taken=taken)

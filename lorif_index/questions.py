@@ -12,17 +12,16 @@ import numpy as np
 import torch
 
 from .capture.data import as_source, as_tensors, batch_count
-from .capture.gradients import GradientBlock, parse_block
-from .capture.hooks import keep_finite
+from .capture.gradients import GradientBlock, keep_finite, parse_block
 from .capture.losses import PerExample
 from .capture.sources import ModelCapture, check_block
 from .damping import Damping, as_damping
 from .errors import NonFiniteError, QueryError
 from .identity import Identity
 from .search.answer import Prepared
-from .search.explain import Asked, Positions, shown_positions
+from .search.explain import Positions, QueryBatch, shown_positions
 from .search.normalise import question_roots
-from .search.scoring import Question, told
+from .search.scoring import Question, shared_question
 from .search.whole import member_count
 from .snapshot import Snapshot
 
@@ -83,7 +82,7 @@ class Questions:
                 gradients = self.gradients(query, measure, chosen, some)
                 mid = time.perf_counter()
                 question = self._question(gradients, policy, normalize)
-        question = told(question, reader.ranks)
+        question = shared_question(question, reader.ranks)
         if normalize is not None:
             question = replace(question, scale=self.now.scales.of(policy, chosen))
         return Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
@@ -133,7 +132,7 @@ class Questions:
         *,
         positions: bool = False,
         taken: ModelCapture | None = None,
-    ) -> Iterator[Asked]:
+    ) -> Iterator[QueryBatch]:
         """The query's gradients, batch by batch.
 
         Args:
@@ -146,7 +145,7 @@ class Questions:
             QueryError, DataError, CaptureError, NonFiniteError, FingerprintError: as in `Index.search`.
         """
         specs = self.now.reader.specs
-        found: Iterator[tuple[GradientBlock, Asked]]
+        found: Iterator[tuple[GradientBlock, QueryBatch]]
         if isinstance(query, Mapping) and query and set(query) <= set(specs):
             if measure is not None:
                 raise QueryError(
@@ -155,7 +154,7 @@ class Questions:
             block = parse_block(query, 0)
             needed = block.layers if set(chosen) <= set(block.layers) else chosen
             check_block(block, {name: specs[name] for name in needed}, "the query")
-            found = iter([(self.now.projections.project(block), Asked({}))])
+            found = iter([(self.now.projections.project(block), QueryBatch({}))])
         else:
             found = self._captured(query, measure, positions, self.capture(measure) if taken is None else taken)
         for block, asked in found:
@@ -174,7 +173,7 @@ class Questions:
 
     def _captured(
         self, query: Any, measure: PerExample | None, positions: bool, taken: ModelCapture
-    ) -> Iterator[tuple[GradientBlock, Asked]]:
+    ) -> Iterator[tuple[GradientBlock, QueryBatch]]:
         """Gradients of the model."""
         query = self.identity.query(query, strict=measure is None)
         capture = taken.capture(self.identity.loss if measure is None else measure)
@@ -183,9 +182,9 @@ class Questions:
             block = capture.gradients(ids, batch, watch=kept)
             if measure is not None:
                 # A measure is to be raised, a loss to be lowered.
-                block = GradientBlock(block.ids, {name: g.negated() for name, g in block.layers.items()})
+                block = GradientBlock(block.ids, {name: g.scaled(-1.0) for name, g in block.layers.items()})
             sign = 1.0 if measure is None else -1.0
-            yield block, Asked({}, kept, shown_positions(batch), sign / capture.scale, capture)
+            yield block, QueryBatch({}, kept, shown_positions(batch), sign / capture.scale, capture)
 
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:

@@ -19,9 +19,7 @@ import torch
 import torch.distributed as dist
 
 from . import errors
-from .errors import ConfigError, DistributedError, LorifError
-
-_Bytes = torch.uint8
+from .errors import ConfigError, DistributedError, LorifError, shown
 
 
 class Ranks:
@@ -88,26 +86,15 @@ class Ranks:
     def __repr__(self) -> str:
         return f"rank {self.rank} of {self.size}"
 
-    # -- sharing work --------------------------------------------------------------------------------------------
-
-    def owners(self, costs: Sequence[float]) -> list[int]:
-        """For things of some costs the rank that does each: the largest first, to whoever has least to do."""
-        return shared_out(costs, self.size)
-
     # -- tensors -------------------------------------------------------------------------------------------------
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, the same on each; the tensor itself may have become it."""
         if self.size == 1:
             return tensor
-        here = self._served(tensor)
-        with self._talking(here, 2.0 * (self.size - 1) / self.size):
+        with self._talking(tensor, 2.0 * (self.size - 1) / self.size) as here:
             dist.all_reduce(here, group=self._group)
         return here.to(tensor.device)
-
-    def total(self, value: float) -> float:
-        """The sum of a number."""
-        return float(self.sum(torch.tensor(value, dtype=torch.float64)))
 
     def count(self, value: int) -> int:
         """The sum of an integer."""
@@ -117,8 +104,7 @@ class Ranks:
         """The sum over all ranks, on rank `to`; elsewhere the tensor may hold anything afterwards."""
         if self.size == 1:
             return tensor
-        here = self._served(tensor)
-        with self._talking(here, float(self.rank != to)):
+        with self._talking(tensor, float(self.rank != to)) as here:
             dist.reduce(here, self._global(to), group=self._group)
         return here.to(tensor.device)
 
@@ -126,8 +112,7 @@ class Ranks:
         """What rank `source` has, on all; the others pass a tensor of its shape and dtype."""
         if self.size == 1:
             return tensor
-        here = self._served(tensor)
-        with self._talking(here, float(self.rank == source)):
+        with self._talking(tensor, float(self.rank == source)) as here:
             dist.broadcast(here, self._global(source), group=self._group)
         return here.to(tensor.device)
 
@@ -135,8 +120,7 @@ class Ranks:
         """What rank `source` has, on rank `to`, which passes a tensor of its shape and dtype; others may pass any."""
         if source == to or self.rank not in (source, to):
             return tensor
-        here = self._served(tensor)
-        with self._talking(here, float(self.rank == source)):
+        with self._talking(tensor, float(self.rank == source)) as here:
             if self.rank == source:
                 dist.send(here, self._global(to), group=self._group)
             else:
@@ -150,21 +134,18 @@ class Ranks:
             if isinstance(array, Exception):
                 raise array
             return [array]
-        lengths = torch.zeros(self.size, dtype=torch.int64)
-        lengths[self.rank] = -1 if isinstance(array, Exception) else array.shape[0]
-        counts = self.sum(lengths).tolist()
+        counts = self._counts(-1 if isinstance(array, Exception) else len(array))
         if min(counts) < 0 or isinstance(array, Exception):
             self.fail(array if isinstance(array, Exception) else None)
             return []
         array = np.ascontiguousarray(array)
         each = int(np.prod(array.shape[1:], dtype=np.int64)) * array.itemsize
-        room = torch.zeros(max(counts) * each, dtype=_Bytes)
+        room = torch.zeros(max(counts) * each, dtype=torch.uint8)
         room[: array.nbytes] = torch.from_numpy(array.reshape(-1).view(np.uint8).copy())
-        room = self._served(room)
-        parts = [torch.empty_like(room) for _ in counts]
-        with self._talking(room, self.size - 1.0):
-            if len(room):
-                dist.all_gather(parts, room, group=self._group)
+        with self._talking(room, self.size - 1.0) as here:
+            parts = [torch.empty_like(here) for _ in counts]
+            if len(here):
+                dist.all_gather(parts, here, group=self._group)
         return [
             part[: n * each].cpu().numpy().view(array.dtype).reshape(n, *array.shape[1:])
             for part, n in zip(parts, counts, strict=True)
@@ -174,15 +155,18 @@ class Ranks:
         """Each rank's array, on rank 0; nothing elsewhere. They may differ in their first dimension."""
         if self.size == 1:
             return [array]
-        lengths = torch.zeros(self.size, dtype=torch.int64)
-        lengths[self.rank] = array.shape[0]
-        counts = self.sum(lengths).tolist()
         out = []
-        for rank, count in enumerate(counts):
+        for rank, count in enumerate(self._counts(len(array))):
             mine = array if rank == self.rank else np.empty((count if self.first else 0, *array.shape[1:]), array.dtype)
             moved = self.moved(torch.from_numpy(np.ascontiguousarray(mine)), rank, 0) if count else None
             out.append(mine if moved is None else moved.numpy())
         return out if self.first else []
+
+    def _counts(self, own: int) -> list[int]:
+        """Each rank's number, on all."""
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = own
+        return self.sum(counts).tolist()
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -199,7 +183,7 @@ class Ranks:
             return value
         raw = np.frombuffer(json.dumps(value).encode() if self.rank == source else b"", dtype=np.uint8)
         size = int(self.spread(torch.tensor(len(raw)), source))
-        room = torch.from_numpy(raw.copy()) if self.rank == source else torch.empty(size, dtype=_Bytes)
+        room = torch.from_numpy(raw.copy()) if self.rank == source else torch.empty(size, dtype=torch.uint8)
         return json.loads(self.spread(room, source).numpy().tobytes())
 
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
@@ -217,8 +201,8 @@ class Ranks:
             for name in sorted(mine.keys() | theirs.keys()):
                 if mine.get(name) != theirs.get(name):
                     raise DistributedError(
-                        f"{what} must be the same on all ranks, and {name} is {_short(mine.get(name))} on rank "
-                        f"{self.rank} and {_short(theirs.get(name))} on rank {rank}: start all ranks with the same "
+                        f"{what} must be the same on all ranks, and {name} is {shown(mine.get(name))} on rank "
+                        f"{self.rank} and {shown(theirs.get(name))} on rank {rank}: start all ranks with the same "
                         "arguments and data"
                     )
 
@@ -289,10 +273,15 @@ class Ranks:
             raise self._lost(error) from None
 
     @contextmanager
-    def _talking(self, tensor: torch.Tensor, copies: float) -> Iterator[None]:
+    def _talking(self, tensor: torch.Tensor, copies: float) -> Iterator[torch.Tensor]:
+        """The tensor on a device that the group serves, of which so many copies are sent."""
+        if tensor.device.type == "cpu" and not self._cpu:
+            here = tensor.to(torch.device("cuda", torch.cuda.current_device()))
+        else:
+            here = tensor if tensor.device.type == "cpu" or self._gpu else tensor.cpu()
         self.sent[self.stage] += int(copies * tensor.numel() * tensor.element_size())
         try:
-            yield
+            yield here.contiguous()
         except RuntimeError as error:
             raise self._lost(error) from None
 
@@ -304,14 +293,6 @@ class Ranks:
             "from there, also with another number of ranks"
         )
 
-    def _served(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On a device that the group serves."""
-        if tensor.device.type == "cpu" and not self._cpu:
-            tensor = tensor.to(torch.device("cuda", torch.cuda.current_device()))
-        elif tensor.device.type != "cpu" and not self._gpu:
-            tensor = tensor.cpu()
-        return tensor.contiguous()
-
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self._group, rank)  # type: ignore[arg-type]
 
@@ -320,7 +301,7 @@ ALONE = Ranks()
 
 
 def shared_out(costs: Sequence[float], size: int) -> list[int]:
-    """For things of some costs which of `size` ranks does each (see `Ranks.owners`)."""
+    """For things of some costs which of `size` ranks does each: the largest first, to whoever has least to do."""
     loads, out = [0.0] * size, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         out[i] = loads.index(min(loads))
@@ -338,8 +319,3 @@ def _timeout(group: dist.ProcessGroup | None) -> timedelta:
     backend = getattr(group, "_get_backend", lambda _: None)(torch.device("cpu"))
     found = getattr(getattr(backend, "options", None), "_timeout", None)
     return found if isinstance(found, timedelta) else dist.constants.default_pg_timeout
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."

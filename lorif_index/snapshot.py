@@ -104,7 +104,7 @@ class Snapshot:
 
 def _read(path: Path, access: Access, manifest: Manifest, lease: Lease) -> Reader:
     """The parts of a version, and hold of its files."""
-    damaged = damaged_shards(path, manifest) if access.damaged == "skip" else ()
+    damaged = [one.file for one in damaged_shards(path, manifest)] if access.damaged == "skip" else []
     return Reader(
         path,
         manifest,

@@ -22,7 +22,7 @@ from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture
 from lorif_index.curvature.fit import LayerCurvature
-from lorif_index.linalg.projection import projection_matrix
+from lorif_index.linalg.projection import Projections, projection_matrix
 from lorif_index.search.reader import Reader
 from lorif_index.storage.manifest import read_manifest
 from lorif_index.text import Document
@@ -218,23 +218,22 @@ def logits_of(model: nn.Module, batch: Any) -> torch.Tensor:
 def ggn(case: Case, weights: dict[str, tuple[str, str | None, bool]]) -> dict[str, np.ndarray]:
     """Layer -> (D, D), sum over positions of J^T (diag(p) - p p^T) J, averaged over examples."""
     count = len(case.data["input_ids"] if isinstance(case.data, dict) else case.data[0])
-    positions, classes = logits_of(case.model.double(), case.one(case.data, 0)).shape
     out: dict[str, np.ndarray] = {}
+    case.model.double()
     for i in range(count):
         batch = case.one(case.data, i)
         with torch.no_grad():
             p = logits_of(case.model, batch).softmax(1).numpy()
         positions, classes = p.shape
-        jacobians = {
-            (t, c): oracle.example_gradients(
-                case.model, lambda _, b=batch: b, 1, lambda m, b, t=t, c=c: logits_of(m, b)[t, c], weights
-            )
-            for t in range(positions)
-            for c in range(classes)
-        }
-        for layer in weights:
-            for t in range(positions):
-                j = np.stack([jacobians[t, c][layer].ravel() for c in range(classes)])
+        jacobians = oracle.example_gradients(
+            case.model,
+            lambda at, batch=batch: (batch, at),
+            positions * classes,
+            lambda model, given: logits_of(model, given[0]).flatten()[given[1]],
+            weights,
+        )
+        for layer, rows in jacobians.items():
+            for t, j in enumerate(rows.reshape(positions, classes, -1)):
                 inner = np.diag(p[t]) - np.outer(p[t], p[t])
                 out[layer] = out.get(layer, 0.0) + j.T @ inner @ j / count
     case.model.float()
@@ -311,6 +310,19 @@ def damped(layer: LayerCurvature, lam: float) -> np.ndarray:
 def reader_of(index: Index, device: torch.device = torch.device("cpu")) -> Reader:  # noqa: B008
     """The parts of an index, as they are on disk, for scoring on a device."""
     return Reader(index.path, read_manifest(index.path), device=device)
+
+
+def capture_of(index: Index, model: nn.Module) -> ModelCapture:
+    """Takes gradients of a model as the index's queries are taken."""
+    reader = reader_of(index)
+    config = replace(index.config, projection_floor=reader.manifest.floor())
+    return ModelCapture(model, config, Projections(reader.specs, config.seed, reader.projections))
+
+
+def query_gradients(index: Index, model: nn.Module, query: Any, count: int) -> dict[str, torch.Tensor]:
+    """A query of so many examples as gradients, (q, d_in, d_out) a layer."""
+    block = capture_of(index, model).capture(None).gradients(np.arange(count), query)
+    return {name: gradient.dense() for name, gradient in block.layers.items()}
 
 
 # -- models of transformers, and texts ---------------------------------------------------------------------------------
@@ -451,6 +463,23 @@ def captured(model: Any, data: Any, config: BuildConfig = WHOLE, loss: Any = Non
 
 def close(a: np.ndarray, b: np.ndarray, tolerance: float = 2e-4) -> bool:
     return bool(np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-6)) and bool(np.abs(b).max() > 1e-6)
+
+
+# -- programs of the docs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs code in an empty folder; what it has defined, and what it has printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+    def go(code: str) -> tuple[dict[str, Any], str]:
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(code, "<docs>", "exec"), names)
+        return names, capsys.readouterr().out
+
+    return go
 
 
 # -- manifests as somebody else might have written them ----------------------------------------------------------------

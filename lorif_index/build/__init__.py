@@ -1,1 +1,1 @@
-"""Build: an index is made, grows, shrinks, is merged and mended."""
+"""Build: an index is made."""

@@ -125,7 +125,7 @@ def make_candidates(making: Making) -> None:
             manifest.coarse = _codes(making, sketch, stage)
         making.note()
     if manifest.calibration is None:
-        with making.stage("calibrate", None) as stage:
+        with making.stage("calibration", None) as stage:
             learnt = _calibrate(making, sketch, stage)
         manifest.calibration = ranks.told(None if learnt is None else learnt.to_json())
         making.note()

@@ -11,7 +11,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,17 @@ from torch import nn
 
 from ..capture import eigenbases
 from ..capture.data import as_source
-from ..capture.ensemble import probes_of
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
+from ..capture.probes import Probes
 from ..capture.sharded import device_of
 from ..capture.sources import (
     GivenGradients,
     ModelCapture,
     ModelGradients,
     ProbedGradients,
-    Rewound,
     given_specs,
-    is_one_shot,
+    rewound,
 )
 from ..capture.spool import Spool
 from ..codecs.registry import CODECS, codec_class
@@ -241,12 +240,12 @@ class _Handful:
         self.probe: tuple[float, int] | None = None
         self.sides: Callable[[int], float] | None = None
         if data is None:
-            if is_one_shot(gradients):
-                gradients = Rewound(gradients, folder)
-            self.specs = given_specs(gradients, config)
-            source: Any = GivenGradients(gradients, Projections(self.specs, config.seed))
-            self.count = source.count
-            self.each, self.rows = _timed(source.blocks(), batches)
+            with ExitStack() as stack:
+                gradients = rewound(gradients, lambda: folder, stack)
+                self.specs = given_specs(gradients, config)
+                source: Any = GivenGradients(gradients, Projections(self.specs, config.seed))
+                self.count = source.count
+                self.each, self.rows = _timed(source.blocks(), batches)
             return
         examples = as_source(data, config.batch_size)
         config = self.config = with_floor(config, model, loss, examples)  # type: ignore[arg-type]
@@ -256,7 +255,7 @@ class _Handful:
         logits = _logits(config, loss)
         if logits is not None:
             sample = min(config.sample.size, self.count)
-            probes = probes_of(capture.model, logits, config.sample.probes, config.seed, sample)
+            probes = Probes(logits, config.sample.probes, config.seed, sample)
             probed = ProbedGradients(capture.capture(loss), examples, probes)
             each, _ = _timed(probed.blocks(), batches * probes.each, keep=False)
             self.probe = each, probes.each
@@ -336,7 +335,7 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
     seconds["encode"] = share * known["encode"](own(count)) + (0.0 if whole and not late else own(count) * seen.each)
     if "coarse" in known:
         seconds["queries"] = own(query_count(config, query_bytes(seen.specs), count)) * seen.each
-    for stage in ("coarse", "calibrate"):
+    for stage in ("coarse", "calibration"):
         if stage in known:
             seconds[stage] = known[stage](own(count))
     return {stage: round(value, 3) for stage, value in seconds.items()}
@@ -426,12 +425,10 @@ def _alike(rows: list[GradientBlock], specs: dict[str, LayerSpec], count: int, s
             part = block.select(np.arange(min(block.count, count - at)))
             if not part.count:
                 return
-            layers = {}
-            for name in specs:
-                gradient = part.layers[name]
-                pieces = gradient.pair if gradient.pair is not None else (gradient.dense(),)
-                moved = [_moved(piece.cpu(), generator) for piece in pieces]
-                layers[name] = LayerGradient(*((moved[0], None) if len(moved) == 1 else (None, (moved[0], moved[1]))))
+            layers = {
+                name: LayerGradient([_moved(piece.float().cpu(), generator) for piece in part.layers[name].parts])
+                for name in specs
+            }
             yield GradientBlock(np.arange(at, at + part.count, dtype=np.int64), layers)
             at += part.count
 

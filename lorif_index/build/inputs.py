@@ -24,18 +24,17 @@ from ..capture.sources import (
     GivenGradients,
     ModelCapture,
     ModelGradients,
-    Rewound,
     asked_device,
     data_digest,
     given_specs,
-    is_one_shot,
     model_digest,
+    rewound,
 )
 from ..config import BuildConfig, CurvatureRows
 from ..errors import ConfigError, DataError
 from ..linalg.projection import ALGORITHM, Projections
 from ..search.coarse import load_faiss
-from ..storage.manifest import FORMAT_VERSION, read_manifest, spec_to_json
+from ..storage.manifest import FORMAT_VERSION, read_manifest
 from ..storage.payloads import Payloads, Values
 from .choice import with_floor
 
@@ -200,10 +199,7 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
         if count_of(given.model) is not None:
             fingerprint["members"] = count_of(given.model)
     else:
-        gradients = given.gradients
-        if is_one_shot(gradients):
-            gradients = Rewound(gradients, claim())
-            stack.callback(gradients.close)
+        gradients = rewound(given.gradients, claim, stack)
         specs = given_specs(gradients, config)
         projections = Projections(specs, config.seed)
         handed = source = GivenGradients(gradients, projections)
@@ -217,7 +213,7 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
         "format_version": FORMAT_VERSION,
         "examples": source.count,
         "projection": ALGORITHM,
-        "layers": [spec_to_json(spec) for spec in specs.values()],
+        "layers": [dataclasses.asdict(spec) for spec in specs.values()],
         "config": {k: v for k, v in config.to_json().items() if k not in _FREE_SETTINGS},
         "curvature": curvature_kind(config, rows, logits) if fitted is None else fitted.fingerprint.get("curvature"),
         "payloads": None if payloads is None else payloads.digest,

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..capture.gradients import finite_blocks
 from ..capture.sharded import DataRanks, data_ranks, is_spread
-from ..capture.sources import finite_blocks
 from ..curvature.inverse import Preconditioner, inverses
 from ..errors import StoreError
 from ..progress import Reporter, peak_memory

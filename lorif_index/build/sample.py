@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..capture.gradients import GradientBlock, GradientSource
-from ..capture.sources import GivenGradients, finite_blocks
+from ..capture.gradients import GradientBlock, GradientSource, finite_blocks
+from ..capture.sources import GivenGradients
 from ..capture.spool import Spool
 from ..curvature.fit import RowPass
 from ..errors import NonFiniteError

@@ -149,7 +149,7 @@ class Shapes:
             found["coarse"] = sizes.fit + 2 * 4 * kept * self.dim + 2 * codes + 8 * min(count, TRAIN_ROWS) * self.dim
             if config.coarse.queries:
                 queries = self.queries(count)
-                found["calibrate"] = (
+                found["calibration"] = (
                     sizes.fit
                     + own * sizes.code
                     + 2 * 4 * self.width * queries

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..capture import eigenbases
-from ..capture.ensemble import probes_of
-from ..capture.gradients import GradientSource
+from ..capture.gradients import GradientSource, finite_blocks
+from ..capture.probes import Probes
 from ..capture.sharded import evened
-from ..capture.sources import ProbedGradients, curvature_source, finite_blocks
+from ..capture.sources import ProbedGradients, curvature_source
 from ..codecs.base import Fitting
 from ..codecs.registry import codec_class
 from ..curvature.fit import Part, RowPass, fit_curvature, mix
@@ -88,15 +88,15 @@ def fit_curvature_before(inputs: Inputs, state: BuildState, sample: SampleRows) 
         return
     spool, config = None, inputs.config
     if inputs.curvature is not None:
-        source, copy = curvature_source(inputs.curvature, inputs.capture, inputs.loss, inputs.projections, state.path)
-        if copy is not None:
-            state.stack.callback(copy.close)
+        source = curvature_source(
+            inputs.curvature, inputs.capture, inputs.loss, inputs.projections, state.path, state.stack
+        )
         every = np.arange(source.count, dtype=np.int64)
         rows, count, spool, _ = sample.walkable("rows", source, state.own(every), True)
         part = Part(rows, count, count / inputs.curvature.rows_per_example, 1.0)
     elif inputs.logits is not None and inputs.capture is not None and inputs.examples is not None:
         wanted = sample.ids
-        probes = probes_of(inputs.capture.model, inputs.logits, config.sample.probes, config.seed, len(wanted))
+        probes = Probes(inputs.logits, config.sample.probes, config.seed, len(wanted))
         probed = ProbedGradients(inputs.capture.capture(inputs.loss), inputs.examples, probes)
         rows, count, spool, _ = sample.walkable("probes", probed, state.own(wanted), False, each=probes.each)
         part = Part(rows, count, count / probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)

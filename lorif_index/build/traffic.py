@@ -146,14 +146,14 @@ def _coarse(out: Traffic, shapes: Shapes, count: int, dim: int) -> None:
     limit = most_proposed(count)
     proposed, answers = min(limit, own), max(min(KS[-1], count // 10), 1)
     for _ in SIGNS:
-        out.gathered("calibrate", _FOUND * queries * min(answers + 1, own))
-        out.gathered("calibrate", _FOUND * proposed * min(TILT_QUERIES, queries) * len(TILTS))
+        out.gathered("calibration", _FOUND * queries * min(answers + 1, own))
+        out.gathered("calibration", _FOUND * proposed * min(TILT_QUERIES, queries) * len(TILTS))
         # Then one query after the other, as deep as any search may go.
-        out.gathered("calibrate", _FOUND * proposed * queries)
-        out.spread("calibrate", 8 * answers * queries, 0)
+        out.gathered("calibration", _FOUND * proposed * queries)
+        out.spread("calibration", 8 * answers * queries, 0)
         for k in TRIED_KS:
             for _ in TRIED_RECALLS:
-                _pursued(out, "calibrate", count, min(k, answers), queries)
+                _pursued(out, "calibration", count, min(k, answers), queries)
 
 
 def search_traffic(shapes: Shapes, count: int, ranks: int, *, k: int = 10) -> Traffic:

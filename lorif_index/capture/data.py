@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data import default_collate as torch_collate
 
@@ -42,6 +43,11 @@ class ExampleSource(Protocol):
         ...
 
 
+def first_batch(examples: ExampleSource) -> tuple[np.ndarray, Batch]:
+    """(ids, batch)."""
+    return next(iter(examples.batches()))
+
+
 def as_source(data: Any, batch_size: int) -> ExampleSource:
     """A source from a torch Dataset, a DataLoader, a Hugging Face Dataset, a tensor or NumPy array, or a tuple or dict
     of them.
@@ -52,13 +58,13 @@ def as_source(data: Any, batch_size: int) -> ExampleSource:
     source: ExampleSource
     data = as_tensors(data)
     if isinstance(data, torch.Tensor) or _all_tensors(data):
-        source = TensorSource(data, batch_size)
+        source = _of_tensors(data, batch_size)
     elif isinstance(data, DataLoader):
         source = LoaderSource(data)
     elif isinstance(data, IterableDataset) or _is_streaming(data):
         source = StreamSource(data, batch_size, _collate_of(data))
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, Mapping)):
-        source = MapSource(data, _collate_of(data), batch_size)
+        source = _of_items(data, _collate_of(data), batch_size)
     else:
         raise DataError(
             "data must be a torch Dataset, a DataLoader, a Hugging Face Dataset, or a tuple or dict of tensors, got "
@@ -101,44 +107,34 @@ def _is_streaming(data: Any) -> bool:
     return not hasattr(data, "__len__") and isinstance(data, Iterable) and iter(data) is not data
 
 
-class TensorSource:
-    """A tensor, or a tuple or dict of tensors with examples along the first dimension."""
+class IndexedSource:
+    """Data of which any examples are had at once: `fetch` gives the batch of some ids (m,) int64."""
 
-    def __init__(self, data: Any, batch_size: int) -> None:
-        self._data = data
-        self._batch_size = batch_size
-        self.count = batch_count(data)
-        self.random_access = True
+    random_access = True
 
-    def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
-        for i in range(_aligned(start, self._batch_size), self.count, self._batch_size):
-            stop = min(i + self._batch_size, self.count)
-            yield np.arange(i, stop, dtype=np.int64), _map(self._data, lambda t: t[i:stop])  # noqa: B023
-
-    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
-        for part in _chunks(ids, self._batch_size):
-            rows = torch.from_numpy(part)
-            yield part, _map(self._data, lambda t: t[rows.to(t.device)])  # noqa: B023
-
-
-class MapSource:
-    """A map-style dataset (torch or Hugging Face) and the function that makes a batch of its items."""
-
-    def __init__(self, dataset: Any, collate_fn: Any, batch_size: int) -> None:
-        self._dataset = dataset
-        self._collate = collate_fn
-        self._batch_size = batch_size
-        self.count = len(dataset)
-        self.random_access = True
+    def __init__(self, count: int, fetch: Callable[[np.ndarray], Batch], batch_size: int) -> None:
+        self.count, self._fetch, self._batch_size = count, fetch, batch_size
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         return self.select(np.arange(_aligned(start, self._batch_size), self.count, dtype=np.int64))
 
     def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
-        fetch = getattr(self._dataset, "__getitems__", None)
-        for part in _chunks(ids, self._batch_size):
-            items = fetch(part.tolist()) if fetch is not None else [self._dataset[int(i)] for i in part]
-            yield part, self._collate(items)
+        return ((part, self._fetch(part)) for part in _chunks(ids, self._batch_size))
+
+
+def _of_tensors(data: Any, batch_size: int) -> IndexedSource:
+    """A tensor, or a tuple or dict of tensors with examples along the first dimension."""
+    return IndexedSource(batch_count(data), lambda ids: _rows(data, ids), batch_size)
+
+
+def _of_items(dataset: Any, collate_fn: Any, batch_size: int) -> IndexedSource:
+    """A map-style dataset (torch or Hugging Face) and the function that makes a batch of its items."""
+    together = getattr(dataset, "__getitems__", None)
+
+    def fetch(ids: np.ndarray) -> Batch:
+        return collate_fn([dataset[i] for i in ids.tolist()] if together is None else together(ids.tolist()))
+
+    return IndexedSource(len(dataset), fetch, batch_size)
 
 
 class StreamSource:
@@ -148,12 +144,13 @@ class StreamSource:
         DataError: its first items differ from walk to walk.
     """
 
+    random_access = False
+
     def __init__(self, stream: Iterable[Any], batch_size: int, collate_fn: Any) -> None:
         self._stream = stream
         self._collate = collate_fn
         self._batch_size = batch_size
         first, self.count = _counted(stream)
-        self.random_access = False
         _same_order(first, stream)
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
@@ -180,15 +177,18 @@ class LoaderSource:
         DataError: it shuffles, or its order differs from walk to walk.
     """
 
+    # A loader walks to the batch, with its workers.
+    random_access = False
+
     def __init__(self, loader: DataLoader[Any]) -> None:
         if isinstance(loader.sampler, RandomSampler):
             raise _shuffled("the DataLoader shuffles")
         self._loader = loader
         ordered = isinstance(loader.sampler, SequentialSampler) and loader.batch_size is not None
         streamed = isinstance(loader.dataset, IterableDataset)
-        self._map: MapSource | None = None
+        self._map: IndexedSource | None = None
         if ordered and not streamed:
-            self._map = MapSource(loader.dataset, loader.collate_fn, loader.batch_size or 1)
+            self._map = _of_items(loader.dataset, loader.collate_fn, loader.batch_size or 1)
             full = self._map.count
             self.count = full - full % (loader.batch_size or 1) if loader.drop_last else full
         else:
@@ -197,8 +197,6 @@ class LoaderSource:
             first, self.count = _counted(loader, batch_count)
             if streamed:
                 _same_order(first, loader)
-        # A loader walks to the batch, with its workers.
-        self.random_access = False
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         at = 0
@@ -216,8 +214,7 @@ class LoaderSource:
         for found, batch in self.batches():
             rows = np.flatnonzero(np.isin(found, ids))
             if len(rows):
-                index = torch.from_numpy(rows)
-                yield found[rows], _map(batch, lambda t: t[index.to(t.device)])  # noqa: B023
+                yield found[rows], _rows(batch, rows)
 
 
 def collate(items: Sequence[Any]) -> Batch:
@@ -280,6 +277,39 @@ def one_of(batch: Batch, i: int) -> Batch:
     return _map(batch, lambda t: t[i : i + 1] if t.ndim else t)
 
 
+def digest_of(*values: Any) -> str:
+    """XXH3-128, in hex, of batches or items: of their tensors, arrays, numbers and words; of other things, the type."""
+    digest = xxhash.xxh3_128()
+    for value in values:
+        feed(digest, value)
+    return str(digest.hexdigest())
+
+
+def feed(digest: Any, value: Any) -> None:
+    """Updates a digest with a batch or an item."""
+    value = as_tensors(value)
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous()
+        digest.update(f"{tuple(data.shape)}|{data.dtype}".encode())
+        if data.numel():
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    elif hasattr(value, "items"):
+        for key, part in value.items():
+            digest.update(str(key).encode())
+            feed(digest, part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            feed(digest, part)
+    else:
+        known = value is None or isinstance(value, (str, bytes, int, float))
+        digest.update(repr(value if known else type(value)).encode())
+
+
+def _rows(batch: Batch, rows: np.ndarray) -> Batch:
+    index = torch.from_numpy(rows)
+    return _map(batch, lambda t: t[index.to(t.device)])
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return _map(batch, lambda t: t.to(device))
 
@@ -325,7 +355,7 @@ def _same_indices(sampler: Any) -> None:
 def _same_order(first: Any, walk: Iterable[Any]) -> None:
     """Compares what came first in one walk with what comes first in another."""
     with torch.random.fork_rng(devices=[]):
-        if not _equal(first, next(iter(walk), None)):
+        if digest_of(first) != digest_of(next(iter(walk), None)):
             raise _shuffled(f"the {type(walk).__name__} begins with other data in each walk")
 
 
@@ -334,19 +364,6 @@ def _shuffled(what: str) -> DataError:
         f"{what}, so row ids would name nothing: pass shuffle=False, a torch.utils.data.Subset of what was drawn, or "
         "the dataset itself"
     )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two items are the same; where that cannot be told, they are taken to be."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (torch.Tensor, np.ndarray)):
-        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return not isinstance(a, (str, bytes, int, bool)) or a == b
 
 
 def _same_length(expected: int, got: int) -> None:

@@ -20,8 +20,8 @@ from ..linalg.projection import Projections
 from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
-from .data import ExampleSource
-from .gradients import GradientBlock, LayerGradient, LayerSpec
+from .data import ExampleSource, first_batch
+from .gradients import SIDES, GradientBlock, LayerGradient, LayerSpec
 from .hooks import Capture
 from .layers import TrackedLayer, Use
 from .losses import PerExample
@@ -55,9 +55,8 @@ def fitted_sides(specs: dict[str, LayerSpec], layers: Iterable[TrackedLayer] = (
         for use in layer.uses
         if isinstance(use.module, nn.Embedding)
     }
-    sides = [(s.name, "in") for s in specs.values() if s.d_in < s.width_in]
-    sides += [(s.name, "out") for s in specs.values() if s.d_out < s.width_out]
-    return [side for side in sides if side not in one_hot]
+    found = [(spec.name, side) for side in SIDES for spec in specs.values() if spec.projected(side)]
+    return [side for side in found if side not in one_hot]
 
 
 def side_fits(
@@ -66,8 +65,7 @@ def side_fits(
     """A fit for each side, not begun."""
     fits = {}
     for name, side in sides:
-        spec = specs[name]
-        width, dim = (spec.width_in, spec.d_in) if side == "in" else (spec.width_out, spec.d_out)
+        width, dim = specs[name].side(side)
         key = ("projection", name, side)
         fits[name, side] = SubspaceFit(key, width, dim, dim, seed, device, whole_up_to=_WHOLE_UP_TO)
     return fits
@@ -114,10 +112,6 @@ def fit_eigenbases(
             )
         found[name, side] = pairs.vectors
     return found
-
-
-def _nowhere(side: Side, rows: torch.Tensor) -> None:
-    pass
 
 
 class _Sides(Capture):
@@ -171,17 +165,17 @@ def walk_model(
     wide = {
         name: replace(
             spec,
-            d_in=spec.width_in if (name, "in") in sides else min(spec.d_in, 1),
-            d_out=spec.width_out if (name, "out") in sides else min(spec.d_out, 1),
+            d_in=spec.width_in if (name, "in") in sides else 1,
+            d_out=spec.width_out if (name, "out") in sides else 1,
         )
         for name, spec in specs.items()
     }
     capture = _Sides(model, layers, wide, Projections(wide, 0), loss, autocast)
 
     def walk(sink: Sink) -> None:
-        batches = lockstep(model, examples.select(ids), lambda: next(iter(examples.batches())))
+        batches = lockstep(model, examples.select(ids), lambda: first_batch(examples))
         for (part, batch), counts in batches:
-            capture.sink = sink if counts else _nowhere
+            capture.sink = sink if counts else lambda side, rows: None
             capture.gradients(part, batch)
 
     return walk

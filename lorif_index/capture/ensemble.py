@@ -12,15 +12,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..config import LayerSelection
 from ..errors import DataError, LorifError
 from .layers import TrackedLayer, select_layers, supported
-from .losses import LogitsOf, PerExample
-from .probes import Probes
+from .losses import PerExample
 from .sharded import unwrapped
 
 
@@ -132,46 +130,3 @@ def summed(model: nn.Module, function: PerExample) -> PerExample:
         return torch.stack(parts).sum(dim=0)
 
     return total
-
-
-class EnsembleProbes(Probes):
-    """The probes of all members at once: each has its own logits and, from the second on, its own signs.
-
-    Args:
-        members: how many there are.
-        logits, probes, seed, examples: as for `Probes`.
-    """
-
-    def __init__(self, members: int, logits: LogitsOf, probes: int | None, seed: int, examples: int) -> None:
-        super().__init__(logits, probes, seed, examples)
-        self._members = [Probes(logits, probes, seed, examples, member) for member in range(members)]
-
-    def prepare(self, model: nn.Module, batch: Any) -> None:
-        """Decides, by the form of the logits of a batch, how many rows an example has.
-
-        Raises:
-            DataError: members whose logits have different forms.
-        """
-        for probes, member in zip(self._members, members_of(model), strict=True):
-            probes.prepare(member, batch)
-        first = self._members[0]
-        for number, probes in enumerate(self._members):
-            if (probes.each, probes.exact) != (first.each, first.exact):
-                raise DataError(
-                    f"the logits of model[0] take {first.each} curvature rows an example and those of model[{number}] "
-                    f"{probes.each}: pass members of one form, or BuildConfig(probes=...)"
-                )
-        self.each, self.exact = first.each, first.exact
-
-    def __call__(self, model: nn.Module, batch: Any, ids: np.ndarray) -> torch.Tensor:
-        """(rows, n), as `Probes` gives it, summed over members."""
-        parts = [p(member, batch, ids) for p, member in zip(self._members, members_of(model), strict=True)]
-        return torch.stack(parts).sum(dim=0)
-
-
-def probes_of(model: nn.Module, logits: LogitsOf, probes: int | None, seed: int, examples: int) -> Probes:
-    """The probes of a model or of an ensemble; arguments as for `Probes`."""
-    members = count_of(model)
-    if members is None:
-        return Probes(logits, probes, seed, examples)
-    return EnsembleProbes(members, logits, probes, seed, examples)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from ..errors import DataError
+from ..errors import DataError, NonFiniteError
+
+SIDES = ("in", "out")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ class LayerSpec:
         """D = d_in * d_out."""
         return self.d_in * self.d_out
 
+    def side(self, side: str) -> tuple[int, int]:
+        """(its own width, its projected width) of a side, "in" or "out"."""
+        return (self.width_in, self.d_in) if side == "in" else (self.width_out, self.d_out)
+
+    def projected(self, side: str) -> bool:
+        """Whether a side is projected, or keeps its own width."""
+        width, dim = self.side(side)
+        return dim < width
+
     @property
     def dense(self) -> bool:
         """Whether the rank is full, so that the gradient itself is stored."""
@@ -49,22 +60,24 @@ class LayerSpec:
 class LayerGradient:
     """Gradients of n examples in one layer, (n, a, b), dense or as a pair with G = left right^T.
 
-    Given in any floating point type and converted to float32 when first looked at, so that what is passed over is not.
+    Given in any floating point type and converted to float32 when looked at, so that what is passed over is not.
+
+    Attributes:
+        parts: the dense (n, a, b), or left (n, a, m) and right (n, b, m), as they were given.
     """
 
-    __slots__ = ("_dense", "_pair")
+    __slots__ = ("parts",)
 
-    def __init__(self, dense: torch.Tensor | None, pair: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self._dense = dense
-        self._pair = pair
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self.parts = tuple(parts)
 
     @classmethod
     def from_dense(cls, dense: torch.Tensor) -> LayerGradient:
-        return cls(dense, None)
+        return cls((dense,))
 
     @classmethod
     def from_pair(cls, left: torch.Tensor, right: torch.Tensor) -> LayerGradient:
-        return cls(None, (left, right))
+        return cls((left, right))
 
     @classmethod
     def of(cls, value: Any, what: str) -> LayerGradient:
@@ -91,78 +104,53 @@ class LayerGradient:
     @property
     def pair(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(left (n, a, m), right (n, b, m)) float32, or None where the gradient is dense."""
-        if self._pair is None:
-            return None
-        return self._pair[0].to(torch.float32), self._pair[1].to(torch.float32)
-
-    @property
-    def _any(self) -> torch.Tensor:
-        return self._dense if self._dense is not None else self._pair[0]  # type: ignore[index]
+        return None if len(self.parts) == 1 else (self.parts[0].float(), self.parts[1].float())
 
     @property
     def count(self) -> int:
-        return int(self._any.shape[0])
+        return len(self.parts[0])
 
     @property
     def shape(self) -> tuple[int, int]:
         """(a, b) of one example's gradient."""
-        if self._pair is not None:
-            return int(self._pair[0].shape[1]), int(self._pair[1].shape[1])
-        return int(self._any.shape[1]), int(self._any.shape[2])
+        first, last = self.parts[0], self.parts[-1]
+        return int(first.shape[1]), int(last.shape[2 if last is first else 1])
 
     @property
     def device(self) -> torch.device:
-        return self._any.device
+        return self.parts[0].device
 
     def dense(self) -> torch.Tensor:
         """(n, a, b) float32."""
-        if self._dense is not None:
-            return self._dense.to(torch.float32)
-        left, right = self.pair  # type: ignore[misc]
-        return torch.bmm(left, right.transpose(1, 2))
+        pair = self.pair
+        return self.parts[0].float() if pair is None else torch.bmm(pair[0], pair[1].mT)
 
     def flat(self) -> torch.Tensor:
         """(n, a * b) float32."""
-        dense = self.dense()
-        return dense.reshape(dense.shape[0], -1)
+        return self.dense().flatten(1)
 
     def select(self, rows: torch.Tensor) -> LayerGradient:
-        if self._pair is not None:
-            return LayerGradient(None, (self._pair[0][rows], self._pair[1][rows]))
-        return LayerGradient(self._any[rows], None)
-
-    def negated(self) -> LayerGradient:
-        return self.scaled(-1.0)
+        return LayerGradient([part[rows] for part in self.parts])
 
     def scaled(self, factor: float) -> LayerGradient:
-        if self._pair is not None:
-            return LayerGradient(None, (self._pair[0] * factor, self._pair[1]))
-        return LayerGradient(self._any * factor, None)
+        return LayerGradient([self.parts[0] * factor, *self.parts[1:]])
 
-    def squares(self) -> float:
-        """Sum of the squares of all entries, in float64."""
-        if self.pair is not None:
-            left, right = (p.double() for p in self.pair)
-            return float((torch.bmm(left.mT, left) * torch.bmm(right.mT, right)).sum())
-        return float(torch.linalg.vector_norm(self.flat().double(), dim=1).square().sum())
+    def squared_norms(self) -> torch.Tensor:
+        """(n,) float64."""
+        pair = self.pair
+        if pair is None or pair[0].shape[2] >= min(self.shape):
+            return torch.linalg.vector_norm(self.flat().double(), dim=1).square()
+        # |L R^T|^2 = <L^T L, R^T R>, without the product of many by many features.
+        left, right = (torch.bmm(part.mT, part) for part in (pair[0].double(), pair[1].double()))
+        return (left * right).sum(dim=(1, 2)).clamp(min=0.0)
 
     def total(self) -> torch.Tensor:
         """() float32: a sum that is inf or NaN if any entry is (and, of very large ones, by itself)."""
-        parts = self._pair if self._pair is not None else (self._any,)
-        sums = [part.sum(dtype=torch.float32) for part in parts]
-        return sums[0] if len(sums) == 1 else sums[0] + sums[1]
+        return torch.stack([part.sum(dtype=torch.float32) for part in self.parts]).sum()
 
     def finite(self) -> torch.Tensor:
         """(n,) bool: no inf or NaN."""
-        parts = self._pair if self._pair is not None else (self._any,)
-        flags = [_finite(p.flatten(1)) for p in parts]
-        return flags[0] if len(flags) == 1 else flags[0] & flags[1]
-
-
-def _finite(rows: torch.Tensor) -> torch.Tensor:
-    # A sum is not finite if a term is not: one cheap read settles the usual case. (It may overflow on its own.)
-    flags = torch.isfinite(rows.sum(dim=1))
-    return flags if bool(flags.all()) else torch.isfinite(rows).all(dim=1)
+        return torch.stack([torch.isfinite(part.flatten(1)).all(dim=1) for part in self.parts]).all(dim=0)
 
 
 def _tensor(value: Any, what: str) -> torch.Tensor:
@@ -206,17 +194,45 @@ def energies(block: GradientBlock) -> np.ndarray:
     """(n,) float32: squared norms of the examples' gradients, over all layers."""
     total = torch.zeros(block.count, dtype=torch.float64)
     for gradient in block.layers.values():
-        total += _squared_norms(gradient).double().cpu()
+        total += gradient.squared_norms().cpu()
     return total.clamp(max=torch.finfo(torch.float32).max).float().numpy()
 
 
-def _squared_norms(gradient: LayerGradient) -> torch.Tensor:
-    pair = gradient.pair
-    if pair is None or pair[0].shape[2] >= min(gradient.shape):
-        return gradient.flat().square().sum(dim=1)
-    # |L R^T|^2 = <L^T L, R^T R>, without the product of many by many features.
-    left, right = (torch.bmm(part.transpose(1, 2), part) for part in pair)
-    return (left * right).sum(dim=(1, 2)).clamp(min=0.0)
+def keep_finite(block: GradientBlock, policy: str, skipped: list[int], what: str = "example") -> GradientBlock:
+    """Applies the policy for examples with inf or NaN in any layer.
+
+    Args:
+        policy: "error" or "skip".
+        skipped: ids left out are appended.
+        what: the examples are, for the message.
+
+    Raises:
+        NonFiniteError: under "error", with the example's id and layer.
+    """
+    totals = [gradient.total() for gradient in block.layers.values()]
+    if bool(torch.isfinite(torch.stack([total.to(totals[0].device) for total in totals])).all()):
+        # The usual case, for which a GPU is waited for once, and not for each layer.
+        return block
+    fine = np.ones(block.count, dtype=bool)
+    for name, gradient in block.layers.items():
+        flags = gradient.finite().cpu().numpy()
+        if policy == "error" and not flags.all():
+            skip = ", or pass on_nonfinite='skip' to leave such examples out and have their ids recorded"
+            raise NonFiniteError(
+                f"the gradient of {what} {block.ids[~flags][0]} in layer {name!r} has inf or NaN: look at that "
+                f"example, or compute in a wider dtype{skip if what == 'example' else ''}"
+            )
+        fine &= flags
+    skipped.extend(block.ids[~fine].tolist())
+    return block.select(np.flatnonzero(fine))
+
+
+def finite_blocks(blocks: Iterable[GradientBlock], policy: str, skipped: list[int]) -> Iterator[GradientBlock]:
+    """Blocks without the examples that have inf or NaN, or the error that names one (see `keep_finite`)."""
+    for block in blocks:
+        kept = keep_finite(block, policy, skipped)
+        if kept.count:
+            yield kept
 
 
 class GradientSource(Protocol):

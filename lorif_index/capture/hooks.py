@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import CaptureError, NonFiniteError
+from ..errors import CaptureError
 from ..linalg.projection import Projections
 from .data import Batch, batch_count, to_device
 from .gradients import GradientBlock, LayerGradient, LayerSpec
@@ -69,6 +69,11 @@ class Capture:
         projections: the shared projections.
         function: loss(model, batch) -> (n,), or a measure.
         autocast: None, "bfloat16" or "float16".
+
+    Attributes:
+        device: that batches are put on, and gradients are gathered on.
+        half: whether anything is computed in half precision.
+        scale: what losses are multiplied by before they are differentiated; gradients are divided by it again.
     """
 
     def __init__(
@@ -97,13 +102,8 @@ class Capture:
         self.device = device_of(model)
         self._in_step = needs_lockstep(model)
         half = autocast == "float16" or half_of(model)
-        self._scale = _HALF_LOSS_SCALE if half else 1.0
+        self.scale = _HALF_LOSS_SCALE if half else 1.0
         self.half = half or autocast is not None or any(p.dtype == torch.bfloat16 for p in model.parameters())
-
-    @property
-    def scale(self) -> float:
-        """What losses are multiplied by before they are differentiated; gradients are divided by it again."""
-        return self._scale
 
     def gradients(
         self, ids: np.ndarray, batch: Batch, *, require_all: bool = False, watch: Watch | None = None
@@ -123,11 +123,7 @@ class Capture:
             CaptureError: rows that cannot be mapped to examples, examples that depend on each other, a layer without
                 gradient; each names the module.
         """
-        self._watch = watch
-        try:
-            (block,) = self._run(ids, batch, self._one_row, require_all)
-        finally:
-            self._watch = None
+        (block,) = self._run(ids, batch, self._one_row, require_all, watch)
         return block
 
     def trust(self) -> Capture:
@@ -142,16 +138,9 @@ class Capture:
         return wide[:, : use.outputs].reshape(len(matrix), int(getattr(use.module, "groups", 1)), -1)
 
     def several(self, ids: np.ndarray, batch: Batch, functions: PerExample) -> list[GradientBlock]:
-        """Gradients of several functions of the same batch, from one forward pass and a backward pass each.
-
-        Args:
-            ids, batch: as in `gradients`.
-            functions: functions(model, batch) -> (rows, n).
-
-        Returns:
-            one block a row; raises as `gradients` does.
-        """
-        return self._run(ids, batch, functions, False)
+        """Gradients of several functions of the same batch, functions(model, batch) -> (rows, n), from one forward pass
+        and a backward pass each: one block a row; raises as `gradients` does."""
+        return self._run(ids, batch, functions)
 
     def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:
         """Plain autograd: the gradients of some parameters, times `scale`, for whoever has hooked them."""
@@ -161,20 +150,27 @@ class Capture:
             batch = to_device(batch, self.device)
             with self._casting():
                 losses = self._function(self.model, batch)
-            (losses.sum() * self._scale).backward()
+            (losses.sum() * self.scale).backward()
 
     def look(self, batch: Batch, function: Callable[[nn.Module, Any], None]) -> None:
         """Calls function(model, batch) as the passes do: on the model's device, in eval mode, left as it was found."""
         with _left_as_found(self.model), self._casting():
             function(self.model, to_device(batch, self.device))
 
-    def _run(self, ids: np.ndarray, batch: Batch, functions: PerExample, require_all: bool) -> list[GradientBlock]:
+    def _run(
+        self,
+        ids: np.ndarray,
+        batch: Batch,
+        functions: PerExample,
+        require_all: bool = False,
+        watch: Watch | None = None,
+    ) -> list[GradientBlock]:
         batch = to_device(batch, self.device)
         self._n = batch_count(batch)
         if self._n != len(ids):
             raise CaptureError(f"the batch holds {self._n} examples where {len(ids)} were expected")
         blocks = []
-        self._called, self._graded = set(), set()
+        self._called, self._graded, self._watch = set(), set(), watch
         try:
             with self._hooked():
                 with self._casting():
@@ -185,7 +181,7 @@ class Capture:
                 for number, row in enumerate(rows):
                     self._sums = {layer.name: _Sum() for layer in self._layers}
                     if row.requires_grad:
-                        (row.sum() * self._scale).backward(retain_graph=number + 1 < len(rows))
+                        (row.sum() * self.scale).backward(retain_graph=number + 1 < len(rows))
                     self._check_graded()
                     if require_all:
                         self._check_reached(row)
@@ -193,9 +189,7 @@ class Capture:
                     blocks.append(GradientBlock(ids, results))
             return blocks
         finally:
-            self._active = False
-            self._probing = None
-            self._sums = {}
+            self._active, self._probing, self._watch, self._sums = False, None, None, {}
 
     def _rows(self, functions: PerExample, ids: np.ndarray, batch: Batch) -> torch.Tensor:
         """What is differentiated. An error in the user's code, or in the model's, says which examples it met."""
@@ -235,15 +229,13 @@ class Capture:
     def _one_row(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The loss or measure as (1, n)."""
         losses = self._function(model, batch)
-        if isinstance(losses, torch.Tensor):
-            losses = full(losses)
-        if not isinstance(losses, torch.Tensor) or losses.ndim != 1 or losses.shape[0] != self._n:
-            got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        if got != (self._n,):
             raise CaptureError(
                 f"the loss must give one value per example, shape ({self._n},), but gave {got}: "
                 "leave its examples unreduced (reduction='none') and sum over positions only"
             )
-        return losses.unsqueeze(0)
+        return full(losses).unsqueeze(0)
 
     def _forward_hook(self, layer: str, use: Use) -> Callable[..., torch.Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
@@ -261,15 +253,17 @@ class Capture:
             # The first tracked module of the graph: nothing before it needs gradients.
             replaced = None if output.requires_grad else fresh(output)
             target = output if replaced is None else replaced
-            spread = _spread(use)
+            # Some quantised modules have no weight of that name.
+            spread = spread_of(getattr(module, "weight", None), inputs_first=stored_inputs_first(module))
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 x = x.detach()
                 padded = None
                 if isinstance(module, nn.Embedding):
                     x = full(x)
                     padded = None if module.padding_idx is None else torch.eq(x, module.padding_idx)
+                inputs = _columns(use, x, spread, "input").map(lambda own: positions(use, own))
                 # Projected now: the model may change its input in place later, and the projection is smaller.
-                left = self._project_input(layer, use, _inputs(use, x, spread), output.dtype)
+                left = self._project_input(layer, use, inputs, output.dtype)
             target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
             return replaced
 
@@ -285,14 +279,11 @@ class Capture:
 
     def _project_input(self, layer: str, use: Use, x: Columns, dtype: torch.dtype) -> torch.Tensor:
         """X P as (n, positions, d) or (n, positions, groups, d); on the output side's projection where transposed."""
-        side = "out" if use.transposed else "in"
-        spec = self._specs[layer]
-        width = spec.width_out if use.transposed else spec.width_in
         work = torch.float64 if dtype == torch.float64 else torch.float32
-        matrix = self._projections.side(layer, side, x.local.device, work)
+        matrix, width = self._side(layer, use.transposed, x.local.device, work)
         if isinstance(use.module, nn.Embedding):
             return matrix[x.local] if matrix is not None else functional.one_hot(x.local, width).to(work)
-        x = x.to(work)
+        x = x.map(lambda own: own.to(work))
         if matrix is None:
             extra, whole = width - use.inputs, x.whole()
             return functional.pad(whole, (0, extra), value=1.0 if use.bias else 0.0) if extra else whole
@@ -300,15 +291,17 @@ class Capture:
         return projected + matrix[use.inputs] if use.bias else projected
 
     def _project_output(self, layer: str, use: Use, dy: Columns) -> torch.Tensor:
-        side = "in" if use.transposed else "out"
-        spec = self._specs[layer]
-        width = spec.width_in if use.transposed else spec.width_out
-        matrix = self._projections.side(layer, side, dy.local.device, dy.local.dtype)
+        matrix, width = self._side(layer, not use.transposed, dy.local.device, dy.local.dtype)
         if matrix is None:
             # A tied use may carry a bias this one has not: its column stays empty here.
             extra, whole = width - use.outputs, dy.whole()
             return functional.pad(whole, (0, extra)) if extra else whole
         return dy.times(matrix[: use.outputs])
+
+    def _side(self, layer: str, out: bool, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor | None, int]:
+        """A side's projection, if it has one, and its own width."""
+        side = "out" if out else "in"
+        return self._projections.side(layer, side, device, dtype), self._specs[layer].side(side)[0]
 
     def _collect(
         self,
@@ -325,7 +318,7 @@ class Capture:
             return
         self._check_rows(use, dy, "output gradient")
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            part = _outputs(use, dy.detach(), spread).to(left.dtype)
+            part = _columns(use, dy.detach(), spread, "output").map(lambda own: own.to(left.dtype))
             if padded is not None:
                 part = part.map(lambda own: own.masked_fill(padded.unsqueeze(-1), 0.0))
             part = part.map(lambda own: output_positions(use, own))
@@ -376,12 +369,12 @@ class Capture:
     def _result(self, layer: str) -> LayerGradient:
         total, spec = self._sums[layer], self._specs[layer]
         if total.pairs:
-            left = torch.cat([pair[0] for pair in total.pairs], dim=1).transpose(1, 2) / self._scale
+            left = torch.cat([pair[0] for pair in total.pairs], dim=1).transpose(1, 2) / self.scale
             right = torch.cat([pair[1] for pair in total.pairs], dim=1).transpose(1, 2)
             return LayerGradient.from_pair(left.float(), right.float())
         if total.dense is None:
             return LayerGradient.from_dense(torch.zeros(self._n, spec.d_in, spec.d_out, device=self.device))
-        return LayerGradient.from_dense((total.dense / self._scale if self._scale != 1 else total.dense).float())
+        return LayerGradient.from_dense((total.dense / self.scale if self.scale != 1 else total.dense).float())
 
     # -- checks --------------------------------------------------------------------------------------------------
 
@@ -430,29 +423,14 @@ class Capture:
                 raise CaptureError(f"layer {layer.name!r} got no gradient: it {how}: {_REMEDY}")
 
 
-def _spread(use: Use) -> Spread:
-    # Some quantised modules have none of that name.
-    weight = getattr(use.module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return Spread()
-    return spread_of(weight, inputs_first=stored_inputs_first(use.module))
-
-
-def _inputs(use: Use, x: torch.Tensor, spread: Spread) -> Columns:
-    """A module's input as (n, positions, this rank's inputs)."""
-    if isinstance(use.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
-        # Indices, or patches that take more than the last dimension.
-        return Columns(positions(use, full(x)), 0, use.inputs)
-    return columns_of(x, use.inputs, spread.inputs, f"the input of module {use.name!r}").map(
-        lambda own: positions(use, own)
-    )
-
-
-def _outputs(use: Use, dy: torch.Tensor, spread: Spread) -> Columns:
-    """The gradient at a module's output: this rank's columns."""
-    if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
-        return Columns(full(dy), 0, use.outputs)
-    return columns_of(dy, use.outputs, spread.outputs, f"the output of module {use.name!r}")
+def _columns(use: Use, tensor: torch.Tensor, spread: Spread, what: str) -> Columns:
+    """This rank's columns of a module's input, or of the gradient at its output."""
+    # Indices, and patches that take more than the last dimension, are whole.
+    whole = (nn.Conv1d, nn.Conv2d, nn.Embedding) if what == "input" else (nn.Conv1d, nn.Conv2d)
+    width, share = (use.inputs, spread.inputs) if what == "input" else (use.outputs, spread.outputs)
+    if isinstance(use.module, whole):
+        return Columns(full(tensor), 0, width)
+    return columns_of(tensor, width, share, f"the {what} of module {use.name!r}")
 
 
 @contextmanager
@@ -494,38 +472,3 @@ def _listed(ids: np.ndarray) -> str:
         return f"{ids[0]} to {ids[-1]}"
     shown = ", ".join(str(i) for i in ids[:64])
     return shown if len(ids) <= 64 else f"{shown}, ..."
-
-
-def keep_finite(block: GradientBlock, policy: str, skipped: list[int], what: str = "example") -> GradientBlock:
-    """Applies the policy for examples with inf or NaN in any layer.
-
-    Args:
-        policy: "error" or "skip".
-        skipped: ids left out are appended.
-        what: the examples are, for the message.
-
-    Raises:
-        NonFiniteError: under "error", with the example's id and layer.
-    """
-    totals = [gradient.total() for gradient in block.layers.values()]
-    if bool(torch.isfinite(torch.stack([total.to(totals[0].device) for total in totals])).all()):
-        # The usual case, for which a GPU is waited for once, and not for each layer.
-        return block
-    fine = np.ones(block.count, dtype=bool)
-    for name, gradient in block.layers.items():
-        finite = gradient.finite()
-        if bool(finite.all()):
-            continue
-        flags = finite.cpu().numpy()
-        if policy == "error":
-            bad = int(block.ids[int(np.flatnonzero(~flags)[0])])
-            skip = ", or pass on_nonfinite='skip' to leave such examples out and have their ids recorded"
-            raise NonFiniteError(
-                f"the gradient of {what} {bad} in layer {name!r} has inf or NaN: look at that example, or compute in a "
-                f"wider dtype{skip if what == 'example' else ''}"
-            )
-        fine &= flags
-    if fine.all():
-        return block
-    skipped.extend(int(i) for i in block.ids[~fine])
-    return block.select(np.flatnonzero(fine))

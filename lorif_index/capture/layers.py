@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,13 +89,6 @@ def _key(module: nn.Module) -> int:
     return id(module) if weight is None else id(weight)
 
 
-def _stored(module: nn.Module) -> torch.Tensor:
-    weight = module.weight
-    if not isinstance(weight, torch.Tensor):
-        raise CaptureError(f"{type(module).__name__}.weight is not a tensor")
-    return weight
-
-
 def _packed(module: nn.Module) -> bool:
     """Whether it is an `nn.Linear` whose weight is kept in a form of its own, as bitsandbytes' in four bits is."""
     if not isinstance(module, nn.Linear):
@@ -109,38 +103,36 @@ def stored_inputs_first(module: nn.Module) -> bool:
 
 
 def _describe(name: str, module: nn.Module, bias: bool) -> Use:
+    weight: Any = getattr(module, "weight", None)
     if is_quantised_linear(module) or _packed(module):
         # By name: a weight in four bits has another shape.
         inputs, outputs = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     elif stored_inputs_first(module):
-        inputs, outputs = _stored(module).shape
+        inputs, outputs = weight.shape
     else:
-        outputs, inputs = _stored(module).shape[0], _stored(module).shape[1:].numel()
+        outputs, inputs = weight.shape[0], weight.shape[1:].numel()
     has_bias = bias and getattr(module, "bias", None) is not None
     return Use(name, module, False, inputs, outputs, has_bias)
 
 
 def _refuse_unsupported_settings(use: Use) -> None:
-    module = use.module
-    if isinstance(module, nn.Embedding):
-        for setting in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(module, setting):
-                raise CaptureError(
-                    f"embedding {use.name!r} has {setting}={getattr(module, setting)!r}, whose gradient depends on the "
-                    f"batch or is not dense: exclude it, or build it without"
-                )
+    for setting in ("max_norm", "scale_grad_by_freq", "sparse") if isinstance(use.module, nn.Embedding) else ():
+        if value := getattr(use.module, setting):
+            raise CaptureError(
+                f"embedding {use.name!r} has {setting}={value!r}, whose gradient depends on the batch or is not dense: "
+                "exclude it, or build it without"
+            )
 
 
-def _default_exclusions(model: nn.Module, selection: LayerSelection) -> set[int]:
+def _default_exclusions(model: nn.Module, selection: LayerSelection, adapters: set[int], idle: set[int]) -> set[int]:
     """ids of modules that the default leaves out: embeddings, a language model's head, and what bypasses hooks."""
     out: set[int] = set()
     modules = {plain_name(name): m for name, m in model.named_modules()}
     embedding_weights = {_key(m) for m in modules.values() if isinstance(m, nn.Embedding)}
     head = _output_embeddings(model)
-    adapters, idle = _adapters(model)
-    only = selection.adapters == "only" or (selection.adapters == "auto" and bool(adapters))
+    only = selection.adapters == "auto" and bool(adapters)
     for name, module in modules.items():
-        if id(module) in idle or (id(module) in adapters and selection.adapters == "exclude"):
+        if id(module) in idle:
             out.add(id(module))
         elif id(module) in adapters:
             # A classifier's head that is trained with them, too.
@@ -215,8 +207,8 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
     for wanted in selection.types:
         if not any(wanted in names for names in bases.values()):
             raise ConfigError(f"layer type {wanted!r} matches none of the supported modules {_listed(candidates)}")
-    excluded = _default_exclusions(model, selection)
-    adapters = _adapters(model)[0] if selection.adapters != "auto" else set[int]()
+    adapters, idle = _adapters(model)
+    excluded = _default_exclusions(model, selection, adapters, idle)
     if selection.adapters == "only" and not adapters:
         raise ConfigError(
             "LayerSelection(adapters='only'), but the model has no active adapters of peft: leave adapters out, or "
@@ -280,16 +272,9 @@ def layer_specs(layers: list[TrackedLayer], config: BuildConfig) -> dict[str, La
         # A side whose own width is kept keeps the bias's column too; a projected one takes it in.
         d_in = layer.width_in if d_in >= first.inputs else d_in
         d_out = layer.width_out if d_out >= first.outputs else d_out
-        specs[layer.name] = LayerSpec(
-            name=layer.name,
-            width_in=layer.width_in,
-            width_out=layer.width_out,
-            d_in=d_in,
-            d_out=d_out,
-            rank=kept_rank(config.rank, d_in, d_out),
-            bias=layer.bias,
-            uses=tuple(use.name for use in layer.uses),
-        )
+        uses = tuple(use.name for use in layer.uses)
+        rank = kept_rank(config.rank, d_in, d_out)
+        specs[layer.name] = LayerSpec(layer.name, layer.width_in, layer.width_out, d_in, d_out, rank, layer.bias, uses)
     return specs
 
 

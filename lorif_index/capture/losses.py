@@ -146,18 +146,12 @@ def _pair_logits(logits: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, t
         raise DataError(f"the default loss takes integer targets, got {y.dtype}: pass loss=fn for a regression")
     last = logits.shape[:-1] == y.shape
     second = logits.ndim >= 2 and (logits.shape[0], *logits.shape[2:]) == tuple(y.shape)
-    if logits.ndim == 2 and last:
+    if last and (logits.ndim == 2 or not second):
         return logits, y
-    if last and second:
-        raise DataError(
-            f"logits {tuple(logits.shape)} and targets {tuple(y.shape)} can be read two ways (classes last or second): "
-            "pass loss=fn"
-        )
-    if last:
-        return logits, y
-    if second:
+    if second and not last:
         return logits.movedim(1, -1), y
-    raise DataError(f"logits {tuple(logits.shape)} do not fit targets {tuple(y.shape)}: pass loss=fn")
+    how = "can be read two ways (classes last or second) beside" if last else "do not fit"
+    raise DataError(f"logits {tuple(logits.shape)} {how} targets {tuple(y.shape)}: pass loss=fn")
 
 
 def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,19 +188,13 @@ def _dict_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tens
         )
     if mask is not None and mask.shape == labels.shape:
         labels = labels.masked_fill(mask == 0, IGNORE)
-    if _next_token(model):
+    unshifted = any(part in type(base_model(model)).__name__ for part in _UNSHIFTED)
+    if not unshifted and not _is_encoder_decoder(model):
         logits, labels = logits[:, :-1], labels[:, 1:]
         if mask is not None and mask.shape[1] == labels.shape[1] + 1:
             # Padding on the left: the first token is not predicted, least of all from padding.
             labels = labels.masked_fill(mask[:, :-1] == 0, IGNORE)
     return logits, labels
-
-
-def _next_token(model: nn.Module) -> bool:
-    """Whether labels are the inputs' next tokens: yes, but for encoder-decoder and masked language models, and for
-    classifiers of tokens."""
-    name = type(base_model(model)).__name__
-    return not _is_encoder_decoder(model) and not any(part in name for part in _UNSHIFTED)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import DataError
 from ..linalg.projection import keyed_generator
+from .ensemble import members_of
 from .losses import IGNORE, LogitsOf, checked_logits
 
 # Up to so many classes of a single prediction, rows may be exact.
@@ -30,7 +32,8 @@ ROWS, MOST_PROBES = 16_384, 4
 
 
 class Probes:
-    """The functions of a model whose gradients are an example's curvature rows.
+    """The functions of a model whose gradients are an example's curvature rows; of an ensemble, the sums of its
+    members', each of which has logits and signs of its own.
 
     Args:
         logits: which logits the loss is the cross-entropy of.
@@ -38,32 +41,39 @@ class Probes:
             from 1 to `MOST_PROBES`, or exact rows where there are at most `EXACT_UP_TO` classes, up to 2 `ROWS`.
         seed: of the signs.
         examples: how many there will be.
-        member: number of the model in an ensemble; each has signs of its own.
 
     Attributes:
         each: rows of an example; known after `prepare`.
         exact: whether they add up to the example's GGN, or each is an estimate of it.
     """
 
-    def __init__(self, logits: LogitsOf, probes: int | None, seed: int, examples: int, member: int = 0) -> None:
-        self._logits = logits
-        self._key: tuple[object, ...] = (seed, "ggn", member) if member else (seed, "ggn")
-        self._free = probes is None
-        self._examples = examples
+    def __init__(self, logits: LogitsOf, probes: int | None, seed: int, examples: int) -> None:
+        self._logits, self._probes, self._seed, self._examples = logits, probes, seed, examples
         self.each = min(max(-(-ROWS // examples), 1), MOST_PROBES) if probes is None else probes
         self.exact = False
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
-        """Decides, by the form of the logits of a batch, how many rows an example has."""
-        with torch.no_grad():
-            logits, _ = checked_logits(self._logits(model, batch))
-        classes = int(logits.shape[-1])
-        if not self._free:
+        """Decides, by the form of the logits of a batch, how many rows an example has.
+
+        Raises:
+            DataError: members whose logits have different forms.
+        """
+        if self._probes is not None:
             return
-        if logits.ndim > 2:
-            self.each = 1
-        elif classes <= EXACT_UP_TO and classes * self._examples <= 2 * ROWS:
-            self.exact, self.each = True, classes
+        forms = []
+        for member in members_of(model):
+            with torch.no_grad():
+                logits, _ = checked_logits(self._logits(member, batch))
+            classes = int(logits.shape[-1])
+            exact = logits.ndim == 2 and classes <= EXACT_UP_TO and classes * self._examples <= 2 * ROWS
+            forms.append((1 if logits.ndim > 2 else classes if exact else self.each, exact))
+        for number, (each, exact) in enumerate(forms):
+            if (each, exact) != forms[0]:
+                raise DataError(
+                    f"the logits of model[0] take {forms[0][0]} curvature rows an example and those of model[{number}] "
+                    f"{each}: pass members of one form, or BuildConfig(sample=Sample(probes=...))"
+                )
+        self.each, self.exact = forms[0]
 
     @property
     def rows_per_example(self) -> int:
@@ -77,6 +87,10 @@ class Probes:
             model, batch: as for a loss.
             ids: (n,) of the examples; signs depend on them and not on the batch.
         """
+        rows = [self._rows(member, batch, ids, number) for number, member in enumerate(members_of(model))]
+        return torch.stack(rows).sum(dim=0)
+
+    def _rows(self, model: nn.Module, batch: Any, ids: np.ndarray, member: int) -> torch.Tensor:
         logits, labels = checked_logits(self._logits(model, batch))
         # (n, positions, C), a single prediction being one position.
         logits = logits.float().reshape(len(ids), -1, logits.shape[-1])
@@ -84,7 +98,7 @@ class Probes:
             p = logits.softmax(dim=-1)
             shown = (labels.reshape(len(ids), -1, 1) != IGNORE).to(p.dtype)
         rows = []
-        signs = None if self.exact else self._signs(ids, p)
+        signs = None if self.exact else self._signs(ids, p, member)
         for number in range(self.each):
             with torch.no_grad():
                 if signs is None:
@@ -98,13 +112,14 @@ class Probes:
             rows.append((logits * v).flatten(1).sum(dim=1))
         return torch.stack(rows)
 
-    def _signs(self, ids: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    def _signs(self, ids: np.ndarray, like: torch.Tensor, member: int = 0) -> torch.Tensor:
         """(rows, n, positions, C) of +-1, drawn on the CPU; longer padding leaves an example's own as they are."""
         _, positions, classes = like.shape
+        key = (self._seed, "ggn", member) if member else (self._seed, "ggn")
         bits = positions * self.each * classes
         drawn = np.empty((len(ids), bits), dtype=np.uint8)
         for row, i in zip(drawn, ids.tolist(), strict=True):
-            raw = keyed_generator(*self._key, i).random_raw(-(-bits // 64)).astype("<u8")
+            raw = keyed_generator(*key, i).random_raw(-(-bits // 64)).astype("<u8")
             row[:] = np.unpackbits(raw.view(np.uint8), count=bits, bitorder="little")
         signs = torch.from_numpy(drawn).to(like.device).reshape(len(ids), positions, self.each, classes)
         return signs.permute(2, 0, 1, 3).to(like.dtype).mul_(2.0).sub_(1.0)

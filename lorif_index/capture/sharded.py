@@ -7,7 +7,7 @@ module sees some columns of its input or of its output's gradient. A projection 
 X P = sum_ranks X[:, own] P[own], so that each rank projects its own columns and the small results are added up: no side
 is ever gathered that is projected.
 
-Nothing of torch.distributed is imported until a model has brought it along.
+Neither FSDP2 nor DTensor is imported until a model has brought it along.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError, DataError
+from ..ranks import Ranks
 
 T = TypeVar("T")
 
@@ -72,9 +73,6 @@ class Columns:
         out = self.local.new_zeros(*self.local.shape[:-1], self.width)
         out[..., self.start : self.start + self.local.shape[-1]] = self.local
         return self._added(out)
-
-    def to(self, dtype: torch.dtype) -> Columns:
-        return Columns(self.local.to(dtype), self.start, self.width, self.group)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Columns:
         """The columns after a function that leaves the last dimension alone."""
@@ -134,8 +132,7 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was applied to."""
-    there = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(there, "FSDPModule", None)
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
 
 
@@ -187,12 +184,8 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def lockstep(model: nn.Module, batches: Iterator[T], spare: Callable[[], T]) -> Iterator[tuple[T, bool]]:
     """(batch, whether it is one) until no rank has any left: a rank that has none repeats its last, or takes `spare()`.
 
-    Where the model needs no lockstep these are the batches alone. All ranks must walk to the end.
-
-    Args:
-        model: run once, in the same way, for each batch that is handed out.
-        batches: of this rank.
-        spare: a batch for a rank that never had one.
+    The model is run once, in the same way, for each batch that is handed out; all ranks must walk to the end. Where the
+    model needs no lockstep these are the batches alone.
     """
     if not needs_lockstep(model):
         for batch in batches:
@@ -265,11 +258,7 @@ def data_ranks(model: nn.Module | None) -> DataRanks:
         return DataRanks(0, 1, True)
     rank = torch.distributed.get_rank()
     leader = min(_replicas(unwrapped(model), rank) if model is not None else {rank})
-    on_cpu = "cpu:" in torch.distributed.get_backend_config()
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-    found = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(found, torch.tensor([leader], device=device))
-    leaders = sorted({int(one) for one in found})
+    leaders = sorted(set(Ranks.of(True).gather_values(leader)))
     return DataRanks(leaders.index(leader), len(leaders), rank == leader)
 
 
@@ -306,8 +295,7 @@ def _replicas(model: nn.Module, rank: int) -> set[int]:
 
 
 def is_dtensor(tensor: object) -> bool:
-    there = sys.modules.get("torch.distributed.tensor")
-    kind = getattr(there, "DTensor", None)
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(tensor, kind)
 
 
@@ -328,41 +316,41 @@ def fresh(output: torch.Tensor) -> torch.Tensor:
     return output.requires_grad_().clone()
 
 
+Share = tuple[Any, int, int]
+"""(group, start, end) of this rank's columns of a side that is spread."""
+
+
 @dataclass(frozen=True)
 class Spread:
-    """How a weight is spread by tensor parallelism, as far as plain tensors beside it do not show it.
+    """This rank's shares of a weight's sides under tensor parallelism; None where it has all of one."""
 
-    Attributes:
-        inputs, outputs: (group, start, end) of this rank's share of the weight's sides; None where it has all of one.
-    """
-
-    inputs: tuple[Any, int, int] | None = None
-    outputs: tuple[Any, int, int] | None = None
+    inputs: Share | None = None
+    outputs: Share | None = None
 
 
-def spread_of(weight: torch.Tensor, *, inputs_first: bool) -> Spread:
+def spread_of(weight: Any, *, inputs_first: bool) -> Spread:
     """The shares of a weight (outputs, inputs), or (inputs, outputs), as it is while its module runs."""
     if not is_dtensor(weight) or weight.ndim != 2:
         return Spread()
     from torch.distributed.tensor import Shard
 
-    sides: dict[int, tuple[Any, int, int]] = {}
-    mesh = weight.device_mesh  # type: ignore[attr-defined]
-    for dim, placement in enumerate(weight.placements):  # type: ignore[attr-defined]
+    sides: dict[int, Share] = {}
+    mesh = weight.device_mesh
+    for dim, placement in enumerate(weight.placements):
         # Of the strided kind the columns do not lie together.
         if type(placement) is Shard:
             sides[placement.dim % 2] = _share(mesh, dim, weight.shape[placement.dim])
     return Spread(sides.get(0 if inputs_first else 1), sides.get(1 if inputs_first else 0))
 
 
-def _share(mesh: Any, dim: int, width: int) -> tuple[Any, int, int]:
-    """(group, start, end) of this rank's columns: as torch.chunk cuts."""
+def _share(mesh: Any, dim: int, width: int) -> Share:
+    """As torch.chunk cuts."""
     size = -(-width // mesh.size(dim))
     start = min(mesh.get_local_rank(dim) * size, width)
     return mesh.get_group(dim), start, min(start + size, width)
 
 
-def columns_of(tensor: torch.Tensor, width: int, share: tuple[Any, int, int] | None, what: str) -> Columns:
+def columns_of(tensor: torch.Tensor, width: int, share: Share | None, what: str) -> Columns:
     """This rank's columns of a module's input or of its output's gradient.
 
     Args:
@@ -440,7 +428,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor = tensor.detach()
         if tensor.is_meta:
-            tensor = _offloaded(model, name)
+            tensor = torch.as_tensor(_brought_in(model, name)[name.rpartition(".")[2]])
         elif is_dtensor(tensor):
             device = _mesh_device(tensor.device_mesh)  # type: ignore[attr-defined]
             tensor = full(tensor if tensor.device == device else tensor.to(device))
@@ -456,14 +444,6 @@ def check_weights(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         if p.is_meta:
             _brought_in(model, name)
-
-
-def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
-    """A weight that is brought in when its module runs."""
-    found = _brought_in(model, name)[name.rpartition(".")[2]]
-    if not isinstance(found, torch.Tensor):
-        raise DataError(f"parameter {name!r} is offloaded as a {type(found).__name__}, which is no tensor")
-    return found
 
 
 def _brought_in(model: nn.Module, name: str) -> Mapping[str, Any]:

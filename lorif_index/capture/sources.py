@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import nn
 from ..config import BuildConfig, CurvatureRows
 from ..errors import ConfigError, DataError
 from ..linalg.projection import Projections
-from .data import ExampleSource, as_source
+from .data import ExampleSource, as_source, digest_of, feed, first_batch
 from .eigenbases import Walk, walk_model
 from .ensemble import summed, tracked_layers
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
-from .hooks import Capture, keep_finite
+from .hooks import Capture
 from .layers import TrackedLayer, kept_rank, layer_specs
 from .losses import PerExample, default_loss
 from .probes import Probes
@@ -43,7 +44,7 @@ class ModelGradients:
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
         stop = self.count if stop is None else stop
-        for ids, block in self._blocks(self._span(start, stop)):
+        for ids, block in self._gradients(self._span(start, stop)):
             # A batch may begin before `start` and end after `stop`: it is computed whole, so that its rows depend
             # neither on where an interrupted build went on nor on how many ranks share the data.
             yield block.select(np.flatnonzero((ids >= start) & (ids < stop)))
@@ -57,20 +58,15 @@ class ModelGradients:
                 return
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
-        for _, block in self._blocks(self._examples.select(ids)):
-            yield block
+        return (block for _, block in self._gradients(self._examples.select(ids)))
 
-    def _blocks(self, batches: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[np.ndarray, GradientBlock]]:
-        for (ids, batch), counts in lockstep(self._capture.model, batches, lambda: _first(self._examples)):
-            block = self._take(ids, batch)
+    def _gradients(self, batches: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[np.ndarray, GradientBlock]]:
+        for (ids, batch), counts in lockstep(self._capture.model, batches, lambda: first_batch(self._examples)):
+            # The first batch must reach every tracked layer; later ones may leave out a conditional branch.
+            block = self._capture.gradients(ids, batch, require_all=not self._reached)
+            self._reached = True
             if counts:
                 yield ids, block
-
-    def _take(self, ids: np.ndarray, batch: Any) -> GradientBlock:
-        # The first batch must reach every tracked layer; later ones may leave out a conditional branch.
-        block = self._capture.gradients(ids, batch, require_all=not self._reached)
-        self._reached = True
-        return block
 
 
 class ProbedGradients:
@@ -81,25 +77,18 @@ class ProbedGradients:
         self._examples = examples
         self.probes = probes
         self.count = examples.count
-        capture.look(_first(examples)[1], probes.prepare)
+        capture.look(first_batch(examples)[1], probes.prepare)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
-        yield from self.sample(np.arange(start, self.count if stop is None else stop, dtype=np.int64))
+        return self.sample(np.arange(start, self.count if stop is None else stop, dtype=np.int64))
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         """The rows of the examples with these ids; blocks of the same examples follow each other."""
-        batches = lockstep(self._capture.model, self._examples.select(ids), lambda: _first(self._examples))
+        batches = lockstep(self._capture.model, self._examples.select(ids), lambda: first_batch(self._examples))
         for (part, batch), counts in batches:
-            blocks = self._capture.several(part, batch, self._functions(part))
+            blocks = self._capture.several(part, batch, lambda model, given: self.probes(model, given, part))  # noqa: B023
             if counts:
                 yield from blocks
-
-    def _functions(self, ids: np.ndarray) -> PerExample:
-        return lambda model, batch: self.probes(model, batch, ids)
-
-
-def _first(examples: ExampleSource) -> tuple[np.ndarray, Any]:
-    return next(iter(examples.batches()))
 
 
 class GivenGradients:
@@ -128,8 +117,7 @@ class GivenGradients:
                 yield self._projections.project(block).select(wanted)
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
-        for block in self.given(ids):
-            yield self._projections.project(block)
+        return map(self._projections.project, self.given(ids))
 
     def given(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         """The examples with these ids as they were handed over, not projected."""
@@ -139,12 +127,13 @@ class GivenGradients:
                 yield block.select(rows)
 
 
-def _parsed(blocks: Iterable[Any], specs: dict[str, LayerSpec]) -> Iterator[GradientBlock]:
+def _parsed(blocks: Iterable[Any], specs: dict[str, LayerSpec] | None = None) -> Iterator[GradientBlock]:
     """Checked blocks with running ids; empty blocks are passed over."""
     at = 0
     for value in blocks:
         block = parse_block(value, at)
-        check_block(block, specs)
+        if specs is not None:
+            check_block(block, specs)
         if block.count:
             yield block
         at += block.count
@@ -255,55 +244,33 @@ def given_specs(blocks: Iterable[Any], config: BuildConfig) -> dict[str, LayerSp
     return specs
 
 
-class Rewound:
-    """A one-shot stream of gradient blocks, kept on disk so that it can be walked again.
-
-    Args:
-        blocks: walked once, written to a temporary file in `folder`.
-        folder: an existing folder.
-    """
-
-    def __init__(self, blocks: Iterable[Any], folder: Path) -> None:
-        self._spool = Spool(folder, _numbered(blocks))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for block in self._spool.blocks():
-            yield dict(block.layers)
-
-    def close(self) -> None:
-        self._spool.close()
-
-
-def _numbered(blocks: Iterable[Any]) -> Iterator[GradientBlock]:
-    at = 0
-    for value in blocks:
-        block = parse_block(value, at)
-        at += block.count
-        if block.count:
-            yield block
-
-
-def is_one_shot(stream: Any) -> bool:
-    """Whether walking the stream uses it up."""
-    return isinstance(stream, Iterator)
+def rewound(stream: Iterable[Any], folder: Callable[[], Path], stack: ExitStack) -> Iterable[Any]:
+    """Gradient blocks that can be walked again: the stream itself, or a one-shot one's copy in a folder, which is
+    removed when the stack closes."""
+    if not isinstance(stream, Iterator):
+        return stream
+    spool = Spool(folder(), _parsed(stream))
+    stack.callback(spool.close)
+    return spool
 
 
 def curvature_source(
-    rows: CurvatureRows, source: ModelCapture | None, loss: PerExample | None, projections: Projections, folder: Path
-) -> tuple[GradientSource, Rewound | None]:
-    """A source of rows from what was passed as `curvature=`: gradients, or data for the model and its loss.
-
-    Returns:
-        the source, and the temporary copy to close afterwards where the stream was one-shot.
-    """
-    stream, copy = rows.rows, None
-    if is_one_shot(stream):
-        stream = copy = Rewound(stream, folder)
-    if copy is not None or _looks_like_gradients(stream, projections.specs):
-        return GivenGradients(stream, projections), copy
+    rows: CurvatureRows,
+    source: ModelCapture | None,
+    loss: PerExample | None,
+    projections: Projections,
+    folder: Path,
+    stack: ExitStack,
+) -> GradientSource:
+    """A source of rows from what was passed as `curvature=`: gradients, or data for the model and its loss; of a
+    one-shot stream a copy in a folder, which is removed when the stack closes."""
+    one_shot = isinstance(rows.rows, Iterator)
+    stream = rewound(rows.rows, lambda: folder, stack)
+    if one_shot or _looks_like_gradients(stream, projections.specs):
+        return GivenGradients(stream, projections)
     if source is None:
         raise DataError("curvature= is data, but the index is built from gradients: pass gradient blocks there too")
-    return ModelGradients(source.capture(loss), as_source(stream, source.config.batch_size)), None
+    return ModelGradients(source.capture(loss), as_source(stream, source.config.batch_size))
 
 
 def _looks_like_gradients(stream: Any, specs: dict[str, LayerSpec]) -> bool:
@@ -311,14 +278,6 @@ def _looks_like_gradients(stream: Any, specs: dict[str, LayerSpec]) -> bool:
         return False
     first = next(iter(stream), None)
     return isinstance(first, dict) and set(first) == set(specs)
-
-
-def finite_blocks(blocks: Iterable[GradientBlock], policy: str, skipped: list[int]) -> Iterator[GradientBlock]:
-    """Blocks without the examples that have inf or NaN, or the error that names one (see `keep_finite`)."""
-    for block in blocks:
-        kept = keep_finite(block, policy, skipped)
-        if kept.count:
-            yield kept
 
 
 def model_digest(model: nn.Module) -> str:
@@ -329,10 +288,8 @@ def model_digest(model: nn.Module) -> str:
     """
     digest = xxhash.xxh3_128()
     for name, tensor in weights_of(model):
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-        data = tensor.contiguous()
-        if data.numel():
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{name}|".encode())
+        feed(digest, tensor)
     return str(digest.hexdigest())
 
 
@@ -351,36 +308,17 @@ def data_digest(examples: ExampleSource) -> str:
 
     The first batch, and of data with random access five further ones, the last among them.
     """
-    digest = xxhash.xxh3_128()
-    ids, batch = next(iter(examples.batches()))
-    _feed(digest, batch)
+    ids, batch = first_batch(examples)
+    batches = [batch]
     if examples.random_access and examples.count > len(ids):
         for start in np.linspace(len(ids), examples.count - 1, _SAMPLED_BATCHES).astype(np.int64).tolist():
-            _, batch = next(iter(examples.batches(start)))
-            _feed(digest, batch)
-    return str(digest.hexdigest())
+            batches.append(next(iter(examples.batches(start)))[1])
+    return digest_of(*batches)
 
 
 def _feed_block(digest: Any, block: GradientBlock) -> None:
     ends = block.select(np.unique([0, block.count - 1]))
     for name, gradient in ends.layers.items():
         digest.update(f"{name}|{block.count}".encode())
-        for part in gradient.pair if gradient.pair is not None else (gradient.dense(),):
-            _feed(digest, part)
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous()
-        digest.update(f"{tuple(data.shape)}|{data.dtype}".encode())
-        if data.numel():
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    elif hasattr(value, "items"):
-        for key, part in value.items():
-            digest.update(str(key).encode())
-            _feed(digest, part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            _feed(digest, part)
-    else:
-        digest.update(repr(value).encode())
+        for part in gradient.parts:
+            feed(digest, part)

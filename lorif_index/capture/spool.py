@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from io import RawIOBase
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,8 +18,6 @@ from .gradients import GradientBlock, LayerGradient
 
 PREFIX = ".spool-"
 
-_Shapes = dict[str, tuple[tuple[int, ...], ...]]
-
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left in a folder; only whoever holds the writer's lock there may call this."""
@@ -29,20 +27,15 @@ def remove_leftovers(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One block on disk: where it begins, its ids, and the shapes of each layer's one or two arrays, in order."""
+    """One block on disk: where it begins, its ids, and the shapes of each layer's parts, in order."""
 
     offset: int
     ids: np.ndarray
-    shapes: _Shapes
+    shapes: dict[str, list[tuple[int, ...]]]
 
 
 class Spool:
-    """A temporary file of float32 gradient blocks; a `GradientSource` that removes its file when closed.
-
-    Args:
-        folder: an existing folder on the disk that is to hold it.
-        blocks: written once, in order.
-    """
+    """A temporary file of float32 gradient blocks; a `GradientSource` that removes its file when closed."""
 
     def __init__(self, folder: Path, blocks: Iterable[GradientBlock]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
@@ -65,48 +58,40 @@ class Spool:
         """(count,) int64."""
         return np.concatenate([e.ids for e in self._entries]) if self._entries else np.empty(0, np.int64)
 
+    def __iter__(self) -> Iterator[dict[str, LayerGradient]]:
+        """Blocks as a user hands them over."""
+        return (dict(block.layers) for block in self.blocks())
+
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
-        with self._path.open("rb", buffering=0) as file:
-            for entry in self._entries:
-                wanted = np.flatnonzero((entry.ids >= start) & (stop is None or entry.ids < stop))
-                if len(wanted):
-                    yield _read(file, entry).select(wanted)
+        return self._read(lambda ids: (ids >= start) & (stop is None or ids < stop))
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
-        with self._path.open("rb", buffering=0) as file:
+        return self._read(lambda there: np.isin(there, ids))
+
+    def _read(self, wanted: Callable[[np.ndarray], np.ndarray]) -> Iterator[GradientBlock]:
+        with self._path.open("rb") as file:
             for entry in self._entries:
-                rows = np.flatnonzero(np.isin(entry.ids, ids))
+                rows = np.flatnonzero(wanted(entry.ids))
                 if len(rows):
                     yield _read(file, entry).select(rows)
 
 
 def _write(file: BinaryIO, block: GradientBlock) -> _Entry:
     offset = file.tell()
-    shapes: _Shapes = {}
-    for name, gradient in block.layers.items():
-        arrays = gradient.pair if gradient.pair is not None else (gradient.dense(),)
-        shapes[name] = tuple(tuple(a.shape) for a in arrays)
-        for array in arrays:
-            data = array.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
-            file.write(data.data.cast("B"))
+    for gradient in block.layers.values():
+        for part in gradient.parts:
+            file.write(part.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B"))
+    shapes = {name: [tuple(part.shape) for part in gradient.parts] for name, gradient in block.layers.items()}
     return _Entry(offset, block.ids, shapes)
 
 
-def _read(file: RawIOBase, entry: _Entry) -> GradientBlock:
+def _read(file: BufferedReader, entry: _Entry) -> GradientBlock:
     file.seek(entry.offset)
     layers = {}
     for name, shapes in entry.shapes.items():
-        arrays = []
-        for shape in shapes:
-            array = torch.empty(shape, dtype=torch.float32)
-            view = array.numpy().data.cast("B")
-            while view:
-                got = file.readinto(view)
-                if not got:
-                    raise StoreError("temporary rows ended early: did something remove or change the build's folder?")
-                view = view[got:]
-            arrays.append(array)
-        layers[name] = (
-            LayerGradient(arrays[0], None) if len(arrays) == 1 else LayerGradient(None, (arrays[0], arrays[1]))
-        )
+        parts = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
+        for part in parts:
+            if file.readinto(part.numpy().data.cast("B")) < 4 * part.numel():
+                raise StoreError("temporary rows ended early: did something remove or change the build's folder?")
+        layers[name] = LayerGradient(parts)
     return GradientBlock(entry.ids, layers)

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
+from ..errors import IndexExistsError
 from ..web.explorer import Explorer, Question
 from ..web.guard import is_loopback
 from ..web.report import report as report_page
-from ..web.report import write_report
 from ..web.server import make_app
 from ..web.server import serve as serve_app
 from .app import app, reported_errors
-from .options import Device, Exact, IndexFolder, Json, MovedModel, Prompt, Recall
-from .show import console, excerpt, write_json
+from .options import Device, IndexFolder, Json, MovedModel, Prompt, Recall
+from .show import write
 
 
 @app.command()
@@ -29,9 +29,7 @@ def report(
     prompt: Prompt = None,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Passages on each side.")] = 20,
     recall: Recall = 0.99,
-    exact: Exact = False,
     shade: Annotated[int, typer.Option(min=0, help="Passages on each side whose tokens are shaded.")] = 10,
-    replace: Annotated[bool, typer.Option("--replace", help="Write over a page that is there.")] = False,
     model: MovedModel = None,
     device: Device = "auto",
     json: Json = False,
@@ -40,16 +38,14 @@ def report(
     if (query is None) == (row is None):
         raise typer.BadParameter("pass either --query or --id")
     with reported_errors():
+        if out.exists():
+            raise IndexExistsError(f"{out} exists: pass another file with --out, or delete it")
         explorer = Explorer.open(index, model=model, device=device)
         with explorer.index:
             question = Question(query, prompt, row)
-            html = report_page(explorer, question, k=k, recall=recall, exact=exact, shade=shade)
-            write_report(out, html, replace=replace)
-    size = len(html.encode())
-    if json:
-        write_json({"page": str(out), "bytes": size})
-    else:
-        console().print(excerpt(f"{out}: {size / 1000:,.0f} kB"))
+            html = report_page(explorer, question, k=k, recall=recall, shade=shade)
+            out.write_text(html, encoding="utf-8")
+    write({"page": str(out), "bytes": len(html.encode())}, json)
 
 
 @app.command()
@@ -60,19 +56,15 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A further name that requests may call this server by; may be repeated.")
     ] = None,
-    example: Annotated[
-        list[str] | None, typer.Option(help="A question to offer on the first page; may be repeated.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Passages that a search finds.")] = 50,
     shade: Annotated[int, typer.Option(min=0, max=1000, help="Passages of a page that are shaded by themselves.")] = 10,
     model: MovedModel = None,
     device: Device = "auto",
 ) -> None:
     """Explore an index in the browser, on this machine alone unless another host is named."""
     with reported_errors():
-        explorer = Explorer.open(index, model=model, device=device, examples=example or ())
+        explorer = Explorer.open(index, model=model, device=device)
         with explorer.index:
-            pages = make_app(explorer, host=host, names=allow_host or (), k=k, shade=shade)
+            pages = make_app(explorer, host=host, names=allow_host or (), shade=shade)
             if not is_loopback(host):
                 typer.echo(
                     f"lorif: warning: whoever can reach {host} can ask this index and read its training texts; there "

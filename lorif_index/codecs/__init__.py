@@ -1,1 +1,1 @@
-"""Rows: an example's gradients as factors, coordinates or both, and how they lie in a row."""
+"""Codecs: what is kept of an example, one class in one file for each kind, and the registry that names them."""

@@ -266,8 +266,7 @@ class RowCodec(ABC):
         encoder = SketchEncoder(sketch, self.curvature)
 
         def coordinates(rows: torch.Tensor) -> torch.Tensor:
-            parts = [encoder.encode(self.gradients(part)) for part in rows.split(SKETCHED_ROWS)]
-            return torch.cat(parts) if parts else torch.empty(0, sketch.dim)
+            return torch.cat([encoder.encode(self.gradients(part)) for part in rows.split(SKETCHED_ROWS)])
 
         return coordinates
 

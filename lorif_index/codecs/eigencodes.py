@@ -26,7 +26,7 @@ from ..curvature.inverse import Preconditioner, inside_of
 from ..curvature.sketch import Sketch, Whitened, roots
 from ..errors import CorruptionError, CurvatureError
 from ..linalg.scratch import CPU
-from ..storage.sealed import SealedFile, write_sealed
+from ..storage.sealed import SealedFile, entry_of, write_sealed
 from .base import SKETCHED_ROWS, CodecSizes, Encoder, Fitting, Parts, QueryGradients, RowCodec, Scorer
 from .bits import BITS, SCALE_BYTES, CodeLayout
 
@@ -233,24 +233,21 @@ class EigenCodec(RowCodec):
         """Writes `directions_<i>` (m,) int64 and `amplitudes_<i>` (m,) float32 for layer number i."""
         arrays: dict[str, np.ndarray] = {}
         for i, part in enumerate(self.layers.values()):
-            if len(part.directions):
-                arrays[f"directions_{i}"] = part.directions.numpy().astype("<i8")
-                arrays[f"amplitudes_{i}"] = part.amplitudes.numpy()
-        file = write_sealed(folder, name, arrays, {}).to_json()
+            arrays[f"directions_{i}"] = part.directions.numpy().astype("<i8")
+            arrays[f"amplitudes_{i}"] = part.amplitudes.numpy()
+        file = write_sealed(folder, name, arrays).to_json()
         return {"file": file, "bits": self.way.bits, "group": self.way.group, "counts": list(self.counts)}
 
     @classmethod
     def load(
         cls, folder: Path, entry: Any, specs: Mapping[str, LayerSpec], curvature: Mapping[str, LayerCurvature]
     ) -> Self:
-        try:
+        with entry_of("the codec"):
             way, counts = Way(int(entry["bits"]), int(entry["group"])), tuple(int(v) for v in entry["counts"])
             if len(counts) != len(specs) or not cls._knows(way) or min(counts) < 0 or not sum(counts):
                 raise ValueError(f"{len(counts)} layers of {way} where the index has {len(specs)}")
             if any(count % way.group for count in counts):
                 raise ValueError(f"{counts} directions are not whole groups of {way.group}")
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptionError(f"the manifest's entry of the codec is damaged ({error!r}): restore it") from None
         file = SealedFile.of_entry(folder, entry)
         return cls(specs, curvature, way, counts, lambda: _read_codes(file, curvature, specs, counts))
 
@@ -348,8 +345,7 @@ class EigenCodec(RowCodec):
         scorer = self.layout.scorer(torch.cat(parts).T)
 
         def coordinates(rows: torch.Tensor) -> torch.Tensor:
-            found = [scorer.score(part).T for part in rows.split(SKETCHED_ROWS)]
-            return torch.cat(found) if found else torch.empty(0, sketch.dim)
+            return torch.cat([scorer.score(part).T for part in rows.split(SKETCHED_ROWS)])
 
         return coordinates
 

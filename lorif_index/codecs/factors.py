@@ -37,7 +37,7 @@ _BLOCK_BYTES, _GPU_BLOCK_BYTES = 2 << 20, 256 << 20
 
 
 @dataclass(frozen=True)
-class Group:
+class ShapeGroup:
     """Layers of one shape, adjacent in a row.
 
     Attributes:
@@ -76,14 +76,14 @@ class Group:
         return part.unflatten(1, (count, *inner))
 
 
-def groups_of(specs: Mapping[str, LayerSpec]) -> tuple[Group, ...]:
+def groups_of(specs: Mapping[str, LayerSpec]) -> tuple[ShapeGroup, ...]:
     """The layers of a row, those of one shape beside each other."""
     by_shape: dict[tuple[int, int, int], list[str]] = {}
     for spec in specs.values():
         by_shape.setdefault((spec.d_in, spec.d_out, spec.rank), []).append(spec.name)
     groups, offset = [], 0
     for (d_in, d_out, rank), names in by_shape.items():
-        group = Group(tuple(names), d_in, d_out, rank, rank >= min(d_in, d_out), offset)
+        group = ShapeGroup(tuple(names), d_in, d_out, rank, rank >= min(d_in, d_out), offset)
         groups.append(group)
         offset += group.width
     return tuple(groups)
@@ -131,7 +131,7 @@ class FactorCodec(RowCodec):
         cls, folder: Path, entry: Any, specs: Mapping[str, LayerSpec], curvature: Mapping[str, LayerCurvature]
     ) -> Self:
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise CorruptionError(f"the manifest says that factors are {dtype!r}: known are {sorted(_DTYPES)}")
         return cls(specs, curvature, dtype)
 
@@ -244,7 +244,9 @@ class _FactorScorer:
 class _Plan:
     """How one group of layers is scored: query by query on the factors, or all at once on rebuilt gradients."""
 
-    def __init__(self, group: Group, queries: Mapping[str, torch.Tensor], count: int, device: torch.device) -> None:
+    def __init__(
+        self, group: ShapeGroup, queries: Mapping[str, torch.Tensor], count: int, device: torch.device
+    ) -> None:
         self._group = group
         self._together = group.dense or count * (group.rank + 1) >= _REBUILD_FROM
         if self._together:

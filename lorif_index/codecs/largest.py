@@ -4,7 +4,7 @@ Where many directions add about as much to a score, a bit buys more if it is spr
 Gaussians, the largest holds (E max |z|)^2 of g, .64 for the sign of one in a bit, .40 each of 8 in 4 bits, .17 each of
 32 in 6 (the bound for a Gaussian source is 1 - 2^-2R at R bits each: Cover and Thomas, Elements of Information Theory,
 10.3.3). It is a vector quantiser whose codewords are the positive and negative unit vectors. As with single levels
-(see `codes`), the scale of a piece is |z|^2 / <z, v>, so that inner products are not shrunk.
+(see `bits`), the scale of a piece is |z|^2 / <z, v>, so that inner products are not shrunk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Factors: each example's gradient in each layer, cut to rank c by batched power iteration.
+"""Truncation: each example's gradient in each layer, cut to rank c by batched power iteration.
 
 G_i ~= U_i V_i^T (LoRIF, arXiv:2601.21929, section 3). Layers of one shape are worked on together, so that the number
 of tensor operations does not grow with examples or layers.

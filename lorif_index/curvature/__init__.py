@@ -1,1 +1,1 @@
-"""Fit: what is learnt from a sample and shared by all rows: curvature, sketch, eigencodes."""
+"""Curvature: what is learnt from a sample and shared by all rows: directions, the inverse, the sketch."""

@@ -54,7 +54,7 @@ class CurvatureShape:
 
     def height(self, dim: int) -> int:
         """M, rows of the matrix that the directions are."""
-        return self.products or dim
+        return min(self.products or dim, dim)
 
     def fit(self, name: str, dim: int, rows: int, seed: int, device: torch.device) -> SubspaceFit:
         """Of one layer, by so many rows."""
@@ -202,7 +202,7 @@ def mix(parts: list[Part], names: Iterable[str], ranks: Ranks = ALONE) -> Part:
         with ranks.jointly():
             for block in part.rows():
                 for name in names:
-                    squares[name] += block.layers[name].squares()
+                    squares[name] += float(block.layers[name].squared_norms().sum())
         summed = _summed(squares, ranks)
         traces.append({name: value / part.examples for name, value in summed.items()})
     factors: list[dict[str, float]] = []
@@ -285,7 +285,7 @@ def fit_curvature(
             for name, fit in active.items():
                 gradients = block.layers[name].flat().to(device, torch.float32)
                 if name in grids:
-                    squares[name] += block.layers[name].squares()
+                    squares[name] += float(block.layers[name].squared_norms().sum())
                 for part in gradients.split(_BATCH_ROWS):
                     if name not in grids:
                         fit.add(part)
@@ -315,7 +315,7 @@ def fit_curvature(
         if name not in grids:
             fitted[name] = LayerCurvature(pairs.vectors, pairs.values, pairs.trace, count, examples)
             continue
-        trace = ranks.total(squares[name]) / examples
+        trace = float(ranks.sum(torch.tensor(squares[name], dtype=torch.float64))) / examples
         grid, diagonal = _by_energy(grids[name].to(torch.device("cpu")), ranks.sum(diagonals[name].cpu()) / examples)
         fitted[name] = LayerCurvature(pairs.vectors, pairs.values, trace, count, examples, grid, diagonal)
     return fitted

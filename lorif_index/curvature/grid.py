@@ -17,7 +17,7 @@ import torch
 
 from ..capture.gradients import GradientBlock, LayerSpec
 from ..linalg.subspace import with_fixed_signs
-from ..ranks import ALONE, Ranks
+from ..ranks import ALONE, Ranks, shared_out
 
 # The sides and the choice of products are taken of about so many rows, evenly spread: they need not be exact, since
 # what is found within them is the second moment of all rows.
@@ -121,7 +121,7 @@ def fit_grids(
             total += flat @ flat.T
 
     walk(add)
-    owners = dict(zip(shapes, ranks.owners([float(a**3 + b**3) for a, b in shapes.values()]), strict=True))
+    owners = dict(zip(shapes, shared_out([float(a**3 + b**3) for a, b in shapes.values()], ranks.size), strict=True))
     bases = {}
     summed = {name: [ranks.reduced(c, owners[name]) for c in pair] for name, pair in sides.items()}
     with ranks.jointly():

@@ -1,4 +1,4 @@
-"""Query: the Woodbury-preconditioned transform that turns a question into one small matrix per layer.
+"""Inverse: the Woodbury-preconditioned transform that turns a question into one small matrix per layer.
 
 Q'_l = H_l^-1 vec(G_q), H = V S V^T + lambda I (LoRIF, arXiv:2601.21929, section 3): inside the subspace each direction
 is divided by its eigenvalue + lambda, outside by mu, which is lambda ("truncated"), lambda + the mean tail eigenvalue
@@ -197,22 +197,12 @@ def transform(
 def transform_precisely(
     gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]
 ) -> dict[str, torch.Tensor]:
-    """`transform`, with the products in which large terms cancel in float64."""
-    out = {}
-    for name, turned in turned_precisely(gradients, preconditioners).items():
-        grid = preconditioners[name].layer.grid
-        out[name] = turned if grid is None else grid.turned_back(turned.flatten(1)).reshape(turned.shape)
-    return out
-
-
-def turned_precisely(
-    gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]
-) -> dict[str, torch.Tensor]:
-    """H^-1 G along the sides of each layer's grid, U^T (H^-1 G) W, or H^-1 G where there is none; shapes stay.
+    """`transform`, with the products in which large terms cancel in float64.
 
     What is large in g and small in H^-1 g cancels: in float32, <H^-1 a, b> and <a, H^-1 b> agree to some 1e-4 of the
     largest score only. It cancels among the products that V is made of, so that these are computed in float64, a layer
-    at a time. Turning G before and H^-1 G after only perturbs what goes in and what comes out: float32 is enough.
+    at a time. Turning G along a grid's sides before and H^-1 G back after only perturbs what goes in and what comes
+    out: float32 is enough.
     """
     # One buffer for all layers: fresh memory of that size costs as much as a product.
     cores = [preconditioners[name].layer.core for name in gradients]
@@ -234,7 +224,7 @@ def turned_precisely(
         if len(alone):
             rest = grid.chosen[len(core) :]
             whole.index_copy_(1, rest, turned.index_select(1, rest) * alone)
-        out[name] = whole.reshape(g.shape)
+        out[name] = grid.turned_back(whole).reshape(g.shape)
     return out
 
 

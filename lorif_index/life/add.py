@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from ..build.encode import encode_blocks
-from ..capture.gradients import GradientSource
-from ..capture.sources import finite_blocks
+from ..capture.gradients import GradientSource, finite_blocks
 from ..errors import DataError, StoreError
 from ..progress import Reporter
 from ..search.coarse import load_faiss

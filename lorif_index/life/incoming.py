@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from ..capture.data import as_source
 from ..capture.gradients import GradientSource
-from ..capture.sources import GivenGradients, ModelGradients, Rewound, data_digest, is_one_shot
+from ..capture.sources import GivenGradients, ModelGradients, data_digest, rewound
 from ..errors import DataError
 from ..identity import Identity
 from ..snapshot import Snapshot
@@ -50,12 +50,8 @@ def incoming(now: Snapshot, identity: Identity, data: Any, gradients: Any) -> It
         capture, examples = taken.capture(identity.loss), as_source(data, taken.config.batch_size)
         yield Incoming(ModelGradients(capture, examples), data_digest(examples), capture.device)
         return
-    copy = Rewound(gradients, now.path) if is_one_shot(gradients) else None
-    try:
-        given = GivenGradients(gradients if copy is None else copy, now.projections)
+    with ExitStack() as stack:
+        given = GivenGradients(rewound(gradients, lambda: now.path, stack), now.projections)
         if not given.count:
             raise DataError("gradients is empty: pass an iterable of {layer: (n, d_in, d_out)} blocks")
         yield Incoming(given, given.digest, torch.device("cpu"))
-    finally:
-        if copy is not None:
-            copy.close()

@@ -86,7 +86,7 @@ def _runs(store: Store, shard_bytes: int) -> list[tuple[list[int], bool]]:
     runs: list[tuple[list[int], bool]] = []
     dead, small_before = store.dead, False
     for number, shard in enumerate(store.shards):
-        first = store.first_position(number)
+        first = int(store.starts[number])
         dirty = dead is not None and bool(dead[first : first + shard.count].any())
         left = shard.count if dead is None else int((~dead[first : first + shard.count]).sum())
         small = left * store.row_bytes < _SMALL * shard_bytes
@@ -110,7 +110,7 @@ def _rewrite(reader: Reader, run: list[int], manifest: Manifest, stage: Stage) -
     size, name = reader.config.compute.shard_bytes, manifest.naming("shard")
     writer = StoreWriter(reader.folder, store.row_bytes, size, manifest.shards, name)
     for number in run:
-        shard, first = store.shards[number], store.first_position(number)
+        shard, first = store.shards[number], int(store.starts[number])
         alive = (
             np.arange(shard.count) if store.dead is None else np.flatnonzero(~store.dead[first : first + shard.count])
         )

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from ..errors import DataError
+from ..capture.gradients import SIDES, GradientBlock, LayerGradient, LayerSpec
 
 ALGORITHM = "philox4x64-signs-1"
 
@@ -27,20 +26,8 @@ def keyed_generator(*key: object) -> np.random.Philox:
 
 
 def projection_matrix(seed: int, layer: str, side: str, width: int, dim: int) -> torch.Tensor:
-    """The projection of one side of one layer.
-
-    Args:
-        seed: the build's seed.
-        layer: the layer's name.
-        side: "in" or "out".
-        width: the side's own width (inputs with the bias's column of ones, or outputs).
-        dim: the projected width d.
-
-    Returns:
-        (width, dim) float32 tensor of +-1/sqrt(dim); the identity matrix where dim >= width.
-    """
-    if side not in ("in", "out"):
-        raise DataError(f"side must be 'in' or 'out', got {side!r}")
+    """The projection of one side, "in" or "out", of one layer: (width, dim) float32 of +-1/sqrt(dim); the identity
+    matrix where dim >= width."""
     if dim >= width:
         return torch.eye(width)
     bits = width * dim
@@ -55,8 +42,6 @@ class Projections:
     Matrices are made on the CPU when first asked for, and kept on the device of the gradients.
 
     Args:
-        specs: the layers.
-        seed: of the random ones.
         learnt: (layer, side) -> (width, d) matrix of the sides whose projection was learnt.
     """
 
@@ -75,16 +60,14 @@ class Projections:
 
     def side(self, layer: str, side: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
         """(width, d) matrix, or None where that side is not projected."""
-        spec = self.specs[layer]
-        width, dim = (spec.width_in, spec.d_in) if side == "in" else (spec.width_out, spec.d_out)
-        if dim >= width:
+        if not self.specs[layer].projected(side):
             return None
         key = (layer, side, device, dtype)
         if key not in self._cache:
-            if (layer, side) in self._learnt:
-                matrix = self._learnt[layer, side]
-            else:
-                matrix = projection_matrix(self._seed, layer, side, width, dim)
+            # Not asked whether it is there, which would read a stored one twice.
+            matrix = self._learnt.get((layer, side))
+            if matrix is None:
+                matrix = projection_matrix(self._seed, layer, side, *self.specs[layer].side(side))
             self._cache[key] = matrix.to(device=device, dtype=dtype)
         return self._cache[key]
 
@@ -100,8 +83,7 @@ class Projections:
         if gradient.shape == (spec.d_in, spec.d_out):
             return gradient
         device, dtype = gradient.device, torch.float32
-        p_in = self.side(name, "in", device, dtype)
-        p_out = self.side(name, "out", device, dtype)
+        p_in, p_out = (self.side(name, side, device, dtype) for side in SIDES)
         if gradient.pair is not None:
             left, right = gradient.pair
             left = left if p_in is None else torch.matmul(p_in.T, left)

@@ -15,10 +15,6 @@ def drawn(total: int, count: int, seed: int, *key: str | int) -> np.ndarray:
     """The first `count` of all numbers below `total` in random order, (count,) int64: more of them begin with the same.
 
     Memory goes by what is drawn where there are many: a shuffle takes 8 bytes for each.
-
-    Args:
-        total, count: numbers to draw from, and how many, at most all.
-        seed, key: of the generator (see `keyed_generator`).
     """
     generator = np.random.Generator(keyed_generator(seed, *key))
     count = min(count, total)

@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from ..ranks import ALONE, Ranks
+from ..ranks import ALONE, Ranks, shared_out
 from .projection import keyed_generator
 
 OVERSAMPLING = 10
@@ -92,13 +92,13 @@ class SubspaceFit:
         self._seed = seed
         self.trace = 0.0
         self._squares = torch.zeros((), dtype=torch.float64)
-        self._basis: torch.Tensor | None = None
-        self._sketch: torch.Tensor | None = None
-        self._core: torch.Tensor | None = None
-        self._room: torch.Tensor | None = None
+        self._last, self._tracing = False, True
+        # Of the rows that wait to be added, the first so many are there.
         self._held = 0
-        self._last = False
-        self._tracing = True
+        self._basis: torch.Tensor
+        self._sum: torch.Tensor
+        self._room: torch.Tensor
+        self.forget()
 
     @property
     def nbytes(self) -> int:
@@ -123,19 +123,17 @@ class SubspaceFit:
     def begin(self, number: int, passes: int) -> bool:
         """Prepares pass `number` of `passes`; whether this fit takes part in it."""
         self._last = number == passes - 1
-        if self.exact:
-            # One pass is enough; it takes part in the last.
-            if self._last:
-                self._core = torch.zeros(self.block, self.block, dtype=torch.float64, device=self.device)
-            return self._last
+        if self.exact and not self._last:
+            # One pass is enough.
+            return False
         if self._last:
-            self._core = torch.zeros(self.block, self.block, dtype=torch.float64, device=self.device)
+            self._sum = torch.zeros(self.block, self.block, dtype=torch.float64, device=self.device)
         else:
-            if self._basis is None:
-                generator = np.random.Generator(keyed_generator(self._seed, *self._key))
-                start = generator.standard_normal((self.dim, self.block), dtype=np.float32)
-                self._basis = torch.from_numpy(start).to(self.device)
-            self._sketch = torch.zeros(self.dim, self.block, device=self.device)
+            self._sum = torch.zeros(self.dim, self.block, device=self.device)
+        if number == 0 and not self.exact:
+            generator = np.random.Generator(keyed_generator(self._seed, *self._key))
+            start = generator.standard_normal((self.dim, self.block), dtype=np.float32)
+            self._basis = torch.from_numpy(start).to(self.device)
         return True
 
     def add(self, g: torch.Tensor) -> None:
@@ -145,16 +143,15 @@ class SubspaceFit:
             self._squares = self._squares.to(g.device) + torch.linalg.vector_norm(g.double(), dim=1).square().sum()
         if self.exact:
             self._hold(g)
-            return
-        projected = g @ self._basis  # type: ignore[operator]
-        if self._last:
-            self._core += projected.T @ projected  # type: ignore[operator]
+        elif self._last:
+            projected = g @ self._basis
+            self._sum += projected.T @ projected
         else:
-            self._sketch.addmm_(g.T, projected)  # type: ignore[union-attr]
+            self._sum.addmm_(g.T, g @ self._basis)
 
     def _hold(self, g: torch.Tensor) -> None:
         """Copies rows, whose memory may be used again, until there are enough of them."""
-        if self._room is None:
+        if not len(self._room):
             self._room = torch.empty(_TOGETHER, self.dim, device=self.device)
         for part in g.split(_TOGETHER):
             first = part[: _TOGETHER - self._held]
@@ -165,9 +162,9 @@ class SubspaceFit:
                     self._add_held()
 
     def _add_held(self) -> None:
-        if self._held and self._room is not None:
-            rows = self._room[: self._held]
-            self._core += rows.T @ rows  # type: ignore[operator]
+        rows = self._room[: self._held]
+        if len(rows):
+            self._sum += rows.T @ rows
             self._held = 0
 
     def close(self, ranks: Ranks, owner: int) -> None:
@@ -175,30 +172,27 @@ class SubspaceFit:
         self._add_held()
         self.trace += float(self._squares)
         self._squares, self._tracing = torch.zeros((), dtype=torch.float64), False
-        if self._last:
-            self._core = ranks.reduced(self._core, owner)  # type: ignore[arg-type]
-        else:
-            self._sketch = ranks.reduced(self._sketch, owner)  # type: ignore[arg-type]
+        self._sum = ranks.reduced(self._sum, owner)
 
     def orthonormalise(self) -> None:
         """On the owner, between two passes: the sketch becomes the next basis."""
         if not self._last:
             # Scaled first: sums of squares of very small gradients would leave float32's range in the factorisation.
-            sketch = self._sketch.double()  # type: ignore[union-attr]
+            sketch = self._sum.double()
             peak = sketch.abs().amax()
             self._basis = torch.linalg.qr(sketch / torch.where(peak > 0, peak, 1.0)).Q.float().contiguous()
 
     def share(self, ranks: Ranks, owner: int) -> None:
         """All ranks get the owner's basis."""
         if not self._last:
-            self._basis = ranks.spread(self._basis, owner)  # type: ignore[arg-type]
-            self._sketch = None
+            self._basis = ranks.spread(self._basis, owner)
+            self._sum = torch.empty(0)
 
     def result(self, divisor: float) -> Eigenpairs:
         """The eigenpairs of the sum divided by `divisor`, on the owner; the fit is used up."""
-        values, vectors = torch.linalg.eigh(self._core / divisor)  # type: ignore[operator]
+        values, vectors = torch.linalg.eigh(self._sum / divisor)
         values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)[:, : self.rank]
-        basis = vectors if self.exact else self._basis.double() @ vectors  # type: ignore[union-attr]
+        basis = vectors if self.exact else self._basis.double() @ vectors
         self.forget()
         basis = with_fixed_signs(basis)
         return Eigenpairs(
@@ -206,8 +200,9 @@ class SubspaceFit:
         )
 
     def forget(self) -> None:
-        """Gives its memory back."""
-        self._basis = self._core = self._room = self._sketch = None
+        """Gives its memory back, if it has any yet."""
+        # The block that rows are multiplied by, what is summed in a pass, and rows that wait to be added.
+        self._basis = self._sum = self._room = torch.empty(0)
 
     def empty(self) -> Eigenpairs:
         """Room for a result that another rank has."""
@@ -246,7 +241,8 @@ def fit_in_groups(
         ranks: who have the rows. Results are rank 0's; on others they hold the trace alone.
     """
     for group in grouped(fits):
-        owners = dict(zip((key for key, _ in group), ranks.owners([fit.cost for _, fit in group]), strict=True))
+        costs = [fit.cost for _, fit in group]
+        owners = dict(zip((key for key, _ in group), shared_out(costs, ranks.size), strict=True))
         passes = max(fit.passes(power_iterations) for _, fit in group)
         planned(passes)
         for number in range(passes):

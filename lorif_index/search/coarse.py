@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import ConfigError, CorruptionError
 from ..storage.manifest import Manifest
-from ..storage.sealed import SealedFile, write_sealed
+from ..storage.sealed import SealedFile, entry_of, write_sealed
 
 TRAIN_ROWS = 50_000
 """Rows that codebooks are learnt from, at most."""
@@ -186,8 +186,7 @@ class Codes:
 
     def save(self, folder: Path, name: str) -> dict[str, Any]:
         """Seals them as arrays `codes` and, where there are some, `books`; what the manifest keeps."""
-        arrays = {"codes": self.rows} | ({"books": self.books} if len(self.books) else {})
-        info = write_sealed(folder, name, arrays, {})
+        info = write_sealed(folder, name, {"codes": self.rows, "books": self.books})
         axis = None if self.axis is None else self.axis.to_json()
         return {"file": info.to_json(), "dim": self.dim, "pieces": len(self.books), "rows": len(self), "axis": axis}
 
@@ -203,13 +202,11 @@ class Codes:
             CorruptionError: the file or the entry is damaged.
         """
         file = SealedFile.of_entry(folder, entry)
-        try:
+        with entry_of("the coarse index"):
             dim, pieces, count = (int(entry[key]) for key in ("dim", "pieces", "rows"))
             axis = NormAxis.from_json(entry["axis"])
             if not 0 < dim < _WIDEST or count < 0 or not 0 <= pieces <= 2 * _CODE_BYTES or (pieces and dim % pieces):
                 raise ValueError(f"{count} rows of {dim} coordinates in {pieces} pieces")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptionError(f"the manifest's entry of the coarse index is damaged: {error!r}") from None
         width = -(-pieces // 2) or dim
         kind = np.dtype(np.uint8 if pieces else "<f4")
         start, stop, _ = (some or slice(None)).indices(count)

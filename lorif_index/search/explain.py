@@ -19,7 +19,7 @@ from ..capture.data import Batch, ExampleSource, as_source
 from ..capture.gradients import GradientBlock, energies
 from ..capture.hooks import Capture
 from ..capture.layers import Use
-from ..curvature.inverse import Preconditioner, transform_precisely, turned_precisely
+from ..curvature.inverse import Preconditioner, transform_precisely
 from ..errors import DataError
 from ..progress import Stage
 from .reader import Reader
@@ -123,7 +123,7 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Asked:
+class QueryBatch:
     """A batch of queries.
 
     Attributes:
@@ -197,7 +197,7 @@ class _Shares:
 
 def explain(
     reader: Reader,
-    asked: Asked,
+    asked: QueryBatch,
     wanted: np.ndarray,
     first: int,
     data: TrainingData,
@@ -261,7 +261,7 @@ def explain(
 
 def _stored_scores(
     reader: Reader,
-    asked: Asked,
+    asked: QueryBatch,
     unique: np.ndarray,
     preconditioners: Mapping[str, Preconditioner],
     members: int,
@@ -292,7 +292,7 @@ def _check_examples(reader: Reader, data: TrainingData, block: GradientBlock, ha
 
 
 def _query_shares(
-    asked: Asked,
+    asked: QueryBatch,
     block: GradientBlock,
     pairs: list[tuple[int, np.ndarray]],
     preconditioners: Mapping[str, Preconditioner],
@@ -305,28 +305,18 @@ def _query_shares(
     if asked.positions is None or asked.capture is None:
         return None
     gradients = {name: block.layers[name].dense().cpu() for name in asked.gradients}
-    turned = turned_precisely(gradients, preconditioners)
+    turned = transform_precisely(gradients, preconditioners)
     scale = asked.factor / members
     out: list[list[tuple[str, np.ndarray]]] = [[] for _ in pairs]
     for layer, use, left, right in asked.positions.calls:
         if layer not in turned:
             continue
-        matrices, grid = turned[layer], preconditioners[layer].layer.grid
-        if grid is not None and left.ndim == 4:
-            # The outputs of a group are not along the grid's sides.
-            matrices = grid.turned_back(matrices.flatten(1)).reshape(matrices.shape)
-        matrices = matrices.to(device=left.device, dtype=left.dtype)
-        sides = None
-        if grid is not None and left.ndim == 3:
-            # Few positions are turned along the sides, in place of many matrices back.
-            sides = [side.to(device=left.device, dtype=left.dtype) for side in (grid.left, grid.right)]
+        matrices = turned[layer].to(device=left.device, dtype=left.dtype)
         for number, (q, rows) in enumerate(pairs):
             x, y = left[q : q + 1], right[q : q + 1]
             if left.ndim == 4:
                 shares = torch.cat([position_shares(asked.capture, layer, use, x, y, matrices[r]) for r in rows])
             else:
-                if sides is not None:
-                    x, y = x @ sides[0], y @ sides[1]
                 some = matrices if len(rows) == len(matrices) else matrices[rows]
                 shares = torch.matmul(x, some).mul_(y).sum(dim=2)
             out[number].append((layer, shares.cpu().double().numpy() * scale))

@@ -1,14 +1,14 @@
-"""Named: rows that are asked for by their ids: where they are, and their payloads and gradients."""
+"""Named: rows that are asked for by their ids: where they are, and their payloads, texts and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import QueryError
+from ..errors import DataError, QueryError
 from ..storage.payloads import decode
 from .reader import Reader
 
@@ -78,3 +78,20 @@ def stored_gradients(reader: Reader, ids: Iterable[int] | np.ndarray) -> dict[st
     check_alone(reader)
     rows = reader.store.gather(found_positions(reader, as_ids(ids)))
     return {name: gradient.dense() for name, gradient in reader.codec.gradients(rows).items()}
+
+
+class StoredTexts:
+    """The payloads of an index by ids, as a data set of the texts that it was built from."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return int(self._reader.store.live_ids.max()) + 1
+
+    def __getitems__(self, ids: Sequence[int]) -> list[Any]:
+        rows = payloads_of(self._reader, np.asarray(ids, np.int64))
+        for i, row in zip(ids, rows, strict=True):
+            if not isinstance(row, (dict, str)):
+                raise DataError(f"the index keeps no text of example {i}: pass data=, what it was built from")
+        return rows

@@ -12,7 +12,7 @@ from ..curvature.inverse import Preconditioner
 from ..errors import DataError, QueryError
 from ..progress import Reporter
 from ..results import Hits
-from .explain import Asked, Explanation, TrainingData, explain
+from .explain import Explanation, QueryBatch, TrainingData, explain
 from .named import as_ids, check_alone, found_positions
 from .reader import Reader
 from .whole import member_count
@@ -50,7 +50,7 @@ def training_data(pieces: Sequence[tuple[int, Any]], batch_size: int) -> Trainin
 
 def explain_pairs(
     reader: Reader,
-    batches: Iterable[Asked],
+    batches: Iterable[QueryBatch],
     wanted: np.ndarray,
     examples: TrainingData,
     capture: Capture,

@@ -17,7 +17,6 @@ from ..storage.team import Team
 
 # Scores of so many (query, row) pairs are held at once.
 _PAIRS = 1 << 26
-_TINY = 1e-30
 BYTES_ORDERED = 60
 """Memory that one rank's proposal takes on every rank while those of all are put in order: the message and its copy,
 position and score, keys and order."""
@@ -132,9 +131,9 @@ class FlatSketch:
         self._norms = torch.empty(count, device=device)
         at = 0
         for block in blocks:
-            norms = block.norm(dim=1)
-            self._rows[at : at + len(block)] = (block / norms.clamp(min=_TINY)[:, None]).to(device)
-            self._norms[at : at + len(block)] = norms.to(device)
+            directions, norms = _polar(block)
+            self._rows[at : at + len(block)] = directions.to(device)
+            self._norms[at : at + len(block)] = norms[:, 0].to(device)
             at += len(block)
 
     @property
@@ -151,9 +150,7 @@ class FlatSketch:
         Returns:
             positions (q, count) int64, and scores (q, count) float32, falling.
         """
-        queries = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(self._rows.device)
-        sizes = queries.norm(dim=1, keepdim=True)
-        queries = queries / sizes.clamp(min=_TINY)
+        queries, sizes = _polar(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(self._rows.device))
         count = min(count, len(self))
         step = max(_PAIRS // max(len(queries), 1), count)
         best = torch.empty(len(queries), 0, device=self._rows.device)
@@ -170,3 +167,12 @@ class FlatSketch:
                 where = torch.gather(where, 1, chosen)
         order = torch.argsort(best, dim=1, descending=True, stable=True)
         return torch.gather(where, 1, order).cpu().numpy(), torch.gather(best, 1, order).cpu().numpy()
+
+
+def _polar(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions (n, k) and norms (n, 1) of rows; zeros have no direction."""
+    # The largest entry first: squares of very small or large ones would leave float32.
+    peak = rows.abs().amax(dim=1, keepdim=True)
+    scaled = rows / torch.where(peak > 0, peak, 1.0)
+    length = scaled.norm(dim=1, keepdim=True)
+    return scaled / torch.where(length > 0, length, 1.0), length * peak

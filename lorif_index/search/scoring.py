@@ -46,7 +46,7 @@ class Question:
         return replace(self, parts=parts, x=None if self.x is None else times(self.x))
 
 
-def told(question: Question | None, ranks: Ranks) -> Question:
+def shared_question(question: Question | None, ranks: Ranks) -> Question:
     """Rank 0's question, on all ranks; its scale and thresholds stay behind."""
     if ranks.size == 1 and question is not None:
         return question

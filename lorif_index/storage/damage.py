@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +33,18 @@ class Damage:
 
 def find_damage(folder: Path, manifest: Manifest) -> list[Damage]:
     """Compares every file with its digest."""
-    found = [_shard_damage(folder, manifest, number) for number in range(len(manifest.shards))]
-    for info in manifest.files().values():
-        found.append(Damage(info.file, reason) if (reason := _reason(folder, info)) else None)
-    return [damage for damage in found if damage is not None]
+    infos = manifest.files().values()
+    others = [Damage(info.file, reason) for info in infos if (reason := _reason(folder, info)) is not None]
+    return damaged_shards(folder, manifest) + others
 
 
-def damaged_shards(folder: Path, manifest: Manifest) -> list[str]:
-    """Names of the shards that are not as they were sealed."""
-    found = [_shard_damage(folder, manifest, number) for number in range(len(manifest.shards))]
-    return [damage.file for damage in found if damage is not None]
+def damaged_shards(folder: Path, manifest: Manifest) -> list[Damage]:
+    """The shards that are not as they were sealed."""
+    return [
+        Damage(shard.sealed.file, reason, shard.rows, shard.first_id, shard.last_id)
+        for shard in manifest.shards
+        if (reason := _reason(folder, shard.sealed)) is not None
+    ]
 
 
 def damage_message(folder: Path, found: Sequence[Damage]) -> str:
@@ -58,19 +61,11 @@ def folder_bytes(folder: Path) -> int:
     return sum(item.stat().st_size for item in os.scandir(folder) if item.is_file(follow_symlinks=False))
 
 
-def _shard_damage(folder: Path, manifest: Manifest, number: int) -> Damage | None:
-    shard = manifest.shards[number]
-    reason = _reason(folder, shard.sealed)
-    return Damage(shard.sealed.file, reason, shard.rows, shard.first_id, shard.last_id) if reason else None
-
-
 def _reason(folder: Path, info: SealedInfo) -> str | None:
-    file = SealedFile(folder, info)
-    try:
-        file.verify()
-    except CorruptionError as error:
-        # Without what that error advises for one file.
-        return str(error).partition(": restore")[0]
-    finally:
-        file.close()
+    with closing(SealedFile(folder, info)) as file:
+        try:
+            file.verify()
+        except CorruptionError as error:
+            # Without what that error advises for one file.
+            return str(error).partition(": restore")[0]
     return None

@@ -6,44 +6,34 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..capture.gradients import LayerSpec
+from ..capture.gradients import SIDES, LayerSpec
 from ..curvature.fit import CurvatureShape, LayerCurvature, refuse_overflow
 from ..curvature.grid import Grid
 from ..curvature.sketch import LayerSketch, Sketch
 from ..errors import CorruptionError
 from ..linalg.subspace import OVERSAMPLING
-from .sealed import SealedFile, write_sealed
+from .sealed import SealedFile, as_count, entry_of, write_sealed
 
 
 def save_projections(
     folder: Path, name: str, learnt: Mapping[tuple[str, str], torch.Tensor], specs: Mapping[str, LayerSpec]
 ) -> dict[str, Any]:
     """Writes `in_<i>`, `out_<i>` (width, d) float32 of the learnt sides of layer number i; what the manifest keeps."""
-    arrays: dict[str, np.ndarray] = {}
-    sides = []
-    for i, layer in enumerate(specs):
-        for side in ("in", "out"):
-            if (layer, side) in learnt:
-                arrays[f"{side}_{i}"] = learnt[layer, side].numpy()
-                sides.append([i, side])
-    return {"file": write_sealed(folder, name, arrays, {}).to_json(), "sides": sides}
+    numbers = {layer: i for i, layer in enumerate(specs)}
+    arrays = {f"{side}_{numbers[layer]}": matrix.numpy() for (layer, side), matrix in learnt.items()}
+    return {"file": write_sealed(folder, name, arrays).to_json()}
 
 
 def projection_bytes(specs: Mapping[str, LayerSpec]) -> int:
     """Of the file of learnt projections."""
-    return sum(
-        4 * width * dim
-        for spec in specs.values()
-        for width, dim in ((spec.width_in, spec.d_in), (spec.width_out, spec.d_out))
-        if dim < width
-    )
+    return sum(4 * math.prod(spec.side(side)) for spec in specs.values() for side in SIDES if spec.projected(side))
 
 
 class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
@@ -53,30 +43,21 @@ class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
         CorruptionError: the manifest's entry is damaged.
     """
 
-    def __init__(self, folder: Path, facts: Any, specs: Mapping[str, LayerSpec]) -> None:
-        names = list(specs)
-        self.file = SealedFile.of_entry(folder, facts)
-        try:
-            self._numbers = {(names[int(i)], str(side)): int(i) for i, side in facts["sides"]}
-            if any(i < 0 for i in self._numbers.values()) or {s for _, s in self._numbers} - {"in", "out"}:
-                raise ValueError(f"sides {facts['sides']!r}")
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CorruptionError(f"the manifest's entry of the projections is damaged: {error!r}") from None
-        self._specs = specs
-        self._lock = threading.Lock()
+    def __init__(self, folder: Path, entry: Any, specs: Mapping[str, LayerSpec]) -> None:
+        self.file, self._specs = SealedFile.of_entry(folder, entry), specs
+        all_sides = {(layer, side): f"{side}_{i}" for i, layer in enumerate(specs) for side in SIDES}
+        self._datasets = {key: name for key, name in all_sides.items() if name in self.file.info.offsets}
 
     def __getitem__(self, key: tuple[str, str]) -> torch.Tensor:
-        number, spec = self._numbers[key], self._specs[key[0]]
-        shape = (spec.width_in, spec.d_in) if key[1] == "in" else (spec.width_out, spec.d_out)
-        with self._lock:
-            self.file.verify_once()
-            return torch.from_numpy(self.file.read_array(f"{key[1]}_{number}", shape, "<f4"))
+        name, shape = self._datasets[key], self._specs[key[0]].side(key[1])
+        self.file.verify_once()
+        return torch.from_numpy(self.file.read_array(name, shape, "<f4"))
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        return iter(self._numbers)
+        return iter(self._datasets)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._datasets)
 
 
 def save_curvature(folder: Path, name: str, fitted: Mapping[str, LayerCurvature]) -> dict[str, Any]:
@@ -96,23 +77,16 @@ def save_curvature(folder: Path, name: str, fitted: Mapping[str, LayerCurvature]
         refuse_overflow(key, layer.core, layer.spectrum, layer.diagonal, torch.tensor(layer.trace))
         arrays[f"basis_{i}"] = layer.core.numpy()
         arrays[f"spectrum_{i}"] = layer.spectrum.double().numpy()
-        facts.append(
-            {
-                "rank": layer.rank,
-                "spectrum": len(layer.spectrum),
-                "trace": layer.trace,
-                "rows": layer.rows,
-                "examples": layer.examples,
-                "products": 0 if layer.grid is None else layer.grid.size,
-                "diagonal": len(layer.diagonal),
-            }
-        )
+        arrays[f"diagonal_{i}"] = layer.diagonal.numpy()
+        products = 0
         if layer.grid is not None:
+            products = layer.grid.size
             arrays[f"left_{i}"], arrays[f"right_{i}"] = layer.grid.left.numpy(), layer.grid.right.numpy()
             arrays[f"products_{i}"] = layer.grid.chosen.numpy().astype("<i8")
-        if len(layer.diagonal):
-            arrays[f"diagonal_{i}"] = layer.diagonal.numpy()
-    return {"file": write_sealed(folder, name, arrays, {}).to_json(), "layers": facts}
+        rank, length, alone = layer.rank, len(layer.spectrum), len(layer.diagonal)
+        told = _CurvatureFacts(rank, length, layer.trace, layer.rows, layer.examples, products, alone)
+        facts.append(asdict(told))
+    return {"file": write_sealed(folder, name, arrays).to_json(), "layers": facts}
 
 
 def curvature_bytes(shapes: Mapping[str, CurvatureShape], specs: Mapping[str, LayerSpec], rows: int | None) -> int:
@@ -146,19 +120,13 @@ class _CurvatureFacts:
 
     @classmethod
     def of(cls, name: str, entry: Any) -> _CurvatureFacts:
-        try:
-            rank, length, rows = (int(entry[key]) for key in ("rank", "spectrum", "rows"))
-            made_of, alone = int(entry["products"]), int(entry["diagonal"])
-            facts = cls(rank, length, float(entry["trace"]), rows, float(entry["examples"]), made_of, alone)
-            if (
-                not 0 <= facts.found <= length
-                or rows < 0
-                or not 0 <= alone <= made_of
-                or not (math.isfinite(facts.trace) and math.isfinite(facts.examples))
-            ):
-                raise ValueError(f"{rank} directions, {length} eigenvalues, {rows} rows")
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptionError(f"the manifest's curvature entry of layer {name!r} is damaged ({error!r})") from None
+        with entry_of(f"layer {name!r}'s curvature"):
+            facts = cls(**entry)
+            for value in (facts.rank, facts.spectrum, facts.rows, facts.products, facts.diagonal):
+                as_count(value)
+            fine = math.isfinite(facts.trace) and math.isfinite(facts.examples)
+            if not fine or not 0 <= facts.found <= facts.spectrum or facts.diagonal > facts.products:
+                raise ValueError(repr(entry))
         return facts
 
 
@@ -172,8 +140,7 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
     def __init__(self, folder: Path, entry: Any, specs: Mapping[str, LayerSpec]) -> None:
         self.file, facts = SealedFile.of_entry(folder, entry), entry.get("layers")
         if not isinstance(facts, list) or len(facts) != len(specs):
-            count = len(facts) if isinstance(facts, list) else 0
-            raise CorruptionError(f"the manifest has {len(specs)} layers but {count} curvature entries: restore it")
+            raise CorruptionError(f"the manifest does not have {len(specs)} layers' curvature: restore it from a copy")
         self._specs = specs
         self._facts = {name: _CurvatureFacts.of(name, entry) for name, entry in zip(specs, facts, strict=True)}
         # Before memory is taken for what the file cannot hold.
@@ -212,9 +179,7 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         core = self._room(name)
         self.file.read_array(f"basis_{number}", tuple(core.shape), "<f4", out=core.numpy())
         spectrum = torch.from_numpy(self.file.read_array(f"spectrum_{number}", (facts.spectrum,), "<f8"))
-        diagonal = torch.zeros(0, dtype=torch.float64)
-        if facts.diagonal:
-            diagonal = torch.from_numpy(self.file.read_array(f"diagonal_{number}", (facts.diagonal,), "<f8"))
+        diagonal = torch.from_numpy(self.file.read_array(f"diagonal_{number}", (facts.diagonal,), "<f8"))
         _check_finite(self.file, core, spectrum, diagonal)
         grid = self._grid(name) if facts.products else None
         return LayerCurvature(core, spectrum, facts.trace, facts.rows, facts.examples, grid, diagonal)
@@ -262,21 +227,18 @@ def sketch_bytes(dim: int, directions: int) -> int:
 def save_sketch(folder: Path, name: str, sketch: Sketch) -> dict[str, Any]:
     """Writes `weights_<i>` (m, k) float32 for layer number i, and `directions_<i>` (m,) int64 where they are not the
     layer's first; what the manifest keeps."""
-    arrays, chosen = {}, []
+    arrays = {}
     for i, part in enumerate(sketch.layers.values()):
-        chosen.append(not torch.equal(part.directions, torch.arange(len(part.directions))))
-        if len(part.weights):
-            arrays[f"weights_{i}"] = part.weights.numpy()
-        if chosen[-1]:
+        arrays[f"weights_{i}"] = part.weights.numpy()
+        if not torch.equal(part.directions, torch.arange(len(part.directions))):
             arrays[f"directions_{i}"] = part.directions.numpy().astype("<i8")
     return {
-        "file": write_sealed(folder, name, arrays, {}).to_json(),
+        "file": write_sealed(folder, name, arrays).to_json(),
         "dim": sketch.dim,
         "method": sketch.method,
         "energy": sketch.energy,
         "lams": [part.lam for part in sketch.layers.values()],
         "counts": [len(part.weights) for part in sketch.layers.values()],
-        "chosen": chosen,
     }
 
 
@@ -286,18 +248,15 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
     Raises:
         CorruptionError: the file or the manifest's entry is damaged.
     """
-    names = list(names)
-    try:
-        file = SealedFile.of_entry(folder, facts)
-        dim, method, energy = int(facts["dim"]), str(facts["method"]), float(facts["energy"])
-        lams, counts = [float(v) for v in facts["lams"]], [int(v) for v in facts["counts"]]
-        chosen = [bool(v) for v in facts["chosen"]]
-        if {len(lams), len(counts), len(chosen)} != {len(names)} or dim < 1 or min(counts) < 0:
+    names, file = list(names), SealedFile.of_entry(folder, facts)
+    with entry_of("the sketch"):
+        dim, method, energy = as_count(facts["dim"]), str(facts["method"]), float(facts["energy"])
+        lams, counts = [float(v) for v in facts["lams"]], [as_count(v) for v in facts["counts"]]
+        if {len(lams), len(counts)} != {len(names)} or dim < 1:
             raise ValueError(f"{len(lams)} layers where the index has {len(names)}")
+        # Before memory is taken for what the file cannot hold.
         if 4 * sum(counts) * dim > file.info.size:
             raise ValueError(f"{sum(counts)} x {dim} weights in {file.info.size} bytes")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(f"the manifest's sketch entry is damaged ({error!r}): restore it from a copy") from None
     with closing(file):
         file.verify()
         layers, at = {}, 0
@@ -305,14 +264,11 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
         room = torch.empty(sum(counts), dim)
         for i, (name, lam, count) in enumerate(zip(names, lams, counts, strict=True)):
             part, directions = room[at : at + count], torch.arange(count)
-            if count:
-                file.read_array(f"weights_{i}", (count, dim), "<f4", out=part.numpy())
-            if chosen[i]:
+            file.read_array(f"weights_{i}", (count, dim), "<f4", out=part.numpy())
+            if f"directions_{i}" in file.info.offsets:
                 directions = torch.from_numpy(file.read_array(f"directions_{i}", (count,), "<i8").astype(np.int64))
-                if count and int(directions.min()) < 0:
-                    raise CorruptionError(
-                        f"{file.path} names direction {int(directions.min())}: restore it from a copy"
-                    )
+            if bool((directions < 0).any()):
+                raise CorruptionError(f"{file.path} names direction {int(directions.min())}: restore it from a copy")
             layers[name] = LayerSketch(lam, part, directions)
             at += count
         _check_finite(file, room)
@@ -321,7 +277,7 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
 
 def save_removed(folder: Path, name: str, ids: np.ndarray) -> dict[str, Any]:
     """Writes the rising ids of removed rows; what the manifest keeps."""
-    return {"file": write_sealed(folder, name, {"ids": ids.astype("<i8")}, {}).to_json(), "count": len(ids)}
+    return {"file": write_sealed(folder, name, {"ids": ids.astype("<i8")}).to_json(), "count": len(ids)}
 
 
 def load_removed(folder: Path, facts: Any) -> np.ndarray:
@@ -330,10 +286,9 @@ def load_removed(folder: Path, facts: Any) -> np.ndarray:
     Raises:
         CorruptionError: the file or the manifest's entry is damaged.
     """
-    try:
-        file, count = SealedFile.of_entry(folder, facts), int(facts["count"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(f"the manifest's entry of removed ids is damaged ({error!r}): restore it") from None
+    file = SealedFile.of_entry(folder, facts)
+    with entry_of("removed ids"):
+        count = as_count(facts["count"])
     with closing(file):
         file.verify()
         return file.read_array("ids", (count,), "<i8").astype(np.int64)
@@ -344,8 +299,7 @@ def save_queries(folder: Path, name: str, ids: np.ndarray, gradients: Mapping[st
     the layers' order; what the manifest keeps."""
     arrays: dict[str, np.ndarray] = {"ids": ids.astype("<i8")}
     arrays |= {f"query_{i}": g.float().numpy() for i, g in enumerate(gradients.values())}
-    sealed = write_sealed(folder, name, {k: v for k, v in arrays.items() if v.size}, {})
-    return {"file": sealed.to_json(), "count": len(ids)}
+    return {"file": write_sealed(folder, name, arrays).to_json(), "count": len(ids)}
 
 
 def query_bytes(specs: Mapping[str, LayerSpec]) -> int:
@@ -361,24 +315,19 @@ class CalibrationQueries:
     """
 
     def __init__(self, folder: Path, facts: Any, specs: Mapping[str, LayerSpec]) -> None:
-        try:
-            self.file = SealedFile.of_entry(folder, facts)
-            self.count = int(facts["count"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptionError(f"the manifest's entry of calibration queries is damaged: {error!r}") from None
-        self._specs = specs
+        self.file, self._specs = SealedFile.of_entry(folder, facts), specs
+        with entry_of("calibration queries"):
+            self.count = as_count(facts["count"])
 
     def ids(self) -> np.ndarray:
         """(count,) int64: the training examples that are the queries."""
-        return self._read("ids", (self.count,), "<i8").astype(np.int64)
+        self.file.verify_once()
+        return self.file.read_array("ids", (self.count,), "<i8").astype(np.int64)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Layer -> (count, d_in, d_out) float32."""
+        self.file.verify_once()
         return {
-            spec.name: torch.from_numpy(self._read(f"query_{i}", (self.count, spec.d_in, spec.d_out), "<f4"))
+            spec.name: torch.from_numpy(self.file.read_array(f"query_{i}", (self.count, spec.d_in, spec.d_out), "<f4"))
             for i, spec in enumerate(self._specs.values())
         }
-
-    def _read(self, dataset: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        self.file.verify_once()
-        return self.file.read_array(dataset, shape, dtype) if shape[0] else np.empty(shape, dtype)

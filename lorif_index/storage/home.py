@@ -23,11 +23,7 @@ _CHUNK = 16 << 20
 
 
 class Home:
-    """One rank's view of the folders of an index.
-
-    Args:
-        path: of the folder, which is made if need be.
-        ranks: all of which make theirs at the same time.
+    """One rank's view of the folders of an index; all ranks make theirs at the same time.
 
     Attributes:
         leaders: for each rank the first of those that share its folder.
@@ -77,11 +73,7 @@ class Home:
         return len(set(self.leaders))
 
     def publish(self, files: Iterable[SealedInfo], source: int = 0) -> None:
-        """Gives files of rank `source`'s folder to all others, and waits until they are there.
-
-        Args:
-            files: the same on all ranks.
-            source: a leader.
+        """Gives files of the folder of rank `source`, a leader, to all others, and waits until they are there.
 
         Raises:
             CorruptionError: a file is not as it was sealed. OSError: a disk is full or refuses.

@@ -24,11 +24,8 @@ WRITER = "writer.lock"
 
 
 class WriterLock:
-    """The right to change an index's folder, held from `acquire` to `release`; a context manager.
-
-    Args:
-        folder: of the index; `acquire` makes it if need be.
-    """
+    """The right to change an index's folder, held from `acquire`, which makes the folder if need be, to `release`; a
+    context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / WRITER
@@ -46,24 +43,20 @@ class WriterLock:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(fd, 256, 0).decode("utf-8", errors="replace").strip()
-            os.close(fd)
-            if isinstance(error, BlockingIOError):
-                raise LockedError(
-                    f"{self._path.parent} is being changed by another writer ({holder or 'unknown'}): wait until it "
-                    "has finished, or stop it"
-                ) from None
-            raise
-        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        try:
+            who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S")}
             # It says who holds the lock, and is not the lock: a full disk must not keep one from removing rows.
             with suppress(OSError):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, json.dumps(who).encode(), 0)
-        except BaseException:
+        except BaseException as error:
+            holder = os.pread(fd, 256, 0).decode("utf-8", errors="replace").strip()
             os.close(fd)
-            raise
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise LockedError(
+                f"{self._path.parent} is being changed by another writer ({holder or 'unknown'}): wait until it has "
+                "finished, or stop it"
+            ) from None
         self._fd = fd
         return self
 
@@ -96,30 +89,28 @@ class Lease:
             except OSError as error:
                 raise NotAnIndexError(f"{path} cannot be opened ({error.strerror}): is it an index?") from None
             self._release = weakref.finalize(self, os.close, fd)
-            _share(fd)
+            # A file system may have no locks: files that a later version drops may vanish under this reader, which is
+            # told so.
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_SH)
             # Replaced between opening and locking, it may have lost its files by now: then the new one is taken.
             if _is_still(path, fd):
                 break
             self._release()
         found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
+        try:
+            if not stat.S_ISREG(found.st_mode):
+                raise NotAnIndexError(f"{path} is no regular file: is it an index?")
+            if found.st_size > largest:
+                raise CorruptionError(f"{path} has {found.st_size} bytes, more than any manifest's {largest}")
+            self.data = os.pread(fd, found.st_size, 0)
+        except BaseException:
             self._release()
-            raise NotAnIndexError(f"{path} is no regular file: is it an index?")
-        size = found.st_size
-        if size > largest:
-            self._release()
-            raise CorruptionError(f"{path} has {size} bytes, more than any manifest's {largest}")
-        self.data = os.pread(fd, size, 0)
+            raise
 
     def release(self) -> None:
         """Gives the version up: its files may be removed when a later one no longer needs them."""
         self._release()
-
-
-def _share(fd: int) -> None:
-    # A file system may have no locks: files that a later version drops may vanish under this reader, which is told so.
-    with suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_SH)
 
 
 def _is_still(path: Path, fd: int) -> bool:

@@ -10,16 +10,17 @@ import itertools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from ..capture.gradients import LayerSpec
-from ..errors import CorruptionError, FingerprintError, FormatVersionError, NotAnIndexError, StoreError
+from ..errors import CorruptionError, FingerprintError, FormatVersionError, NotAnIndexError, StoreError, shown
 from .locks import Lease, is_read
-from .sealed import SealedInfo, replace_durably
+from .sealed import SealedInfo, as_count, replace_durably
 from .shards import ShardInfo
 
 FORMAT = "lorif-index"
@@ -52,7 +53,7 @@ class Manifest:
         codec: name of the codec that rows are written by; None while that is not decided.
         fits: what all rows share, under the names of `FITS`: an entry each, with the `file` it is sealed in if it has
             one, and what else is known of it.
-        coarse: the coarse index's file, kind and fingerprint, or None.
+        coarse: the coarse codes' file, form and fingerprint, or None.
         calibration: what was learnt of it (see `calibration.Calibration`), or None.
         skipped: ids of examples left out for inf or NaN.
         report: seconds by stage and other facts of the build.
@@ -141,24 +142,9 @@ class Manifest:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "fingerprint": self.fingerprint,
-            "config": self.config,
-            "layers": [spec_to_json(spec) for spec in self.layers],
+            **{part.name: getattr(self, part.name) for part in fields(self)},
+            "layers": [asdict(spec) | {"uses": list(spec.uses)} for spec in self.layers],
             "shards": [shard.to_json() for shard in self.shards],
-            "codec": self.codec,
-            "fits": self.fits,
-            "coarse": self.coarse,
-            "calibration": self.calibration,
-            "skipped": self.skipped,
-            "report": self.report,
-            "metadata": self.metadata,
-            "generation": self.generation,
-            "next_id": self.next_id,
-            "next_file": self.next_file,
-            "removed": self.removed,
-            "fitted_ids": self.fitted_ids,
-            "pending": self.pending,
-            "part": self.part,
         }
 
     @classmethod
@@ -172,26 +158,19 @@ class Manifest:
         fits = _typed(data["fits"], dict)
         if set(fits) - set(FITS):
             raise ValueError(f"fits {sorted(fits)}")
-        manifest = cls(
-            fingerprint=_typed(data["fingerprint"], dict),
-            config=_typed(data["config"], dict),
-            layers=[_spec_from_json(spec) for spec in _typed(data["layers"], list)],
-            shards=shards,
-            codec=_typed(data["codec"], str, none=True),
-            fits={name: _entry(entry, needs_file=name != "codec") or {} for name, entry in fits.items()},
-            coarse=_entry(data["coarse"]),
-            calibration=_typed(data["calibration"], dict, none=True),
-            skipped=[_count(i) for i in _typed(data["skipped"], list)],
-            report=_typed(data["report"], dict),
-            metadata=_typed(data["metadata"], dict),
-            generation=_count(data["generation"]),
-            next_id=_count(data["next_id"]),
-            next_file=_count(data["next_file"]),
-            removed=_entry(data["removed"]),
-            fitted_ids=_count(data["fitted_ids"]),
-            pending=_typed(data["pending"], dict, none=True),
-            part=_part(data["part"]),
-        )
+        known: dict[str, Any] = {
+            "layers": [_spec_from_json(spec) for spec in _typed(data["layers"], list)],
+            "shards": shards,
+            "codec": _typed(data["codec"], str, none=True),
+            "fits": {name: _entry(entry, needs_file=name != "codec") or {} for name, entry in fits.items()},
+            "skipped": [as_count(i) for i in _typed(data["skipped"], list)],
+            "part": _part(data["part"]),
+        }
+        known |= {name: _typed(data[name], dict) for name in ("fingerprint", "config", "report", "metadata")}
+        known |= {name: _typed(data[name], dict, none=True) for name in ("calibration", "pending")}
+        known |= {name: as_count(data[name]) for name in ("generation", "next_id", "next_file", "fitted_ids")}
+        known |= {name: _entry(data[name]) for name in ("coarse", "removed")}
+        manifest = cls(**known)
         after = max((shard.last_id + 1 for shard in shards), default=0)
         if len({spec.name for spec in manifest.layers}) < len(manifest.layers):
             raise ValueError("two layers of one name")
@@ -214,15 +193,11 @@ class Manifest:
         """
         self.generation += 1
         retired = folder / f"{_RETIRED}{self.generation - 1:06d}.json"
-        try:
+        # Where it fails there is no manifest yet; or a commit was interrupted right here, and it is the same file, or
+        # an older one of the same number, which no reader could have opened; or the file system has no links, and
+        # readers of the last version are told if files vanish.
+        with suppress(OSError):
             os.link(folder / MANIFEST, retired, follow_symlinks=False)
-        except FileExistsError:
-            # A commit was interrupted between this line and the next but one: it is the same file, or an older one of
-            # the same number, which no reader could have opened.
-            pass
-        except OSError:
-            # No manifest yet, or a file system without links: readers of the last version are told if files vanish.
-            pass
         self.write(folder, MANIFEST)
 
 
@@ -250,8 +225,9 @@ def collect(folder: Path) -> list[str]:
         if (folder / name).is_file():
             needed |= read_manifest(folder, name).names()
     held: set[str] = set()
+    now = folder / MANIFEST
     for path in sorted(folder.glob(f"{_RETIRED}*.json")):
-        if _same_file(path, folder / MANIFEST) or not is_read(path):
+        if (now.exists() and path.samefile(now)) or not is_read(path):
             path.unlink()
             continue
         held |= {path.name} | (read_manifest(folder, path.name).names() - needed)
@@ -272,10 +248,6 @@ def _still_adding(folder: Path) -> bool:
     return pending.get("generation") == read_manifest(folder).generation
 
 
-def _same_file(a: Path, b: Path) -> bool:
-    return b.exists() and a.samefile(b)
-
-
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """Reads and checks a manifest, without keeping hold of its version (see `open_version`).
 
@@ -290,11 +262,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
 
 
 def open_version(folder: Path, name: str = MANIFEST) -> tuple[Manifest, Lease]:
-    """Reads and checks a manifest, and keeps its files from being removed until the lease is released.
-
-    Raises:
-        As `read_manifest`.
-    """
+    """Reads and checks a manifest, and keeps its files from being removed until the lease is released; raises as
+    `read_manifest`."""
     path = folder / name
     if not path.is_file():
         unfinished = (folder / BUILDING).is_file()
@@ -363,17 +332,11 @@ def _typed(value: Any, kind: type, *, none: bool = False) -> Any:
     return value
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
-        raise TypeError(f"{str(value)[:80]!r} where a count was expected")
-    return value
-
-
 def _part(value: Any) -> dict[str, Any] | None:
     """{"number", "of", "rows", "build"} of an index that lies in several folders, or None."""
     if value is None:
         return None
-    part = {name: _count(_typed(value, dict)[name]) for name in ("number", "of", "rows")}
+    part = {name: as_count(_typed(value, dict)[name]) for name in ("number", "of", "rows")}
     if not part["number"] < part["of"]:
         raise ValueError(f"part {part['number']} of {part['of']}")
     return part | {"build": _typed(value["build"], str)}
@@ -391,7 +354,7 @@ def _spec_from_json(spec: Any) -> LayerSpec:
     made = LayerSpec(**{**_typed(spec, dict), "uses": tuple(names)})
     _typed(made.name, str), _typed(made.bias, bool)
     sizes = (made.width_in, made.width_out, made.d_in, made.d_out, made.rank)
-    if not all(0 < _count(size) <= _WIDEST for size in sizes) or made.d_in * made.d_out > _WIDEST:
+    if not all(0 < as_count(size) <= _WIDEST for size in sizes) or made.d_in * made.d_out > _WIDEST:
         raise ValueError(f"layer {made.name!r} of sizes {sizes}")
     return made
 
@@ -409,19 +372,6 @@ def check_same(stored: dict[str, Any], given: dict[str, Any], what: str, remedy:
         raise FingerprintError(f"{what} differs in {', '.join(different)} ({lines}): {remedy}")
 
 
-def spec_to_json(spec: LayerSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "width_in": spec.width_in,
-        "width_out": spec.width_out,
-        "d_in": spec.d_in,
-        "d_out": spec.d_out,
-        "rank": spec.rank,
-        "bias": spec.bias,
-        "uses": list(spec.uses),
-    }
-
-
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -436,9 +386,4 @@ def _said(name: str, stored: Any, given: Any) -> str:
             return f"{name}: {len(stored)} there, {len(given)} here"
         first = next(i for i, (a, b) in enumerate(zip(stored, given, strict=True)) if a != b)
         return _said(f"{name}[{first}]", stored[first], given[first])
-    return f"{name}: {_short(stored)} there, {_short(given)} here"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return f"{name}: {shown(stored)} there, {shown(given)} here"

@@ -13,9 +13,9 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,29 +57,41 @@ class SealedInfo:
         Raises:
             CorruptionError: missing or unknown fields, wrong types, or a name that leaves the folder.
         """
-        try:
+        with entry_of("a file"):
             info = cls(**data)
-        except TypeError as error:
-            raise CorruptionError(f"the manifest's entry of a file is not as expected: {error}") from None
-        fine = (
-            isinstance(info.file, str)
             # As builds give them: nothing that the system might take for something else.
-            and info.file.isascii()
-            and info.file.isprintable()
-            and "/" not in info.file
-            and info.file not in ("", ".", "..")
-            and isinstance(info.digest, str)
-            and _is_count(info.size)
-            and isinstance(info.offsets, dict)
-            and all(_is_count(v) for v in info.offsets.values())
-        )
-        if not fine:
-            raise CorruptionError(f"the manifest's entry of a file is not as expected: {data!r}")
+            plain = info.file.isascii() and info.file.isprintable() and "/" not in info.file
+            if not plain or info.file in ("", ".", "..") or not isinstance(info.digest, str):
+                raise ValueError(f"{data!r} as a file")
+            for value in (info.size, *info.offsets.values()):
+                as_count(value)
         return info
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def as_count(value: Any) -> int:
+    """A value of the manifest's that must be a number of things.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise TypeError(f"{str(value)[:80]!r} where a count was expected")
+    return value
+
+
+@contextmanager
+def entry_of(what: str) -> Iterator[None]:
+    """Reads an entry of the manifest inside: one of another form is damage.
+
+    Raises:
+        CorruptionError: fields are missing, or of the wrong form.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        raise CorruptionError(
+            f"the manifest's entry of {what} is damaged ({error!r}): restore it from a copy"
+        ) from None
 
 
 def part_name(name: str) -> str:
@@ -87,12 +99,12 @@ def part_name(name: str) -> str:
     return f".{name}.part"
 
 
-def file_digest(path: Path) -> str:
-    """XXH3-128 of a whole file, in hex."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+def _digest(fd: int) -> str:
+    """XXH3-128 of a whole open file, in hex."""
+    digest, at, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(_DIGEST_CHUNK))
+    while got := os.preadv(fd, [buffer], at):
+        digest.update(buffer[:got])
+        at += got
     return str(digest.hexdigest())
 
 
@@ -118,63 +130,50 @@ def replace_durably(folder: Path, name: str, data: bytes) -> None:
     sync_folder(folder)
 
 
-def write_sealed(
-    folder: Path, name: str, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str]
-) -> SealedInfo:
-    """Writes arrays as the root datasets of a new HDF5 file.
-
-    Args:
-        folder: an existing folder.
-        name: the file's final name; nothing is under it unless the file is complete.
-        arrays: dataset -> array; little-endian.
-        attributes: of the file's root.
+def write_sealed(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> SealedInfo:
+    """Writes arrays as the root datasets of a new HDF5 file; those without elements are left out.
 
     Raises:
-        OSError: the disk is full or refuses.
+        OSError: the disk is full or refuses; nothing is under the name then.
     """
-    temporary = folder / f".{name}.part"
+    temporary = folder / part_name(name)
+    arrays = {key: array for key, array in arrays.items() if array.size}
     try:
-        offsets = _allocate(temporary, arrays, attributes)
+        offsets = _allocate(temporary, arrays)
         fd = os.open(temporary, os.O_RDWR)
         try:
             for key, array in arrays.items():
                 os.posix_fallocate(fd, offsets[key], array.nbytes)
                 _write_all(fd, np.ascontiguousarray(array).data.cast("B"), offsets[key])
-            os.fsync(fd)
-            size = os.fstat(fd).st_size
         finally:
             os.close(fd)
-        digest = file_digest(temporary)
-        temporary.rename(folder / name)
-        sync_folder(folder)
+        return _seal(temporary, folder / name, offsets)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return SealedInfo(name, size, digest, offsets)
 
 
-def seal_file(temporary: Path, final: Path) -> SealedInfo:
-    """Syncs, digests and renames a file that a library wrote in its own format."""
+def _seal(temporary: Path, final: Path, offsets: dict[str, int], expected: str | None = None) -> SealedInfo:
+    """Syncs, digests and renames a complete file.
+
+    Raises:
+        CorruptionError: its digest is not the expected one; it keeps its name.
+    """
     fd = os.open(temporary, os.O_RDONLY)
     try:
         os.fsync(fd)
-        size = os.fstat(fd).st_size
+        info = SealedInfo(final.name, os.fstat(fd).st_size, _digest(fd), offsets)
     finally:
         os.close(fd)
-    digest = file_digest(temporary)
+    if expected not in (None, info.digest):
+        raise CorruptionError(f"{final.name} is not as it was sealed: restore it from a copy")
     temporary.rename(final)
     sync_folder(final.parent)
-    return SealedInfo(final.name, size, digest, {})
+    return info
 
 
 class Arrival:
-    """A sealed file that comes from elsewhere, in pieces; under its name only when it is complete and as it was sealed.
-
-    Args:
-        folder: where it goes.
-        info: of the file.
-        name: its name there.
-    """
+    """A sealed file that comes from elsewhere in pieces; under its name only when complete and as it was sealed."""
 
     def __init__(self, folder: Path, info: SealedInfo, name: str) -> None:
         self._final, self._info = folder / name, info
@@ -187,10 +186,11 @@ class Arrival:
     def seal(self) -> SealedInfo:
         """Raises CorruptionError where it is not as it was sealed; nothing is left then."""
         self.close()
-        if file_digest(self._temporary) != self._info.digest:
+        try:
+            return _seal(self._temporary, self._final, self._info.offsets, self._info.digest)
+        except CorruptionError:
             self._temporary.unlink()
-            raise CorruptionError(f"{self._info.file} is not as it was sealed: restore it from a copy")
-        return replace(seal_file(self._temporary, self._final), offsets=self._info.offsets)
+            raise
 
     def close(self) -> None:
         """Gives the file handle back."""
@@ -210,20 +210,16 @@ def copy_sealed(source: Path, info: SealedInfo, folder: Path, name: str) -> Seal
             chunk = bytearray(min(_CHUNK, info.size - at))
             file.read(at, memoryview(chunk))
             copy.write(at, memoryview(chunk))
-        try:
-            return copy.seal()
-        except CorruptionError:
-            raise CorruptionError(f"{source / info.file} is not as it was sealed: restore it from a copy") from None
+        return copy.seal()
 
 
-def _allocate(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str]) -> dict[str, int]:
+def _allocate(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Creates the file with its datasets allocated but not filled; their offsets."""
     offsets = {}
     # Late: half of what importing the package takes beside torch, and whoever only asks writes no file.
     import h5py
 
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        file.attrs.update(attributes)
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_layout(h5py.h5d.CONTIGUOUS)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -269,14 +265,12 @@ class SealedFile:
         Raises:
             CorruptionError: the entry names none.
         """
-        try:
+        with entry_of("a file"):
             return cls(folder, SealedInfo.from_json(entry["file"]))
-        except (KeyError, TypeError) as error:
-            raise CorruptionError(f"the manifest's entry of a file is damaged ({error!r}): restore it") from None
 
     def require(self, dataset: str, size: int) -> int:
-        """Offset of a dataset of that many bytes, checked to lie inside the file."""
-        offset = self.info.offsets.get(dataset)
+        """Offset of a dataset of that many bytes, checked to lie inside the file; one of no bytes need not be there."""
+        offset = self.info.offsets.get(dataset, None if size else 0)
         if offset is None or size < 0 or offset + size > self.info.size:
             raise CorruptionError(
                 f"{self.path} has {self.info.size} bytes, but its dataset {dataset!r} of {size} bytes is said to begin "
@@ -327,10 +321,6 @@ class SealedFile:
             self.read(offset, out.data.cast("B"))
         return out
 
-    def fileno(self) -> int:
-        """The file's descriptor, after checking that it is the regular file of the size that was sealed."""
-        return self._opened().fd
-
     def _opened(self) -> _Descriptor:
         with self._lock:
             if self._file is None:
@@ -364,21 +354,12 @@ class SealedFile:
         Raises:
             CorruptionError: it differs.
         """
-        found = self._digest()
+        file = self._opened()
+        found = _digest(file.fd)
         if found != self.info.digest:
             raise CorruptionError(
                 f"{self.path} has digest {found} where {self.info.digest} was sealed: restore it from a copy"
             )
-
-    def _digest(self) -> str:
-        digest, at, buffer = xxhash.xxh3_128(), 0, bytearray(min(_DIGEST_CHUNK, self.info.size))
-        self._opened()
-        while at < self.info.size:
-            view = memoryview(buffer)[: min(_DIGEST_CHUNK, self.info.size - at)]
-            self.read(at, view)
-            digest.update(view)
-            at += len(view)
-        return str(digest.hexdigest())
 
     def verify_once(self) -> None:
         """`verify`, the first time that it is called."""

@@ -9,7 +9,8 @@ XXH3-64 of the bytes, so that single rows gathered from a shard can be verified 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,8 @@ import torch
 import xxhash
 
 from ..errors import CorruptionError
-from .sealed import SealedFile, SealedInfo, write_sealed
+from .sealed import SealedFile, SealedInfo, as_count, entry_of, write_sealed
 
-_MOST = 1 << 62
-# Of payloads, at a time; one may be longer.
-_READ_BYTES = 1 << 20
 # Beside a row: its id, its gradient's squared norm, and its checksum; and of a payload its end and its checksum.
 BESIDE_ROW, BESIDE_PAYLOAD = 8 + 4 + 8, 16
 # What HDF5 puts around a file's arrays, and the manifest says of it.
@@ -54,31 +52,21 @@ class ShardInfo:
         return self.first_id, self.last_id + 1
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "sealed": self.sealed.to_json(),
-            "rows": self.rows,
-            "first_id": self.first_id,
-            "last_id": self.last_id,
-            "shift": self.shift,
-            "ids_digest": self.ids_digest,
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> ShardInfo:
-        try:
-            sealed = SealedInfo.from_json(data["sealed"])
-            numbers = (data["rows"], data["first_id"], data["last_id"], data["shift"])
-            digest = data["ids_digest"]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise CorruptionError(f"the manifest's entry of a shard is not as expected: {error!r}") from None
-        rows, first, last, _ = numbers
-        if (
-            not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MOST for v in numbers)
-            or not 0 < rows <= last - first + 1
-            or not isinstance(digest, str)
-        ):
-            raise CorruptionError(f"the manifest's entry of shard {sealed.file} has rows and ids {numbers}")
-        return cls(sealed, *numbers, digest)
+        """From the manifest's entry.
+
+        Raises:
+            CorruptionError: fields that are missing or of the wrong form.
+        """
+        with entry_of("a shard"):
+            info = cls(**data | {"sealed": SealedInfo.from_json(data["sealed"])})
+            rows, first, last, _ = numbers = [as_count(v) for v in (info.rows, info.first_id, info.last_id, info.shift)]
+            if not 0 < rows <= last - first + 1 or not isinstance(info.ids_digest, str):
+                raise ValueError(f"{info.sealed.file} of rows and ids {numbers}")
+        return info
 
 
 def write_shard(
@@ -92,9 +80,7 @@ def write_shard(
     """Writes and seals one shard.
 
     Args:
-        folder: an existing folder.
-        name: the file's final name.
-        rows: (n, row bytes) uint8, n > 0, contiguous, on the CPU.
+        rows: (n, row bytes) uint8, n > 0, on the CPU.
         ids: (n,) int64, rising.
         energies: (n,) float32.
         payloads: n of them, or None.
@@ -103,12 +89,13 @@ def write_shard(
         OSError: the disk is full or refuses; nothing is left under the final name.
     """
     raw, numbers = rows.contiguous().numpy(), ids.astype("<i8")
-    arrays = {"ids": numbers, "rows": raw, "checksums": _checksums(raw), "energies": energies.astype("<f4")}
+    checksums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in raw), dtype="<u8", count=len(raw))
+    arrays = {"ids": numbers, "rows": raw, "checksums": checksums, "energies": energies.astype("<f4")}
     if payloads is not None:
         arrays["payloads"] = np.frombuffer(b"".join(payloads), dtype=np.uint8)
         arrays["payload_ends"] = np.cumsum([len(p) for p in payloads]).astype("<i8")
         arrays["payload_checksums"] = np.array([xxhash.xxh3_64_intdigest(p) for p in payloads], dtype="<u8")
-    sealed = write_sealed(folder, name, arrays, {})
+    sealed = write_sealed(folder, name, arrays)
     return ShardInfo(sealed, len(ids), int(ids[0]), int(ids[-1]), 0, xxhash.xxh3_64_hexdigest(numbers.tobytes()))
 
 
@@ -119,28 +106,14 @@ def shard_bytes_of(rows: int, row_bytes: int, shard_bytes: int, payload_bytes: f
     return rows * (row_bytes + BESIDE_ROW) + shards * FILE_BYTES, payloads
 
 
-def _checksums(raw: np.ndarray) -> np.ndarray:
-    return np.fromiter((xxhash.xxh3_64_intdigest(row) for row in raw), dtype="<u8", count=len(raw))
-
-
 class Shard:
-    """A sealed shard for reading.
-
-    Args:
-        folder: of the index.
-        info: what the manifest says of it.
-        row_bytes: of a row.
-    """
+    """A sealed shard for reading."""
 
     def __init__(self, folder: Path, info: ShardInfo, row_bytes: int) -> None:
         self.info, self.count, self._size = info, info.rows, row_bytes
         self.file = SealedFile(folder, info.sealed)
         self.file.require("ids", 8 * info.rows)
         self._rows = self.file.require("rows", info.rows * row_bytes)
-        self._checksums: np.ndarray | None = None
-        self._ends: np.ndarray | None = None
-        self._sums = np.empty(0, dtype="<u8")
-        self._offset = 0
 
     def read(self, start: int, stop: int, out: memoryview) -> None:
         """Reads rows [start, stop) into the beginning of a buffer of bytes."""
@@ -161,8 +134,6 @@ class Shard:
         Raises:
             CorruptionError: naming the first row that differs.
         """
-        if self._checksums is None:
-            self._checksums = self.file.read_array("checksums", (self.count,), "<u8")
         expected, digest = self._checksums[positions].tolist(), xxhash.xxh3_64_intdigest
         found = [digest(rows[place]) for place in places.tolist()]
         if found != expected:
@@ -170,6 +141,10 @@ class Shard:
             raise CorruptionError(
                 f"row {position} of {self.file.path} does not match its checksum: restore the file from a copy"
             )
+
+    @cached_property
+    def _checksums(self) -> np.ndarray:
+        return self.file.read_array("checksums", (self.count,), "<u8")
 
     def ids(self) -> np.ndarray:
         """(n,) int64.
@@ -203,34 +178,25 @@ class Shard:
         Raises:
             CorruptionError: one does not match its checksum.
         """
-        if self._ends is None:
-            ends = self.file.read_array("payload_ends", (self.count,), "<i8")
-            if ends[0] < 0 or (np.diff(ends) < 0).any():
-                raise CorruptionError(f"the payloads in {self.file.path} do not follow each other: restore it")
-            sums = self.file.read_array("payload_checksums", (self.count,), "<u8")
-            offset = self.file.require("payloads", int(ends[-1]))
-            self._sums, self._offset = sums, offset
-            # Last: another thread may see it.
-            self._ends = ends
+        ends, sums, offset = self._payload_table
         out = []
-        held, first, last = memoryview(b""), 0, 0
-        wanted = positions.tolist()
-        for number, position in enumerate(wanted):
-            begin, end = int(self._ends[position - 1]) if position else 0, int(self._ends[position])
-            if begin < first or end > last:
-                # Those that follow each other are read together.
-                run = number + 1
-                while run < len(wanted) and wanted[run] == wanted[run - 1] + 1:
-                    run += 1
-                most = np.searchsorted(self._ends, begin + _READ_BYTES, side="right")
-                first, last = begin, int(self._ends[max(min(wanted[run - 1], int(most) - 1), position)])
-                held = memoryview(bytearray(last - first))
-                self.file.read(self._offset + first, held)
-            data = bytes(held[begin - first : end - first])
-            if xxhash.xxh3_64_intdigest(data) != int(self._sums[position]):
+        for position in positions.tolist():
+            begin, end = int(ends[position - 1]) if position else 0, int(ends[position])
+            data = bytearray(end - begin)
+            self.file.read(offset + begin, memoryview(data))
+            if xxhash.xxh3_64_intdigest(data) != int(sums[position]):
                 raise CorruptionError(
                     f"the payload of row {position} of {self.file.path} does not match its checksum: restore the file "
                     "from a copy"
                 )
-            out.append(data)
+            out.append(bytes(data))
         return out
+
+    @cached_property
+    def _payload_table(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Where each payload ends, their checksums, and where the first begins."""
+        ends = self.file.read_array("payload_ends", (self.count,), "<i8")
+        if ends[0] < 0 or (np.diff(ends) < 0).any():
+            raise CorruptionError(f"the payloads in {self.file.path} do not follow each other: restore it")
+        sums = self.file.read_array("payload_checksums", (self.count,), "<u8")
+        return ends, sums, self.file.require("payloads", int(ends[-1]))

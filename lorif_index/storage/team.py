@@ -23,7 +23,6 @@ class Team:
     """Which rows this rank holds, of how many.
 
     Args:
-        ranks: who hold the index together.
         shards: those in this rank's folder, in order.
         starts: of each of those, the position in the whole index of its first row.
         mine: which of those this rank holds.
@@ -63,13 +62,9 @@ class Team:
             DistributedError: the ranks' folders hold different indexes, or not all parts of one.
         """
         if ranks.size == 1:
-            return cls(
-                ranks,
-                manifest.shards,
-                _starts(manifest.shards),
-                slice(0, len(manifest.shards)),
-                _rows(manifest.shards),
-            )
+            counts = [shard.rows for shard in manifest.shards]
+            starts = np.cumsum([0, *counts])[:-1].tolist()
+            return cls(ranks, manifest.shards, starts, slice(0, len(counts)), sum(counts))
         # Calibration and coarse index change without the rows: all must have opened the same version.
         build = f"{manifest.digest()} {manifest.generation}"
         part = manifest.part or {"number": 0, "of": 1, "build": build}
@@ -140,14 +135,11 @@ class Team:
         *tail: int,
         dtype: type = np.float32,
     ) -> list[np.ndarray]:
-        """Arrays whose entries several ranks have, whole on all: one message for all of them.
+        """Arrays (size, *tail) whose entries several ranks have, whole on all: one message for all of them.
 
         Args:
             compute: gives this rank's entries, an array (any, *tail) for each; what it raises, all ranks raise.
             places: where they belong.
-            sizes: lengths of the arrays.
-            tail: further dimensions.
-            dtype: of the entries.
         """
         if self.ranks.size == 1:
             return list(compute())
@@ -196,14 +188,6 @@ class Team:
         order = np.lexsort((np.where(at >= 0, at, np.iinfo(np.int64).max), -value), axis=1)[:, :count]
         at, value = np.take_along_axis(at, order, axis=1), np.take_along_axis(value, order, axis=1)
         return at, value * sign
-
-
-def _rows(shards: Sequence[ShardInfo]) -> int:
-    return sum(shard.rows for shard in shards)
-
-
-def _starts(shards: Sequence[ShardInfo]) -> list[int]:
-    return np.cumsum([0, *(shard.rows for shard in shards)])[:-1].tolist()
 
 
 def _share(rows: Sequence[int], number: int, size: int) -> slice:

@@ -15,16 +15,14 @@ from .tokenised import TokenisedData
 
 if TYPE_CHECKING:
     from .callback import IndexCallback
-    from .textindex import StoredTexts, add_texts, build_text_index, open_text_index
+    from .textindex import build_text_index, open_text_index
 
 __all__ = [
     "Document",
     "IndexCallback",
-    "StoredTexts",
     "TextModel",
     "TokenisedData",
     "UnpackedDocuments",
-    "add_texts",
     "build_text_index",
     "load_text_model",
     "open_text_index",

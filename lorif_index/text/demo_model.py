@@ -180,7 +180,10 @@ def train(
     progress: bool | ProgressCallback | None,
 ) -> Training:
     """Trains in place, for a fixed number of steps unless they take too long."""
-    model, examples = text_model.model, text_model.examples(passages)
+    model = text_model.model
+    examples, others = (
+        TokenisedData(part, text_model.tokenizer, model=model, check=False) for part in (passages, held_out)
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
     )
@@ -208,7 +211,7 @@ def train(
         epochs=seen / len(passages),
         seconds=seconds,
         loss=_mean_loss(model, examples, settings.batch_size),
-        loss_held_out=_mean_loss(model, text_model.examples(held_out), settings.batch_size),
+        loss_held_out=_mean_loss(model, others, settings.batch_size),
     )
 
 

@@ -6,11 +6,9 @@ What `lorif build` makes and `lorif search` asks. All else is the index's own: `
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..build.state import check_free
 from ..config import BuildConfig
@@ -18,9 +16,7 @@ from ..errors import DataError, QueryError
 from ..index import Index
 from ..progress import ProgressCallback
 from .documents import Document
-from .model import TextModel, load_text_model, token_strings
-from .passages import Passages
-from .tokenised import TokenisedData
+from .model import TextModel, load_text_model
 
 METADATA = "text"
 """The key under which an index's metadata hold the model's folder, and how texts were cut."""
@@ -32,10 +28,8 @@ def build_text_index(
     documents: Iterable[Document],
     *,
     max_length: int | None = None,
-    stride: int | None = None,
     config: BuildConfig | None = None,
     origin: dict[str, Any] | None = None,
-    told: Callable[[Passages], None] | None = None,
     progress: bool | ProgressCallback | None = None,
 ) -> Index:
     """Cuts documents into passages and builds their index, which keeps the passages and the model's folder.
@@ -44,10 +38,9 @@ def build_text_index(
         out: a folder, as for `Index.build`.
         text_model: the trained model.
         documents: walked once.
-        max_length, stride: in tokens, as for `TextModel.passages`.
+        max_length: in tokens, as for `TextModel.passages`.
         config: as for `Index.build`.
         origin: plain JSON values remembered with the index: where the documents are from.
-        told: is called with the passages, before gradients are taken.
         progress: as for `Index.build`.
 
     Raises:
@@ -57,24 +50,17 @@ def build_text_index(
     out = Path(out)
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    passages = text_model.passages(
-        documents, max_length=max_length, stride=stride, folder=out.parent, progress=progress
-    )
-    if told is not None:
-        told(passages)
+    passages = text_model.passages(documents, max_length=max_length, folder=out.parent, progress=progress)
     facts = {
         "model": str(text_model.folder.resolve()),
         "max_length": passages.max_length,
-        "stride": passages.stride,
-        "documents": passages.documents,
-        "empty_documents": passages.empty,
         "tokens": passages.tokens,
         "origin": origin or {},
     }
     return Index.build(
         out,
         model=text_model.model,
-        data=text_model.examples(passages),
+        data=passages,
         tokenizer=text_model.tokenizer,
         config=config,
         metadata={METADATA: facts},
@@ -116,76 +102,3 @@ def text_facts(index: Index) -> dict[str, Any]:
     """What `build_text_index` remembered; empty for other indexes."""
     facts = index.metadata.get(METADATA)
     return facts if isinstance(facts, dict) else {}
-
-
-def add_texts(
-    index: Index,
-    text_model: TextModel,
-    documents: Iterable[Document],
-    *,
-    progress: bool | ProgressCallback | None = None,
-) -> np.ndarray:
-    """Indexes further documents, cut as those of the build were.
-
-    Args:
-        index, text_model: as `open_text_index` gives them.
-        documents: walked once.
-        progress: as for `Index.build`.
-
-    Returns:
-        (m,) int64: ids of the new passages.
-
-    Raises:
-        DataError: no passage. QueryError: the index was not made by `build_text_index`. Else as `Index.add`.
-    """
-    facts = text_facts(index)
-    try:
-        max_length, stride = int(facts["max_length"]), int(facts["stride"])
-    except (KeyError, TypeError, ValueError):
-        raise QueryError(
-            f"{index.path} was not made by `lorif build`, so it does not say how texts are cut: use Index.add"
-        ) from None
-    passages = text_model.passages(
-        documents, max_length=max_length, stride=stride, folder=index.path.parent, progress=progress
-    )
-    return index.add(text_model.examples(passages), payloads=passages, progress=progress)
-
-
-class StoredTexts(TokenisedData):
-    """The examples of an index, by their ids, made of its payloads: `data=` for `Index.explain`.
-
-    Payloads must be rows that `TokenisedData` takes, and what the index was built from: `explain` compares.
-
-    Args:
-        index: open.
-        text_model: what it was built from.
-    """
-
-    def __init__(self, index: Index, text_model: TextModel) -> None:
-        super().__init__(_StoredRows(index), text_model.tokenizer, model=text_model.model, check=False)
-        self._tokenizer = text_model.tokenizer
-
-    def token_texts(self, i: int) -> list[str]:
-        """What each token of an example adds to its text, beside `Explanation.tokens`.
-
-        Raises:
-            DataError: the index does not keep the example's text.
-        """
-        return token_strings(self[i]["input_ids"], self._tokenizer)
-
-
-class _StoredRows:
-    """The payloads of an index by ids."""
-
-    def __init__(self, index: Index) -> None:
-        self._index = index
-
-    def __len__(self) -> int:
-        return int(self._index.ids[-1]) + 1 if len(self._index) else 0
-
-    def __getitems__(self, ids: Sequence[int]) -> list[Any]:
-        rows = self._index.payloads(np.asarray(ids, np.int64))
-        for i, row in zip(ids, rows, strict=True):
-            if not isinstance(row, (dict, str)):
-                raise DataError(f"the index keeps no text of example {i}: pass data=, what it was built from")
-        return rows

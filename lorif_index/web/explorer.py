@@ -1,15 +1,14 @@
-"""Explorer: what the pages ask of an index: both sides of a question, all scores, shares of tokens, rows.
+"""Explorer: what the pages ask of an index: both sides of a question, shares of tokens, rows.
 
-An index of texts with its model at hand answers texts. Any index that stores gradients answers by its own rows: what is
-like this one.
+An index of texts with its model at hand answers texts. Any index answers by its own rows: what is like this one.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,19 @@ import numpy as np
 
 from ..errors import QueryError
 from ..index import Index
-from ..results import Hits, SearchStats
+from ..results import SearchStats
 from ..text.demo import ORIGIN as DEMO
 from ..text.demo import QUESTION
 from ..text.model import TextModel
 from ..text.model import question as in_words
 from ..text.passages import described, is_text
-from ..text.textindex import StoredTexts, open_text_index, remembered_model, text_facts
+from ..text.textindex import open_text_index, remembered_model, text_facts
 
 MOST_HITS = 1000
 """Of one side of an answer."""
 MOST_EXPLAINED = 50
 """Passages in one call of `Explorer.explain`: each takes a pass through the model."""
-ALL_SCORES_UP_TO = 200_000
-"""Rows up to which a question is scored against all of them for the picture of the distribution."""
-# Answers, scores, losses; and shadings, which are smaller.
-_KEPT, _SHADINGS_KEPT = 64, 1000
-_MOST_LAYER_SCORES = 1_000_000
+_ANSWERS_KEPT = 200
 _EXAMPLES = 6
 
 
@@ -95,6 +90,7 @@ class Shading:
         shares: (T,) float.
         layers: layer -> its part of the score.
         score: unfactored; the sum of the shares, and of the layers.
+        stored: the score of the row that is kept.
         asked_tokens, asked_shares: the same of the question's tokens; None where they were not asked for.
     """
 
@@ -102,6 +98,7 @@ class Shading:
     shares: np.ndarray
     layers: dict[str, float]
     score: float
+    stored: float
     asked_tokens: list[str] | None = None
     asked_shares: np.ndarray | None = None
 
@@ -113,29 +110,22 @@ class Explorer:
         index: open.
         text_model: what it was built from, or None.
         why: why there is no model, where there is none.
-        examples: texts to offer as questions.
     """
 
-    def __init__(
-        self, index: Index, text_model: TextModel | None = None, why: str = "", examples: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, index: Index, text_model: TextModel | None = None, why: str = "") -> None:
         self.index, self.text_model, self.why = index, text_model, why
-        self.given = list(examples)
+        # One at a time, since a model's hooks are its own; the last answers are kept.
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Any, Any] = OrderedDict()
-        self._shadings: OrderedDict[Any, Shading] = OrderedDict()
+        self._kept = lru_cache(_ANSWERS_KEPT)(lambda ask, *arguments: ask(*arguments))
 
     @classmethod
-    def open(
-        cls, path: Path, *, model: Path | None = None, device: str = "auto", examples: Sequence[str] = ()
-    ) -> Explorer:
+    def open(cls, path: Path, *, model: Path | None = None, device: str = "auto") -> Explorer:
         """Opens an index, with the model that it remembers if it is there.
 
         Args:
             path: the index.
             model: the model's folder; one that is named must be right.
             device: as for `load_text_model`.
-            examples: as above.
 
         Raises:
             As `Index.open`, and as `open_text_index` where a model is named, or found and another one.
@@ -147,20 +137,10 @@ class Explorer:
                 if remembered is None
                 else "the model that the index was built from is no longer where it was"
             )
-            return cls(Index.open(path), None, why, examples)
-        return cls(*open_text_index(path, model=model, device=device), "", examples)
+            return cls(Index.open(path), None, why)
+        return cls(*open_text_index(path, model=model, device=device))
 
-    # -- asking ----------------------------------------------------------------------------------------------------
-
-    def search(
-        self,
-        question: Question,
-        k: int,
-        *,
-        opponents: bool = False,
-        recall: float = 0.99,
-        exact: bool = False,
-    ) -> Side:
+    def search(self, question: Question, k: int, *, opponents: bool = False, recall: float = 0.99) -> Side:
         """The k rows that did most for, or against, the question; a row that asks is not among its own.
 
         Raises:
@@ -168,37 +148,16 @@ class Explorer:
         """
         if not 1 <= k <= MOST_HITS:
             raise QueryError(f"k must be from 1 to {MOST_HITS:,}, got {k}")
-        return self._once(
-            ("search", question, k, opponents, recall, exact),
-            lambda: self._search(question, k, opponents, recall, exact),
-        )
+        with self._lock:
+            return self._kept(self._search, question, k, opponents, recall)
 
     def loss(self, question: Question) -> tuple[int, float] | None:
         """(tokens with a loss, the model's loss on them in nats); None where no text and model are there."""
         text = self.text_of(question)
-        model = self.text_model
-        if model is None or text is None:
+        if self.text_model is None or text is None:
             return None
-        row = in_words(text, question.prompt)
-        return self._once(("loss", text, question.prompt), lambda: model.losses(row)[0])
-
-    def scores(self, question: Question) -> np.ndarray | None:
-        """Scores of all rows, (n,) float32; None where there are too many, or none are stored."""
-        if len(self.index) > ALL_SCORES_UP_TO or not self.index.bytes_per_example:
-            return None
-        return self._once(("scores", question), lambda: self.index.scores(self._query(question))[0])
-
-    def layer_scores(self, question: Question, ids: Sequence[int]) -> dict[str, float] | None:
-        """Layer -> its part of some rows' scores as stored, summed over them; None where that takes too long."""
-        index = self.index
-        if len(index) * len(index.layers) > _MOST_LAYER_SCORES or not index.bytes_per_example or not ids:
-            return None
-
-        def take() -> dict[str, float]:
-            columns, query = np.searchsorted(index.ids, np.asarray(ids)), self._query(question)
-            return {n: float(index.scores(query, layers=n)[0, columns].sum(dtype=np.float64)) for n in index.layers}
-
-        return self._once(("layers", question, tuple(ids)), take)
+        with self._lock:
+            return self.text_model.losses(in_words(text, question.prompt))[0]
 
     def explain(self, question: Question, ids: Sequence[int], *, asked_tokens: bool = False) -> dict[int, Shading]:
         """Shares of tokens and layers in the scores of some rows; nothing where there is no model, or no text.
@@ -212,25 +171,10 @@ class Explorer:
         if len(ids) > MOST_EXPLAINED:
             raise QueryError(f"at most {MOST_EXPLAINED} passages are explained at once, got {len(ids)}")
         words = self.text_of(question)
-        if self.text_model is None or words is None:
+        if self.text_model is None or words is None or not ids:
             return {}
         with self._lock:
-            keys = {row: (question, row, asked_tokens) for row in ids}
-            found = {row: self._shadings[key] for row, key in keys.items() if key in self._shadings}
-            # In one call: the question's own gradient is taken once.
-            missing = [row for row in keys if row not in found]
-            if missing:
-                found |= self._shadings_of(self.text_model, in_words(words, question.prompt), missing, asked_tokens)
-            for row, key in keys.items():
-                _keep(self._shadings, key, found[row], _SHADINGS_KEPT)
-        return {row: found[row] for row in keys}
-
-    @property
-    def explains(self) -> bool:
-        """Whether `explain` may have something to say."""
-        return self.text_model is not None
-
-    # -- looking ---------------------------------------------------------------------------------------------------
+            return self._kept(self._explain, self.text_model, words, question.prompt, tuple(ids), asked_tokens)
 
     def items(self, ids: Sequence[int]) -> list[Item]:
         """Rows as they are shown.
@@ -238,8 +182,7 @@ class Explorer:
         Raises:
             QueryError: an id that the index does not hold.
         """
-        payloads = self.index.payloads(np.asarray(ids, np.int64))
-        return _items(ids, payloads)
+        return _items(ids, self.index.payloads(ids))
 
     def text_of(self, question: Question) -> str | None:
         """What is asked, in words; None where a row that is no text asks."""
@@ -249,33 +192,14 @@ class Explorer:
         return item.text if is_text(item.payload) else None
 
     def examples(self) -> list[tuple[str, Question]]:
-        """(label, question) to begin with: those that were given, else rows from all over the index."""
-        if self.given and self.text_model is not None:
-            return [(text, Question(text)) for text in self.given]
-        if self.text_model is not None and text_facts(self.index).get("origin") == DEMO:
-            return [(QUESTION, Question(QUESTION)), *self._rows()]
-        return self._rows()
-
-    def _rows(self) -> list[tuple[str, Question]]:
+        """(label, question) to begin with: rows from all over the index, and before them the demo's question."""
         if not len(self.index):
             return []
         ids = self.index.ids
         chosen = ids[np.unique(np.linspace(0, len(ids) - 1, _EXAMPLES + 2).astype(int)[1:-1])].tolist()
-        return [(item.text or f"row {item.id}", Question(row=item.id)) for item in self.items(chosen)]
-
-    def close(self) -> None:
-        """Gives the index's files back."""
-        self.index.close()
-
-    # -- inside ----------------------------------------------------------------------------------------------------
-
-    def _once(self, key: Any, make: Any) -> Any:
-        """One at a time, since a model's hooks are its own; the last answers are kept."""
-        with self._lock:
-            if key not in self._kept:
-                _keep(self._kept, key, make(), _KEPT)
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        rows = [(item.text or f"row {item.id}", Question(row=item.id)) for item in self.items(chosen)]
+        demo = self.text_model is not None and text_facts(self.index).get("origin") == DEMO
+        return [(QUESTION, Question(QUESTION)), *rows] if demo else rows
 
     def _query(self, question: Question) -> Any:
         if question.row is not None:
@@ -284,38 +208,27 @@ class Explorer:
             raise QueryError(f"a text needs the model, and {self.why}: name it with --model, or ask by a row's id")
         return in_words(question.text or "", question.prompt)
 
-    def _shadings_of(
-        self, text_model: TextModel, query: dict[str, str], rows: list[int], asked_tokens: bool
-    ) -> dict[int, Shading]:
-        stored, out = StoredTexts(self.index, text_model), {}
-        theirs = text_model.token_texts(query)[0] if asked_tokens else None
-        for one in self.index.explain(query, rows, data=stored, query_tokens=asked_tokens)[0]:
-            tokens = stored.token_texts(one.id)
-            shares = np.zeros(len(tokens)) if one.tokens is None else one.tokens
-            out[one.id] = Shading(
-                tokens, shares, one.layers, one.score, None if one.query_tokens is None else theirs, one.query_tokens
-            )
-        return out
-
-    def _search(self, question: Question, k: int, opponents: bool, recall: float, exact: bool) -> Side:
+    def _search(self, question: Question, k: int, opponents: bool, recall: float) -> Side:
         extra = 0 if question.row is None else 1
-        found: Hits = self.index.search(
-            self._query(question), k + extra, opponents=opponents, recall=recall, exact=exact or None
-        )
+        found = self.index.search(self._query(question), k + extra, opponents=opponents, recall=recall)
         ids, scores = found.ids[0].tolist(), found.scores[0].tolist()
         payloads = [None] * len(ids) if found.payloads is None else found.payloads[0]
-        items = _items(ids, payloads)
-        others = [(score, item) for score, item in zip(scores, items, strict=True) if item.id != question.row]
+        items = zip(scores, _items(ids, payloads), strict=True)
+        others = [(score, item) for score, item in items if item.id != question.row]
         hits = [Found(rank, score, item) for rank, (score, item) in enumerate(others[:k], start=1)]
         return Side(hits, found.stats)
 
-
-def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """The last ones only."""
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > most:
-        kept.popitem(last=False)
+    def _explain(
+        self, text_model: TextModel, text: str, prompt: str | None, ids: tuple[int, ...], asked_tokens: bool
+    ) -> dict[int, Shading]:
+        query, out = in_words(text, prompt), {}
+        theirs = text_model.token_texts(query)[0] if asked_tokens else None
+        found = self.index.explain(query, ids, query_tokens=asked_tokens)[0]
+        for one, tokens in zip(found, text_model.token_texts(self.index.payloads(ids)), strict=True):
+            shares = np.zeros(len(tokens)) if one.tokens is None else one.tokens
+            asked = None if one.query_tokens is None else theirs
+            out[one.id] = Shading(tokens, shares, one.layers, one.score, one.stored, asked, one.query_tokens)
+        return out
 
 
 def _items(ids: Sequence[int], payloads: Sequence[Any]) -> list[Item]:

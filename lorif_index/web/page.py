@@ -15,7 +15,6 @@ from rich.filesize import decimal
 
 from ..errors import ConfigError
 from .charts import levels
-from .explorer import Shading
 from .visible import on_one_line, pieces, visible
 
 _LONGEST_IN_A_LIST = 4000
@@ -45,7 +44,7 @@ def environment() -> Any:
         "visible": visible,
         "shown": _shown,
         "short": on_one_line,
-        "score": score_text,
+        "score": _score,
         "share": _share,
         "seconds": _seconds,
         "units": decimal,
@@ -70,14 +69,6 @@ def style_source(css: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()}'"
 
 
-# -- tokens ------------------------------------------------------------------------------------------------------
-
-
-def shaded(shading: Shading) -> list[dict[str, Any]]:
-    """A passage's tokens with their shares, as `token_values`."""
-    return token_values(shading.tokens, shading.shares)
-
-
 def token_values(tokens: Sequence[str], shares: np.ndarray) -> list[dict[str, Any]]:
     """Tokens with their shares, for the templates and the script: {"share", "level", "title", "pieces"}."""
     total = float(abs(shares).sum()) or 1.0
@@ -92,10 +83,7 @@ def token_values(tokens: Sequence[str], shares: np.ndarray) -> list[dict[str, An
     ]
 
 
-# -- filters -----------------------------------------------------------------------------------------------------
-
-
-def score_text(value: float) -> str:
+def _score(value: float) -> str:
     """Four digits, with a true minus."""
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return text.replace("-", "\N{MINUS SIGN}")
@@ -104,14 +92,13 @@ def score_text(value: float) -> str:
 def _shown(text: str, most: int = _LONGEST) -> Any:
     from markupsafe import Markup, escape
 
-    cut = len(text) > most
     out = [
         Markup('<span class="mark" title="{}">{}</span>').format(piece.name, piece.text)
         if piece.name
         else escape(piece.text)
         for piece in pieces(text[:most])
     ]
-    if cut:
+    if len(text) > most:
         out.append(Markup('<span class="cut" title="{:,} characters in all">…</span>').format(len(text)))
     return Markup("").join(out)
 
@@ -126,7 +113,7 @@ def _seconds(value: float) -> str:
 
 def plain_json(value: Any) -> str:
     """ASCII JSON, which holds lone surrogates as escapes; what is not finite is null."""
-    return json.dumps(_finite(value), allow_nan=False)
+    return json.dumps(_finite(value), allow_nan=False, indent=1)
 
 
 def _finite(value: Any) -> Any:

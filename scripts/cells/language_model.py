@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lorif_index.text import StoredTexts, TextModel, build_text_index
+from lorif_index.text import TextModel, build_text_index
 from lorif_index.text.demo_model import DemoSettings, documentation, new_model, train, train_tokenizer
 
 torch.manual_seed(0)
@@ -57,10 +57,10 @@ for score, payload in zip(hits.scores[0], hits.payloads[0], strict=True):
 # A score is a sum over the tokens of the passage, exactly. A token's share is that of what the model predicted from it.
 
 # %%
-stored = StoredTexts(index, text_model)
-e = index.explain(question, hits, data=stored)[0][0]
+e = index.explain(question, hits)[0][0]
+(words,) = text_model.token_texts(hits.payloads[0][:1])
 print(f"score {e.score:.1f}, of the stored row {e.stored:.1f}; the shares add up to {e.tokens.sum():.1f}")
-strongest = sorted(zip(e.tokens, stored.token_texts(e.id)), reverse=True)[:10]
+strongest = sorted(zip(e.tokens, words), reverse=True)[:10]
 for share, token in strongest:
     print(f"{share / e.score:+7.1%}  {token!r}")
 

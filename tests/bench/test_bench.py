@@ -56,11 +56,11 @@ def test_ranks_send_what_was_said(tmp_path: Path) -> None:
     assert set(result["efficiency"]) == {"capture", "scan, 1 questions", "scan, 32 questions"}
     sent = result["messages"]["sent"]
     assert {stage for stage, part in sent.items() if part["compared"]} == {
-        "curvature", "sketch", "coarse", "calibrate", "queries",
+        "curvature", "sketch", "coarse", "calibration", "queries",
     }  # fmt: skip
     for stage, part in sent.items():
         # How deep calibration's searches go lies in the data.
-        most = 1.6 if stage == "calibrate" else 1.02
+        most = 1.6 if stage == "calibration" else 1.02
         assert not part["compared"] or 0.98 <= part["said"] / part["taken"] <= most, (stage, part)
     disk = result["messages"]["disk"]
     assert disk["said"] == pytest.approx(disk["taken"], rel=0.2)

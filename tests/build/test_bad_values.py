@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,6 @@ from lorif_index.errors import (
     FingerprintError,
     NonFiniteError,
     QueryError,
-    StoreError,
     told,
 )
 
@@ -85,66 +83,6 @@ def test_denormal_gradients_are_an_error_or_finite(rows: torch.Tensor, tmp_path:
         assert np.isfinite(index.scores(blocks(rows[:5] * 1e-40, 5)[0])).all()
     except (CurvatureError, NonFiniteError):
         pass
-
-
-def test_no_gradients_at_all(rows: torch.Tensor, tmp_path: Path) -> None:
-    with pytest.raises(CurvatureError, match="zero"):
-        Index.build(tmp_path / "zero", gradients=blocks(rows * 0), config=config())
-    with pytest.raises(DataError, match="empty"):
-        Index.build(tmp_path / "none", gradients=[], config=config())
-    index = Index.build(tmp_path / "i", gradients=[*blocks(rows[:0], 1), *blocks(rows)], config=config())
-    assert len(index) == N
-    for empty in ({"a": torch.zeros(0, 6, 5), "b": torch.zeros(0, 4, 4)}, {}):
-        with pytest.raises((QueryError, DataError)):
-            index.search(empty)
-
-
-class Branched(nn.Module):
-    """Its second branch is never taken."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused = nn.Linear(6, 3), nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.used(x)
-
-
-def test_a_layer_that_gets_no_gradient_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="unused") as caught:
-        Index.build(tmp_path / "i", model=Branched(), data=(torch.randn(20, 6), torch.randint(0, 3, (20,))))
-    assert type(caught.value).__module__ == "lorif_index.errors" and not (tmp_path / "i").exists()
-
-
-def test_another_model_of_the_same_architecture(tmp_path: Path) -> None:
-    def model(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-
-    data = (torch.randn(40, 6), torch.randint(0, 3, (40,)))
-    Index.build(tmp_path / "i", model=model(0), data=data)
-    with pytest.raises(FingerprintError, match="model"):
-        Index.open(tmp_path / "i", model=model(1))
-
-
-def test_more_hits_than_rows(rows: torch.Tensor, tmp_path: Path) -> None:
-    index = Index.build(tmp_path / "i", gradients=blocks(rows), config=config())
-    index.remove([7])
-    hits = index.search(blocks(rows[:2], 2)[0], k=10 * N)
-    assert hits.ids.shape == (2, N - 1) and 7 not in hits.ids
-    assert len(index.payloads([3, 3, 5])) == 3, "ids may be asked for twice"
-
-
-def test_paths_that_cannot_hold_an_index(rows: torch.Tensor, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises((OSError, StoreError)):
-        Index.build(tmp_path / "file", gradients=blocks(rows), config=config())
-    with pytest.raises((OSError, StoreError)):
-        Index.build(tmp_path / "file" / "below", gradients=blocks(rows), config=config())
-    for path in (tmp_path / "nothing", tmp_path / "file", tmp_path):
-        with pytest.raises((OSError, StoreError)):
-            Index.open(path)
-    assert (tmp_path / "file").read_text() == "x" and sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
 def test_other_data_do_not_finish_an_interrupted_build(rows: torch.Tensor, tmp_path: Path) -> None:
@@ -209,15 +147,6 @@ def test_workers_share_an_index(rows: torch.Tensor, tmp_path: Path, method: str)
     index.remove([0])
     index.compact()
     assert not list(index.path.glob("retired-*"))
-
-
-def test_an_index_moves_with_its_folder(rows: torch.Tensor, tmp_path: Path) -> None:
-    index = Index.build(tmp_path / "i", gradients=blocks(rows), config=config())
-    query = blocks(rows[:3], 3)[0]
-    before = index.scores(query)
-    index.close()
-    shutil.move(tmp_path / "i", tmp_path / "j")
-    np.testing.assert_array_equal(Index.open(tmp_path / "j").scores(query), before)
 
 
 def classes() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
@@ -375,11 +304,10 @@ def test_labels_left_out_are_no_labels_out_of_range(tmp_path: Path) -> None:
     assert not scores[:, :3].any() and (scores[:, 3:] != 0).mean() > 0.9
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("unit", [1e20, 1e30, 1e36])
-def test_gradients_whose_squares_overflow(rows: torch.Tensor, tmp_path: Path, store: str, unit: float) -> None:
+@pytest.mark.parametrize("unit", [1e20, 1e36])
+def test_gradients_whose_squares_overflow(rows: torch.Tensor, tmp_path: Path, unit: float) -> None:
     with pytest.raises(NonFiniteError, match="layer 'a' has inf or NaN, though the gradients have none.*scale the inp"):
-        Index.build(tmp_path / "i", gradients=blocks(rows * unit), config=config(store, dtype="float32"))
+        Index.build(tmp_path / "i", gradients=blocks(rows * unit), config=config(dtype="float32"))
 
 
 def test_arguments_of_another_type(tmp_path: Path) -> None:

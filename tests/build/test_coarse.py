@@ -352,7 +352,7 @@ def stop_in(stage: str) -> Any:
     return stop
 
 
-@pytest.mark.parametrize("stage", ["sketch", "encode", "coarse", "calibrate"])
+@pytest.mark.parametrize("stage", ["sketch", "encode", "coarse", "calibration"])
 def test_an_interrupted_build_goes_on(index: Index, train: Any, query: Any, tmp_path: Path, stage: str) -> None:
     """Stopped in any stage, the finished index answers as one built at once."""
     with pytest.raises(Stop):
@@ -367,7 +367,7 @@ def test_an_interrupted_build_goes_on(index: Index, train: Any, query: Any, tmp_
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("stage", ["encode", "coarse", "calibrate"])
+@pytest.mark.parametrize("stage", ["encode", "coarse", "calibration"])
 @pytest.mark.parametrize(
     "other",
     [{"kind": "flat"}, {"kind": "none"}, {"dim": 32}, {"queries": 20}, {"queries": 0}, {"sketch": "per-layer"}],

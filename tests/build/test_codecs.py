@@ -1,5 +1,5 @@
-"""The contract of row codecs: whatever rows are, all that an index does works with them. A toy codec that no file of the
-package names keeps it like the real ones.
+"""The contract of row codecs: whatever rows are, all that an index does works with them. A toy codec, which no file of
+the package names, keeps it like the real ones.
 
 What rows stand for is `index.gradients(ids)`; scores are compared with its dense float64 products with H^-1.
 """

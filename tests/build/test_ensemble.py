@@ -133,7 +133,7 @@ def test_members_have_probes_of_their_own(tmp_path: Path) -> None:
         for layer in first.layers:
             assert together.curvature[f"0.{layer}"].trace == pytest.approx(first.curvature[layer].trace, rel=1e-4)
     like = torch.zeros(2, 3, 4)
-    same = [Probes(default_loss.logits, 2, 0, 9, member)._signs(np.arange(2), like) for member in (0, 1)]
+    same = [Probes(default_loss.logits, 2, 0, 9)._signs(np.arange(2), like, member) for member in (0, 1)]
     assert not torch.equal(*same)
 
 

@@ -20,7 +20,7 @@ from lorif_index.linalg.projection import projection_matrix
 from lorif_index.questions import Questions
 from lorif_index.search.explain import Explanation
 from lorif_index.snapshot import Access, Snapshot
-from lorif_index.text import Document, StoredTexts, build_text_index, load_text_model, open_text_index
+from lorif_index.text import Document, build_text_index, load_text_model, open_text_index
 from lorif_index.text.model import question, token_strings
 
 WHOLE: dict[str, Any] = dict(
@@ -354,29 +354,30 @@ def test_texts_with_their_tokens(tmp_path: Path) -> None:
     text_model = load_text_model(tiny_model_folder(tmp_path / "model"), "cpu")
     pairs = zip(SENTENCES[:7], SENTENCES[3:], strict=True)
     documents = [Document(f"{a} {b} \u2603 caf\u00e9", f"d{i}") for i, (a, b) in enumerate(pairs)]
-    built = build_text_index(tmp_path / "i", text_model, documents, max_length=9, stride=7, progress=False)
+    built = build_text_index(tmp_path / "i", text_model, documents, max_length=7, progress=False)
     index, text_model = open_text_index(tmp_path / "i")
     assert any("input_ids" in p for p in index.payloads()), "none of the windows begins within a word"
     questions = [question(text, "Now: ") for text in ("The dog ran over the moon.", "An owl")]
-    hits, stored = index.search(questions, k=5), StoredTexts(index, text_model)
-    found = index.explain(questions, hits, data=stored)
+    hits = index.search(questions, k=5)
+    found = index.explain(questions, hits)
     check_sums(found)
     assert [[e.id for e in row] for row in found] == hits.ids.tolist()
     asked = text_model.token_texts(questions)
     for row, payloads, words, text in zip(found, hits.payloads or [], asked, questions, strict=True):
         assert "".join(words) == text["prompt"] + text["completion"]
-        for e, payload in zip(row, payloads, strict=True):
-            tokens = stored.token_texts(e.id)
+        for e, payload, tokens in zip(row, payloads, text_model.token_texts(payloads), strict=True):
             assert "".join(tokens) == payload["text"] and len(tokens) == len(e.tokens)
             assert len(words) == len(e.query_tokens)
     # Every passage is the one that was indexed, those whose text alone gives other tokens among them.
-    every = index.explain("An owl", index.ids, data=stored)
+    every = index.explain("An owl", index.ids)
     check_sums(every)
     # An index that was just built knows its data, and where it is only opened payloads may be none.
     assert [e.score for e in built.explain("An owl", index.ids)[0]] == pytest.approx([e.score for e in every[0]])
     bare = Index.build(tmp_path / "bare", model=text_model.model, data=SENTENCES, tokenizer=text_model.tokenizer)
+    assert bare.explain("An owl", [2])
+    again = Index.open(tmp_path / "bare", model=text_model.model, tokenizer=text_model.tokenizer)
     with pytest.raises(DataError, match="keeps no text of example 2"):
-        bare.explain("An owl", [2], data=StoredTexts(bare, text_model))
+        again.explain("An owl", [2])
     ids = text_model.tokenizer("a \u2603\u2603 b")["input_ids"]
     strings = token_strings(ids, text_model.tokenizer)
     assert "".join(strings) == "a \u2603\u2603 b" and len(strings) == len(ids)

@@ -110,12 +110,13 @@ def test_payloads_in_any_order(index: Index) -> None:
 
 def test_notebooks_show_text_and_run_none_of_it(index: Index) -> None:
     hits = index.search(small_data(2, seed=4), k=30, group_by="source")
-    for html in (hits._repr_html_(), hits.groups._repr_html_(), index._repr_html_()):  # type: ignore[union-attr]
+    shown = [thing._repr_html_() for thing in (hits, hits.groups, index)]  # type: ignore[union-attr]
+    for html in shown:
         assert html.startswith("<table>") and "<script" not in html and "\x1b" not in html
         assert html.count("<table>") == html.count("</table>")
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in hits._repr_html_()
-    assert max(map(len, hits._repr_html_().split("<td"))) < 700, "texts are cut"
-    assert str(index.path) in index._repr_html_() and "source" in hits._repr_html_()
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in shown[0]
+    assert max(map(len, shown[0].split("<td"))) < 700, "texts are cut"
+    assert str(index.path) in shown[2] and "source" in shown[0]
     plain = index.search({n: torch.ones(1, s.d_in, s.d_out) for n, s in index.specs.items()}, k=2)
     assert plain._repr_html_().count("<tr>") == 3
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,7 @@ from lorif_index.errors import (
     NonFiniteError,
     NotAnIndexError,
     QueryError,
+    StoreError,
 )
 
 N = 90
@@ -135,7 +137,12 @@ def test_a_search_leaves_the_index_as_it_was(index: Index) -> None:
 
 
 def test_scores_into_a_memory_map(index: Index, tmp_path: Path) -> None:
+    """Or whatever else has a shape."""
     query = small_data(2, seed=9)
+    with h5py.File(tmp_path / "scores.h5", "w") as file:
+        dataset = file.create_dataset("scores", (2, N), "f4")
+        index.scores(query, out=dataset)
+        assert np.array_equal(dataset[:], index.scores(query))
     out = np.lib.format.open_memmap(tmp_path / "s.npy", mode="w+", dtype=np.float32, shape=(2, N))
     assert index.scores(query, out=out) is out
     assert np.array_equal(np.asarray(out), index.scores(query))
@@ -272,6 +279,11 @@ def test_folders_that_are_not_free(index: Index, tmp_path: Path) -> None:
         Index.build(tmp_path, **arguments)
     with pytest.raises(IndexExistsError, match="not a folder"):
         Index.build(tmp_path / "notes.txt", **arguments)
+    with pytest.raises((OSError, StoreError)):
+        Index.build(tmp_path / "notes.txt" / "below", **arguments)
+    for path in (tmp_path / "nothing", tmp_path / "notes.txt"):
+        with pytest.raises((OSError, StoreError)):
+            Index.open(path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -19,6 +19,7 @@ from conftest import (
     decoder_tokenizer,
     encoder_tokenizer,
     make_model,
+    reader_of,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -69,7 +70,7 @@ def test_gradients_are_autograds_and_an_index_is_built_from_a_folder(name: str, 
             assert close(found[layer][i], autograd(model, item, layer, shifted=shifted)), (layer, i)
     config = BuildConfig(batch_size=4, coarse=None)
     with Index.build(tmp_path / "idx", model=model, data=data, config=config, tokenizer=tokenizer) as index:
-        assert index.metadata["tokenizer"]["digest"] and index._reader.manifest.fingerprint["curvature"] == "mixed"
+        assert index.metadata["tokenizer"]["digest"] and reader_of(index).manifest.fingerprint["curvature"] == "mixed"
         hits = index.search(data[3], k=1, normalize="cosine")
         assert hits.ids[0, 0] == 3 and hits.scores[0, 0] > 0
         several = index.search(data[2:5], k=1, normalize="cosine")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import http.client
-import io
 import json
 import os
 import re
@@ -28,14 +26,13 @@ from typer.testing import CliRunner
 
 from lorif_index import BuildConfig, Index
 from lorif_index.cli import app
-from lorif_index.errors import IndexExistsError, QueryError
-from lorif_index.text import Document, StoredTexts, build_text_index, load_text_model, open_text_index
-from lorif_index.web.charts import bars, by_source, family, histogram, layer_bars, levels
-from lorif_index.web.explorer import Explorer, Found, Item, Question
-from lorif_index.web.export import answer_csv
-from lorif_index.web.guard import HEADERS, allowed_hosts, host_of, is_loopback
+from lorif_index.errors import QueryError
+from lorif_index.text import Document, build_text_index, load_text_model, open_text_index
+from lorif_index.web.charts import bars, by_source, family, layer_bars, levels
+from lorif_index.web.explorer import Explorer, Question
+from lorif_index.web.guard import HEADERS, host_of, is_loopback
 from lorif_index.web.page import asset
-from lorif_index.web.report import report, write_report
+from lorif_index.web.report import report
 from lorif_index.web.server import make_app
 from lorif_index.web.visible import Piece, pieces, visible
 
@@ -66,8 +63,8 @@ def home(tmp_path_factory):
     documents = [Document(text, source) for text, source in zip(HOSTILE, SOURCES, strict=True)]
     for number in range(COUNT - len(HOSTILE)):
         a, b = SENTENCES[number % 10], SENTENCES[number // 10 % 10]
-        documents.append(Document(f"{a[:25]} {number} {b}", f"book-{number % 7}.txt:{number}-{number + 1}"))
-    config = BuildConfig(projection_dim=8, store="eigen", curvature_sample=200, coarse=None)
+        documents.append(Document(f"{a[:25]} {number} {b}", f"book-{number % 7}.txt:{number}"))
+    config = BuildConfig(projection_dim=8, store="eigen", sample=200, coarse=None)
     build_text_index(folder / "index", text_model, documents, config=config, progress=False).close()
     return folder
 
@@ -76,7 +73,7 @@ def home(tmp_path_factory):
 def explorer(home):
     opened = Explorer.open(home / "index", device="cpu")
     yield opened
-    opened.close()
+    opened.index.close()
 
 
 @pytest.fixture(scope="module")
@@ -175,35 +172,18 @@ def test_what_hides_is_made_visible():
 
 
 def test_charts():
-    assert [family(s) for s in ("with, part 1 of 2", "a.txt:3-7", "b.jsonl:12", "http://x:80/y")] == [
+    assert [family(s) for s in ("with, part 1 of 2", "a.txt:3", "b.jsonl:12", "http://x:80/y")] == [
         *("with", "a.txt", "b.jsonl"),
         "http://x:80/y",
     ]
     drawn = by_source([("a, part 1 of 2", 2.0), ("a, part 2 of 2", 1.0), (None, -1.5)])
     assert [(b.label, b.value, b.width, b.count) for b in drawn] == [("a", 3.0, 100.0, 2), ("no source", -1.5, 50.0, 1)]
-    many = bars({str(i): float(i) for i in range(1, 31)}, most=4)
-    assert [(b.label, b.value) for b in many] == [("30", 30), ("29", 29), ("28", 28), ("27 others", 27 * 14.0)]
-    assert [(b.label, b.full) for b in layer_bars({"m.0.a": 2.0, "m.1.a": 1.0})] == [
-        ("…0.a", "m.0.a"),
-        ("…1.a", "m.1.a"),
-    ]
+    many = bars({str(i): float(i) for i in range(1, 31)})
+    assert [(b.label, b.value) for b in many[-2:]] == [("20", 20), ("19 others", 19 * 10.0)] and len(many) == 12
+    assert [b.label for b in layer_bars({"m.0.a": 2.0, "m.1.a": 1.0})] == ["…0.a", "…1.a"]
     assert [b.label for b in layer_bars({"a": 2.0, "b.c": 1.0})] == ["a", "b.c"]
-    columns = histogram(np.array([-1.0, 0, 0, 3]), np.array([3.0]))
-    assert sum(c.count for c in columns) == 4 and [c.count for c in columns if c.found] == [1]
-    assert columns[0].low == -1 and columns[-1].high == 3
-    assert len(histogram(np.ones(3), np.ones(1))) == len(columns) and histogram(np.empty(0), np.empty(0)) == []
     assert levels(np.array([4.0, -1.0, 0.0, 0.0001])) == [8, -4, 0, 0]
     assert levels(np.array([0.0, np.nan])) == [0, 0] and levels(np.empty(0)) == []
-
-
-def test_cells_are_no_formulas():
-    texts = ["=1+1", "+1", "-1", "@x", "\tx", " =1", "plain", 'a"b,c\nd', "nul\0", "\ud800", None]
-    hits = [Found(1, 0.5, Item(i, text, text)) for i, text in enumerate(texts)]
-    rows = list(csv.reader(io.StringIO(answer_csv(hits), newline="")))
-    assert rows[0] == ["rank", "id", "score", "source", "text"]
-    found = [row[4] for row in rows[1:]]
-    assert found == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", "' =1", "plain", 'a"b,c\nd', "nul", "?", ""]
-    assert all(row[3] == row[4] for row in rows[1:])
 
 
 def test_colours_can_be_read():
@@ -305,7 +285,6 @@ def test_a_report_without_the_model_says_so(home, tmp_path):
     words = harmless((tmp_path / "r.html").read_text())
     assert 'class="t ' not in (tmp_path / "r.html").read_text()
     assert "Tokens are not shaded" in words and "no longer where it was" in words and "What is like passage 7?" in words
-    assert "Layers" in words
     assert refused.exit_code == 1 and "--model" in refused.stderr and "id" in refused.stderr
     assert not (tmp_path / "q.html").exists()
 
@@ -327,14 +306,11 @@ def test_an_index_of_no_texts_is_reported_too(tmp_path, payloads):
     assert (f"<i>{best[0]}.png" in words) if payloads else ("No payload is kept" in words)
 
 
-def test_a_page_is_not_written_over(tmp_path):
-    out = tmp_path / "r.html"
-    write_report(out, "one")
-    with pytest.raises(IndexExistsError, match="--replace"):
-        write_report(out, "two")
-    assert out.read_text() == "one"
-    write_report(out, "two", replace=True)
-    assert out.read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["r.html"]
+def test_a_page_is_not_written_over(home, tmp_path):
+    (tmp_path / "r.html").write_text("one")
+    options = ["--id", "3", "-o", str(tmp_path / "r.html")]
+    done = CliRunner().invoke(app, ["report", str(home / "index"), *options])
+    assert done.exit_code == 1 and "exists" in done.stderr and (tmp_path / "r.html").read_text() == "one"
 
 
 def test_options_that_do_not_fit(home, tmp_path):
@@ -362,35 +338,25 @@ def test_pages_answer_what_the_index_answers(home, site):
         for opponents in (False, True):
             hits = index.search(ASKED, 30, opponents=opponents)
             ids = hits.ids[0].tolist()
-            values = {"q": ASKED, "k": 30, "per": 10} | ({"side": "opponents"} if opponents else {})
-            found = []
-            for number in (1, 2, 3):
-                headers, text = page(site, "/api/search", page=number, **values)
-                document = json.loads(text)
-                found += document["hits"]
-                assert document["found"] == 30 and document["fingerprint"] == index.fingerprint
+            values = {"q": ASKED, "k": 30} | ({"side": "opponents"} if opponents else {})
+            headers, text = page(site, "/api/search", **values)
+            document = json.loads(text)
+            assert document["fingerprint"] == index.fingerprint and document["stats"]["total"] == COUNT
             assert headers["content-type"] == "application/json"
-            assert [hit["id"] for hit in found] == ids
-            assert [hit["score"] for hit in found] == pytest.approx(hits.scores[0].tolist(), rel=1e-4)
-            assert [hit["text"] for hit in found] == [payload["text"] for payload in hits.payloads[0]]
-            _, html = page(site, "/search", page=2, **values)
-            assert [int(i) for i in re.findall(r'data-id="(\d+)"', html)] == ids[10:20]
+            assert [hit["id"] for hit in document["hits"]] == ids
+            assert [hit["score"] for hit in document["hits"]] == pytest.approx(hits.scores[0].tolist(), rel=1e-4)
+            assert [hit["text"] for hit in document["hits"]] == [payload["text"] for payload in hits.payloads[0]]
+            _, html = page(site, "/search", **values)
+            assert [int(i) for i in re.findall(r'data-id="(\d+)"', html)] == ids
 
 
-def test_sources_are_filtered_and_answers_exported(site):
+def test_sources_are_filtered(site):
     values = {"q": ASKED, "k": 200}
-    whole = json.loads(page(site, "/export.json", **values)[1])["hits"]
+    whole = json.loads(page(site, "/api/search", **values)[1])["hits"]
     wanted = [hit for hit in whole if "book-3" in hit["source"]]
     assert 0 < len(wanted) < len(whole) == 200
-    headers, text = page(site, "/export.json", source="BOOK-3", **values)
-    assert json.loads(text)["hits"] == wanted and "attachment" in headers["content-disposition"]
-    headers, text = page(site, "/export.csv", source="book-3", **values)
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    assert [int(row["id"]) for row in rows] == [hit["id"] for hit in wanted]
-    assert [float(row["score"]) for row in rows] == [hit["score"] for hit in wanted]
-    assert [row["text"] for row in rows] == [hit["text"] for hit in wanted]
-    assert headers["content-type"].startswith("text/csv") and "attachment" in headers["content-disposition"]
-    _, html = page(site, "/search", source="book-3", per=1000, **values)
+    assert json.loads(page(site, "/api/search", source="BOOK-3", **values)[1])["hits"] == wanted
+    _, html = page(site, "/search", source="book-3", **values)
     assert [int(i) for i in re.findall(r'data-id="(\d+)"', html)] == [hit["id"] for hit in wanted]
     _, html = page(site, "/search", source="nothing has this", **values)
     assert "0 of 200" in html
@@ -398,14 +364,14 @@ def test_sources_are_filtered_and_answers_exported(site):
 
 
 def test_every_page_is_harmless(site):
-    whole = {"q": HOSTILE[0], "prompt": SOURCES[1], "k": 1000, "per": 1000}
+    whole = {"q": HOSTILE[0], "prompt": SOURCES[1], "k": 1000}
     for path, values in [
         ("/", {}),
         ("/search", whole),
         ("/search", whole | {"side": "opponents"}),
         ("/search", {"q": HOSTILE[4], "source": SOURCES[1]}),
         *[("/passage", {"row": i, "q": HOSTILE[2]}) for i in range(5)],
-        ("/neighbours", {"id": 1, "per": 100}),
+        ("/neighbours", {"id": 1}),
         ("/passage", {"row": 4, "id": 2}),
     ]:
         harmless(page(site, path, **values)[1])
@@ -416,9 +382,9 @@ def test_every_page_is_harmless(site):
 
 
 def test_tokens_are_explained_as_json(home, site):
-    index, text_model = open_text_index(home / "index", device="cpu")
+    index, _ = open_text_index(home / "index", device="cpu")
     with index:
-        direct = index.explain(ASKED, [20, 3], data=StoredTexts(index, text_model), query_tokens=False)[0]
+        direct = index.explain(ASKED, [20, 3], query_tokens=False)[0]
         texts = {payload["text"] for payload in index.payloads([20, 3])}
     _, text = fetch(site, f"/api/explain?{urlencode({'q': ASKED})}&id=20&id=3")[1:]
     explained = json.loads(text)["explained"]
@@ -461,15 +427,14 @@ def test_no_other_site_is_answered(site):
 def test_only_small_plain_requests_are_answered(site):
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"):
         status, headers, _ = fetch(site, "/", method)
-        assert status == 405 and headers["allow"] == "GET, HEAD"
+        assert status == 405 and set(headers["allow"].split(", ")) == {"GET", "HEAD"}
     assert fetch(site, "/", "HEAD")[::2] == (200, "")
-    assert fetch(site, "/", body=b"x" * 10, Content_Length="10")[0] == 413
-    assert fetch(site, "/", Transfer_Encoding="chunked", body=b"0\r\n\r\n")[0] == 413
-    assert fetch(site, "/search?q=" + "x" * 33_000)[0] == 414
-    assert fetch(site, "/search?q=" + "x" * 70_000)[0] in (400, 414)
+    # What is sent with a question is not read, nor taken for another one.
+    assert fetch(site, "/", body=b"x" * 10, Content_Length="10")[0] == 200
+    assert fetch(site, "/search?q=" + "x" * 33_000)[0] == 400
+    assert fetch(site, "/search?q=" + "x" * 70_000)[0] == 400
     for values in (
-        *("k=0", "k=1001", "k=-1", "k=1e3", "k=1.5", "k=x", "per=0", "per=1001", "page=0", "recall=0", "recall=nan"),
-        *("recall=2", "side=up", "q=again", f"source={'x' * 1001}", "k=" + "9" * 29),
+        *("k=0", "k=1001", "k=-1", "k=1e3", "k=1.5", "k=x", "k=", "side=up", f"source={'x' * 1001}", "k=" + "9" * 29),
     ):
         status, _, text = fetch(site, f"/api/search?q=a+b+c&{values}")
         assert status == 400 and json.loads(text)["error"], values
@@ -489,7 +454,6 @@ def test_only_small_plain_requests_are_answered(site):
         "/static/",
         "//etc/passwd",
         "/static//etc/passwd",
-        "/static/style.css/",
         "/templates/base.html",
         "/manifest.json",
         "/index/manifest.json",
@@ -499,9 +463,7 @@ def test_only_small_plain_requests_are_answered(site):
 )
 def test_no_path_reads_a_file(site, path):
     status, _, text = fetch(site, path)
-    assert status in (307, 404) and "root:" not in text and "VERSION" not in text
-    if status == 307:
-        assert path == "/static/style.css/"
+    assert status == 404 and "root:" not in text and "VERSION" not in text
 
 
 def test_every_answer_has_the_policy(site):
@@ -509,7 +471,7 @@ def test_every_answer_has_the_policy(site):
     assert "unsafe" not in policy and "default-src 'none'" in policy and "http" not in policy
     for path, headers in [
         *[(p, {}) for p in ("/", "/static/style.css", "/static/explorer.js", "/static/icon.svg", "/nothing")],
-        *[(p, {}) for p in ("/api/search?q=a+b+c", "/export.csv?q=a+b+c", "/search?k=0")],
+        *[(p, {}) for p in ("/api/search?q=a+b+c", "/api/explain?q=a+b+c&id=7", "/search?k=0")],
         ("/", {"Host": "evil.example"}),
         ("/", {"Sec_Fetch_Site": "cross-site"}),
     ]:
@@ -521,12 +483,11 @@ def test_every_answer_has_the_policy(site):
 
 
 def test_names_in_the_host_header():
-    assert [host_of(h) for h in ("a:80", "A", "[::1]:8", "[::1]", " a ")] == ["a", "a", "::1", "::1", "a"]
-    for wrong in ("", ":80", "a:b", "a:80:90", "a/b", "u@a", "[::1", "[::1]x", "[::1]:x", "a b"):
+    assert [host_of(h) for h in ("a:80", "A", "[::1]:8", "[::1]")] == ["a", "a", "::1", "::1"]
+    for wrong in ("", ":80", "a:b", "a:80:90", "a/b", "u@a", "[::1", "[::1]:x", "a?b"):
         assert host_of(wrong) is None, wrong
     assert [is_loopback(h) for h in ("localhost", "127.0.0.1", "127.9.9.9", "::1")] == [True] * 4
     assert [is_loopback(h) for h in ("0.0.0.0", "::", "192.168.0.1", "example.org", "localhost.evil")] == [False] * 5
-    assert allowed_hosts("[::1]", ["My.Name"]) >= {"::1", "my.name", "localhost"}
 
 
 def test_a_question_is_asked_again_as_it_was(site):
@@ -541,8 +502,8 @@ def test_a_question_is_asked_again_as_it_was(site):
 # -- the app, without a network between
 
 
-def ask_app(pages, path, *more, host="127.0.0.1", meanwhile=None):
-    """(status, body) of GET requests at once, straight from the app."""
+def ask_app(pages, path, host="127.0.0.1"):
+    """(status, body) of a GET request, straight from the app."""
 
     async def one(path):
         where, _, query = path.partition("?")
@@ -559,14 +520,7 @@ def ask_app(pages, path, *more, host="127.0.0.1", meanwhile=None):
         await pages(scope, receive, send)
         return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]).decode()
 
-    async def every():
-        asked = [asyncio.ensure_future(one(p)) for p in (path, *more)]
-        if meanwhile is not None:
-            await asyncio.sleep(0.2)
-            meanwhile(asked)
-        return await asyncio.gather(*asked)
-
-    return asyncio.run(every())
+    return asyncio.run(one(path))
 
 
 def test_a_damaged_index_is_told_without_its_place(home, tmp_path):
@@ -579,26 +533,11 @@ def test_a_damaged_index_is_told_without_its_place(home, tmp_path):
     with Index.open(tmp_path / "index") as index:
         pages = make_app(Explorer(index, None, "nobody brought it"))
         for path in ("/neighbours?id=7", "/passage?row=9", "/api/search?id=7"):
-            ((status, text),) = ask_app(pages, path)
+            status, text = ask_app(pages, path)
             assert status == 500 and "CorruptionError" in text and "lorif verify" in text
             assert str(tmp_path) not in text and "shard-" not in text
-        ((status, text),) = ask_app(pages, "/search?q=a+b")
+        status, text = ask_app(pages, "/search?q=a+b")
         assert status == 400 and "nobody brought it" in text
-
-
-def test_too_many_at_once_are_told_to_come_again(explorer):
-    pages = make_app(explorer)
-
-    def meanwhile(asked):
-        # Sixteen wait for the model; the rest has its answer.
-        done = [one.result() for one in asked if one.done()]
-        assert len(done) == 4 and all(status == 503 and "again" in text for status, text in done)
-        explorer._lock.release()
-
-    explorer._lock.acquire()
-    paths = [f"/api/search?id={i}&k=2" for i in range(20)]
-    assert sorted(status for status, _ in ask_app(pages, *paths, meanwhile=meanwhile)) == [200] * 16 + [503] * 4
-    assert ask_app(pages, paths[0])[0][0] == 200
 
 
 def test_a_server_for_all_addresses_goes_by_addresses(explorer):
@@ -607,8 +546,8 @@ def test_a_server_for_all_addresses_goes_by_addresses(explorer):
         *[(h, 200) for h in ("192.168.1.7:8750", "[fe80::1]:8750", "known.test", "localhost")],
         *[(h, 421) for h in ("evil.example", "192.168.1.7.evil.example", "")],
     ]:
-        assert ask_app(pages, "/", host=host)[0][0] == status, host
-    assert ask_app(make_app(explorer, host="192.168.1.7"), "/", host="192.168.1.8")[0][0] == 421
+        assert ask_app(pages, "/", host=host)[0] == status, host
+    assert ask_app(make_app(explorer, host="192.168.1.7"), "/", host="192.168.1.8")[0] == 421
 
 
 # -- in a browser
@@ -645,7 +584,7 @@ def quickest(browser, address, milliseconds):
 
 
 def test_the_report_in_a_browser(browser, explorer, tmp_path):
-    write_report(tmp_path / "r.html", report(explorer, Question(HOSTILE[0]), k=1000))
+    (tmp_path / "r.html").write_text(report(explorer, Question(HOSTILE[0]), k=1000), encoding="utf-8")
     browser.screen(1200, 900)
     quickest(browser, (tmp_path / "r.html").as_uri(), "0")
     own_requests_only(browser, (tmp_path / "r.html").as_uri())
@@ -673,7 +612,7 @@ def test_the_explorer_by_keyboard(browser, site):
     browser.type(ASKED)
     browser.key("Enter", "Enter", 13, text="\r", modifiers=2)
     browser.wait_loaded()
-    assert browser.run("document.querySelectorAll('.hit').length") == 20
+    assert browser.run("document.querySelectorAll('.hit').length") == 50
     assert browser.run("document.querySelector('textarea').value") == ASKED
     # The first three are shaded by themselves, the next when asked.
     browser.until("document.querySelectorAll('[data-shaded]').length === 3")
@@ -719,7 +658,7 @@ def test_hostile_passages_in_a_browser(browser, site):
 
 
 def test_a_thousand_hits_are_usable(browser, site):
-    address = f"{site}/search?{urlencode({'q': ASKED, 'k': 1000, 'per': 1000})}"
+    address = f"{site}/search?{urlencode({'q': ASKED, 'k': 1000})}"
     browser.screen(1200, 900)
     # Asked for the second time, so that the page is timed, not the search.
     assert fetch(site, address.removeprefix(site))[0] == 200

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,51 +14,28 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def block(mark: str) -> str:
-    found = re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+def block(mark: str, page: str = README) -> str:
+    found = re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)```", page, re.DOTALL)
     assert found, mark
     return found[1]
 
 
-def test_the_life_of_an_index_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "living.md").read_text()
-    found = re.search(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert found
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "1400 300 1700"
+def test_the_life_of_an_index_runs(run: Any) -> None:
+    _, out = run(block("example", (ROOT / "docs" / "living.md").read_text()))
+    assert out.splitlines()[-1] == "1400 300 1700"
 
 
-def test_the_explanation_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "explain.md").read_text()
-    found = re.search(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert found
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("[('eights', "), done.stdout
-    assert done.stdout.splitlines()[-1] == str([(4, 2)] * 5), done.stdout
+def test_the_explanation_runs(run: Any) -> None:
+    _, out = run(block("example", (ROOT / "docs" / "explain.md").read_text()))
+    lines = out.splitlines()
+    assert lines[0].startswith("[('eights', "), lines
+    assert lines[-1] == str([(4, 2)] * 5), lines
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", block("example")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    asked, found = (line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("labels"))
-    same = [row.count(label) for label, row in zip(json.loads(asked), json.loads(found), strict=True)]
-    assert sum(same) >= 0.8 * 4 * 5, done.stdout
+def test_the_example_runs(run: Any) -> None:
+    _, out = run(block("example"))
+    asked, found = (json.loads(line.split(": ", 1)[1]) for line in out.splitlines() if line.startswith("labels"))
+    assert sum(row.count(label) for label, row in zip(asked, found, strict=True)) >= 0.8 * 4 * 5, out
 
 
 def test_the_commands_use_the_constraints_and_known_extras() -> None:

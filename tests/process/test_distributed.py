@@ -191,7 +191,7 @@ def test_killed_ranks_and_another_number_of_them(apart: bool, alone: Any, tmp_pa
     np.testing.assert_array_equal(np.sort(np.concatenate(ids)), np.arange(COUNT))
 
 
-@pytest.mark.parametrize(("kind", "where"), [("eigen", "calibrate"), ("eigen", "coarse"), ("factors", "finish")])
+@pytest.mark.parametrize(("kind", "where"), [("eigen", "calibration"), ("eigen", "coarse"), ("factors", "finish")])
 def test_a_build_goes_on_from_its_last_stages(kind: str, where: str, alone: Any, tmp_path: Path) -> None:
     given = {"folder": str(tmp_path), "kind": kind}
     said = finish(start(2, "leave_at", tmp_path / "left", given=given | {"where": where}), tmp_path / "left")
@@ -208,7 +208,7 @@ def test_a_build_goes_on_from_its_last_stages(kind: str, where: str, alone: Any,
 
 
 @pytest.mark.parametrize(
-    ("where", "coarse"), [("coarse", {}), ("calibrate", {"kind": "flat"}), ("calibrate", {"dim": 32})]
+    ("where", "coarse"), [("coarse", {}), ("calibration", {"kind": "flat"}), ("calibration", {"dim": 32})]
 )
 def test_builds_in_two_folders_go_on_with_another_coarse_index(
     where: str, coarse: dict[str, Any], alone: Any, tmp_path: Path

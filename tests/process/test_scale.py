@@ -47,10 +47,10 @@ def test_ranks_send_and_take_what_was_said(kind: str, tmp_path: Path) -> None:
     taken = {stage: max(one["sent"].get(stage, 0) for one in said) for stage in set().union(*(s["sent"] for s in said))}
     assert found.ranks is not None
     compared = {stage: size for stage, size in taken.items() if size >= 64 << 10}
-    assert set(compared) >= {"curvature", "sketch", "coarse", "calibrate"}
+    assert set(compared) >= {"curvature", "sketch", "coarse", "calibration"}
     for stage, size in compared.items():
         # How deep the searches of calibration go lies in the data: said is the most, of so few rows all of them.
-        most = 2.5 if stage == "calibrate" else 1.02
+        most = 2.5 if stage == "calibration" else 1.02
         assert 0.98 <= found.ranks.sent[stage] / size <= most, (stage, found.ranks.sent[stage], size)
     for stage in ("queries", "scan"):
         assert found.ranks.sent[stage] == pytest.approx(taken[stage], rel=0.1), stage
@@ -92,7 +92,7 @@ def test_an_estimate_of_ranks_is_of_each() -> None:
         ranks.disk["rows"] == pytest.approx(found.disk["rows"] / 4, rel=0.01) and ranks.disk["fit"] == found.disk["fit"]
     )
     assert ranks.seconds.keys() == found.seconds.keys() and 0 < ranks.seconds_total < found.seconds_total
-    assert {"curvature", "sketch", "coarse", "calibrate", "scan", "candidates"} <= ranks.sent.keys()
+    assert {"curvature", "sketch", "coarse", "calibration", "scan", "candidates"} <= ranks.sent.keys()
     assert json.loads(json.dumps(found.to_json()))["ranks"]["seconds_total"] == ranks.seconds_total
     out = io.StringIO()
     show_estimate(Console(file=out, width=120), found, None)

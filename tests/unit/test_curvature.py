@@ -9,17 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorif_index import (
-    AbsoluteDamping,
-    BuildConfig,
-    CurvatureRows,
-    Index,
-    PaperDamping,
-    RelativeDamping,
-    ReleaseDamping,
-)
+from lorif_index import AbsoluteDamping, BuildConfig, CurvatureRows, Index, PaperDamping, RelativeDamping
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.curvature.fit import LayerCurvature, fit_curvature
+from lorif_index.curvature.fit import CurvatureShape, LayerCurvature, fit_curvature
 from lorif_index.curvature.inverse import Preconditioner, log_mean
 from lorif_index.errors import ConfigError, CurvatureError
 from lorif_index.progress import Stage
@@ -44,7 +36,7 @@ def fit(rows: torch.Tensor, a: int, b: int, rank: int | None, iterations: int = 
         walk,
         len(rows),
         {"x": spec},
-        rank=rank,
+        shapes={"x": CurvatureShape(rank)},
         power_iterations=iterations,
         seed=0,
         examples=len(rows),
@@ -132,7 +124,6 @@ def test_damping_rules() -> None:
     assert RelativeDamping(0.3).value(layer) == pytest.approx(0.3 * layer.trace / 48)
     assert AbsoluteDamping(0.7).value(layer) == 0.7
     assert PaperDamping().value(layer) == pytest.approx(0.1 * s[:20].mean())
-    assert ReleaseDamping().value(layer) == pytest.approx(0.5 * layer.trace / 48)
     for bad in (0, -1, float("nan"), float("inf"), "0.1", True):
         with pytest.raises(ConfigError):
             BuildConfig(damping=bad)  # type: ignore[arg-type]
@@ -170,7 +161,7 @@ def test_the_sample_is_random_bounded_and_of_the_seed(tmp_path: Any) -> None:
     rows = decaying_rows(400, 48)
 
     def traces(seed: int, sample: int, name: str) -> float:
-        config = BuildConfig(seed=seed, curvature_sample=sample, curvature_rank=8)
+        config = BuildConfig(seed=seed, sample=sample, curvature_rank=8)
         index = Index.build(tmp_path / name, gradients=blocks_of(rows), config=config)
         assert index.curvature["x"].rows == min(sample, 400)
         return float(index.curvature["x"].trace)
@@ -210,8 +201,15 @@ def test_rows_may_lie_in_memory_that_is_used_again() -> None:
         room.zero_()
 
     fitted = fit_curvature(
-        reused, 1200, {"a": LayerSpec("a", 4, 3, 4, 3, 1)}, rank=4, power_iterations=1, seed=0, examples=1200.0,
-        stage=Stage(None, "curvature", None), device=torch.device("cpu"),
-    )["a"]  # fmt: skip
+        reused,
+        1200,
+        {"a": LayerSpec("a", 4, 3, 4, 3, 1)},
+        shapes={"a": CurvatureShape(4)},
+        power_iterations=1,
+        seed=0,
+        examples=1200.0,
+        stage=Stage(None, "curvature", None),
+        device=torch.device("cpu"),
+    )["a"]
     expected = torch.linalg.eigvalsh(rows.double().T @ rows.double() / 1200).flip(0)
     torch.testing.assert_close(fitted.spectrum[:4], expected[:4], rtol=1e-5, atol=0)

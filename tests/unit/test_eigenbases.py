@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, cnn, gpt2, mlp
+from conftest import PATIENCE, cnn, gpt2, mlp, reader_of
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
@@ -19,7 +19,8 @@ from lorif_index.capture import eigenbases
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture
 from lorif_index.errors import CurvatureError, FingerprintError
-from lorif_index.linalg.projection import projection_matrix
+from lorif_index.linalg.projection import Projections, projection_matrix
+from lorif_index.storage.manifest import read_manifest
 
 
 def second_moments(model: nn.Module, name: str, data: Any, bias: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +64,7 @@ def test_projections_are_the_leading_eigenvectors(
     case = make()
     config = BuildConfig(projection_dim=4, layers=[layer], batch_size=7)
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
-    learnt = index._reader.projections
+    learnt = reader_of(index).projections
     assert learnt is not None and set(learnt) == {(layer, "in"), (layer, "out")}
     for side, c in zip(("in", "out"), second_moments(case.model, layer, case.data, bias=True), strict=True):
         p = learnt[layer, side].double().numpy()
@@ -199,12 +200,12 @@ def test_one_hot_sides_stay_random(tmp_path: Path) -> None:
     case = gpt2()
     config = BuildConfig(projection_dim=4, layers=LayerSelection(embeddings=True, head=True))
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
-    learnt = index._reader.projections
+    learnt = reader_of(index).projections
     assert learnt is not None
     # The head is tied to the token embedding: its other side is learnt.
     assert ("transformer.wte", "in") not in learnt and ("transformer.wte", "out") in learnt
     spec = index.specs["transformer.wte"]
-    side = index._now.projections.side("transformer.wte", "in", torch.device("cpu"), torch.float32)
+    side = Projections(index.specs, 0, learnt).side("transformer.wte", "in", torch.device("cpu"), torch.float32)
     assert side is not None and torch.equal(side, projection_matrix(0, "transformer.wte", "in", spec.width_in, 4))
 
 
@@ -213,7 +214,7 @@ def test_of_gradients_that_were_handed_over(tmp_path: Path) -> None:
     g = torch.randn(60, 9, 7, generator=generator) * torch.linspace(1, 3, 9)[:, None]
     config = BuildConfig(projection_dim=4, dtype="float32", rank=None, store="factors")
     index = Index.build(tmp_path / "i", gradients=[{"w": g[:25]}, {"w": g[25:]}], config=config)
-    learnt = index._reader.projections
+    learnt = reader_of(index).projections
     assert learnt is not None
     whole = g.double().numpy()
     assert same_space(learnt["w", "in"].double().numpy(), leading(np.einsum("nij,nkj->ik", whole, whole), 4)) < 1e-4
@@ -231,12 +232,12 @@ def test_interrupted_after_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorif_index.build.pipeline.fit_curvature", stop)
+        patch.setattr("lorif_index.build.pipeline.fit_curvature_before", stop)
         with pytest.raises(KeyboardInterrupt):
             Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
     assert (tmp_path / "i" / "projections.h5").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("lorif_index.build.pipeline.eigenbases.fit_eigenbases", stop)
+        patch.setattr("lorif_index.build.stages.eigenbases.fit_eigenbases", stop)
         index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config)
     assert np.array_equal(index.scores(case.query), whole.scores(case.query))
     with pytest.raises(FingerprintError):
@@ -258,8 +259,8 @@ def test_zero_gradients_are_named(tmp_path: Path) -> None:
 def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, plain = gpt2(), mlp()
     monkeypatch.setattr("lorif_index.config.LEAST_FLOOR", 6)
-    monkeypatch.setattr("lorif_index.build.representation.LEAST_FLOOR", 6)
-    choice = "lorif_index.build.representation."
+    monkeypatch.setattr("lorif_index.build.choice.LEAST_FLOOR", 6)
+    choice = "lorif_index.build.choice."
     monkeypatch.setattr(choice + "_FLOORS", (7, 10))
 
     def floor(name: str, case: Any = made, **settings: Any) -> Any:
@@ -267,7 +268,7 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
         assert index.config == BuildConfig(**settings), "what was asked for is remembered as it was"
         again = Index.open(tmp_path / name, model=case.model)
         assert again.scores(case.query).shape[1] == len(index)
-        return index._reader.manifest.floor()
+        return read_manifest(index.path).floor()
 
     # A usual row has room for all directions: the model stays narrow, for smaller rows, too.
     assert floor("fits") == 6 and floor("small rows", eigen_bytes=32) == 6
@@ -293,5 +294,5 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
     # What the sample's gradients may take.
     monkeypatch.setattr(choice + "_FLOOR_BYTES", 1000)
     assert floor("no room", eigen_bytes=32) == 6
-    monkeypatch.setattr("lorif_index.build.representation._FLOOR_BYTES", 1)
+    monkeypatch.setattr(choice + "_FLOOR_BYTES", 1)
     assert floor("bytes", eigen_bytes=32) == 6

@@ -13,7 +13,7 @@ from conftest import cnn, ggn, gpt2, mlp, own_loss
 from torch import nn
 from torch.nn import functional
 
-from lorif_index import BuildConfig, CrossEntropy, CurvatureRows, Index, default_loss
+from lorif_index import BuildConfig, CrossEntropy, CurvatureRows, Index, Sample, default_loss
 from lorif_index.capture.probes import Probes
 from lorif_index.errors import ConfigError, DataError
 
@@ -61,16 +61,18 @@ def test_the_mixture_is_three_quarters_ggn_of_the_ggns_trace(tmp_path: Path) -> 
 def test_random_probes_of_sequences_estimate_the_ggn(tmp_path: Path) -> None:
     case = gpt2()
     weights = {k: v for k, v in case.weights.items() if k == "transformer.h.1.mlp.c_proj"}
-    few = {k: v[:12] for k, v in case.data.items()}
+    # Each class at each position is a Jacobian of the oracle's: the shortest sequences.
+    shortest = case.data["attention_mask"].sum(dim=1).argsort()[:6]
+    few = {k: v[shortest, :5] for k, v in case.data.items()}
     case.data = few
     (layer, expected), *_ = ggn(case, weights).items()
     gaps = []
     for probes in (4, 256):
-        config = BuildConfig(**DENSE, layers=[layer], probes=probes, batch_size=5)
+        config = BuildConfig(**DENSE, layers=[layer], sample=Sample(probes=probes), batch_size=6)
         index = Index.build(tmp_path / str(probes), model=case.model, data=few, config=config)
         gaps.append(gap(matrix(index, layer), expected))
     # Errors fall with the root of the number of probes.
-    assert gaps[1] < 0.12 and 4 < gaps[0] / gaps[1] < 16
+    assert gaps[1] < 0.16 and 4 < gaps[0] / gaps[1] < 16
     assert index.curvature[layer].trace == pytest.approx(np.trace(expected), rel=0.05)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.errors import DataError
 from lorif_index.linalg.projection import Projections, projection_matrix
 
 
@@ -51,8 +49,6 @@ def test_no_device_generator_is_used() -> None:
 
 def test_identity_where_not_smaller() -> None:
     assert torch.equal(projection_matrix(0, "x", "in", 5, 5), torch.eye(5))
-    with pytest.raises(DataError, match="'in' or 'out'"):
-        projection_matrix(0, "x", "left", 5, 3)
 
 
 def test_pairs_and_dense_gradients_project_alike() -> None:

@@ -80,7 +80,7 @@ ENGINE = [
     ("linalg", "scratch"),
     ("capture", "gradients"),
     ("linalg", "projection sampling subspace"),
-    ("capture", "sharded losses probes data layers ensemble spool hooks eigenbases sources"),
+    ("capture", "sharded losses data layers ensemble probes spool hooks eigenbases sources"),
     ("curvature", "grid fit inverse sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
     ("codecs", "base bits truncation factors eigencodes largest"),
@@ -100,7 +100,7 @@ ENGINE = [
 ]
 TEXT_SIDE = [
     ("text", "callback textindex demo_model demo"),
-    ("web", "visible charts explorer page export report guard server"),
+    ("web", "visible charts explorer page report guard server"),
     ("cli", "app options settings show making shares asking keeping browsing"),
 ]
 
@@ -108,11 +108,9 @@ TEXT_SIDE = [
 TEXT = [
     "Document",
     "IndexCallback",
-    "StoredTexts",
     "TextModel",
     "TokenisedData",
     "UnpackedDocuments",
-    "add_texts",
     "build_text_index",
     "load_text_model",
     "open_text_index",
@@ -186,6 +184,8 @@ def test_nothing_heavy_is_imported() -> None:
             if path.stem in (*" ".join(names for _, names in TEXT_SIDE).split(), "__main__")
             else set()
         )
+        # A module of its own, which is imported when its class is asked for.
+        allowed |= {"transformers"} if path.stem == "callback" else set()
         # The adapter alone, when a function of it is called.
         allowed |= {"faiss"} if path.stem == "coarse" else set()
         assert not imports_of(path)[1] & (heavy - allowed), path.name

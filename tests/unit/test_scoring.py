@@ -1,44 +1,61 @@
-"""Streamed scoring and top-k against plain sums and sorts."""
+"""Questions, streamed scores and top-k against plain sums and sorts."""
 
 from __future__ import annotations
+
+import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorif_index.codecs.layout import RowLayout
 
 from lorif_index.capture.gradients import LayerSpec
-from lorif_index.curvature.inverse import products
-from lorif_index.search.scoring import Scorer, TopK
-
-SPECS = {
-    "a": LayerSpec("a", 8, 6, 8, 6, 2),
-    "full": LayerSpec("full", 4, 5, 4, 5, 4),
-    "c": LayerSpec("c", 8, 6, 8, 6, 2),
-    "one": LayerSpec("one", 7, 3, 7, 3, 1),
-}
+from lorif_index.codecs.factors import FactorCodec
+from lorif_index.search.scoring import Question, TopK, stream_scores
+from lorif_index.storage.resident import Resident
+from lorif_index.storage.store import Store, StoreWriter
 
 
-@pytest.mark.parametrize("queries", [1, 3, 40])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("names", [tuple(SPECS), ("c",), ("full", "one")])
-def test_all_routes_are_the_sum_over_pairs(queries: int, dtype: str, names: tuple[str, ...]) -> None:
-    torch.manual_seed(0)
-    layout = RowLayout(SPECS, dtype)
-    rows = layout.rows(torch.randn(700, layout.width).to(layout.torch_dtype), None)
-    question = {name: torch.randn(queries, SPECS[name].d_in, SPECS[name].d_out) for name in names}
-    got = Scorer(layout, question).score(rows)
-    expected = torch.zeros(queries, 700, dtype=torch.float64)
-    for name, factors in layout.unpack(rows).items():
-        if name in names:
-            expected += torch.einsum("nij,qij->qn", factors.dense().double(), question[name].double())
-    assert got.dtype == torch.float32
-    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+def test_some_of_a_question_and_its_multiples() -> None:
+    question = Question(
+        {"a": torch.randn(4, 2, 3), "b": torch.randn(4, 5)}, torch.randn(4, 8), 4, torch.rand(9), torch.rand(4)
+    )
+    some = question.some(slice(1, 3))
+    assert some.count == 2 and some.scale is question.scale and some.x is not None and some.thresholds is not None
+    assert all(torch.equal(some.parts[name], question.parts[name][1:3]) for name in "ab")
+    assert torch.equal(some.x, question.x[1:3]) and torch.equal(some.thresholds, question.thresholds[1:3])  # type: ignore[index]
+    assert question.some(slice(3, 9)).count == 1
+    times = torch.tensor([1.0, -2.0, 0.0, 3.0])
+    scaled = question.scaled(times)
+    assert torch.equal(scaled.parts["a"], question.parts["a"] * times[:, None, None])
+    assert torch.equal(scaled.parts["b"], question.parts["b"] * times[:, None])
+    assert torch.equal(scaled.x, question.x * times[:, None]) and scaled.count == 4  # type: ignore[arg-type, operator]
+    bare = Question({"a": torch.ones(2, 3)}, None, 2)
+    assert bare.some(slice(1)).x is None and bare.scaled(torch.ones(2)).x is None
 
 
-@settings(deadline=None, max_examples=80)
+@pytest.mark.parametrize("removed", [[], [0, 3, 4, 48]])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_streamed_scores_are_those_of_living_rows(tmp_path: Path, removed: list[int], scaled: bool) -> None:
+    codec = FactorCodec({"a": LayerSpec("a", 3, 4, 3, 4, 3)}, {}, "float32")
+    g, q, numbers = torch.randn(50, 12), torch.randn(3, 12), itertools.count()
+    writer = StoreWriter(tmp_path, codec.row_bytes, 17 * codec.row_bytes, [], lambda: f"{next(numbers)}.h5")
+    writer.append(g.view(torch.uint8), np.arange(50), np.ones(50, np.float32))
+    writer.flush()
+    rows = Resident(Store(tmp_path, codec.row_bytes, writer.sealed, removed=np.array(removed) if removed else None))
+    alive = np.setdiff1d(np.arange(50), removed)
+    scale = torch.rand(len(alive)) if scaled else None
+    parts = {"a": q.view(3, 3, 4)}
+    found = list(stream_scores(rows, codec.scorer(parts), Question(parts, None, 3, scale)))
+    assert torch.cat([positions for positions, _, _ in found]).tolist() == alive.tolist()
+    expected = (q @ g.T)[:, alive] * (1.0 if scale is None else scale)
+    assert torch.allclose(torch.cat([scores for _, scores, _ in found], dim=1), expected, atol=1e-5)
+    assert sum(read for _, _, read in found) == 50 * codec.row_bytes
+
+
+@settings(deadline=None, max_examples=60)
 @given(
     q=st.integers(1, 4),
     k=st.integers(1, 12),
@@ -60,19 +77,3 @@ def test_top_k_is_a_stable_sort(q: int, k: int, sizes: list[int], levels: int, l
     order = np.argsort(-scores if largest else scores, axis=1, kind="stable")[:, :k]
     assert np.array_equal(positions, order)
     assert np.array_equal(values, np.take_along_axis(scores, order, axis=1))
-
-
-@pytest.mark.parametrize("count", [1, 3, 8, 9, 40])
-def test_layers_that_lie_together_are_multiplied_together(count: int) -> None:
-    """Neighbours in memory, layers left out, other shapes and single ones: always rows @ matrix."""
-    torch.manual_seed(0)
-    room = torch.randn(4, 7, 5)
-    matrices = {f"n{i}": room[i] for i in range(4)} | {"far": torch.randn(7, 5), "other": torch.randn(9, 5)}
-    for names in (list(matrices), ["n0", "n2", "n3", "other"], ["n3", "n2"], ["far"]):
-        rows = {n: torch.randn(count, matrices[n].shape[0]) for n in names}
-        found = products(rows, matrices)
-        back = products(found, matrices, transposed=True)
-        assert list(found) == list(back) == names
-        for n in names:
-            assert torch.allclose(found[n], rows[n] @ matrices[n], atol=1e-5)
-            assert torch.allclose(back[n], found[n] @ matrices[n].T, atol=1e-4)

@@ -13,7 +13,7 @@ from conftest import small_data, small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorif_index import BuildConfig, Index
+from lorif_index import BuildConfig, Compute, Index
 from lorif_index.search import shrinkage
 
 
@@ -62,9 +62,9 @@ def test_sums_of_few_that_count_among_noise_are_better() -> None:
     assert before < 0.7 and agreement(shrunk(scores)) > 0.95
 
 
-@pytest.mark.parametrize("store", ["eigen", "factors", "coordinates", "both"])
+@pytest.mark.parametrize("store", ["eigen", "factors"])
 def test_scores_are_shrunk_on_request(store: str, tmp_path: Path) -> None:
-    config = BuildConfig(store=store, shard_bytes=6000, batch_size=8)
+    config = BuildConfig(store=store, compute=Compute(shard_bytes=6000), batch_size=8)
     index = Index.build(tmp_path / "i", model=small_model(), data=small_data(60), config=config, progress=False)
     query: Any = small_data(3, seed=9)
     plain = index.scores(query)
@@ -94,7 +94,7 @@ def test_groups_sum_shrunk_scores(tmp_path: Path) -> None:
         model=small_model(),
         data=small_data(60),
         payloads=payloads,
-        config=BuildConfig(shard_bytes=6000),
+        config=BuildConfig(compute=Compute(shard_bytes=6000)),
     )
     query = small_data(2, seed=9)
     scores = index.scores(query, shrink=True)
@@ -106,7 +106,7 @@ def test_groups_sum_shrunk_scores(tmp_path: Path) -> None:
 
 
 def test_of_many_rows_a_sample_tells_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = BuildConfig(shard_bytes=60_000, coarse=None)
+    config = BuildConfig(compute=Compute(shard_bytes=60_000), coarse=None)
     index = Index.build(tmp_path / "i", model=small_model(), data=small_data(1500), config=config, progress=False)
     index.remove(range(500))
     query = small_data(2, seed=9)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from lorif_index.codecs.layout import RowLayout
 
 from lorif_index import AbsoluteDamping
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.codecs.bits import CodeLayout
-from lorif_index.curvature.fit import fit_curvature
-from lorif_index.curvature.inverse import Preconditioner, transform
+from lorif_index.codecs.base import QueryGradients
+from lorif_index.codecs.factors import FactorCodec
+from lorif_index.curvature.fit import CurvatureShape, fit_curvature
+from lorif_index.curvature.inverse import Preconditioner
 from lorif_index.curvature.sketch import PCA_UP_TO, Sketch, SketchEncoder, fit_sketch, half_whitened, sketch_method
 from lorif_index.progress import Stage
-from lorif_index.search.scoring import ask
+from lorif_index.search.reader import ask
 
 SPECS = {"a": LayerSpec("a", 5, 4, 5, 4, 1), "b": LayerSpec("b", 6, 3, 6, 3, 1), "c": LayerSpec("c", 3, 3, 3, 3, 1)}
-LAYOUT = RowLayout(SPECS, "float32", codes=CodeLayout(16, 4))
 N = 300
 
 
@@ -40,10 +37,18 @@ def fitted(dim: int, method: str = "pca", rank: int | None = 7):  # type: ignore
     block = GradientBlock(np.arange(N), {k: LayerGradient.from_dense(v) for k, v in g.items()})
     stage, device = Stage(None, "x", None), torch.device("cpu")
     curvature = fit_curvature(
-        lambda: [block], N, SPECS, rank=rank, power_iterations=3, seed=0, examples=N, stage=stage, device=device
+        lambda: [block],
+        N,
+        SPECS,
+        shapes=dict.fromkeys(SPECS, CurvatureShape(rank)),
+        power_iterations=3,
+        seed=0,
+        examples=N,
+        stage=stage,
+        device=device,
     )
     lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
-    rows = half_whitened(lambda: [block], N, curvature, lams, device)
+    rows = half_whitened(lambda: [block.layers], N, curvature, lams, device)
     sketch = fit_sketch(rows, curvature, dim=dim, method=method, seed=0, stage=stage, device=device)
     return g, block, curvature, lams, sketch
 
@@ -90,8 +95,7 @@ def test_per_layer_keeps_the_largest_eigenvalues_of_all_layers() -> None:
 def test_all_coordinates_are_the_subspace_part_of_influence(
     method: str, lam: float | None, names: tuple[str, ...]
 ) -> None:
-    """With k = L r nothing is reduced: <x, z> is the truncated score under any damping and any layers, and what is
-    left to the factors is the complement alone."""
+    """With k = L r nothing is reduced: <x, z> is the truncated score under any damping and any layers."""
     g, block, curvature, lams, sketch = fitted(21, method)
     sketch = Sketch(sketch.layers, sketch.dim, sketch.method, sketch.energy)
     # 21 coordinates are cut to 16, a multiple of 8: take the rest with full weights instead.
@@ -109,26 +113,29 @@ def test_all_coordinates_are_the_subspace_part_of_influence(
         inside = (query[n].flatten(1).double().numpy() @ v) * pre[n].inside.double().numpy()
         expected += inside @ (g[n].flatten(1).double().numpy() @ v).T
     assert np.abs((x @ z.T).numpy() - expected).max() < 1e-4 * np.abs(expected).max()
-    question = ask(LAYOUT, SPECS, whole, curvature, query, pre)
-    for n in SPECS:
-        rest = question.queries[n].flatten(1)
-        size = float(rest.abs().max()) + float(x.abs().max())
-        assert float((rest @ curvature[n].basis).abs().max()) < 1e-4 * size, n
+    # A question puts the same to the coordinates, and to the rows what their codec makes of it.
+    codec, asked = FactorCodec(SPECS, curvature, "float32"), QueryGradients(query, curvature)
+    question = ask(codec, whole, asked, pre)
+    assert question.count == 4 and question.x is not None
+    assert torch.allclose(question.x, x, atol=1e-4 * float(x.abs().max()))
+    assert set(question.parts) == set(names)
+    without = ask(codec, None, asked, pre)
+    assert without.x is None and all(torch.equal(without.parts[n], question.parts[n]) for n in names)
 
 
 @pytest.mark.parametrize("dim", [8, 16])
-def test_coordinates_and_residual_always_add_up(dim: int) -> None:
-    """<x, z> + <residual, g> is the whole score if z is g's own, whatever the sketch leaves out."""
-    g, block, curvature, _, sketch = fitted(dim)
-    query = {"a": gradients(3, seed=7)["a"]}
-    pre = {"a": Preconditioner.of("a", curvature["a"], AbsoluteDamping(0.4), "tail-corrected")}
-    z = SketchEncoder(sketch, curvature).encode(block.layers)
-    transformed = transform(query, pre)
-    question = ask(LAYOUT, SPECS, sketch, curvature, query, pre)
-    assert question.x is not None
-    got = question.x @ z.T + sum(question.queries[n].flatten(1) @ g[n].flatten(1).T for n in SPECS)
-    expected = transformed["a"].flatten(1) @ g["a"].flatten(1).T
-    assert float((got - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+def test_coordinates_and_what_they_leave_out_add_up(dim: int) -> None:
+    """<x, z> is the score of what the sketch keeps: the rest is orthogonal to it under the sketch's damping."""
+    g, block, curvature, lams, sketch = fitted(dim)
+    query = gradients(3, seed=7)
+    pre = {n: Preconditioner.of(n, curvature[n], AbsoluteDamping(lams[n]), "truncated") for n in SPECS}
+    inside = {n: q.flatten(1) @ curvature[n].basis for n, q in query.items()}
+    x = sketch.query(inside, curvature, pre).double().numpy()
+    z = SketchEncoder(sketch, curvature).encode(block.layers).double().numpy()
+    e, asked = whitened(g, curvature, lams), whitened(query, curvature, lams)
+    w = torch.cat([part.weights for part in sketch.layers.values()]).double().numpy()
+    rest = (asked - asked @ w @ w.T) @ (e - e @ w @ w.T).T
+    assert np.abs(x @ z.T + rest - asked @ e.T).max() < 1e-4 * np.abs(asked @ e.T).max()
 
 
 def test_large_models_take_the_per_layer_way() -> None:
@@ -136,14 +143,22 @@ def test_large_models_take_the_per_layer_way() -> None:
     assert sketch_method("auto", PCA_UP_TO + 1) == "per-layer"
 
 
-def test_few_rows_give_few_coordinates(tmp_path: Path) -> None:
+def test_few_rows_give_few_coordinates() -> None:
     g = gradients(5)
     block = GradientBlock(np.arange(5), {k: LayerGradient.from_dense(v) for k, v in g.items()})
     stage, device = Stage(None, "x", None), torch.device("cpu")
     curvature = fit_curvature(
-        lambda: [block], 5, SPECS, rank=7, power_iterations=1, seed=0, examples=5, stage=stage, device=device
+        lambda: [block],
+        5,
+        SPECS,
+        shapes=dict.fromkeys(SPECS, CurvatureShape(7)),
+        power_iterations=1,
+        seed=0,
+        examples=5,
+        stage=stage,
+        device=device,
     )
     lams = {k: 0.1 * layer.trace / layer.dim for k, layer in curvature.items()}
-    rows = half_whitened(lambda: [block], 5, curvature, lams, device)
+    rows = half_whitened(lambda: [block.layers], 5, curvature, lams, device)
     sketch = fit_sketch(rows, curvature, dim=512, method="pca", seed=0, stage=stage, device=device)
     assert sketch.dim == 5 and sketch.energy == pytest.approx(1.0, abs=1e-5)
