@@ -222,7 +222,9 @@ def propose(rank: int, size: int, folder: str) -> list[Any]:
         return [index.search(sequences()[:4], k=10, exact=False, rescore=r).ids.tolist() for r in (True, False)]
 
 
-def leave_at(rank: int, size: int, folder: str, kind: str, where: str) -> int:
+def leave_at(
+    rank: int, size: int, folder: str, kind: str, where: str, apart: bool = False, coarse: dict[str, Any] | None = None
+) -> int:
     """A build, which rank 1 leaves without a word at a stage, or before it is finished."""
     from lorif_index.build.state import BuildState
 
@@ -232,10 +234,9 @@ def leave_at(rank: int, size: int, folder: str, kind: str, where: str) -> int:
 
     if rank == 1 and where == "finish":
         BuildState.commit = lambda self: os._exit(3)  # type: ignore[method-assign]
-    config = settings(store=kind)
-    index = Index.build(
-        Path(folder) / "index", model=make_model(), data=sequences(), loss=loss, config=config, progress=told
-    )
+    place = Path(folder) / (f"part-{rank}" if apart else "index")
+    config = settings(store=kind, coarse={"queries": 8} | (coarse or {}))
+    index = Index.build(place, model=make_model(), data=sequences(), loss=loss, config=config, progress=told)
     return len(index)
 
 

@@ -207,6 +207,32 @@ def test_a_build_goes_on_from_its_last_stages(kind: str, where: str, alone: Any,
     np.testing.assert_array_equal(best, wanted)
 
 
+@pytest.mark.parametrize(
+    ("where", "coarse"), [("coarse", {}), ("calibration", {"kind": "flat"}), ("calibration", {"dim": 32})]
+)
+def test_builds_in_two_folders_go_on_with_another_coarse_index(
+    where: str, coarse: dict[str, Any], alone: Any, tmp_path: Path
+) -> None:
+    given = {"folder": str(tmp_path), "kind": "eigen", "apart": True}
+    finish(start(2, "leave_at", tmp_path / "left", given=given | {"where": where}), tmp_path / "left")
+    rows = {path for path in tmp_path.rglob("shard-*.h5")}
+    assert rows and not list(tmp_path.rglob("manifest.json"))
+    assert together(2, "leave_at", tmp_path / "last", where="", coarse=coarse, **given) == [COUNT] * 2
+    assert rows == {path for path in tmp_path.rglob("shard-*.h5")}
+    for rank in range(2):
+        with Index.open(tmp_path / f"part-{rank}", model=make_model(), loss=loss) as part:
+            part.verify()
+            assert part.config.coarse == settings(coarse={"queries": 8} | coarse).coarse
+            found = answers(part, sequences()[:4])
+            assert_same_hits(
+                SimpleNamespace(ids=found["candidate ids"], scores=found["candidate scores"]),
+                SimpleNamespace(ids=found["scan ids"], scores=found["scan scores"]),
+            )
+    with Index.merge(tmp_path / "whole", [tmp_path / "part-0", tmp_path / "part-1"]) as whole:
+        hits = whole.search(whole.gradients(np.arange(4)), k=5, exact=False)
+        np.testing.assert_array_equal(hits.ids[:, 0], np.arange(4))
+
+
 def test_a_hung_rank_is_named_and_leaves_no_index(tmp_path: Path) -> None:
     out = tmp_path / "said"
     processes = start(2, "hang", out, given={"folder": str(tmp_path)})
@@ -405,7 +431,7 @@ def test_spans() -> None:
         [(9, 12)],
         [(4, 5), (9, 10)],
     ]
-    shards = [ShardInfo(SealedInfo(f"{i}", 1, "", {}), 3, 3 * i, 3 * i + 2) for i in range(2)]
+    shards = [ShardInfo(SealedInfo(f"{i}", 1, "", {}), 3, 3 * i, 3 * i + 2, 0, "") for i in range(2)]
     everyone = [[[0, 3], [3, 6]], [[2, 5]]]
     assert without_overlaps(everyone, 0, shards) == shards
     assert without_overlaps([[], [[0, 3], [3, 6]], [[0, 4]]], 1, shards) == shards
