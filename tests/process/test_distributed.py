@@ -405,7 +405,7 @@ def test_spans() -> None:
         [(9, 12)],
         [(4, 5), (9, 10)],
     ]
-    shards = [ShardInfo(SealedInfo(f"{i}", 1, "", {}), 3, 3 * i, 3 * i + 2) for i in range(2)]
+    shards = [ShardInfo(SealedInfo(f"{i}", 1, "", {}), 3, 3 * i, 3 * i + 2, 0, "") for i in range(2)]
     everyone = [[[0, 3], [3, 6]], [[2, 5]]]
     assert without_overlaps(everyone, 0, shards) == shards
     assert without_overlaps([[], [[0, 3], [3, 6]], [[0, 4]]], 1, shards) == shards
