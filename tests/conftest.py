@@ -465,6 +465,23 @@ def close(a: np.ndarray, b: np.ndarray, tolerance: float = 2e-4) -> bool:
     return bool(np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-6)) and bool(np.abs(b).max() > 1e-6)
 
 
+# -- programs of the docs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs code in an empty folder; what it has defined, and what it has printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+    def go(code: str) -> tuple[dict[str, Any], str]:
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(code, "<docs>", "exec"), names)
+        return names, capsys.readouterr().out
+
+    return go
+
+
 # -- manifests as somebody else might have written them ----------------------------------------------------------------
 
 

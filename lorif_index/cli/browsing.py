@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
+from ..errors import IndexExistsError
 from ..web.explorer import Explorer, Question
 from ..web.guard import is_loopback
 from ..web.report import report as report_page
-from ..web.report import write_report
 from ..web.server import make_app
 from ..web.server import serve as serve_app
 from .app import app, reported_errors
 from .options import Device, IndexFolder, Json, MovedModel, Prompt, Recall
-from .show import console, excerpt, write_json
+from .show import write
 
 
 @app.command()
@@ -30,7 +30,6 @@ def report(
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Passages on each side.")] = 20,
     recall: Recall = 0.99,
     shade: Annotated[int, typer.Option(min=0, help="Passages on each side whose tokens are shaded.")] = 10,
-    replace: Annotated[bool, typer.Option("--replace", help="Write over a page that is there.")] = False,
     model: MovedModel = None,
     device: Device = "auto",
     json: Json = False,
@@ -39,16 +38,14 @@ def report(
     if (query is None) == (row is None):
         raise typer.BadParameter("pass either --query or --id")
     with reported_errors():
+        if out.exists():
+            raise IndexExistsError(f"{out} exists: pass another file with --out, or delete it")
         explorer = Explorer.open(index, model=model, device=device)
         with explorer.index:
             question = Question(query, prompt, row)
             html = report_page(explorer, question, k=k, recall=recall, shade=shade)
-            write_report(out, html, replace=replace)
-    size = len(html.encode())
-    if json:
-        write_json({"page": str(out), "bytes": size})
-    else:
-        console().print(excerpt(f"{out}: {size / 1000:,.0f} kB"))
+            out.write_text(html, encoding="utf-8")
+    write({"page": str(out), "bytes": len(html.encode())}, json)
 
 
 @app.command()

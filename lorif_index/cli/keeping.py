@@ -16,7 +16,7 @@ from ..text.documents import read_documents
 from ..text.textindex import open_text_index, text_facts
 from .app import app, reported_errors
 from .options import Device, IndexFolder, Json, MovedModel, SourceField, TextField
-from .show import console, in_units, index_json, write_json
+from .show import write, write_index
 
 
 @app.command()
@@ -39,19 +39,9 @@ def add(
                 raise QueryError(
                     f"{index} was not made by `lorif build`, so it does not say how texts are cut: use Index.add"
                 )
-            passages = text_model.passages(
-                documents, max_length=facts["max_length"], stride=facts["stride"], folder=index.parent
-            )
+            passages = text_model.passages(documents, max_length=facts["max_length"], folder=index.parent)
             ids = opened.add(passages, payloads=passages).tolist()
-            age = opened.curvature_age
-            if json:
-                write_json({"ids": ids, "examples": len(opened), "curvature_age": age})
-                return
-            share = "an unknown share" if age["new_trace"] is None else f"{age['new_trace']:.1%}"
-            console().print(
-                f"{len(ids):,} passages added, {len(opened):,} in all; {share} of the squared gradient norm is of "
-                "passages that the curvature has not seen."
-            )
+            write({"ids": ids, "examples": len(opened), "curvature_age": opened.curvature_age}, json)
 
 
 @app.command()
@@ -63,36 +53,21 @@ def remove(
     """Remove examples: no later answer has them. `compact` takes them off the disk."""
     with reported_errors(), Index.open(index) as opened:
         removed = opened.remove(ids)
-        if json:
-            write_json({"removed": removed, "examples": len(opened)})
-            return
-        console().print(f"{removed:,} removed, {len(opened):,} left. Next: lorif compact {index}")
+        write({"removed": removed, "examples": len(opened)}, json)
 
 
 @app.command()
 def refit(index: IndexFolder, json: Json = False) -> None:
     """Renew curvature, sketch and coarse index from what is stored, without the model."""
     with reported_errors(), Index.open(index) as opened:
-        done = opened.refit()
-        if json:
-            write_json(done)
-            return
-        console().print(f"renewed: {', '.join(done['renewed']) or 'nothing'}")
-        for name, why in done["kept"].items():
-            console().print(f"kept: {name} ({why})")
+        write(opened.refit(), json)
 
 
 @app.command()
 def compact(index: IndexFolder, json: Json = False) -> None:
-    """Take removed examples off the disk, and join small shards."""
+    """Take removed examples off the disk, and join small shards. Files that are being read ("held") go later."""
     with reported_errors(), Index.open(index) as opened:
-        done = opened.compact()
-        if json:
-            write_json(done)
-            return
-        console().print(f"{in_units(max(done['bytes'], 0))} freed.")
-        if done["held"]:
-            console().print(f"{len(done['held'])} files are still being read, and go with the next change after that.")
+        write(opened.compact(), json)
 
 
 @app.command()
@@ -103,10 +78,7 @@ def merge(
 ) -> None:
     """Make one index of several that were built with the same fit."""
     with reported_errors(), Index.merge(out, indexes) as merged:
-        if json:
-            write_json(index_json(merged))
-        else:
-            console().print(f"{len(merged):,} examples in {out}.")
+        write_index(merged, json)
 
 
 @app.command()
@@ -114,28 +86,14 @@ def verify(index: IndexFolder, json: Json = False) -> None:
     """Compare every byte of an index with its checksums. Exit code 1 where something differs."""
     with reported_errors():
         found = find_damage(index, read_manifest(index))
-        if json:
-            write_json({"whole": not found, "damaged": [asdict(damage) for damage in found]})
+        if json or not found:
+            write({"whole": not found, "damaged": [asdict(damage) for damage in found]}, json)
         if found:
             raise CorruptionError(damage_message(index, found))
-        if not json:
-            console().print(f"{index}: every file is as it was sealed.")
 
 
 @app.command()
 def repair(index: IndexFolder, json: Json = False) -> None:
     """Drop what is damaged, and make again what can be made from the rest. Nothing is deleted."""
     with reported_errors():
-        done = Index.repair(index)
-        if json:
-            write_json(done)
-            return
-        screen = console()
-        if not done["dropped"] and not done["rebuilt"]:
-            screen.print(f"{index}: nothing is damaged.")
-        for part in done["dropped"]:
-            screen.print(
-                f"dropped: {part['file']}, {part['rows']:,} examples with ids {part['first_id']} to {part['last_id']}"
-            )
-        if done["rebuilt"]:
-            screen.print(f"made again: {', '.join(done['rebuilt'])}")
+        write(Index.repair(index), json)

@@ -13,12 +13,11 @@ from ..text.demo import QUESTION, run_demo
 from ..text.demo_model import DemoSettings
 from ..text.documents import read_documents
 from ..text.model import load_text_model
-from ..text.passages import Passages
 from ..text.textindex import build_text_index
 from .app import app, reported_errors
-from .options import Json, MaxLength, ModelFolder, SourceField, Stride, TextField, Texts, byte_count
+from .options import Json, MaxLength, ModelFolder, SourceField, TextField, Texts, byte_count
 from .settings import Settings, configured
-from .show import console, demo_json, excerpt, in_units, index_json, show_demo, show_estimate, write_json
+from .show import answers_json, console, excerpt, show, show_answers, unit_of_scores, write, write_index, write_json
 
 
 @app.command()
@@ -37,10 +36,17 @@ def demo(
     """Train a small model on Python's own documentation, index it, and ask which passages taught it a sentence."""
     with reported_errors():
         result = run_demo(out, question or [QUESTION], DemoSettings(seconds=seconds, seed=seed, k=k))
+        facts = result.to_json()
+        answers = facts["answers"] = answers_json(result.questions, result.losses, result.hits)
         if json:
-            write_json(demo_json(result))
-        else:
-            show_demo(console(), result)
+            write_json(facts)
+            return
+        screen = console()
+        screen.print("Which training passages made the model know this?\n", style="bold")
+        show_answers(screen, answers)
+        show(screen, {name: value for name, value in facts.items() if name != "answers"})
+        screen.print(f"\n{unit_of_scores(facts['passages'])}")
+        screen.print(excerpt(f'Ask on: lorif search {out / "index"} "A lambda expression makes a function."', 1000))
 
 
 @app.command()
@@ -53,7 +59,6 @@ def build(
     text_field: TextField = "text",
     source_field: SourceField = None,
     max_length: MaxLength = None,
-    stride: Stride = None,
     timeout: Annotated[
         float, typer.Option(min=1, help="Seconds that a process waits for the others, where torchrun started several.")
     ] = 1800.0,
@@ -68,34 +73,12 @@ def build(
             load_text_model(model, device),
             documents,
             max_length=max_length,
-            stride=stride,
             config=config,
             origin={"data": str(data), "text_field": text_field, "source_field": source_field},
-            told=_say_how_cut if speaks else None,
         )
         with index:
-            if not speaks:
-                return
-            if json:
-                write_json(index_json(index))
-                return
-            screen = console()
-            screen.print(
-                f"{len(index):,} passages indexed, {index.bytes_per_example:,} bytes each, {in_units(index.nbytes)} in "
-                "all."
-            )
-            screen.print(excerpt(f'Next: lorif search {out} "..."'))
-
-
-def _say_how_cut(passages: Passages) -> None:
-    """Of running text, which is not cut where a reader might think."""
-    if passages.running:
-        files = "1 .txt file" if passages.running == 1 else f"{passages.running:,} .txt files"
-        typer.echo(
-            f"lorif: {files} cut into {passages.running_passages:,} passages of up to {passages.max_length:,} tokens, "
-            f"one every {passages.stride:,} tokens, across lines and blank lines; .jsonl has one text a line",
-            err=True,
-        )
+            if speaks:
+                write_index(index, json)
 
 
 @app.command()
@@ -117,7 +100,6 @@ def estimate(
     text_field: TextField = "text",
     source_field: SourceField = None,
     max_length: MaxLength = None,
-    stride: Stride = None,
     json: Json = False,
 ) -> None:
     """Say what a build would take: disk, memory and time, from a handful of batches; nothing is kept."""
@@ -129,7 +111,7 @@ def estimate(
         config, device = settings.read()
         documents = read_documents(data, text_field=text_field, source_field=source_field)
         text_model = load_text_model(model, device)
-        passages = text_model.passages(documents, max_length=max_length, stride=stride)
+        passages = text_model.passages(documents, max_length=max_length)
         found = Index.estimate(
             model=text_model.model,
             data=passages,
@@ -141,7 +123,4 @@ def estimate(
             world_size=world_size,
             payload_bytes=passages.nbytes / len(passages),
         )
-        if json:
-            write_json(found.to_json())
-        else:
-            show_estimate(console(), found, room)
+        write(found.to_json(), json)

@@ -19,10 +19,7 @@ Texts = Annotated[
         "--max-length tokens across its lines), a folder of them, or a saved dataset (each row is one text)."
     ),
 ]
-TextArgument = Annotated[str | None, typer.Argument(metavar="TEXT", help="What to explain.")]
-TextOption = Annotated[
-    list[str] | None, typer.Option("--text", help="The same, in place of the argument; may be repeated.")
-]
+TextArguments = Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to explain: one or more texts.")]
 TextField = Annotated[str, typer.Option(help="The field that holds the text (.jsonl, dataset).")]
 SourceField = Annotated[
     str | None, typer.Option(help="The field that says where a text is from; default: file and line.")
@@ -30,10 +27,8 @@ SourceField = Annotated[
 MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a passage; default: the model's context, at most 1024.")
 ]
-Stride = Annotated[int | None, typer.Option(min=1, help="Tokens from one passage to the next; default: --max-length.")]
 Prompt = Annotated[str | None, typer.Option(help="Text that comes before, and is not itself to be explained.")]
 Recall = Annotated[float, typer.Option(help="Share of the best passages to be found, above 0; 1 scans every passage.")]
-Exact = Annotated[bool, typer.Option("--exact", help="Score every passage.")]
 SearchDamping = Annotated[
     str | None,
     typer.Option(help="A multiple of trace/D, or RULE:X with RULE absolute, relative or paper."),
@@ -84,20 +79,6 @@ def damping_policy(given: str) -> Damping:
         return damping_from_json({"rule": rule or "relative", "lam" if rule == "absolute" else "multiple": value})
     except ValueError as error:
         raise ValueError(f"takes X or RULE:X, with X above 0, got {given!r} ({error})") from None
-
-
-def asked_texts(argument: str | None, option: list[str] | None) -> list[str]:
-    """What is asked about, by the argument or by the option.
-
-    Raises:
-        typer.BadParameter: both say something, or neither.
-    """
-    if argument is not None and option:
-        raise typer.BadParameter(f"the text is there twice, {argument!r} and --text {option[0]!r}: pass one of them")
-    texts = option or ([] if argument is None else [argument])
-    if not texts:
-        raise typer.BadParameter('there is no text: write it in quotes behind the index, or pass --text "..."')
-    return texts
 
 
 def search_damping(given: str | None) -> Damping | None:

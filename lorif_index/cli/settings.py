@@ -6,11 +6,9 @@ A command that is `configured` gets a flag for each field, `--config FILE`, and 
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fractions import Fraction
 from functools import wraps
 from pathlib import Path
@@ -18,21 +16,25 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..config import (
-    COARSE_KINDS,
-    COMPLEMENTS,
-    CURVATURES,
-    DTYPES,
-    PARTS,
-    PROJECTIONS,
-    BuildConfig,
-    LayerSelection,
-    stores,
-)
+from ..config import COARSE_KINDS, COMPLEMENTS, CURVATURES, DTYPES, PARTS, PROJECTIONS, BuildConfig, stores
 from ..errors import ConfigError
 from .options import byte_count, damping_policy
 
 _PANEL = "Settings of the index, by the names of BuildConfig"
+
+
+def _plain(given: str) -> Any:
+    """An integer, or a word."""
+    return int(given) if given.isdecimal() else given
+
+
+def _words(**words: Any) -> Callable[[str], Any]:
+    """Reads words that stand for a value, and all else plainly."""
+    return lambda given: words[given] if given in words else _plain(given)
+
+
+def _fraction(given: str) -> Any:
+    return Fraction(given) if "/" in given or "." in given else _words(none=None)(given)
 
 
 @dataclass(frozen=True)
@@ -41,92 +43,57 @@ class Setting:
 
     Attributes:
         help: one sentence.
-        kind: the flag's type.
-        least: of an integer.
         parse: makes the field's value of what is written, in a flag or as a string in a file; raises ValueError.
-        choices: offered by shell completion.
+        default: how the field's default is written.
     """
 
     help: str
-    kind: Any = str
-    least: int | None = None
-    parse: Callable[[str], Any] | None = None
-    choices: tuple[str, ...] = ()
+    parse: Callable[[str], Any] = _plain
+    default: str | None = None
 
 
-def _count(**words: Any) -> Callable[[str], Any]:
-    """Reads an integer or one of some words, each of which stands for a value."""
-
-    def parse(given: str) -> Any:
-        if given in words:
-            return words[given]
-        if not given.isdecimal():
-            raise ValueError(f"takes an integer{''.join(f' or {word}' for word in words)}, got {given!r}")
-        return int(given)
-
-    return parse
-
-
-def _projection_dim(given: str) -> int | Fraction | str | None:
-    if given in ("auto", "none"):
-        return None if given == "none" else given
-    try:
-        value = Fraction(given)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"takes an integer, a fraction such as 1/16, auto or none, got {given!r}") from None
-    return int(value) if value.denominator == 1 else value
-
-
-def _listed(words: Sequence[str]) -> str:
+def _among(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _or_none(given: str) -> str | None:
-    return None if given == "none" else given
-
-
 SETTINGS: dict[str, Setting] = {
-    "layers": Setting("Track these layers only: a name or glob pattern; may be repeated.", list[str]),
+    "layers": Setting(
+        "Track these layers only: a name or glob pattern; may be repeated.", default="all but embeddings and head"
+    ),
     "projection_dim": Setting(
-        "Width each side of a gradient is projected to: an integer, a fraction, auto or none.", parse=_projection_dim
+        "Width each side of a gradient is projected to: an integer, a fraction, auto or none.", _fraction
     ),
-    "projection_floor": Setting("Least width that a fraction gives: an integer or auto.", parse=_count(auto="auto")),
-    "projection": Setting("eigen, learnt from a sample, or random.", choices=PROJECTIONS),
-    "rank": Setting("Factor pairs kept per passage and layer, c: an integer or full.", parse=_count(full=None)),
-    "curvature": Setting("Of the loss, ggn, of the gradients, empirical, mixed, or auto.", choices=CURVATURES),
-    "curvature_rank": Setting(
-        "Curvature directions kept per layer, r: an integer, full or auto.", parse=_count(full=None, auto="auto")
+    "projection_floor": Setting("Least width that a fraction gives: an integer or auto."),
+    "projection": Setting(f"Learnt from a sample, or random: {_among(PROJECTIONS)}."),
+    "rank": Setting("Factor pairs kept per passage and layer, c: an integer or full.", _words(full=None)),
+    "curvature": Setting(f"Of the loss, ggn, of the gradients, empirical, or both: {_among(CURVATURES)}."),
+    "curvature_rank": Setting("Curvature directions kept per layer, r: an integer, full or auto.", _words(full=None)),
+    "power_iterations": Setting("Subspace iterations of the fit."),
+    "damping": Setting(
+        "The index's damping: a multiple of trace/D, or RULE:X (see search).", damping_policy, "relative:0.1"
     ),
-    "power_iterations": Setting("Subspace iterations of the fit.", int, least=0),
-    "damping": Setting("The index's damping: a multiple of trace/D, or RULE:X (see search).", parse=damping_policy),
-    "complement": Setting(
-        "Weight of directions outside of the curvature's: log-mean, tail-corrected or truncated.", choices=COMPLEMENTS
+    "complement": Setting(f"Weight of directions outside of the curvature's: {_among(COMPLEMENTS)}."),
+    "store": Setting(f"What is kept of a passage: {_among(stores())}."),
+    "eigen_bytes": Setting("Most bytes of a passage, with store eigen and largest."),
+    "dtype": Setting(f"Of stored factors: {_among(DTYPES)}."),
+    "seed": Setting("Of projections and samples."),
+    "batch_size": Setting("Passages per pass through the model."),
+    "on_nonfinite": Setting("A gradient with inf or NaN: error stops, skip leaves it out."),
+    "sample.size": Setting("Passages that are fitted on."),
+    "sample.rows": Setting("Fit the curvature on the sample, or on all stored rows (published order)."),
+    "sample.probes": Setting("Random rows a passage of the ggn: an integer or auto.", _words(auto=None), "auto"),
+    "coarse.kind": Setting(f"What proposes candidates: {_among(COARSE_KINDS)}."),
+    "coarse.dim": Setting("Coordinates of a passage, for all layers together."),
+    "coarse.sketch": Setting("Directions of the coordinates: auto, pca or per-layer."),
+    "coarse.queries": Setting("Passages whose exact answers calibrate searches; 0: none."),
+    "compute.device": Setting(
+        "Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one.", default="auto"
     ),
-    "store": Setting(f"What is kept of a passage: {_listed(stores())}.", choices=stores()),
-    "eigen_bytes": Setting("Most bytes of a passage, with store eigen and largest.", int, least=1),
-    "dtype": Setting(f"Of stored factors: {_listed(DTYPES)}.", choices=DTYPES),
-    "seed": Setting("Of projections and samples.", int, least=0),
-    "batch_size": Setting("Passages per pass through the model.", int, least=1),
-    "on_nonfinite": Setting("A gradient with inf or NaN: error stops, skip leaves it out.", choices=("error", "skip")),
-    "sample.size": Setting("Passages that are fitted on.", int, least=1),
-    "sample.rows": Setting(
-        "Fit the curvature on the sample, or on all stored rows (published order).", choices=("sample", "stored")
-    ),
-    "sample.probes": Setting("Random rows a passage of the ggn: an integer or auto.", parse=_count(auto=None)),
-    "coarse.kind": Setting("What proposes candidates: auto, flat or none.", choices=COARSE_KINDS),
-    "coarse.dim": Setting("Coordinates of a passage, for all layers together.", int, least=1),
-    "coarse.sketch": Setting(
-        "Directions of the coordinates: auto, pca or per-layer.", choices=("auto", "pca", "per-layer")
-    ),
-    "coarse.queries": Setting("Passages whose exact answers calibrate searches; 0: none.", int, least=0),
-    "compute.device": Setting("Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one."),
     "compute.autocast": Setting(
-        "Mixed precision of the forward pass: bfloat16, float16 or none.",
-        parse=_or_none,
-        choices=("none", "bfloat16", "float16"),
+        "Mixed precision of the forward pass: bfloat16, float16 or none.", _words(none=None), "none"
     ),
-    "compute.shard_bytes": Setting("Size of a shard's rows, as 64MiB.", parse=byte_count),
-    "compute.spool_bytes": Setting("Most disk for temporary rows, as 16GiB.", parse=byte_count),
+    "compute.shard_bytes": Setting("Size of a shard's rows, as 64MiB.", byte_count, "64MiB"),
+    "compute.spool_bytes": Setting("Most disk for temporary rows, as 16GiB.", byte_count, "16GiB"),
 }
 """Every field of `BuildConfig` and of its objects (a test compares them), in the order of `--help`."""
 
@@ -142,7 +109,7 @@ class Settings:
 
     Attributes:
         file: a YAML file, or None.
-        flags: settings that were given as flags, by their names in `SETTINGS`, as values of `BuildConfig`.
+        flags: settings that were given as flags, as they were written, by their names in `SETTINGS`.
     """
 
     file: Path | None
@@ -154,31 +121,33 @@ class Settings:
         Raises:
             ConfigError: what is in the file is not a config, or what both say together is none.
         """
-        values = {} if self.file is None else read_config(self.file)
-        for name, value in self.flags.items():
-            part, _, field = name.rpartition(".")
-            if part:
-                values[part] = values.get(part, {}) | {field: value}
-            else:
-                values[name] = value
-        # The model is put there, so that the config need not say where it is.
-        device = values.get("compute", {}).pop("device", None) or "auto"
+        written = ({} if self.file is None else _written(self.file)) | self.flags
+        values: dict[str, Any] = {}
+        name = ""
         try:
+            for name, value in written.items():
+                part, _, field = name.rpartition(".")
+                if isinstance(value, str) and name in SETTINGS:
+                    value = SETTINGS[name].parse(value)
+                (values.setdefault(part, {}) if part else values)[field] = value
+            name = ""
+            # The model is put there, so that the config need not say where it is.
+            device = values.get("compute", {}).pop("device", None) or "auto"
             return BuildConfig.from_json(values), str(device)
         except (ConfigError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-            raise ConfigError(f"{'' if self.file is None else f'with {self.file}: '}{error}") from None
+            where = "" if self.file is None else f"with {self.file}: "
+            raise ConfigError(f"{where}{name and f'{name} '}{error}") from None
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """A YAML file whose keys are fields of `BuildConfig`, as values for `BuildConfig.from_json`.
+def _written(file: Path) -> dict[str, Any]:
+    """A YAML file whose keys are fields of `BuildConfig`, by the names in `SETTINGS`.
 
     Strings may be written as in flags: `rank: full`, `projection_dim: 1/16`, `damping: absolute:0.01`. `layers` is a
     pattern, a list of them, or a mapping of `LayerSelection`'s fields; `sample`, `coarse` and `compute` are mappings of
     their objects' fields, or the value that a bare one stands for: `sample: 2000`, `coarse: flat`.
 
     Raises:
-        ConfigError: not a YAML mapping, an unknown key (the message names the nearest), a value that cannot be read.
-        OSError: the file cannot be read.
+        ConfigError: not a YAML mapping. OSError: the file cannot be read.
     """
     try:
         import yaml
@@ -188,57 +157,20 @@ def read_config(file: Path) -> dict[str, Any]:
         ) from None
 
     try:
-        written = file.read_bytes()
-        _refuse_repeated(yaml.compose(written, Loader=yaml.SafeLoader), str(file))
-        found = yaml.safe_load(written)
+        found = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not YAML: {error}") from None
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
+    if not isinstance(found, dict | None):
         raise ConfigError(f"{file} holds a {type(found).__name__}, and settings are a mapping: write lines as rank: 4")
-    _known(found, [f.name for f in dataclasses.fields(BuildConfig)], f"{file}: ")
-    if isinstance(found.get("layers"), dict):
-        _known(found["layers"], [f.name for f in dataclasses.fields(LayerSelection)], f"{file}: layers: ")
-    values = {}
-    for name, value in found.items():
+    written: dict[str, Any] = {}
+    for name, value in (found or {}).items():
         if name not in PARTS:
-            values[name] = _read(name, value, file)
-            continue
-        kind, short = PARTS[name]
-        part = value if isinstance(value, dict) else {short: "none" if name == "coarse" and value is None else value}
-        _known(part, [f.name for f in dataclasses.fields(kind)], f"{file}: {name}: ")
-        values[name] = {field: _read(f"{name}.{field}", given, file) for field, given in part.items()}
-    return values
-
-
-def _read(name: str, value: Any, file: Path) -> Any:
-    """The value of one setting in a file."""
-    parse = SETTINGS[name].parse
-    try:
-        return parse(value) if parse is not None and isinstance(value, str) else value
-    except ValueError as error:
-        raise ConfigError(f"{file}: {name} {error}") from None
-
-
-def _refuse_repeated(node: Any, where: str) -> None:
-    """Refuses a key that is there twice, of which YAML's loader would drop the first without a word."""
-    if node is None or node.id != "mapping":
-        return
-    keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
-    for key, (_, value) in zip(keys, node.value, strict=False):
-        if keys.count(key) > 1:
-            raise ConfigError(f"{where}: {key} is there twice: keep one of them")
-        _refuse_repeated(value, f"{where}: {key}")
-
-
-def _known(given: Collection[str], known: Collection[str], where: str) -> None:
-    """Refuses keys that are not known, with the nearest of those that are."""
-    for key in given:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ConfigError(f"{where}unknown key {key!r}: {hint}")
+            written[str(name)] = value
+        elif isinstance(value, dict):
+            written |= {f"{name}.{field}": given for field, given in value.items()}
+        else:
+            written[f"{name}.{PARTS[name][1]}"] = "none" if name == "coarse" and value is None else value
+    return written
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:
@@ -247,7 +179,6 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(command, include_extras=True)
     own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(command).parameters.items() if n != "settings"]
-    flags = [_flag(name, setting) for name, setting in SETTINGS.items()]
     file = typer.Option(
         "--config",
         metavar="FILE",
@@ -256,39 +187,18 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     )
     kind = inspect.Parameter.KEYWORD_ONLY
     config = inspect.Parameter("config", kind, default=None, annotation=Annotated[Path | None, file])
+    flags = {name: _flag(name, setting) for name, setting in SETTINGS.items()}
 
     @wraps(command)
     def run(**arguments: Any) -> None:
-        written = {name: arguments.pop(_variable(name)) for name in SETTINGS}
-        settings = Settings(arguments.pop("config"), _values(written))
-        command(settings=settings, **arguments)
+        written = {name: arguments.pop(flag.name) for name, flag in flags.items()}
+        given = {name: value for name, value in written.items() if value}
+        command(settings=Settings(arguments.pop("config"), given), **arguments)
 
-    parameters = [p.replace(kind=kind) for p in own] + [config, *flags]
+    parameters = [p.replace(kind=kind) for p in own] + [config, *flags.values()]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
-
-
-def _values(written: dict[str, Any]) -> dict[str, Any]:
-    """Flags that were given, as values.
-
-    Raises:
-        typer.BadParameter: one that cannot be read.
-    """
-    values = {}
-    for name, value in written.items():
-        if value is None or value == []:
-            continue
-        parse = SETTINGS[name].parse
-        try:
-            values[name] = value if parse is None else parse(value)
-        except ValueError as error:
-            raise typer.BadParameter(f"{flag_of(name)} {error}") from None
-    return values
-
-
-def _variable(name: str) -> str:
-    return flag_of(name).removeprefix("--").replace("-", "_")
 
 
 def _flag(name: str, setting: Setting) -> inspect.Parameter:
@@ -296,19 +206,13 @@ def _flag(name: str, setting: Setting) -> inspect.Parameter:
     default: Any = BuildConfig().to_json()
     for part in name.split("."):
         default = default[part]
-    shown = {"layers": "all but embeddings and head", "damping": "relative:0.1"}.get(name)
-    if shown is None and setting.parse is byte_count:
-        shown = f"{default >> 30}GiB" if default >= 1 << 30 else f"{default >> 20}MiB"
-    elif shown is None and default is None:
-        shown = "none" if setting.choices else "auto"
-    offered = setting.choices
     option = typer.Option(
-        flag_of(name),
-        min=setting.least,
-        help=setting.help,
-        show_default=str(default) if shown is None else shown,
-        rich_help_panel=_PANEL,
-        autocompletion=(lambda: list(offered)) if offered else None,
+        flag_of(name), help=setting.help, show_default=setting.default or str(default), rich_help_panel=_PANEL
     )
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(_variable(name), kind, default=None, annotation=Annotated[setting.kind | None, option])
+    kind = list[str] if name == "layers" else str
+    return inspect.Parameter(
+        flag_of(name).removeprefix("--").replace("-", "_"),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )

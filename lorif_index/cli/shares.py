@@ -6,8 +6,7 @@ markup. Where there are no colours, the numbers say the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,70 +14,42 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from ..search.explain import Explanation
 from ..web.charts import strengths
 from ..web.visible import visible
 from .show import excerpt
 
 _STRONGEST = 6
-_LAYERS = 4
 # For and against: blue and orange, which colour-blind readers tell apart, on a dark ground, with white letters.
 _FOR, _AGAINST = (20, 80, 200), (190, 90, 0)
 
 
-@dataclass(frozen=True)
-class Told:
-    """The score of a passage taken apart, in words.
+def show_explanations(out: Console, answers: Sequence[Mapping[str, Any]]) -> None:
+    """For each question its passages, with their tokens, the question's, and layers.
 
-    Attributes:
-        explanation: the shares.
-        text, source: of the passage; None where the index keeps none.
-        tokens: (T,), the text that each token of the passage adds, beside `explanation.tokens`.
-        query_tokens: (Tq,), the same of the question with its prompt, beside `explanation.query_tokens`.
+    Args:
+        out: where to.
+        answers: {"text", "explanations"}, these as `Explanation.to_json`, with the passage's "source", and the
+            "texts" and "query_texts" of the tokens.
     """
-
-    explanation: Explanation
-    text: str | None
-    source: str | None
-    tokens: list[str]
-    query_tokens: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The explanation's values, with "texts" and "query_texts" of the tokens, and the passage's source and text."""
-        return self.explanation.to_json() | {
-            "source": self.source,
-            "text": self.text,
-            "texts": self.tokens,
-            "query_texts": self.query_tokens,
-        }
-
-
-def show_explanations(out: Console, texts: Sequence[str], found: Sequence[Sequence[Told]]) -> None:
-    """For each question its passages, with their tokens, the question's, and layers."""
-    for text, row in zip(texts, found, strict=True):
-        out.print(Text.assemble("“", excerpt(text), "”"), style="bold")
-        for one in row:
-            _show(out, one)
+    for answer in answers:
+        out.print(Text.assemble("“", excerpt(answer["text"]), "”"), style="bold")
+        for e in answer["explanations"]:
+            stored = "" if e["stored"] is None else f", {e['stored']:.4g} from its stored row"
+            source = excerpt(e["source"] or "")
+            source.stylize("cyan")
+            out.print(Text.assemble(f"\n{e['id']}  ", (f"score {e['score']:.4g}", "bold"), f"{stored}  ", source))
+            parts = {"tokens": (e["texts"], e["tokens"]), "text's": (e["query_texts"], e["query_tokens"])}
+            parts["layers"] = (list(e["layers"]), list(e["layers"].values()))
+            if e["tokens"] is not None:
+                out.print(shaded(e["texts"], np.array(e["tokens"])))
+            for name, (texts, shares) in parts.items():
+                if shares is not None:
+                    out.print(Text.assemble((f"  {name:10}", "dim"), strongest(texts, np.array(shares), e["score"])))
     out.print(
         "Shares of the score, which they sum to; a token's is that of what was predicted from it. Blue is for the "
         "text, orange against it.",
         style="dim",
     )
-
-
-def _show(out: Console, one: Told) -> None:
-    e = one.explanation
-    stored = "" if np.isnan(e.stored) else f", {e.stored:.4g} from its stored row"
-    source = excerpt(one.source or "")
-    source.stylize("cyan")
-    out.print(Text.assemble(f"\n{e.id}  ", (f"score {e.score:.4g}", "bold"), f"{stored}  ", source))
-    if e.tokens is not None:
-        out.print(shaded(one.tokens, e.tokens))
-        out.print(Text.assemble(("  tokens    ", "dim"), strongest(one.tokens, e.tokens, e.score)))
-    if e.query_tokens is not None:
-        out.print(Text.assemble(("  text's    ", "dim"), strongest(one.query_tokens, e.query_tokens, e.score)))
-    shares = np.array(list(e.layers.values()))
-    out.print(Text.assemble(("  layers    ", "dim"), strongest(list(e.layers), shares, e.score, most=_LAYERS)))
 
 
 def shaded(tokens: Sequence[str], shares: np.ndarray) -> Text:
@@ -98,17 +69,16 @@ def shaded(tokens: Sequence[str], shares: np.ndarray) -> Text:
     return text
 
 
-def strongest(names: Sequence[str], shares: np.ndarray, score: float, most: int = _STRONGEST) -> Text:
+def strongest(names: Sequence[str], shares: np.ndarray, score: float) -> Text:
     """The largest shares by size, as parts of the score: “ the” +31%, ...
 
     Args:
         names: of tokens or layers.
         shares: (T,), of each.
         score: what they sum to.
-        most: how many to name.
     """
     parts = []
-    for place in np.argsort(-np.abs(shares), kind="stable")[:most].tolist():
+    for place in np.argsort(-np.abs(shares), kind="stable")[:_STRONGEST].tolist():
         # Of a score of about nothing percentages say nothing.
         part = float(shares[place]) / abs(score) if score else float("inf")
         number = f"{part:+.0%}" if abs(part) < 10 else f"{shares[place]:+.3g}"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from ..build.state import check_free
 from ..capture.data import as_source
@@ -27,8 +28,8 @@ from .tokenised import prepared
 WHEN = ("end", "save")
 
 
-class IndexCallback:
-    """A `transformers.TrainerCallback` that builds an index of the training data under the model as it is then.
+class IndexCallback(TrainerCallback):
+    """Builds an index of the training data under the model as it is then.
 
     Training goes on as if nothing had happened: train and eval mode, gradients, `requires_grad` and the states of
     random generators are put back. What could fail only after hours is tried at the beginning of the training: the
@@ -40,7 +41,7 @@ class IndexCallback:
             collator makes of it is not looked at: where labels come from there, pass data that has them.)
         tokenizer: default: the trainer's `processing_class`, if it is a tokenizer.
         when: "end": after training, of the model that the trainer ends with (the best one under
-            load_best_model_at_end); "save": whenever a checkpoint is saved; an int: every so many steps.
+            load_best_model_at_end); "save": whenever a checkpoint is saved.
         config, loss, payloads, metadata, progress: as for `Index.build`; `step` and `epoch` are added to the metadata.
 
     Attributes:
@@ -51,29 +52,21 @@ class IndexCallback:
         data and model; ConfigError where the model is sharded over processes.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> IndexCallback:
-        # A TrainerCallback in earnest, without importing transformers before it is used.
-        from transformers import TrainerCallback
-
-        made = cls if issubclass(cls, TrainerCallback) else type(cls.__name__, (cls, TrainerCallback), {})
-        return object.__new__(made)
-
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
         data: Any = None,
         tokenizer: Any = None,
-        when: str | int = "end",
+        when: str = "end",
         config: BuildConfig | None = None,
         loss: PerExample | None = None,
         payloads: Values | None = None,
         metadata: dict[str, Any] | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> None:
-        steps = isinstance(when, int) and not isinstance(when, bool) and when > 0
-        if when not in WHEN and not steps:
-            raise ConfigError(f"when must be one of {WHEN} or a number of steps, got {when!r}")
+        if when not in WHEN:
+            raise ConfigError(f"when must be one of {WHEN}, got {when!r}")
         self.path = Path(path)
         self.when = when
         self.built: list[Path] = []
@@ -99,11 +92,6 @@ class IndexCallback:
             source = as_source(prepared(self._data_of(given), model, tokenizer), config.batch_size)
             ids, batch = next(iter(source.batches()))
             ModelCapture(model, config).capture(self._loss).gradients(ids, batch, require_all=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Builds every so many steps."""
-        if isinstance(self.when, int) and state.global_step % self.when == 0:
-            self._build(self.path / f"checkpoint-{state.global_step}", state, given)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Builds with each checkpoint."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,38 +36,23 @@ QUESTION = (
 
 
 @dataclass(frozen=True)
-class Check:
-    """Whether held-out passages find their own topic.
-
-    Attributes:
-        asked: how many were asked.
-        best: how many had a passage of their own topic as best hit.
-        expected: how many would by chance, the best hit being any passage.
-    """
-
-    asked: int
-    best: int
-    expected: float
-
-
-@dataclass(frozen=True)
 class DemoResult:
     """What the demo did and found.
 
     Attributes:
-        settings, folder: what it was given.
+        folder: what it was given.
         topics, passages, tokens: of the text.
         training: how the model was trained.
         index_seconds: that the build took.
         bytes_per_example, nbytes: of the index.
+        check: of the passages held out, how many were "asked", for how many the "best" hit was of their own topic, and
+            for how many it would be by chance, "expected", were it any passage.
         questions: that were asked.
         losses: of each, (tokens, nats).
         hits: what was found.
-        check: of the passages held out.
         seconds: in all.
     """
 
-    settings: DemoSettings
     folder: Path
     topics: int
     passages: int
@@ -78,11 +61,16 @@ class DemoResult:
     index_seconds: float
     bytes_per_example: int
     nbytes: int
+    check: dict[str, float]
     questions: list[str]
     losses: list[tuple[int, float]]
     hits: Hits
-    check: Check
     seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; the questions and what was found for them are left out."""
+        facts = {name: value for name, value in vars(self).items() if name not in ("questions", "losses", "hits")}
+        return facts | {"folder": str(self.folder), "training": asdict(self.training), "stats": asdict(self.hits.stats)}
 
 
 def run_demo(
@@ -105,18 +93,12 @@ def run_demo(
     settings = settings or DemoSettings()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise IndexExistsError(f"{out} exists and is not empty: pass another folder with --out, or delete it")
-    with _one_thread():
-        return _run(out, questions, settings, progress)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread: so small a model gains little from more, is the same whatever the number of cores, and does
-    not wait for cores that others keep busy."""
+    # So small a model gains little from more threads, is the same whatever the number of cores, and does not wait for
+    # cores that others keep busy.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        return _run(out, questions, settings, progress)
     finally:
         torch.set_num_threads(threads)
 
@@ -151,7 +133,6 @@ def _run(
     index_seconds = time.perf_counter() - mid
     with index:
         return DemoResult(
-            settings=settings,
             folder=out,
             topics=len({document.source for document in documents}),
             passages=len(index),
@@ -168,12 +149,15 @@ def _run(
         )
 
 
-def _check(index: Index, tokenizer: Any, documents: list[Document], held: list[Document], context: int) -> Check:
+def _check(
+    index: Index, tokenizer: Any, documents: list[Document], held: list[Document], context: int
+) -> dict[str, float]:
     """Asks with every held-out passage; only the first window of a long one."""
     pieces = [(rows[0], document.source) for document, rows, _ in cut(held, tokenizer, max_length=context) if rows]
     if not pieces:
-        return Check(asked=0, best=0, expected=0.0)
+        return {"asked": 0, "best": 0, "expected": 0.0}
     found = index.search([row for row, _ in pieces], 1).payloads or []
     best = sum(first["source"].split(",")[0] == topic for (first,), (_, topic) in zip(found, pieces, strict=True))
     share = Counter(document.source for document in documents)
-    return Check(len(pieces), best, sum(share[topic] for _, topic in pieces) / len(documents))
+    expected = sum(share[topic] for _, topic in pieces) / len(documents)
+    return {"asked": len(pieces), "best": best, "expected": expected}

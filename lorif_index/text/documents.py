@@ -11,6 +11,8 @@ from typing import Any
 
 from ..errors import DataError
 
+_ENDINGS = (".txt", ".jsonl")
+
 
 @dataclass(frozen=True)
 class Document:
@@ -19,12 +21,10 @@ class Document:
     Attributes:
         text: all of it.
         source: where it is from: a file, a line of a file, or what the source field says.
-        lined: whether its parts are named by their lines.
     """
 
     text: str
     source: str
-    lined: bool = False
 
 
 def read_documents(
@@ -41,61 +41,52 @@ def read_documents(
         DataError: nothing there, of another kind, not UTF-8, not JSON, or without the field; the message names the
             file and line.
     """
-    path, fields = Path(path), _Fields(text_field, source_field)
-    if path.is_dir():
-        yield from _read_folder(path, fields)
-    elif not path.exists():
-        raise DataError(f"{path} does not exist: pass a .txt or .jsonl file, a folder of them, or a saved dataset")
-    elif path.suffix in _READERS:
-        yield from _READERS[path.suffix](path, path.name, fields)
-    else:
-        raise DataError(f"{path} ends neither in .txt nor in .jsonl: rename it, or convert it")
-
-
-@dataclass(frozen=True)
-class _Fields:
-    text: str
-    source: str | None
-
-    def document(self, row: Any, place: str) -> Document:
-        """The document that a row holds."""
-        if not isinstance(row, dict):
-            raise DataError(f"{place} is no JSON object, but of type {type(row).__name__}")
-        text, source = self._value(row, self.text, place), place
+    path = Path(path)
+    for place, found in _found(path):
+        if isinstance(found, Document):
+            yield found
+            continue
+        text = _field(found, text_field, place)
         if not isinstance(text, str):
-            raise DataError(f"{place}: field {self.text!r} holds {type(text).__name__}, not text")
-        if self.source is not None:
-            source = str(self._value(row, self.source, place))
-        return Document(text, source)
-
-    def _value(self, row: dict[str, Any], field: str, place: str) -> Any:
-        if field not in row:
-            raise DataError(f"{place} has no field {field!r}, only {sorted(map(str, row))}: name the right one")
-        return row[field]
+            raise DataError(f"{place}: field {text_field!r} holds {type(text).__name__}, not text")
+        yield Document(text, place if source_field is None else str(_field(found, source_field, place)))
 
 
-def _read_folder(path: Path, fields: _Fields) -> Iterator[Document]:
+def _field(row: Any, field: str, place: str) -> Any:
+    if not isinstance(row, dict):
+        raise DataError(f"{place} is no JSON object, but of type {type(row).__name__}")
+    if field not in row:
+        raise DataError(f"{place} has no field {field!r}, only {sorted(map(str, row))}: name the right one")
+    return row[field]
+
+
+def _found(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, document or row) of all that is at a path."""
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if (p / "state.json").is_file())
         raise DataError(f"{path} holds several datasets, {splits}: pass the folder of one of them")
     if (path / "state.json").is_file():
-        yield from _saved_dataset(path, fields)
+        yield from _saved_dataset(path)
         return
-    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS and p.is_file())
+    files = sorted(p for p in path.rglob("*") if p.suffix in _ENDINGS and p.is_file()) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} has no .txt or .jsonl file in it, and is no saved dataset")
     for file in files:
-        yield from _READERS[file.suffix](file, file.relative_to(path).as_posix(), fields)
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        if not file.exists():
+            raise DataError(f"{path} does not exist: pass a .txt or .jsonl file, a folder of them, or a saved dataset")
+        if file.suffix == ".jsonl":
+            yield from _lines(file, name)
+        elif file.suffix == ".txt":
+            try:
+                yield name, Document(file.read_text(encoding="utf-8-sig"), name)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file} is not UTF-8 ({error}): convert it") from None
+        else:
+            raise DataError(f"{path} ends neither in .txt nor in .jsonl: rename it, or convert it")
 
 
-def _text_file(path: Path, name: str, fields: _Fields) -> Iterator[Document]:
-    try:
-        yield Document(path.read_text(encoding="utf-8-sig"), name, lined=True)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}): convert it") from None
-
-
-def _jsonl_file(path: Path, name: str, fields: _Fields) -> Iterator[Document]:
+def _lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     # In bytes: a record ends at a newline, not at the other marks that Python counts as ends of lines.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -106,10 +97,10 @@ def _jsonl_file(path: Path, name: str, fields: _Fields) -> Iterator[Document]:
                 row = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{place} is not JSON ({error})") from None
-            yield fields.document(row, place)
+            yield place, row
 
 
-def _saved_dataset(path: Path, fields: _Fields) -> Iterator[Document]:
+def _saved_dataset(path: Path) -> Iterator[tuple[str, Any]]:
     from datasets import load_from_disk
 
     try:
@@ -117,7 +108,4 @@ def _saved_dataset(path: Path, fields: _Fields) -> Iterator[Document]:
     except Exception as error:  # whatever a damaged folder makes the package raise
         raise DataError(f"{path} cannot be read as a saved dataset: {error}") from error
     for number, row in enumerate(dataset):
-        yield fields.document(row, f"row {number}")
-
-
-_READERS = {".txt": _text_file, ".jsonl": _jsonl_file}
+        yield f"row {number}", row

@@ -24,7 +24,6 @@ KINDS = {
 }
 """Forms of rows, the first that fits, and the columns that make them."""
 
-TOO_LONG = ("refuse", "truncate")
 LABELS = ("labels", "label", "label_ids")
 
 _TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -49,8 +48,6 @@ class Needs:
         shifted: labels are the next tokens; False also for other models that are neither.
         context: the longest input, in tokens; None where nothing says.
         pad: the token that fills rows up.
-        classes: how many a classifier has.
-        label_ids: names of labels to their numbers.
     """
 
     labelled: bool
@@ -58,8 +55,6 @@ class Needs:
     shifted: bool
     context: int | None
     pad: int
-    classes: int | None
-    label_ids: dict[str, int]
 
     @classmethod
     def of(cls, model: nn.Module | None, tokenizer: Any) -> Needs:
@@ -77,8 +72,6 @@ class Needs:
             )
         if pad is None:
             pad = getattr(tokenizer, "pad_token_id", None)
-        classes = getattr(config, "num_labels", None) if labelled else None
-        names = getattr(config, "label2id", None) if labelled else None
         other = any(part in name for part in ("TokenClassification", "QuestionAnswering", "MultipleChoice"))
         other = other or bool(getattr(config, "is_encoder_decoder", False))
         return cls(
@@ -87,8 +80,6 @@ class Needs:
             not labelled and "ForMaskedLM" not in name and not other,
             _context(inside, inner, tokenizer),
             0 if pad is None else int(pad),
-            classes if isinstance(classes, int) else None,
-            dict(names) if isinstance(names, Mapping) else {},
         )
 
 
@@ -121,26 +112,18 @@ class Encoder:
     Args:
         tokenizer: of transformers; None for rows of tokens.
         needs: of the model.
-        max_length: tokens of an example at most; default: the context.
-        too_long: "refuse", or "truncate".
+        max_length: tokens that examples are cut to; None: they are left as they are.
 
     Raises:
-        ConfigError: max_length beyond the context, or unknown words.
+        ConfigError: max_length beyond the context.
     """
 
-    def __init__(self, tokenizer: Any, needs: Needs, max_length: int | None = None, too_long: str = "refuse") -> None:
-        if too_long not in TOO_LONG:
-            raise ConfigError(f"too_long must be one of {TOO_LONG}, got {too_long!r}")
-        if max_length is not None and (
-            isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
-        ):
-            raise ConfigError(f"max_length must be an integer of at least 1, got {max_length!r}")
+    def __init__(self, tokenizer: Any, needs: Needs, max_length: int | None = None) -> None:
         if max_length is not None and needs.context is not None and max_length > needs.context:
             raise ConfigError(
                 f"max_length={max_length} is above the model's context of {needs.context} tokens: pass at most that"
             )
-        self.needs, self.max_length, self.too_long = needs, max_length or needs.context, too_long
-        self._tokenizer = tokenizer
+        self.needs, self._tokenizer, self._max_length = needs, tokenizer, max_length
 
     def kind(self, row: Any) -> str:
         """Which of `KINDS` a row is.
@@ -175,8 +158,8 @@ class Encoder:
             found += LABELS
         return [name for name in dict.fromkeys(found) if name in row]
 
-    def encode(self, rows: Sequence[Any], ids: Sequence[int]) -> list[tuple[Encoded, int]]:
-        """Examples of some rows, and how many tokens each had before it was cut to the longest length.
+    def encode(self, rows: Sequence[Any], ids: Sequence[int]) -> list[Encoded]:
+        """Examples of some rows.
 
         Args:
             rows: dicts.
@@ -190,7 +173,9 @@ class Encoder:
         for i, text in texts.items():
             if not isinstance(text, str):
                 raise DataError(f"example {i}: text must be a string, got {type(text).__name__}")
-        found = self._tokenizer(list(texts.values()), verbose=False) if texts else {}
+        # Its tokenizer cuts a text, so that special tokens at the end stay there.
+        cut = {} if self._max_length is None else {"truncation": True, "max_length": self._max_length}
+        found = self._tokenizer(list(texts.values()), verbose=False, **cut) if texts else {}
         places, out = {i: at for at, i in enumerate(texts)}, []
         for row, kind, i in zip(rows, kinds, ids, strict=True):
             try:
@@ -202,7 +187,7 @@ class Encoder:
                     item = self._one(kind, row)
             except (DataError, KeyError, TypeError, ValueError) as error:
                 raise DataError(f"example {i}: {error}") from error
-            out.append((self._cut(item, kind), len(item["input_ids"])))
+            out.append({k: v[: self._max_length] if isinstance(v, list) else v for k, v in item.items()})
         return out
 
     def _one(self, kind: str, row: Any) -> Encoded:
@@ -235,25 +220,15 @@ class Encoder:
         if self.needs.labelled:
             given = _first(row, LABELS)
             if given is not None:
-                item["labels"] = self._class(given)
+                value = given.item() if isinstance(given, torch.Tensor) and given.numel() == 1 else given
+                if isinstance(value, bool) or not hasattr(value, "__index__"):
+                    raise DataError(
+                        f"label {given!r:.60} is no integer: number the classes; for a regression or several labels an "
+                        "example pass loss=fn, and data that is collated for it"
+                    )
+                item["labels"] = int(value)
         elif self.needs.masked:
             item["labels"] = self._hide(item["input_ids"], item["attention_mask"])
-
-    def _class(self, given: Any) -> int:
-        if isinstance(given, str):
-            if given not in self.needs.label_ids:
-                raise DataError(f"label {given!r} is none of the model's {sorted(self.needs.label_ids)[:12]}")
-            given = self.needs.label_ids[given]
-        value = given.item() if isinstance(given, torch.Tensor) and given.numel() == 1 else given
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise DataError(
-                f"label {given!r:.60} is no integer: for a regression or several labels an example pass loss=fn, and "
-                "data that is collated for it"
-            )
-        number, classes = int(value), self.needs.classes
-        if number != IGNORE and (number < 0 or (classes is not None and number >= classes)):
-            raise DataError(f"label {number} is not one of the model's {classes} classes, 0 to {(classes or 1) - 1}")
-        return number
 
     def _hide(self, ids: list[int], mask: list[int]) -> list[int]:
         """Replaces some tokens by the mask token, the same ones of the same text; labels are what they were."""
@@ -282,23 +257,6 @@ class Encoder:
         counted = item["labels"] if "labels" in item else item["input_ids"]
         shown = [value != IGNORE and on for value, on in zip(counted, item["attention_mask"], strict=True)]
         return any(shown[1:] if self.needs.shifted else shown)
-
-    def _cut(self, item: Encoded, kind: str) -> Encoded:
-        """An example of no more than the longest length; special tokens at the end of a text stay there."""
-        keep = self.max_length or 0
-        if self.too_long == "refuse" or not keep or len(item["input_ids"]) <= keep:
-            return item
-        special = set(self._tokenizer.all_special_ids) if kind == "text" else set()
-        ending, backwards = 0, item["input_ids"][::-1]
-        while ending < min(keep - 1, 2) and backwards[ending] in special:
-            ending += 1
-
-        def shortened(values: Any) -> Any:
-            if not isinstance(values, list):
-                return values
-            return values[: keep - ending] + (values[-ending:] if ending else [])
-
-        return {name: shortened(values) for name, values in item.items()}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: rows filled up on the right, `labels` with -100, tokens with the model's padding, others with 0."""

@@ -49,7 +49,6 @@ class TextModel:
         documents: Iterable[Document],
         *,
         max_length: int | None = None,
-        stride: int | None = None,
         folder: Path | None = None,
         progress: bool | ProgressCallback | None = None,
     ) -> Passages:
@@ -57,7 +56,7 @@ class TextModel:
 
         Args:
             max_length: in tokens; by default the model's context, at most 1024.
-            documents, stride, folder, progress: as for `Passages`.
+            documents, folder, progress: as for `Passages`.
 
         Raises:
             ConfigError: max_length beyond the model's context. Else as `Passages`.
@@ -69,9 +68,7 @@ class TextModel:
             raise ConfigError(
                 f"max_length={max_length} is above the model's context of {longest} tokens: pass at most that"
             )
-        return Passages(
-            documents, self.tokenizer, max_length=max_length, stride=stride, folder=folder, progress=progress
-        )
+        return Passages(documents, self.tokenizer, max_length=max_length, folder=folder, progress=progress)
 
     def losses(self, query: Any) -> list[tuple[int, float]]:
         """(tokens that have a loss, the model's loss on them in nats, summed) of each question.
@@ -141,10 +138,6 @@ def load_text_model(folder: str | os.PathLike[str], device: str = "auto") -> Tex
         raise DataError(f"{folder} {what}: pass a model folder as save_pretrained writes it, tokenizer included")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is unknown to torch: {error}") from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -154,7 +147,7 @@ def load_text_model(folder: str | os.PathLike[str], device: str = "auto") -> Tex
     except Exception as error:  # whatever a folder of the wrong kind makes the package raise
         raise DataError(f"{folder} cannot be loaded as a causal language model with its tokenizer: {error}") from error
     try:
-        model = model.float().to(place)
+        model = model.float().to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"the model cannot be moved to device {device!r}: {error}") from None
     return TextModel(folder, model.eval(), tokenizer)

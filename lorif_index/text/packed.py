@@ -31,8 +31,8 @@ class UnpackedDocuments:
     0. Other columns of tokens are taken apart with them; position_ids are kept.
 
     Args:
-        rows: a map-style dataset, such as a Hugging Face Dataset; or a dict of (n, T) tensors. Walked once to find the
-            borders, which take 24 bytes a document.
+        rows: a map-style dataset, such as a Hugging Face Dataset. Walked once to find the borders, which take 24 bytes
+            a document.
 
     Attributes:
         origins: (documents, 3) int64: row, first position and end of each.
@@ -42,9 +42,6 @@ class UnpackedDocuments:
     """
 
     def __init__(self, rows: Any) -> None:
-        if isinstance(rows, dict):
-            columns = {name: column for name, column in rows.items() if column.ndim}
-            rows = [{name: column[i] for name, column in columns.items()} for i in range(len(rows["input_ids"]))]
         self._rows = rows
         found = array("q")
         for number in range(len(self._rows)):

@@ -11,7 +11,6 @@ import os
 import tempfile
 import weakref
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -28,73 +27,48 @@ LEAST_TOKENS = 2
 _AT_ONCE = 256
 
 
-def cut(
-    documents: Iterable[Document], tokenizer: Any, *, max_length: int, stride: int | None = None
-) -> Iterator[tuple[Document, list[Row], int]]:
-    """Each document with its passages, windows of at most `max_length` tokens, one every `stride` tokens, and how many
-    tokens these have together.
+def cut(documents: Iterable[Document], tokenizer: Any, *, max_length: int) -> Iterator[tuple[Document, list[Row], int]]:
+    """Each document with its passages, windows of at most `max_length` tokens one behind the other, and how many tokens
+    these have together.
 
     A document is tokenised whole, with the special tokens its tokenizer adds, and then cut. A window of fewer than two
     tokens has no loss and is left out, so that an empty document has no passages.
 
     Args:
         documents: in order.
-        tokenizer: of transformers. One without offsets ("slow") gives passages as it decodes them.
+        tokenizer: of transformers, a fast one.
         max_length: tokens, at least 2.
-        stride: tokens from the beginning of a window to that of the next, 1 .. max_length; default max_length, no
-            overlap.
 
     Raises:
-        ConfigError: max_length or stride out of range.
+        ConfigError: max_length out of range. DataError: the tokenizer tells no places of its tokens.
     """
-    stride = max_length if stride is None else stride
     if max_length < LEAST_TOKENS:
         raise ConfigError(f"max_length must be at least {LEAST_TOKENS} tokens, got {max_length}")
-    if not 1 <= stride <= max_length:
-        raise ConfigError(f"stride must be from 1 to max_length={max_length}, so that no token is lost, got {stride}")
-    offsets = bool(tokenizer.is_fast)
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{type(tokenizer).__name__} tells no places of its tokens, so that texts cannot be cut: load the fast one"
+        )
     waiting = iter(documents)
     while group := list(islice(waiting, _AT_ONCE)):
         texts = [document.text for document in group]
-        encoded = tokenizer(texts, return_offsets_mapping=offsets, return_attention_mask=False, verbose=False)
+        encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
         for at, document in enumerate(group):
-            spans = encoded["offset_mapping"][at] if offsets else None
-            pieces = list(_windows(document, encoded["input_ids"][at], spans, tokenizer, max_length, stride))
-            yield document, _rows(pieces, tokenizer), sum(len(ids) for *_, ids in pieces)
+            ids, spans = encoded["input_ids"][at], encoded["offset_mapping"][at]
+            pieces = list(_windows(document, ids, spans, max_length))
+            yield document, _rows(pieces, tokenizer), sum(len(part) for *_, part in pieces)
 
 
 def _windows(
-    document: Document,
-    ids: list[int],
-    spans: list[tuple[int, int]] | None,
-    tokenizer: Any,
-    max_length: int,
-    stride: int,
+    document: Document, ids: list[int], spans: list[tuple[int, int]], max_length: int
 ) -> Iterator[tuple[str, str, list[int]]]:
     """(source, text, tokens) of each window."""
-    starts = [s for s in range(0, len(ids), stride) if s == 0 or s + max_length - stride < len(ids)]
-    starts = [s for s in starts if len(ids[s : s + max_length]) >= LEAST_TOKENS]
-    newlines = [i for i, char in enumerate(document.text) if char == "\n"] if document.lined else []
+    starts = range(0, len(ids) - LEAST_TOKENS + 1, max_length)
     for number, start in enumerate(starts, start=1):
-        part = ids[start : start + max_length]
-        source = document.source
-        if spans is None:
-            text, first, last = tokenizer.decode(part, skip_special_tokens=True), 0, 0
-        else:
-            # Special tokens stand for no characters, and have the empty span.
-            real = [span for span in spans[start : start + max_length] if span[1] > span[0]]
-            first, last = (real[0][0], real[-1][1]) if real else (0, 0)
-            text = document.text[first:last]
-        if document.lined and spans is not None:
-            source += f":{_line(newlines, first)}-{_line(newlines, max(first, last - 1))}"
-        elif len(starts) > 1:
-            source += f", part {number} of {len(starts)}"
-        yield source, text, part
-
-
-def _line(newlines: list[int], position: int) -> int:
-    """The number of the line, from 1, that a character is in; a newline belongs to the line it ends."""
-    return bisect_right(newlines, position - 1) + 1
+        # Special tokens stand for no characters, and have the empty span.
+        real = [span for span in spans[start : start + max_length] if span[1] > span[0]]
+        text = document.text[real[0][0] : real[-1][1]] if real else ""
+        part = f", part {number} of {len(starts)}" if len(starts) > 1 else ""
+        yield document.source + part, text, ids[start : start + max_length]
 
 
 def _rows(pieces: list[tuple[str, str, list[int]]], tokenizer: Any) -> list[Row]:
@@ -115,15 +89,13 @@ class Passages:
 
     Args:
         documents: walked once.
-        tokenizer, max_length, stride: as for `cut`.
+        tokenizer, max_length: as for `cut`.
         folder: an existing folder on the disk that is to hold them; default: where temporary files go.
         progress: as for `Index.build`.
 
     Attributes:
-        documents, empty: how many there were, and how many of them have no passage.
-        running, running_passages: how many of them are files of running text (.txt), and the passages of those.
         tokens: in all.
-        max_length, stride: in tokens: the longest passage, and from one passage of a document to the next.
+        max_length: tokens of a passage at most.
 
     Raises:
         DataError: no passage, or as the documents raise. ConfigError: as `cut`.
@@ -135,33 +107,24 @@ class Passages:
         tokenizer: Any,
         *,
         max_length: int,
-        stride: int | None = None,
         folder: Path | None = None,
         progress: bool | ProgressCallback | None = None,
     ) -> None:
-        self.max_length, self.stride = max_length, max_length if stride is None else stride
-        self.documents = self.empty = self.running = self.running_passages = self.tokens = 0
+        self.max_length, self.tokens, walked = max_length, 0, 0
         self._ends = array("q", [0])
         self._file = tempfile.TemporaryFile(prefix=".passages-", dir=folder)  # noqa: SIM115 - closed by the next line
         weakref.finalize(self, self._file.close)
         with reporter(progress) as report, report.stage("tokenise") as stage:
-            for document, rows, tokens in cut(documents, tokenizer, max_length=max_length, stride=stride):
-                self._append(document, rows, tokens)
+            for _, rows, tokens in cut(documents, tokenizer, max_length=max_length):
+                walked, self.tokens = walked + 1, self.tokens + tokens
+                for row in rows:
+                    data = json.dumps(row).encode()
+                    self._file.write(data)
+                    self._ends.append(self._ends[-1] + len(data))
                 stage.advance(len(rows))
         if not len(self):
-            raise DataError(f"none of the {self.documents} documents has a passage of at least {LEAST_TOKENS} tokens")
+            raise DataError(f"none of the {walked} documents has a passage of at least {LEAST_TOKENS} tokens")
         self._file.flush()
-
-    def _append(self, document: Document, rows: list[Row], tokens: int) -> None:
-        self.documents += 1
-        self.empty += not rows
-        self.running += document.lined
-        self.running_passages += len(rows) if document.lined else 0
-        self.tokens += tokens
-        for row in rows:
-            data = json.dumps(row).encode()
-            self._file.write(data)
-            self._ends.append(self._ends[-1] + len(data))
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ What `lorif build` makes and `lorif search` asks. All else is the index's own: `
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ..index import Index
 from ..progress import ProgressCallback
 from .documents import Document
 from .model import TextModel, load_text_model
-from .passages import Passages
 
 METADATA = "text"
 """The key under which an index's metadata hold the model's folder, and how texts were cut."""
@@ -29,10 +28,8 @@ def build_text_index(
     documents: Iterable[Document],
     *,
     max_length: int | None = None,
-    stride: int | None = None,
     config: BuildConfig | None = None,
     origin: dict[str, Any] | None = None,
-    told: Callable[[Passages], None] | None = None,
     progress: bool | ProgressCallback | None = None,
 ) -> Index:
     """Cuts documents into passages and builds their index, which keeps the passages and the model's folder.
@@ -41,10 +38,9 @@ def build_text_index(
         out: a folder, as for `Index.build`.
         text_model: the trained model.
         documents: walked once.
-        max_length, stride: in tokens, as for `TextModel.passages`.
+        max_length: in tokens, as for `TextModel.passages`.
         config: as for `Index.build`.
         origin: plain JSON values remembered with the index: where the documents are from.
-        told: is called with the passages, before gradients are taken.
         progress: as for `Index.build`.
 
     Raises:
@@ -54,17 +50,10 @@ def build_text_index(
     out = Path(out)
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    passages = text_model.passages(
-        documents, max_length=max_length, stride=stride, folder=out.parent, progress=progress
-    )
-    if told is not None:
-        told(passages)
+    passages = text_model.passages(documents, max_length=max_length, folder=out.parent, progress=progress)
     facts = {
         "model": str(text_model.folder.resolve()),
         "max_length": passages.max_length,
-        "stride": passages.stride,
-        "documents": passages.documents,
-        "empty_documents": passages.empty,
         "tokens": passages.tokens,
         "origin": origin or {},
     }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -14,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..capture.ensemble import members_of
-from ..capture.losses import restarts
 from ..config import CurvatureRows
 from ..errors import DataError, FingerprintError, QueryError
 from .chat import is_chat
@@ -24,35 +21,38 @@ from .packed import UnpackedDocuments
 _AT_ONCE = 256
 
 
-@dataclass
 class _Faults:
     """What is wrong with examples, for one message."""
 
-    too_long: list[int] = field(default_factory=list)
-    silent: list[int] = field(default_factory=list)
-    longest: int = 0
+    def __init__(self, encoder: Encoder, strict: bool) -> None:
+        self._encoder, self._strict = encoder, strict
+        self._too_long, self._silent = dict[int, int](), list[int]()
 
-    def note(self, encoder: Encoder, found: list[tuple[Encoded, int]], ids: range, strict: bool) -> None:
-        for i, (item, length) in zip(ids, found, strict=True):
-            if encoder.max_length is not None and length > encoder.max_length:
-                self.too_long.append(i)
-                self.longest = max(self.longest, length)
-            if not item["input_ids"] or (strict and not encoder.has_loss(item)):
-                self.silent.append(i)
+    def note(self, items: Sequence[Encoded], ids: Iterable[int]) -> None:
+        """Looks at examples with some numbers."""
+        context = self._encoder.needs.context
+        for i, item in zip(ids, items, strict=True):
+            length = len(item["input_ids"])
+            if context is not None and length > context:
+                self._too_long[i] = length
+            if not length or (self._strict and not self._encoder.has_loss(item)):
+                self._silent.append(i)
 
-    def refuse(self, encoder: Encoder, count: int) -> None:
-        """Raises DataError where something is wrong that was not allowed."""
-        if self.too_long and encoder.too_long == "refuse":
+    def refuse(self, count: int) -> None:
+        """Raises DataError where one of `count` examples cannot be used."""
+        if self._too_long:
             raise DataError(
-                f"{len(self.too_long)} of {count} examples have more than {encoder.max_length} tokens, which is what "
-                f"the model takes (the longest {self.longest}; the first is example {self.too_long[0]}): shorten them, "
-                "or pass data=TokenisedData(data, tokenizer, model=model, too_long='truncate')"
+                f"{len(self._too_long)} of {count} examples have more than {self._encoder.needs.context} tokens, which "
+                f"is what the model takes (the longest {max(self._too_long.values())}; the first is example "
+                f"{min(self._too_long)}): shorten them, or pass data=TokenisedData(data, tokenizer, model=model, "
+                "max_length=...), which cuts them"
             )
-        if self.silent:
-            wanted = f"label (a column {' or '.join(map(repr, LABELS[:2]))})" if encoder.needs.labelled else "token"
+        if self._silent:
+            labelled = self._encoder.needs.labelled
+            wanted = f"label (a column {' or '.join(map(repr, LABELS[:2]))})" if labelled else "token"
             raise DataError(
-                f"{len(self.silent)} of {count} examples have no {wanted} that has a loss (the first is example "
-                f"{self.silent[0]}): leave them out, as with dataset.filter, or write more"
+                f"{len(self._silent)} of {count} examples have no {wanted} that has a loss (the first is example "
+                f"{self._silent[0]}): leave them out, as with dataset.filter, or write more"
             )
 
 
@@ -67,26 +67,21 @@ class TokenisedData:
     - `prompt` and `completion`, texts or chats; the completion has a loss;
     - `text`.
 
-    A sequence classifier's `labels` or `label` is an integer or a label's name. Of a text, a masked language model gets
-    15% of the tokens hidden, the same ones whenever the text comes. Whatever its tokenizer does, rows are filled up on
-    the right.
+    A sequence classifier's `labels` or `label` is an integer. Of a text, a masked language model gets 15% of the tokens
+    hidden, the same ones whenever the text comes. Whatever its tokenizer does, rows are filled up on the right.
 
     Args:
         data: a map-style dataset (a Hugging Face Dataset, a list); `data[i]` must be the same each time.
         tokenizer: of transformers; not needed for input_ids.
         model: what it is for: says what is padding, how much it takes, and what has a loss. Without it, a causal
             language model.
-        max_length: tokens of an example at most; default: what model and tokenizer say.
-        too_long: "refuse" raises for data with longer examples; "truncate" cuts them, with a warning.
+        max_length: tokens that examples are cut to; by default, those that are too long for the model are refused.
         strict: refuse examples without a loss.
         check: read all rows once here, to find what cannot be used; False for rows that are known to be fit.
 
-    Attributes:
-        truncated: numbers of the examples that are cut, as far as they were looked for.
-
     Raises:
-        DataError: no known columns; examples too long, without a loss, or with labels that the model does not have.
-        ConfigError: settings.
+        DataError: no known columns; examples too long, or without a loss. ConfigError: max_length beyond the model's
+        context.
     """
 
     def __init__(
@@ -94,37 +89,24 @@ class TokenisedData:
         data: Any,
         tokenizer: Any = None,
         *,
-        model: nn.Module | Sequence[nn.Module] | None = None,
+        model: nn.Module | None = None,
         max_length: int | None = None,
-        too_long: str = "refuse",
         strict: bool = True,
         check: bool = True,
     ) -> None:
         if not len(data):
             raise DataError("the data holds no examples")
-        if isinstance(model, (list, tuple)):
-            model = model[0]
-        needs = Needs.of(model, tokenizer)  # type: ignore[arg-type]
-        self._encoder, self._strict = Encoder(tokenizer, needs, max_length, too_long), strict
+        self._encoder = Encoder(tokenizer, Needs.of(model, tokenizer), max_length)
         narrow, there = getattr(data, "select_columns", None), getattr(data, "column_names", None)
         if callable(narrow) and isinstance(there, list):
             data = narrow(self._encoder.columns(data[0]))
         self._data = data
-        self.truncated: tuple[int, ...] = ()
         if check:
-            self._look()
-
-    def _look(self) -> None:
-        faults, count = _Faults(), len(self)
-        for start in range(0, count, _AT_ONCE):
-            part = range(start, min(start + _AT_ONCE, count))
-            faults.note(self._encoder, self._encoder.encode(self._rows(part), part), part, self._strict)
-        faults.refuse(self._encoder, count)
-        self.truncated = tuple(faults.too_long)
-        if self.truncated:
-            warnings.warn(
-                f"{len(self.truncated)} of {count} examples are cut to {self._encoder.max_length} tokens", stacklevel=3
-            )
+            faults = _Faults(self._encoder, strict)
+            for start in range(0, len(self), _AT_ONCE):
+                part = range(start, min(start + _AT_ONCE, len(self)))
+                faults.note(self.__getitems__(part), part)
+            faults.refuse(len(self))
 
     def __len__(self) -> int:
         return len(self._data)
@@ -133,11 +115,9 @@ class TokenisedData:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, ids: Sequence[int]) -> list[Encoded]:
-        return [item for item, _ in self._encoder.encode(self._rows(ids), ids)]
-
-    def _rows(self, ids: Sequence[int]) -> list[Any]:
         fetch = getattr(self._data, "__getitems__", None)
-        return list(map(_as_row, fetch(list(ids)) if fetch is not None else (self._data[int(i)] for i in ids)))
+        rows = fetch(list(ids)) if fetch is not None else [self._data[int(i)] for i in ids]
+        return self._encoder.encode([_as_row(row) for row in rows], ids)
 
     def collate_examples(self, items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """A batch of items, filled up."""
@@ -154,12 +134,12 @@ class TokenisedStream:
     def __iter__(self) -> Iterator[Encoded]:
         rows, at = map(_as_row, self._stream), 0
         while part := list(islice(rows, _AT_ONCE)):
-            ids, faults = range(at, at + len(part)), _Faults()
+            ids, faults = range(at, at + len(part)), _Faults(self._encoder, True)
             found = self._encoder.encode(part, ids)
-            faults.note(self._encoder, found, ids, True)
+            faults.note(found, ids)
             at += len(part)
-            faults.refuse(self._encoder, at)
-            yield from (item for item, _ in found)
+            faults.refuse(at)
+            yield from found
 
 
 def _as_row(row: Any) -> Any:
@@ -178,36 +158,32 @@ def prepared(data: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool
     Raises:
         DataError: text without a tokenizer; or as `TokenisedData`.
     """
-    done = isinstance(data, (TokenisedData, TokenisedStream, DataLoader, torch.Tensor))
-    if data is None or not isinstance(model, nn.Module) or done:
+    done = data is None or isinstance(data, (TokenisedData, TokenisedStream, DataLoader, torch.Tensor, Mapping))
+    if done or not isinstance(model, nn.Module):
         return data
     if isinstance(data, str):
         raise DataError("data is one string: pass a list of strings, one an example")
     member = members_of(model)[0]
-    if isinstance(data, Mapping):
-        if not _is_packed_batch(data):
-            return data
-        data = UnpackedDocuments(dict(data))
-    if isinstance(data, UnpackedDocuments):
-        return TokenisedData(data, tokenizer, model=member, strict=strict)
     streaming = not hasattr(data, "__len__")
-    if (not isinstance(data, Iterable) or iter(data) is data) if streaming else not _has_rows(data):
-        return data
-    row = _as_row(next(iter(data), None) if streaming else data[0])
+    if streaming:
+        if not isinstance(data, Iterable) or iter(data) is data:
+            return data
+        row = _as_row(next(iter(data), None))
+    else:
+        if not hasattr(data, "__getitem__") or not len(data):
+            return data
+        row = _as_row(data[0])
     if not isinstance(row, Mapping):
         return data
     needs = Needs.of(member, tokenizer)
-    if not streaming and _is_packed(row, needs, member):
-        data = UnpackedDocuments(data)
-    elif not _is_ours(data, row, needs, member, tokenizer):
+    packed = isinstance(data, UnpackedDocuments)
+    if not (streaming or packed) and _is_packed(row, needs, member):
+        data, packed = UnpackedDocuments(data), True
+    if not (packed or _is_ours(data, row, needs, member, tokenizer)):
         return data
     if streaming:
         return TokenisedStream(data, tokenizer, member)
     return TokenisedData(data, tokenizer, model=member, strict=strict)
-
-
-def _has_rows(data: Any) -> bool:
-    return hasattr(data, "__getitem__") and len(data) > 0
 
 
 def _is_packed(row: Mapping[str, Any], needs: Needs, model: nn.Module) -> bool:
@@ -229,24 +205,8 @@ def _is_ours(data: Any, row: Mapping[str, Any], needs: Needs, model: nn.Module, 
     if kind is None and (tokenizer is None or not any(isinstance(value, str) for value in row.values())):
         return False
     # Text beside columns of numbers is left out, as ever.
-    return (kind is not None and tokenizer is not None) or not _numbers(row)
-
-
-def _is_packed_batch(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch of tensors (n, T) has borders of documents in its rows."""
-    ids, positions, mask = batch.get("input_ids"), batch.get("position_ids"), batch.get("attention_mask")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
-        return False
-    if "document_ids" in batch:
-        return True
-    if not isinstance(positions, torch.Tensor) or positions.shape != ids.shape:
-        return False
-    shown = mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else positions >= 0
-    return bool(restarts(positions, shown).any())
-
-
-def _numbers(row: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, (list, torch.Tensor)) and not is_chat(value) for value in row.values())
+    numbers = any(isinstance(value, (list, torch.Tensor)) and not is_chat(value) for value in row.values())
+    return (kind is not None and tokenizer is not None) or not numbers
 
 
 def prepared_rows(curvature: Any, model: nn.Module | None, tokenizer: Any) -> Any:
@@ -257,7 +217,7 @@ def prepared_rows(curvature: Any, model: nn.Module | None, tokenizer: Any) -> An
 
 
 def prepared_query(query: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool = True) -> Any:
-    """A question as data: a string, strings, a chat, chats, rows or columns of them; all else is handed back as it is.
+    """A question as data: a string, strings, a chat, chats, a row or rows; all else is handed back as it is.
 
     Args:
         query: what was passed to `search`.
@@ -267,17 +227,17 @@ def prepared_query(query: Any, model: nn.Module | None, tokenizer: Any, *, stric
     Raises:
         QueryError: text without a tokenizer; or what `prepared` raises.
     """
-    if isinstance(query, str):
+    if isinstance(query, str) or is_chat(query):
         query = [query]
-    elif is_chat(query):
-        query = [{"messages": query}]
-    elif isinstance(query, (list, tuple)) and query and all(is_chat(item) for item in query):
-        query = [{"messages": item} for item in query]
     elif isinstance(query, Mapping):
-        query = _rows(query)
-    if tokenizer is None and isinstance(query, (list, tuple)) and query and isinstance(_as_row(query[0]), Mapping):
+        first = [query[columns[0]] for columns in KINDS.values() if all(name in query for name in columns)][:1]
+        if first and not isinstance(first[0], torch.Tensor):
+            query = [dict(query)]
+    if isinstance(query, (list, tuple)) and query:
+        query = [{"messages": item} if is_chat(item) else item for item in query]
         row = _as_row(query[0])
-        if "input_ids" not in row and any(all(name in row for name in columns) for columns in KINDS.values()):
+        text = isinstance(row, Mapping) and "input_ids" not in row
+        if tokenizer is None and text and any(all(name in row for name in columns) for columns in KINDS.values()):
             raise QueryError(
                 "the query is text, and the index knows no tokenizer: Index.open(path, model=..., tokenizer=...)"
             )
@@ -285,23 +245,6 @@ def prepared_query(query: Any, model: nn.Module | None, tokenizer: Any, *, stric
         return prepared(query, model, tokenizer, strict=strict)
     except DataError as error:
         raise QueryError(f"query: {error}") from error
-
-
-def _rows(query: Mapping[str, Any]) -> Any:
-    """One row, or a slice of columns, as a list of rows; batches of tensors stay."""
-    for kind, columns in KINDS.items():
-        if not all(name in query for name in columns):
-            continue
-        value = query[columns[0]]
-        if isinstance(value, torch.Tensor):
-            return query
-        several = isinstance(value, (list, tuple)) and bool(value) and not is_chat(value)
-        if kind == "tokens":
-            several = several and isinstance(value[0], (list, tuple, torch.Tensor))
-        if not several:
-            return [dict(query)]
-        return [{name: column[i] for name, column in query.items()} for i in range(len(value))]
-    return query
 
 
 TOKENIZER = "tokenizer"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-from ..errors import DataError, IndexExistsError
+from ..errors import DataError
 from ..version import VERSION
 from .charts import by_source, layer_bars
 from .explorer import MOST_EXPLAINED, Explorer, Question, Shading
@@ -68,19 +65,3 @@ def report(explorer: Explorer, question: Question, *, k: int = 20, recall: float
         stats=sides[0].stats,
         version=VERSION,
     )
-
-
-def write_report(path: Path, html: str, *, replace: bool = False) -> None:
-    """Writes a page, whole or not at all.
-
-    Raises:
-        IndexExistsError: there is something, and it is not to be replaced.
-    """
-    if not replace and path.exists():
-        raise IndexExistsError(f"{path} exists: pass another file with --out, or --replace")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(html, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

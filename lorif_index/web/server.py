@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -291,7 +291,7 @@ class _Pages:
         # Not a coroutine: Starlette runs it in a thread.
         def answer(request: Any) -> Any:
             try:
-                return answered(page(_Values(request.query_params.multi_items())))
+                return answered(page(_Values(request.query_params)))
             except Refused as error:
                 return told(error.status, str(error))
             except (DataError, ConfigError, NonFiniteError) as error:
@@ -327,26 +327,24 @@ class _Pages:
 class _Values:
     """The values of an address, each checked as it is taken."""
 
-    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self._values: dict[str, list[str]] = {}
-        for key, value in pairs:
-            self._values.setdefault(key, []).append(value)
+    def __init__(self, params: Any) -> None:
+        self._params = params
 
     def has(self, key: str) -> bool:
         """Whether there is one."""
-        return key in self._values
+        return key in self._params
 
     def text(self, key: str, most: int) -> str:
         """The last value, with newlines as "\\n"; empty where there is none."""
         # Forms send CR LF.
-        text = self._values.get(key, [""])[-1].replace("\r\n", "\n")
+        text = self._params.get(key, "").replace("\r\n", "\n")
         if len(text) > most:
             raise Refused(400, f"{key}= has {len(text):,} characters, where {most:,} are the most")
         return text
 
     def integers(self, key: str, low: int, high: int) -> list[int]:
         """All of a key's values, each once."""
-        texts = self._values.get(key, [])
+        texts = self._params.getlist(key)
         for text in texts:
             if not (text.isascii() and text.isdecimal() and len(text) <= 20 and low <= int(text) <= high):
                 raise Refused(400, f"{key}= is an integer from {low:,} to {high:,}, got {text!r}")

@@ -67,8 +67,7 @@ def test_at_the_end(tmp_path: Path) -> None:
         trainer(make_model("gpt2"), tmp_path, IndexCallback(tmp_path / "idx")).train()
 
 
-@pytest.mark.parametrize("when", ["save", 2])
-def test_on_the_way_and_training_does_not_notice(when: str | int, tmp_path: Path) -> None:
+def test_at_checkpoints_and_training_does_not_notice(tmp_path: Path) -> None:
     # With dropout, so that random states matter.
     plain = trainer(make_model("gpt2"), tmp_path / "plain", steps=5)
     plain.train()
@@ -79,22 +78,20 @@ def test_on_the_way_and_training_does_not_notice(when: str | int, tmp_path: Path
             modes.append(model.training)
             seen.append([p.requires_grad and p.grad is None for p in model.parameters()])
 
-    callback = IndexCallback(tmp_path / "idx", config=CONFIG, when=when)
-    saved = dict(save_strategy="steps", save_steps=2, save_only_model=True) if when == "save" else {}
+    callback = IndexCallback(tmp_path / "idx", config=CONFIG, when="save")
+    saved = dict(save_strategy="steps", save_steps=2, save_only_model=True)
     work = trainer(make_model("gpt2"), tmp_path, callback, steps=5, **saved)
     work.add_callback(Watch())
     work.train()
-    steps = [2, 4, 5] if when == "save" else [2, 4]
-    assert callback.built == [tmp_path / "idx" / f"checkpoint-{step}" for step in steps]
+    assert callback.built == [tmp_path / "idx" / f"checkpoint-{step}" for step in (2, 4, 5)]
     assert all(modes) and all(all(flags) for flags in seen)
     for a, b in zip(plain.model.parameters(), work.model.parameters(), strict=True):
         assert torch.equal(a, b)
     prints = {Index.open(folder)._reader.manifest.fingerprint["model"] for folder in callback.built}
-    assert len(prints) == len(steps)
-    if when == "save":
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-4")
-        index = Index.open(callback.built[1], model=loaded, tokenizer=work.processing_class)
-        assert index.search(SENTENCES[3], k=1, normalize="cosine").ids[0, 0] == 3
+    assert len(prints) == 3
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-4")
+    index = Index.open(callback.built[1], model=loaded, tokenizer=work.processing_class)
+    assert index.search(SENTENCES[3], k=1, normalize="cosine").ids[0, 0] == 3
 
 
 def test_bf16_training_and_a_classifier(tmp_path: Path) -> None:
@@ -110,7 +107,7 @@ def test_bf16_training_and_a_classifier(tmp_path: Path) -> None:
 
 
 def test_what_would_fail_later_fails_first(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="number of steps"):
+    with pytest.raises(ConfigError, match="when must be one of"):
         IndexCallback(tmp_path / "idx", when="sometimes")
     work = trainer(make_model("gpt2"), tmp_path, IndexCallback(tmp_path / "idx", data=["and " * 100]))
     with pytest.raises(DataError, match="more than 60 tokens"):

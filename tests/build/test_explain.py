@@ -354,7 +354,7 @@ def test_texts_with_their_tokens(tmp_path: Path) -> None:
     text_model = load_text_model(tiny_model_folder(tmp_path / "model"), "cpu")
     pairs = zip(SENTENCES[:7], SENTENCES[3:], strict=True)
     documents = [Document(f"{a} {b} \u2603 caf\u00e9", f"d{i}") for i, (a, b) in enumerate(pairs)]
-    built = build_text_index(tmp_path / "i", text_model, documents, max_length=9, stride=7, progress=False)
+    built = build_text_index(tmp_path / "i", text_model, documents, max_length=7, progress=False)
     index, text_model = open_text_index(tmp_path / "i")
     assert any("input_ids" in p for p in index.payloads()), "none of the windows begins within a word"
     questions = [question(text, "Now: ") for text in ("The dog ran over the moon.", "An owl")]

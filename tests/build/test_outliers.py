@@ -41,8 +41,7 @@ def test_it_is_told_with_its_remedy(large: int, tmp_path: Path) -> None:
     out = Console(record=True, width=200)
     show_index(out, index_json(built(tmp_path / "i", large)))
     told = out.export_text()
-    assert "holds" in told and "of the self-influence" in told
-    assert ('normalize="relatif"' in told) == (large > 0)
+    assert ("holds" in told and "search with --normalize relatif" in told) == (large > 0)
 
 
 def test_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,15 +18,15 @@ def tokenizer():
 
 
 class Letters:
-    """One token per character; "slow": it has no offsets."""
+    """One token per character."""
 
-    is_fast = False
+    is_fast = True
 
     def __call__(self, texts, **kwargs):
-        return {"input_ids": [[ord(c) for c in text] for text in texts]}
-
-    def decode(self, ids, **kwargs):
-        return "".join(map(chr, ids))
+        return {
+            "input_ids": [[ord(c) for c in text] for text in texts],
+            "offset_mapping": [[(i, i + 1) for i in range(len(text))] for text in texts],
+        }
 
 
 # -- reading
@@ -35,7 +35,7 @@ class Letters:
 def test_a_text_file_is_one_document(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffgrün\r\nund blau\n".encode())
-    assert list(read_documents(path)) == [Document("grün\nund blau\n", "a.txt", lined=True)]
+    assert list(read_documents(path)) == [Document("grün\nund blau\n", "a.txt")]
 
 
 def test_a_folder_is_walked_in_the_order_of_names(tmp_path):
@@ -126,18 +126,15 @@ def pieces_of(document, tokenizer, **lengths):
     return out
 
 
-@given(length=st.integers(0, 40), max_length=st.integers(2, 12), data=st.data())
-def test_windows_cover_every_token_in_order(length, max_length, data):
-    stride = data.draw(st.integers(1, max_length))
+@given(length=st.integers(0, 40), max_length=st.integers(2, 12))
+def test_windows_cover_every_token_in_order(length, max_length):
     text = "".join(chr(97 + i % 26) for i in range(length))
     covered = set()
-    for number, (_, words, ids) in enumerate(
-        pieces_of(Document(text, "s"), Letters(), max_length=max_length, stride=stride)
-    ):
+    for number, (_, words, ids) in enumerate(pieces_of(Document(text, "s"), Letters(), max_length=max_length)):
         assert 2 <= len(ids) <= max_length and words == "".join(map(chr, ids))
-        assert words == text[number * stride : number * stride + max_length]
+        assert words == text[number * max_length : (number + 1) * max_length]
         # A window that holds nothing new is not made.
-        here = set(range(number * stride, number * stride + len(ids)))
+        here = set(range(number * max_length, number * max_length + len(ids)))
         assert here - covered
         covered |= here
     # Only a last window of a single token may be missing.
@@ -146,27 +143,13 @@ def test_windows_cover_every_token_in_order(length, max_length, data):
 
 def test_passages_are_the_very_text_of_their_tokens(tokenizer):
     text = "\n".join(SENTENCES) + "\nübrigens 🙂 fertig\n"
-    pieces = pieces_of(Document(text, "s.txt", lined=True), tokenizer, max_length=16)
+    pieces = pieces_of(Document(text, "s.txt"), tokenizer, max_length=16)
     assert [token for *_, ids in pieces for token in ids] == tokenizer(text)["input_ids"]
     assert "".join(words for _, words, _ in pieces) == text
     assert all(tokenizer.decode(ids) == words for _, words, ids in pieces if "🙂" not in words)
 
 
-def test_passages_of_a_text_file_are_named_by_their_lines(tokenizer):
-    text = "one two\nthree four\nfive six\n"
-    document = Document(text, "s.txt", lined=True)
-    assert [source for source, *_ in pieces_of(document, tokenizer, max_length=1000)] == ["s.txt:1-3"]
-    sources = [source for source, *_ in pieces_of(document, Letters(), max_length=9)]
-    assert sources[:2] == ["s.txt, part 1 of 3", "s.txt, part 2 of 3"]
-    at = 0
-    for source, words, _ in pieces_of(document, tokenizer, max_length=2):
-        # A newline belongs to the line that it ends.
-        first, last = (text[:i].count("\n") + 1 for i in (at, at + len(words) - 1))
-        assert source == f"s.txt:{first}-{last}"
-        at += len(words)
-
-
-def test_other_passages_are_numbered_where_there_are_several(tokenizer):
+def test_passages_are_numbered_where_there_are_several(tokenizer):
     assert [source for source, *_ in pieces_of(Document("one two", "a"), tokenizer, max_length=24)] == ["a"]
     long = pieces_of(Document(" ".join(SENTENCES), "b"), tokenizer, max_length=24)
     assert long[0][0] == f"b, part 1 of {len(long)}"
@@ -192,10 +175,14 @@ def test_special_tokens_stand_for_no_text():
     assert "input_ids" not in first and others and all(0 not in row["input_ids"] for row in others)
 
 
-@pytest.mark.parametrize(("max_length", "stride"), [(1, None), (8, 0), (8, 9)])
-def test_lengths_out_of_range(tokenizer, max_length, stride):
+def test_lengths_out_of_range(tokenizer):
     with pytest.raises(ConfigError, match="must be"):
-        list(cut([Document("x", "s")], tokenizer, max_length=max_length, stride=stride))
+        list(cut([Document("x", "s")], tokenizer, max_length=1))
+
+
+def test_a_slow_tokenizer_is_refused():
+    with pytest.raises(DataError, match="SimpleNamespace tells no places"):
+        list(cut([Document("x", "s")], types.SimpleNamespace(is_fast=False), max_length=8))
 
 
 # -- keeping
@@ -204,7 +191,7 @@ def test_lengths_out_of_range(tokenizer, max_length, stride):
 def test_passages_are_examples_and_payloads(tmp_path, tokenizer):
     pieces = [Document(text, f"d{n}") for n, text in enumerate(["one\ntwo\u2028\x85three", "", "a 🙂 " * 9])]
     passages = Passages(pieces, tokenizer, max_length=8, folder=tmp_path, progress=False)
-    assert (passages.documents, passages.empty, passages.running, passages.max_length) == (3, 1, 0, 8)
+    assert passages.max_length == 8
     rows = [passages[i] for i in range(len(passages))]
     assert [passages[i] for i in (2, 0, 2)] == [rows[2], rows[0], rows[2]]
     assert any("input_ids" in row for row in rows) and not all("input_ids" in row for row in rows)

@@ -114,7 +114,7 @@ def test_a_text_hides_the_same_words_whenever_it_comes() -> None:
 
 def test_classifiers_are_padded_with_their_own_token() -> None:
     model = make_model("llama-classifier")
-    rows = [{"input_ids": [4, 5, 6, 9], "label": "LABEL_2"}, {"input_ids": [4, 9], "label": 0}]
+    rows = [{"input_ids": [4, 5, 6, 9], "label": 2}, {"input_ids": [4, 9], "label": 0}]
     data = prepared(rows, model, None)
     _, batch = next(iter(as_source(data, 2).batches()))
     assert batch["input_ids"][1].tolist() == [4, 9, 7, 7] and batch["labels"].tolist() == [2, 0]
@@ -137,8 +137,8 @@ def test_questions_in_words(index: Index, gpt2: Any, bpe: Any) -> None:
     assert np.allclose(index.scores(talk), expected) and np.allclose(
         index.scores([talk, talk])[1], expected[0], rtol=1e-4
     )
-    prompt = {"prompt": ["The", "A"], "completion": [" cat sat", " dog"]}
-    assert index.scores(prompt).shape == (2, 10)
+    prompts = [{"prompt": "The", "completion": " cat sat"}, {"prompt": "A", "completion": " dog"}]
+    assert np.allclose(index.scores(prompts)[0], index.scores(prompts[0])[0], rtol=1e-4)
     tokens = index.scores({"input_ids": ids[SENTENCES[4]][0].tolist()})
     assert np.allclose(tokens, by_hand)
 
@@ -236,20 +236,20 @@ def test_what_else_is_refused(gpt2: Any, bpe: Any, index: Index) -> None:
     bare.chat_template = "{% for m in messages %}{{ m['content'] if loop.last else '' }}{% endfor %}"
     with pytest.raises(DataError, match="message 1 .'assistant'. as a continuation"):
         TokenisedData([{"messages": TALK}], bare)
-    for label, message in ((3, "3 classes"), (0.5, "no integer"), ("odd", "none of the model's"), (None, "no label")):
+    for label, message in ((0.5, "no integer"), ("odd", "no integer"), (None, "no label")):
         with pytest.raises(DataError, match=message):
             TokenisedData(
                 [{"text": "The cat", "label": label}], encoder_tokenizer(), model=make_model("bert-classifier")
             )
 
 
-def test_cutting_is_said(gpt2: Any, bpe: Any) -> None:
-    with pytest.warns(UserWarning, match="1 of 2 examples are cut to 8 tokens"):
-        data = TokenisedData(["The cat", SENTENCES[0]], bpe, model=gpt2, max_length=8, too_long="truncate")
-    assert data.truncated == (1,) and data[1]["input_ids"] == bpe(SENTENCES[0])["input_ids"][:8]
+def test_examples_are_cut_where_that_is_asked_for(gpt2: Any, bpe: Any) -> None:
+    rows = ["The cat", SENTENCES[0], {"input_ids": list(range(1, 20)), "labels": [-100, *range(2, 20)]}]
+    data = TokenisedData(rows, bpe, model=gpt2, max_length=8)
+    assert data[0]["input_ids"] == bpe("The cat")["input_ids"] and data[1]["input_ids"] == bpe(rows[1])["input_ids"][:8]
+    assert data[2]["input_ids"] == list(range(1, 9)) and data[2]["labels"] == [-100, *range(2, 9)]
     tokenizer = encoder_tokenizer()
-    with pytest.warns(UserWarning, match="cut to 6"):
-        data = TokenisedData(SENTENCES[:1], tokenizer, model=make_model("bert"), max_length=6, too_long="truncate")
+    data = TokenisedData(SENTENCES[:1], tokenizer, model=make_model("bert"), max_length=6)
     assert len(data[0]["input_ids"]) == 6 and data[0]["input_ids"][-1] == tokenizer.sep_token_id
 
 
@@ -311,13 +311,12 @@ def packed_gradient(model: Any, rows: dict[str, torch.Tensor], r: int, layer: st
 
 
 @pytest.mark.parametrize("by", ["document_ids", "position_ids"])
-@pytest.mark.parametrize("form", ["tensors", "dataset"])
-def test_documents_of_packed_rows_have_their_own_gradients(by: str, form: str, tmp_path: Path) -> None:
+def test_documents_of_packed_rows_have_their_own_gradients(by: str, tmp_path: Path) -> None:
     model = make_model("llama")
     documents, rows = packed_rows()
-    given: Any = {k: v for k, v in rows.items() if k in ("input_ids", "attention_mask", by)}
-    if form == "dataset":
-        given = datasets.Dataset.from_dict({k: v.tolist() for k, v in given.items()})
+    given = datasets.Dataset.from_dict(
+        {k: v.tolist() for k, v in rows.items() if k in ("input_ids", "attention_mask", by)}
+    )
     data = prepared(given, model, None)
     assert [item["input_ids"] for item in data] == documents
     found = captured(model, data)
@@ -328,17 +327,17 @@ def test_documents_of_packed_rows_have_their_own_gradients(by: str, form: str, t
             assert close(found[layer][part].sum(axis=0), packed_gradient(model, rows, r, layer)), (layer, r)
     index = Index.build(tmp_path / "idx", model=model, data=given, config=BuildConfig(batch_size=4))
     assert len(index) == 5
-    query = {k: v[1:] for k, v in rows.items() if k in ("input_ids", "attention_mask", by)}
-    assert index.search(query, k=1, normalize="cosine").ids[:, 0].tolist() == [3, 4]
+    assert index.search([given[1]], k=1, normalize="cosine").ids[:, 0].tolist() == [3, 4]
 
 
 def test_positions_of_packed_rows_are_kept(gpt2: Any) -> None:
     _, rows = packed_rows()
     # A model whose positions run on through the row.
     rows["position_ids"] = torch.arange(24).expand(2, 24)
-    data = prepared(rows, gpt2, None)
+    given = datasets.Dataset.from_dict({k: v.tolist() for k, v in rows.items()})
+    data = prepared(given, gpt2, None)
     assert data[1]["position_ids"] == list(range(7, 12))
-    assert UnpackedDocuments(rows).origins.tolist() == [[0, 0, 7], [0, 7, 12], [0, 12, 21], [1, 0, 11], [1, 11, 17]]
+    assert UnpackedDocuments(given).origins.tolist() == [[0, 0, 7], [0, 7, 12], [0, 12, 21], [1, 0, 11], [1, 11, 17]]
 
 
 def test_packed_rows_that_are_no_documents(gpt2: Any) -> None:

@@ -29,20 +29,6 @@ def block(page: Path, mark: str) -> str:
     return found[1]
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs code in an empty folder; what it has defined, and what it has printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-
-    def go(code: str) -> tuple[dict[str, Any], str]:
-        names: dict[str, Any] = {"__name__": "__main__"}
-        exec(compile(code, "<docs>", "exec"), names)
-        return names, capsys.readouterr().out
-
-    return go
-
-
 # -- the site
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,30 +20,22 @@ def block(mark: str, page: str = README) -> str:
     return found[1]
 
 
-def ran(code: str, folder: Path) -> list[str]:
-    """What a program prints, line by line."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+def test_the_life_of_an_index_runs(run: Any) -> None:
+    _, out = run(block("example", (ROOT / "docs" / "living.md").read_text()))
+    assert out.splitlines()[-1] == "1400 300 1700"
 
 
-def test_the_life_of_an_index_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "living.md").read_text()
-    assert ran(block("example", page), tmp_path)[-1] == "1400 300 1700"
-
-
-def test_the_explanation_runs(tmp_path: Path) -> None:
-    lines = ran(block("example", (ROOT / "docs" / "explain.md").read_text()), tmp_path)
+def test_the_explanation_runs(run: Any) -> None:
+    _, out = run(block("example", (ROOT / "docs" / "explain.md").read_text()))
+    lines = out.splitlines()
     assert lines[0].startswith("[('eights', "), lines
     assert lines[-1] == str([(4, 2)] * 5), lines
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
-    lines = ran(block("example"), tmp_path)
-    asked, found = (json.loads(line.split(": ", 1)[1]) for line in lines if line.startswith("labels"))
-    assert sum(row.count(label) for label, row in zip(asked, found, strict=True)) >= 0.8 * 4 * 5, lines
+def test_the_example_runs(run: Any) -> None:
+    _, out = run(block("example"))
+    asked, found = (json.loads(line.split(": ", 1)[1]) for line in out.splitlines() if line.startswith("labels"))
+    assert sum(row.count(label) for label, row in zip(asked, found, strict=True)) >= 0.8 * 4 * 5, out
 
 
 def test_the_commands_use_the_constraints_and_known_extras() -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from lorif_index import AbsoluteDamping, BuildConfig, LayerSelection
 from lorif_index.cli import app
-from lorif_index.cli.settings import SETTINGS, Settings, flag_of, read_config
+from lorif_index.cli.settings import SETTINGS, Settings, flag_of
 from lorif_index.config import PARTS, CoarseIndex, Sample
 from lorif_index.errors import ConfigError
 from lorif_index.text import open_text_index
@@ -103,7 +103,7 @@ def test_the_commands_of_the_page_do_what_their_settings_say(home):
         eigen_bytes=1600,  # the flag, not the file's 2048
     )
     assert [layer["name"] for layer in made["layers"]] == ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
-    assert printed["build"].startswith("10 passages indexed") and "as eigen" in printed["estimate"]
+    assert "transformer.h.0.mlp.c_fc" in printed["build"] and re.search(r"codec +eigen", printed["estimate"])
     assert printed["search"].count("texts.jsonl") == 5 and printed["explain"].count("texts.jsonl") == 3
 
 
@@ -149,7 +149,7 @@ def test_explain_says_what_the_library_says(home):
     with index:
         expected = index.explain(ASKED, [2, 7], layers=["*.c_fc"], damping=0.5)[0]
         best, worst = (index.search(ASKED, k, opponents=k == 2).ids[0].tolist() for k in (3, 2))
-    options = ("--text", ASKED, "--id", 2, "--id", 7, "--layers", "*.c_fc", "--damping", "0.5")
+    options = (ASKED, "--id", 2, "--id", 7, "--layers", "*.c_fc", "--damping", "0.5")
     found = document("explain", home / "runs/idx", *options)
     assert found["opponents"] is False and found["answers"][0]["text"] == ASKED
     for one, e in zip(found["answers"][0]["explanations"], expected, strict=True):
@@ -158,7 +158,7 @@ def test_explain_says_what_the_library_says(home):
         assert "".join(one["texts"]) == SENTENCES[one["id"]] and len(one["query_texts"]) == len(one["query_tokens"])
         assert sum(one["tokens"]) == pytest.approx(one["score"], rel=1e-4, abs=1e-7)
     for arguments, ids in ((("-k", 3), best), (("-k", 2, "--opponents"), worst)):
-        found = document("explain", home / "runs/idx", "--text", ASKED, *arguments)
+        found = document("explain", home / "runs/idx", ASKED, *arguments)
         assert [one["id"] for one in found["answers"][0]["explanations"]] == ids
 
 
@@ -168,10 +168,10 @@ def part_of(share, score):
 
 
 def test_explain_for_people(home):
-    code, out, err = lorif("explain", home / "runs/idx", "--text", ASKED, "--id", 3)
+    code, out, err = lorif("explain", home / "runs/idx", ASKED, "--id", 3)
     assert (code, err) == (0, "") and "\x1b" not in out
     assert SENTENCES[3] in " ".join(out.split()) and "3  score " in out and "from its stored row" in out
-    shares = document("explain", home / "runs/idx", "--text", ASKED, "--id", 3)["answers"][0]["explanations"][0]
+    shares = document("explain", home / "runs/idx", ASKED, "--id", 3)["answers"][0]["explanations"][0]
     place = int(np.argmax(np.abs(shares["tokens"])))
     assert f"“{shares['texts'][place]}” {part_of(shares['tokens'][place], shares['score'])}" in out
     layer = max(shares["layers"].values(), key=abs)
@@ -185,7 +185,7 @@ def test_explained_texts_cannot_steer_the_terminal(home, tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    code, out, _ = lorif("explain", tmp_path / "index", "--text", ASKED, "--id", 0)
+    code, out, _ = lorif("explain", tmp_path / "index", ASKED, "--id", 0)
     assert code == 0 and re.search(r"\x1b\[[\d;]*48;", out), "no shade"
     plain = re.sub(r"\x1b\[[\d;]*m", "", out)
     assert "\x1b" not in plain and "\u202e" not in plain
@@ -197,7 +197,7 @@ def test_explained_texts_cannot_steer_the_terminal(home, tmp_path, monkeypatch):
     [(("--id", 99), "no row with id 99"), (("--damping", "0.1", "--layers", "nix*"), "matches none")],
 )
 def test_explain_fails_in_one_line(home, options, message):
-    code, out, err = lorif("explain", home / "runs/idx", "--text", ASKED, *options)
+    code, out, err = lorif("explain", home / "runs/idx", ASKED, *options)
     assert (code, out) == (1, "") and err.count("\n") == 1 and message in err
 
 
@@ -271,7 +271,7 @@ def test_flags_and_file_spell_the_same(home, tmp_path):
 
 def test_flags_win_over_the_file_field_by_field(tmp_path):
     (tmp_path / "f.yaml").write_text("sample: 50\ncoarse: null\ncompute: {autocast: bfloat16, device: cpu}\nseed: 3")
-    flags = {"sample.probes": 2, "coarse.dim": 9, "compute.autocast": None, "seed": 4}
+    flags = {"sample.probes": "2", "coarse.dim": "9", "compute.autocast": "none", "seed": "4"}
     assert Settings(tmp_path / "f.yaml", flags).read() == (
         BuildConfig(sample=Sample(size=50, probes=2), coarse=CoarseIndex(kind="none", dim=9), seed=4),
         "cpu",
@@ -282,37 +282,33 @@ def test_flags_win_over_the_file_field_by_field(tmp_path):
     "text, values",
     [
         ("", {}),
-        ("rank: null\ncoarse: null\nseed: 3", {"rank": None, "coarse": {"kind": "none"}, "seed": 3}),
-        ("sample: 9\ncoarse: {dim: 4}", {"sample": {"size": 9}, "coarse": {"dim": 4}}),
+        ("rank: null\ncoarse: null\nseed: 3", {"rank": None, "coarse": None, "seed": 3}),
+        ("sample: 9\ncoarse: {dim: 4}", {"sample": 9, "coarse": {"dim": 4}}),
         ("compute: {spool_bytes: 1MiB, autocast: none}", {"compute": {"spool_bytes": 1 << 20, "autocast": None}}),
-        ("damping: {rule: absolute, lam: 0.5}", {"damping": {"rule": "absolute", "lam": 0.5}}),
+        ("damping: {rule: absolute, lam: 0.5}", {"damping": AbsoluteDamping(0.5)}),
         ("layers: ['a', 'b']", {"layers": ["a", "b"]}),
         ("projection_dim: 0.25", {"projection_dim": 0.25}),
     ],
 )
 def test_a_file_is_read_as_it_is_written(tmp_path, text, values):
     (tmp_path / "f.yaml").write_text(text)
-    assert read_config(tmp_path / "f.yaml") == values
-    assert isinstance(Settings(tmp_path / "f.yaml", {}).read()[0], BuildConfig)
+    assert Settings(tmp_path / "f.yaml", {}).read() == (BuildConfig(**values), "auto")
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("eigen_byte: 3", "unknown key 'eigen_byte': did you mean eigen_bytes?"),
-        ("layers: {exclud: [a]}", "layers: unknown key 'exclud': did you mean exclude?"),
-        ("qqqq: 3", "known are batch_size, coarse"),
-        ("sample: {sise: 3}", "sample: unknown key 'sise': did you mean size?"),
-        ("sample: {size: 1, size: 2}", "sample: size is there twice"),
+        ("eigen_byte: 3", "unknown BuildConfig keys ['eigen_byte']"),
+        ("layers: {exclud: [a]}", "unexpected keyword argument 'exclud'"),
+        ("qqqq: 3", "known are ['batch_size'"),
+        ("sample: {sise: 3}", "unknown keys ['sise'] of sample"),
         ("coarse: IVF64", "kind must be one of"),
-        ("3: 4", "unknown key 3"),
-        ("rank: 1\nrank: 2", "rank is there twice"),
-        ("layers: {include: a, include: b}", "layers: include is there twice"),
+        ("3: 4", "unknown BuildConfig keys ['3']"),
         ("- rank", "holds a list"),
         ("rank: [", "is not YAML"),
         ("rank: !!python/object/apply:os.getcwd []", "is not YAML"),
-        ("rank: some", "rank takes an integer or full"),
-        ("rank: 0", "rank must be an integer of at least 1"),
+        ("rank: some", "rank must be"),
+        ("rank: 0", "rank must be"),
         ("compute: {shard_bytes: lots}", "compute.shard_bytes takes bytes"),
         ("damping: {rule: nix}", "unknown damping rule 'nix'"),
         ("damping: {rule: [a]}", "with "),
@@ -346,5 +342,5 @@ def test_completion_knows_commands_options_and_values():
         return done.stdout.split()
 
     assert completed("lorif ex") == ["explain"]
-    assert completed("lorif build --store ") == ["auto", "eigen", "factors", "largest"]
+    assert completed("lorif build --sto") == ["--store"]
     assert "--install-completion" in lorif("--help")[1]

@@ -200,7 +200,7 @@ def test_directions_of_a_grid_are_stored_by_its_products(
     path = tmp_path / "i" / "manifest.json"
     path.write_text(re.sub(r'"products": \d+', '"products": -1', path.read_text()))
     forge(tmp_path / "i")
-    with pytest.raises(CorruptionError, match="entry of layer .* curvature"):
+    with pytest.raises(CorruptionError, match="entry of layer .* curvature is damaged"):
         Index.open(tmp_path / "i")
 
 

@@ -184,6 +184,8 @@ def test_nothing_heavy_is_imported() -> None:
             if path.stem in (*" ".join(names for _, names in TEXT_SIDE).split(), "__main__")
             else set()
         )
+        # A module of its own, which is imported when its class is asked for.
+        allowed |= {"transformers"} if path.stem == "callback" else set()
         # The adapter alone, when a function of it is called.
         allowed |= {"faiss"} if path.stem == "coarse" else set()
         assert not imports_of(path)[1] & (heavy - allowed), path.name
