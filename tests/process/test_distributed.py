@@ -215,10 +215,10 @@ def test_builds_in_two_folders_go_on_with_another_coarse_index(
 ) -> None:
     given = {"folder": str(tmp_path), "kind": "eigen", "apart": True}
     finish(start(2, "leave_at", tmp_path / "left", given=given | {"where": where}), tmp_path / "left")
-    rows = {path for path in tmp_path.rglob("shard-*.h5")}
+    rows = set(tmp_path.rglob("shard-*.h5"))
     assert rows and not list(tmp_path.rglob("manifest.json"))
     assert together(2, "leave_at", tmp_path / "last", where="", coarse=coarse, **given) == [COUNT] * 2
-    assert rows == {path for path in tmp_path.rglob("shard-*.h5")}
+    assert rows == set(tmp_path.rglob("shard-*.h5"))
     for rank in range(2):
         with Index.open(tmp_path / f"part-{rank}", model=make_model(), loss=loss) as part:
             part.verify()
