@@ -45,7 +45,7 @@ def test_bytes_are_those_of_the_index(model: nn.Module, data: Any, tmp_path: Pat
 
 
 def test_choices_follow_the_budget(model: nn.Module, data: Any) -> None:
-    config = BuildConfig(calibration_queries=8)
+    config = BuildConfig(coarse={"queries": 8})
     free = Index.estimate(model=model, data=data, config=config, batches=1, examples=5000)
     assert all(choice.fits for choice in free.choices)
     room = free.choices[len(free.choices) // 2].disk
@@ -60,7 +60,7 @@ def test_choices_follow_the_budget(model: nn.Module, data: Any) -> None:
 def test_gradients_are_estimated_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     blocks = [{"a": torch.randn(64, 12, 10)} for _ in range(20)]
-    config = BuildConfig(store="factors", curvature_rank=20, calibration_queries=8)
+    config = BuildConfig(store="factors", curvature_rank=20, coarse={"queries": 8})
     found = Index.estimate(gradients=blocks, config=config)
     index = Index.build(tmp_path / "i", gradients=blocks, config=config)
     assert found.disk_total == pytest.approx(index.nbytes, rel=0.2)
