@@ -226,7 +226,6 @@ def leave_at(
     rank: int, size: int, folder: str, kind: str, where: str, apart: bool = False, coarse: dict[str, Any] | None = None
 ) -> int:
     """A build, which rank 1 leaves without a word at a stage, or before it is finished."""
-    from lorif_index.build.state import BuildState
 
     def told(event: Any) -> None:
         if rank == 1 and event.stage == where:
