@@ -232,6 +232,8 @@ def leave_at(
             os._exit(3)
 
     if rank == 1 and where == "finish":
+        from lorif_index.build.state import BuildState
+
         BuildState.commit = lambda self: os._exit(3)  # type: ignore[method-assign]
     place = Path(folder) / (f"part-{rank}" if apart else "index")
     config = settings(store=kind, coarse={"queries": 8} | (coarse or {}))
