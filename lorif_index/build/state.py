@@ -225,7 +225,8 @@ class BuildState:
         return sum(shard.rows for shard in self.manifest.shards) if part is None else int(part["rows"])
 
     def commit(self) -> None:
-        """Makes the folders an index."""
+        """Makes the folders an index, once all ranks have come this far."""
+        self.ranks.wait()
         with self.ranks.jointly("finish"):
             if self.home.leads:
                 self.manifest.commit(self.path)

@@ -147,7 +147,7 @@ def _written(file: Path) -> dict[str, Any]:
     their objects' fields, or the value that a bare one stands for: `sample: 2000`, `coarse: flat`.
 
     Raises:
-        ConfigError: not a YAML mapping. OSError: the file cannot be read.
+        ConfigError: not a YAML mapping, or a key twice. OSError: the file cannot be read.
     """
     try:
         import yaml
@@ -157,6 +157,7 @@ def _written(file: Path) -> dict[str, Any]:
         ) from None
 
     try:
+        _refuse_repeated(yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader), str(file))
         found = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not YAML: {error}") from None
@@ -171,6 +172,17 @@ def _written(file: Path) -> dict[str, Any]:
         else:
             written[f"{name}.{PARTS[name][1]}"] = "none" if name == "coarse" and value is None else value
     return written
+
+
+def _refuse_repeated(node: Any, where: str) -> None:
+    """Refuses a key that is there twice, of which YAML's loader would drop the first without a word."""
+    if node is None or node.id != "mapping":
+        return
+    keys = [key.value for key, _ in node.value]
+    for key, (_, value) in zip(keys, node.value, strict=True):
+        if keys.count(key) > 1:
+            raise ConfigError(f"{where}: {key} is there twice: keep one of them")
+        _refuse_repeated(value, f"{where}: {key}")
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:

@@ -67,14 +67,14 @@ def show(out: Console, document: Mapping[str, Any], within: str = "") -> None:
     lines = Table.grid(padding=(0, 2))
     for key, value in document.items():
         if not _takes_lines(value, within):
-            lines.add_row(key.replace("_", " "), _cell(value, f"{within} {key}"))
+            lines.add_row(_name(key), _cell(value, f"{within} {key}"))
     if lines.rows:
         out.print(lines)
     for key, value in document.items():
         if not _takes_lines(value, within):
             continue
         path = f"{within} {key}".strip()
-        out.print(f"\n{path.replace('_', ' ')}", style="bold")
+        out.print(Text("\n").append(_name(path)), style="bold")
         rows = value
         if isinstance(value, Mapping):
             parts = list(value.values())
@@ -85,23 +85,27 @@ def show(out: Console, document: Mapping[str, Any], within: str = "") -> None:
         table = Table(box=None, header_style="bold", padding=(0, 1))
         columns = list(dict.fromkeys(name for row in rows for name in row))
         for name in columns:
-            table.add_column(name.replace("_", " "))
+            table.add_column(_name(name))
         for row in rows:
             table.add_row(*(_cell(row[name], f"{path} {name}") if name in row else "" for name in columns))
         out.print(table)
 
 
+def _name(key: str) -> Text:
+    return excerpt(key.replace("_", " "))
+
+
 def _takes_lines(value: Any, within: str) -> bool:
-    """Whether a value takes lines of its own: what holds others that hold some, and, at the top, all that hold some."""
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    holds = any(isinstance(part, Mapping) for part in parts)
-    return holds or (isinstance(value, Mapping) and len(value) > 0 and not within)
+    """Whether a value takes lines of its own: lists of mappings, mappings that hold some, and all at the top."""
+    if isinstance(value, Mapping):
+        return len(value) > 0 and (not within or any(isinstance(part, Mapping) for part in value.values()))
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(part, Mapping) for part in value)
 
 
 def _cell(value: Any, path: str) -> Text:
     """One value, or several in a row, as text."""
     if isinstance(value, Mapping):
-        value = [Text(f"{name} ").append(_cell(part, f"{path} {name}")) for name, part in value.items()]
+        value = [excerpt(name).append(" ").append(_cell(part, f"{path} {name}")) for name, part in value.items()]
     if isinstance(value, (list, tuple)):
         parts = [part if isinstance(part, Text) else _cell(part, path) for part in value]
         return Text(", ").join(parts) if parts else Text("none")

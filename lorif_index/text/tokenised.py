@@ -217,7 +217,7 @@ def prepared_rows(curvature: Any, model: nn.Module | None, tokenizer: Any) -> An
 
 
 def prepared_query(query: Any, model: nn.Module | None, tokenizer: Any, *, strict: bool = True) -> Any:
-    """A question as data: a string, strings, a chat, chats, a row or rows; all else is handed back as it is.
+    """A question as data: a string, strings, a chat, chats, rows or columns of them; all else is handed back as it is.
 
     Args:
         query: what was passed to `search`.
@@ -232,7 +232,12 @@ def prepared_query(query: Any, model: nn.Module | None, tokenizer: Any, *, stric
     elif isinstance(query, Mapping):
         first = [query[columns[0]] for columns in KINDS.values() if all(name in query for name in columns)][:1]
         if first and not isinstance(first[0], torch.Tensor):
-            query = [dict(query)]
+            # A slice of a Hugging Face Dataset has columns of rows; else it is one row.
+            columns = (
+                isinstance(first[0], list) and first[0] != [] and isinstance(first[0][0], (list, str, torch.Tensor))
+            )
+            count = len(first[0]) if columns else 1
+            query = [{k: v[i] for k, v in query.items()} if columns else dict(query) for i in range(count)]
     if isinstance(query, (list, tuple)) and query:
         query = [{"messages": item} if is_chat(item) else item for item in query]
         row = _as_row(query[0])

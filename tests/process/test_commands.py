@@ -305,6 +305,8 @@ def test_a_file_is_read_as_it_is_written(tmp_path, text, values):
         ("coarse: IVF64", "kind must be one of"),
         ("3: 4", "unknown BuildConfig keys ['3']"),
         ("- rank", "holds a list"),
+        ("seed: 1\nseed: 2", "seed is there twice"),
+        ("coarse: {dim: 8, dim: 9}", "coarse: dim is there twice"),
         ("rank: [", "is not YAML"),
         ("rank: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("rank: some", "rank must be"),

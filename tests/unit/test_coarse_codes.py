@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import assert_same_hits
 
 pytest.importorskip("faiss")
 
@@ -72,10 +74,13 @@ def test_a_search_finds_what_faiss_finds(dim: int, tilt: float) -> None:
     if axis is not None:
         scores = tilted(scores, x, np.full(30, axis.mean), tilt)
     found, got = coarse.search(x, 30, tilt)
-    assert np.array_equal(found, positions) and np.array_equal(got, scores)
+    # Tables are rounded to bytes: the last bit of an entry may move it to the next level.
+    wanted = SimpleNamespace(ids=positions, scores=scores)
+    assert_same_hits(SimpleNamespace(ids=found, scores=got), wanted, 0.01)
     for i in (0, 7):
         alone, score = coarse.search(x[i : i + 1], 30, tilt)
-        assert np.array_equal(alone[0], positions[i]) and np.array_equal(score[0], scores[i])
+        one = SimpleNamespace(ids=positions[i : i + 1], scores=scores[i : i + 1])
+        assert_same_hits(SimpleNamespace(ids=alone, scores=score), one, 0.01)
 
 
 @pytest.mark.parametrize("tilt", [0.0, 0.3])
