@@ -201,6 +201,12 @@ def slow_build(rank: int, size: int, folder: str, seconds: float, kind: str = "e
     return len(index)
 
 
+def estimate(rank: int, size: int, kind: str) -> dict[str, Any]:
+    """What is said of a build by two ranks, in a process whose memory nothing else has taken."""
+    given: dict[str, Any] = {"model": make_model(), "data": sequences(), "loss": loss}
+    return Index.estimate(**given, config=settings(store=kind), world_size=2, progress=False).to_json()
+
+
 def account(rank: int, size: int, folder: str, kind: str) -> dict[str, Any]:
     """What a build, and then a search of each way, have sent and taken."""
     model, place = make_model(), Path(folder) / "index"
@@ -312,6 +318,7 @@ def hosts(rank: int, size: int, folder: str, seconds: float, interface: str) -> 
         "held": len(built.held_ids),
         "ids": hits.ids.tolist(),
         "near": near.ids.tolist(),
+        "estimate": estimate,
         "account": account,
         "moved": moved,
     }
@@ -322,6 +329,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "slow_build": slow_build,
     "leave_at": leave_at,
     "propose": propose,
+    "estimate": estimate,
     "account": account,
     "hang": hang,
     "bad_example": bad_example,
