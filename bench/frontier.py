@@ -46,7 +46,7 @@ def rotation(width: int) -> torch.Tensor:
 
 def rounded(g: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
     """Rows in few bits with a scale each, after a random rotation, and bytes a row."""
-    layout, turn = CodeLayout(g.shape[1], bits), rotation(g.shape[1])
+    layout, turn = CodeLayout(g.shape[1], bits, (g.shape[1],)), rotation(g.shape[1])
     return layout.decode(layout.encode(g @ turn)) @ turn.T, float(layout.row_bytes)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lorif_index.search.flat import FlatSketch
+from lorif_index.search.proposers import FlatSketch
 
 from bench.corpus import gpt
 from bench.costs import BATCH, capture, plain

@@ -48,7 +48,7 @@ def random(task: Task, model: nn.Module) -> Peer:
 
 def projections(index: Index) -> Projections:
     """Those of an index, by which gradients of its questions are projected."""
-    learnt = read_manifest(index.path).projections
+    learnt = read_manifest(index.path).fits.get("projections")
     fitted = None if learnt is None else FittedProjections(index.path, learnt, index.specs)
     return Projections(index.specs, index.config.seed, fitted)
 
