@@ -318,7 +318,6 @@ def hosts(rank: int, size: int, folder: str, seconds: float, interface: str) -> 
         "held": len(built.held_ids),
         "ids": hits.ids.tolist(),
         "near": near.ids.tolist(),
-        "estimate": estimate,
         "account": account,
         "moved": moved,
     }
