@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,11 @@ from lorif_index.search.reader import Reader
 from lorif_index.storage.manifest import read_manifest
 from lorif_index.text import Document
 from lorif_index.text.demo_model import DemoSettings, new_model, train_tokenizer
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers side by side, and what they start, take a thread each: more would wait for one another.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # -- comparisons -------------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,8 @@ def toy() -> Iterator[None]:
 
 def config(store: str, **changes: Any) -> BuildConfig:
     compute = Compute(shard_bytes=2048)
-    fixed: dict[str, Any] = {"rank": 2, "curvature_rank": 20, "eigen_bytes": 14, "coarse": "flat", "compute": compute}
+    fixed: dict[str, Any] = {"rank": 2, "curvature_rank": 20, "eigen_bytes": 14, "compute": compute}
+    fixed["coarse"] = {"kind": "flat", "queries": 16}
     return BuildConfig(store=store, **(fixed | changes))
 
 
