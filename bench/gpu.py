@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lorif_index.search.proposers import FlatSketch
 
 from bench.corpus import gpt
 from bench.costs import BATCH, capture, plain
@@ -24,6 +23,7 @@ from bench.environment import arguments, drop_files, keep, read_files, shards, t
 from lorif_index import BuildConfig, Index
 from lorif_index.errors import ConfigError
 from lorif_index.linalg.subspace import SubspaceFit
+from lorif_index.search.proposers import FlatSketch
 
 # Of scores, beside the largest, and of ranks: by rounding alone.
 _DIFFERENCE, _CORRELATION = 1e-2, 0.98
