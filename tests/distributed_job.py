@@ -126,6 +126,7 @@ def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out
     os.environ |= {"MASTER_ADDR": options.get("host", "127.0.0.1"), "MASTER_PORT": str(port)}
     wait = timedelta(seconds=options.get("timeout", 600))
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=wait)
+    Path(f"{out}-{rank}.joined").touch()
     said: dict[str, Any] = {}
     try:
         said["result"] = JOBS[what](rank, size, **options.get("given", {}))

@@ -310,12 +310,12 @@ def test_killed_at_any_moment(alone: Any, tmp_path: Path) -> None:
         for attempt in range(8):
             size, out = dice.randrange(2, 5), folder / f"said-{attempt}"
             folder.mkdir(exist_ok=True)
-            given = {"folder": str(folder), "seconds": 0.01}
+            given = {"folder": str(folder), "seconds": 0.05}
             processes = start(size, "slow_build", out, given=given)
             if attempt < 7:
                 # Whoever is killed before all have joined keeps the others in torch's own connecting.
                 limit = time.monotonic() + PATIENCE
-                while not (folder / "index").exists() and time.monotonic() < limit:
+                while len(list(folder.glob(f"{out.name}-*.joined"))) < size and time.monotonic() < limit:
                     time.sleep(0.01)
                 time.sleep(dice.uniform(0.0, 3.0))
                 victim = processes[dice.randrange(size)]
