@@ -83,7 +83,7 @@ class CorruptionError(StoreError):
     """Stored bytes do not match their recorded size or checksum."""
 
 
-def told(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """An error's message with its notes, where no traceback shows them."""
     return " ".join([str(error), *getattr(error, "__notes__", ())])
 

@@ -245,7 +245,9 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        mine = None if error is None else [type(error).__name__, errors.told(error), isinstance(error, LorifError)]
+        mine = (
+            None if error is None else [type(error).__name__, errors.message_of(error), isinstance(error, LorifError)]
+        )
         try:
             found = self.gather_values(mine)
         except DistributedError:

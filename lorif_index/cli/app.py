@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import LorifError, told
+from ..errors import LorifError, message_of
 from ..version import VERSION
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ def reported_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (LorifError, OSError) as error:
-        typer.echo(f"lorif: {' '.join(told(error).split())}", err=True)
+        typer.echo(f"lorif: {' '.join(message_of(error).split())}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import IndexExistsError
-from ..web.explorer import Explorer, Question
+from ..web.explorer import Explorer, WrittenQuestion
 from ..web.guard import is_loopback
 from ..web.report import report as report_page
 from ..web.server import make_app
@@ -42,7 +42,7 @@ def report(
             raise IndexExistsError(f"{out} exists: pass another file with --out, or delete it")
         explorer = Explorer.open(index, model=model, device=device)
         with explorer.index:
-            question = Question(query, prompt, row)
+            question = WrittenQuestion(query, prompt, row)
             html = report_page(explorer, question, k=k, recall=recall, shade=shade)
             out.write_text(html, encoding="utf-8")
     write({"page": str(out), "bytes": len(html.encode())}, json)

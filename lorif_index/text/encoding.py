@@ -93,7 +93,7 @@ def _context(model: nn.Module | None, config: Any, tokenizer: Any) -> int | None
 
 
 def has_foreign_columns(row: Mapping[str, Any], model: nn.Module) -> bool:
-    """Whether rows have inputs of the model that no `Encoder` knows: pictures, boxes, a decoder's tokens."""
+    """Whether rows have inputs of the model that no `RowTokeniser` knows: pictures, boxes, a decoder's tokens."""
     named = inspect.signature(base_model(model).forward).parameters
     return bool(set(row) & set(named) - {*_TOKEN_COLUMNS, *LABELS})
 
@@ -106,7 +106,7 @@ def kind_of(columns: Collection[Any], needs: Needs) -> str | None:
     return None
 
 
-class Encoder:
+class RowTokeniser:
     """Rows to examples of a model; each row may be of another kind.
 
     Args:

@@ -15,7 +15,7 @@ from ..capture.ensemble import members_of
 from ..config import CurvatureRows
 from ..errors import DataError, FingerprintError, QueryError
 from .chat import is_chat
-from .encoding import KINDS, LABELS, Encoded, Encoder, Needs, has_foreign_columns, kind_of
+from .encoding import KINDS, LABELS, Encoded, Needs, RowTokeniser, has_foreign_columns, kind_of
 from .packed import UnpackedDocuments
 
 _AT_ONCE = 256
@@ -24,7 +24,7 @@ _AT_ONCE = 256
 class _Faults:
     """What is wrong with examples, for one message."""
 
-    def __init__(self, encoder: Encoder, strict: bool) -> None:
+    def __init__(self, encoder: RowTokeniser, strict: bool) -> None:
         self._encoder, self._strict = encoder, strict
         self._too_long, self._silent = dict[int, int](), list[int]()
 
@@ -96,7 +96,7 @@ class TokenisedData:
     ) -> None:
         if not len(data):
             raise DataError("the data holds no examples")
-        self._encoder = Encoder(tokenizer, Needs.of(model, tokenizer), max_length)
+        self._encoder = RowTokeniser(tokenizer, Needs.of(model, tokenizer), max_length)
         narrow, there = getattr(data, "select_columns", None), getattr(data, "column_names", None)
         if callable(narrow) and isinstance(there, list):
             data = narrow(self._encoder.columns(data[0]))
@@ -128,7 +128,7 @@ class TokenisedStream:
     """The same of a data set that can only be walked; problems are found on the way. Arguments: see `TokenisedData`."""
 
     def __init__(self, stream: Iterable[Any], tokenizer: Any, model: nn.Module | None) -> None:
-        self._stream, self._encoder = stream, Encoder(tokenizer, Needs.of(model, tokenizer))
+        self._stream, self._encoder = stream, RowTokeniser(tokenizer, Needs.of(model, tokenizer))
         self.collate_examples = self._encoder.collate
 
     def __iter__(self) -> Iterator[Encoded]:

@@ -33,7 +33,7 @@ _EXAMPLES = 6
 
 
 @dataclass(frozen=True)
-class Question:
+class WrittenQuestion:
     """A text, or a row of the index put as a question.
 
     Attributes:
@@ -140,7 +140,7 @@ class Explorer:
             return cls(Index.open(path), None, why)
         return cls(*open_text_index(path, model=model, device=device))
 
-    def search(self, question: Question, k: int, *, opponents: bool = False, recall: float = 0.99) -> Side:
+    def search(self, question: WrittenQuestion, k: int, *, opponents: bool = False, recall: float = 0.99) -> Side:
         """The k rows that did most for, or against, the question; a row that asks is not among its own.
 
         Raises:
@@ -151,7 +151,7 @@ class Explorer:
         with self._lock:
             return self._kept(self._search, question, k, opponents, recall)
 
-    def loss(self, question: Question) -> tuple[int, float] | None:
+    def loss(self, question: WrittenQuestion) -> tuple[int, float] | None:
         """(tokens with a loss, the model's loss on them in nats); None where no text and model are there."""
         text = self.text_of(question)
         if self.text_model is None or text is None:
@@ -159,7 +159,9 @@ class Explorer:
         with self._lock:
             return self.text_model.losses(in_words(text, question.prompt))[0]
 
-    def explain(self, question: Question, ids: Sequence[int], *, asked_tokens: bool = False) -> dict[int, Shading]:
+    def explain(
+        self, question: WrittenQuestion, ids: Sequence[int], *, asked_tokens: bool = False
+    ) -> dict[int, Shading]:
         """Shares of tokens and layers in the scores of some rows; nothing where there is no model, or no text.
 
         A row that asks is explained as its text: the shares are of whole gradients, not of what is stored.
@@ -184,31 +186,31 @@ class Explorer:
         """
         return _items(ids, self.index.payloads(ids))
 
-    def text_of(self, question: Question) -> str | None:
+    def text_of(self, question: WrittenQuestion) -> str | None:
         """What is asked, in words; None where a row that is no text asks."""
         if question.row is None:
             return question.text
         item = self.items([question.row])[0]
         return item.text if is_text(item.payload) else None
 
-    def examples(self) -> list[tuple[str, Question]]:
+    def examples(self) -> list[tuple[str, WrittenQuestion]]:
         """(label, question) to begin with: rows from all over the index, and before them the demo's question."""
         if not len(self.index):
             return []
         ids = self.index.ids
         chosen = ids[np.unique(np.linspace(0, len(ids) - 1, _EXAMPLES + 2).astype(int)[1:-1])].tolist()
-        rows = [(item.text or f"row {item.id}", Question(row=item.id)) for item in self.items(chosen)]
+        rows = [(item.text or f"row {item.id}", WrittenQuestion(row=item.id)) for item in self.items(chosen)]
         demo = self.text_model is not None and text_facts(self.index).get("origin") == DEMO
-        return [(QUESTION, Question(QUESTION)), *rows] if demo else rows
+        return [(QUESTION, WrittenQuestion(QUESTION)), *rows] if demo else rows
 
-    def _query(self, question: Question) -> Any:
+    def _query(self, question: WrittenQuestion) -> Any:
         if question.row is not None:
             return self.index.gradients([question.row])
         if self.text_model is None:
             raise QueryError(f"a text needs the model, and {self.why}: name it with --model, or ask by a row's id")
         return in_words(question.text or "", question.prompt)
 
-    def _search(self, question: Question, k: int, opponents: bool, recall: float) -> Side:
+    def _search(self, question: WrittenQuestion, k: int, opponents: bool, recall: float) -> Side:
         extra = 0 if question.row is None else 1
         found = self.index.search(self._query(question), k + extra, opponents=opponents, recall=recall)
         ids, scores = found.ids[0].tolist(), found.scores[0].tolist()

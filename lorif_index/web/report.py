@@ -5,11 +5,11 @@ from __future__ import annotations
 from ..errors import DataError
 from ..version import VERSION
 from .charts import by_source, layer_bars
-from .explorer import MOST_EXPLAINED, Explorer, Question, Shading
+from .explorer import MOST_EXPLAINED, Explorer, Shading, WrittenQuestion
 from .page import asset, render, style_source, token_values
 
 
-def report(explorer: Explorer, question: Question, *, k: int = 20, recall: float = 0.99, shade: int = 10) -> str:
+def report(explorer: Explorer, question: WrittenQuestion, *, k: int = 20, recall: float = 0.99, shade: int = 10) -> str:
     """The question, its proponents and opponents side by side, and how they were found.
 
     Args:

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from ..errors import ConfigError, DataError, LorifError, NonFiniteError
 from ..version import VERSION
 from .charts import by_source, family, layer_bars
-from .explorer import MOST_EXPLAINED, MOST_HITS, Explorer, Found, Question, Side
+from .explorer import MOST_EXPLAINED, MOST_HITS, Explorer, Found, Side, WrittenQuestion
 from .guard import HEADERS, Guard
 from .page import plain_json, render, token_values
 
@@ -34,7 +34,7 @@ class Refused(Exception):
 class Asked:
     """A search as its address says it."""
 
-    question: Question
+    question: WrittenQuestion
     k: int = PASSAGES
     opponents: bool = False
     source: str = ""
@@ -177,7 +177,7 @@ class _Pages:
             {
                 "hit": hit,
                 "passage": asked.address("/passage", row=hit.item.id),
-                "neighbours": Asked(Question(row=hit.item.id), asked.k).address("/neighbours"),
+                "neighbours": Asked(WrittenQuestion(row=hit.item.id), asked.k).address("/neighbours"),
             }
             for hit in kept
         ]
@@ -236,8 +236,8 @@ class _Pages:
             explained=one,
             asked_shaded=asked_shaded,
             layers=[] if one is None else layer_bars(one.layers),
-            neighbours=Asked(Question(row=item.id), k).address("/neighbours"),
-            asks_text=Asked(Question(item.text), k).address("/search") if can_ask else None,
+            neighbours=Asked(WrittenQuestion(row=item.id), k).address("/neighbours"),
+            asks_text=Asked(WrittenQuestion(item.text), k).address("/search") if can_ask else None,
         )
 
     # -- for machines ----------------------------------------------------------------------------------------------
@@ -361,10 +361,10 @@ class _Values:
         """A row's id."""
         return self.rows(key, 1)[0]
 
-    def question(self, row_key: str) -> Question:
+    def question(self, row_key: str) -> WrittenQuestion:
         """A text, or a row by its key."""
         if not self.has("q") and not self.has(row_key):
             raise Refused(400, f"The address has no question: q= takes a text, {row_key}= a row of the index.")
         if not self.has("q"):
-            return Question(row=self.row(row_key))
-        return Question(self.text("q", LONGEST_QUESTION), self.text("prompt", LONGEST_QUESTION) or None)
+            return WrittenQuestion(row=self.row(row_key))
+        return WrittenQuestion(self.text("q", LONGEST_QUESTION), self.text("prompt", LONGEST_QUESTION) or None)

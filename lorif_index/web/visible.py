@@ -21,32 +21,32 @@ _SPECIAL = re.compile(r"[^ -~\n\t]")
 _JOINERS = {"\u200c", "\u200d"}
 
 
-class Piece(NamedTuple):
+class TextRun(NamedTuple):
     """Text as it is, with an empty name, or one hidden character as "U+202E" with its name."""
 
     text: str
     name: str = ""
 
 
-def pieces(text: str) -> list[Piece]:
+def pieces(text: str) -> list[TextRun]:
     """A text in pieces: their texts are safe to show once escaped. Newlines and tabs stay; "\\r\\n" is one newline.
 
     Args:
         text: anything; lone surrogates, too.
     """
     text = text.replace("\r\n", "\n")
-    found: list[Piece] = []
+    found: list[TextRun] = []
     start = 0
     for match in _SPECIAL.finditer(text):
         at, char = match.start(), match[0]
         if not _hidden(text, at, char):
             continue
         if at > start:
-            found.append(Piece(text[start:at]))
-        found.append(Piece(f"U+{ord(char):04X}", unicodedata.name(char, "") or _unnamed(char)))
+            found.append(TextRun(text[start:at]))
+        found.append(TextRun(f"U+{ord(char):04X}", unicodedata.name(char, "") or _unnamed(char)))
         start = at + 1
     if start < len(text):
-        found.append(Piece(text[start:]))
+        found.append(TextRun(text[start:]))
     return found
 
 

@@ -29,12 +29,12 @@ from lorif_index.cli import app
 from lorif_index.errors import QueryError
 from lorif_index.text import Document, build_text_index, load_text_model, open_text_index
 from lorif_index.web.charts import bars, by_source, family, layer_bars, levels
-from lorif_index.web.explorer import Explorer, Question
+from lorif_index.web.explorer import Explorer, WrittenQuestion
 from lorif_index.web.guard import HEADERS, host_of, is_loopback
 from lorif_index.web.page import asset
 from lorif_index.web.report import report
 from lorif_index.web.server import make_app
-from lorif_index.web.visible import Piece, pieces, visible
+from lorif_index.web.visible import TextRun, pieces, visible
 
 ROOT = Path(__file__).parents[2]
 ASKED = "The dog looked at the moon."
@@ -151,14 +151,14 @@ def harmless(text):
 
 def test_what_hides_is_made_visible():
     assert pieces("plain\ttext\nhere, gr\u00fcn \u65e5\u672c \u0627\u0644") == [
-        Piece("plain\ttext\nhere, gr\u00fcn \u65e5\u672c \u0627\u0644")
+        TextRun("plain\ttext\nhere, gr\u00fcn \u65e5\u672c \u0627\u0644")
     ]
     assert pieces("a\u202eb\r\nc\rd") == [
-        Piece("a"),
-        Piece("U+202E", "RIGHT-TO-LEFT OVERRIDE"),
-        Piece("b\nc"),
-        Piece("U+000D", "control character"),
-        Piece("d"),
+        TextRun("a"),
+        TextRun("U+202E", "RIGHT-TO-LEFT OVERRIDE"),
+        TextRun("b\nc"),
+        TextRun("U+000D", "control character"),
+        TextRun("d"),
     ]
     hidden = "\x00\x07\x1b\x7f\x85\xad\u061c\u180e\u200b\u200e\u200f\u2028\u2029\u2060\u2066\u2069\ufeff\ud800\ufffe"
     hidden += "\u3164\U000e0041\U0001ffff\ufff9"
@@ -241,19 +241,19 @@ def test_stored_rows_are_gradients(tmp_path):
 
 
 def test_a_row_finds_others_than_itself(explorer):
-    side = explorer.search(Question(row=20), 10)
+    side = explorer.search(WrittenQuestion(row=20), 10)
     direct = explorer.index.search(explorer.index.gradients([20]), 11)
     assert 20 in direct.ids[0] and [h.item.id for h in side.hits] == [i for i in direct.ids[0].tolist() if i != 20]
     assert [h.rank for h in side.hits] == list(range(1, 11))
     with pytest.raises(QueryError, match="k must be from 1 to 1,000"):
-        explorer.search(Question(row=20), 1001)
+        explorer.search(WrittenQuestion(row=20), 1001)
 
 
 # -- the report
 
 
 def test_the_report_has_both_sides_and_is_harmless(explorer):
-    html = report(explorer, Question(ASKED), k=1000)
+    html = report(explorer, WrittenQuestion(ASKED), k=1000)
     words = harmless(html)
     for opponents in (False, True):
         for row in explorer.index.search(ASKED, 550, opponents=opponents).ids[0, :3].tolist():
@@ -584,7 +584,7 @@ def quickest(browser, address, milliseconds):
 
 
 def test_the_report_in_a_browser(browser, explorer, tmp_path):
-    (tmp_path / "r.html").write_text(report(explorer, Question(HOSTILE[0]), k=1000), encoding="utf-8")
+    (tmp_path / "r.html").write_text(report(explorer, WrittenQuestion(HOSTILE[0]), k=1000), encoding="utf-8")
     browser.screen(1200, 900)
     quickest(browser, (tmp_path / "r.html").as_uri(), "0")
     own_requests_only(browser, (tmp_path / "r.html").as_uri())
