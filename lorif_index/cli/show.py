@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from ..web.visible import on_one_line
 
 _WIDTH_OF_FILES = 100
 # Numbers under such a name, and all that is below it, are bytes.
-_BYTES = ("bytes", "disk", "memory", "temporary", "held", "sent", "published")
+_BYTES = re.compile(r"bytes|disk|memory|temporary|held(?!.out)|sent|published")
 
 
 def console() -> Console:
@@ -111,7 +112,7 @@ def _cell(value: Any, path: str) -> Text:
         return Text(", ").join(parts) if parts else Text("none")
     if value is None or isinstance(value, bool):
         return Text("none" if value is None else str(value).lower())
-    if isinstance(value, (int, float)) and any(word in path for word in _BYTES):
+    if isinstance(value, (int, float)) and _BYTES.search(path):
         return Text(decimal(round(value)) if value >= 10_000 else f"{value:,.0f} bytes")
     if isinstance(value, int):
         return Text(f"{value:,}")

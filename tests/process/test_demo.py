@@ -129,6 +129,7 @@ def test_the_demo_is_shown(small, monkeypatch):
     shown = CliRunner().invoke(app, ["demo"]).stdout
     assert "Which training passages" in shown and "Lambdas are functions." in shown
     assert "steps" in shown and "check" in shown
+    assert f"loss held out  {result.training.loss_held_out:.4g}" in shown  # in nats: "held" alone would mean bytes
     for payload in result.hits.payloads[0]:
         assert payload["source"].split(",")[0] in shown
     facts = json.loads(CliRunner().invoke(app, ["demo", "--json"]).stdout)
