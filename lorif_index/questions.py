@@ -15,6 +15,7 @@ from .capture.data import as_source, as_tensors, batch_count
 from .capture.gradients import GradientBlock, keep_finite, parse_block
 from .capture.losses import PerExample
 from .capture.sources import ModelCapture, check_block
+from .curvature.inverse import transform
 from .damping import Damping, as_damping
 from .errors import NonFiniteError, QueryError
 from .identity import Identity
@@ -90,7 +91,8 @@ class Questions:
     def _question(self, gradients: dict[str, torch.Tensor], policy: Damping, normalize: str | None) -> Question:
         reader = self.now.reader
         preconditioners, members = reader.preconditioners(gradients, policy), member_count(reader)
-        question = reader.ask(gradients, preconditioners)
+        x = transform(gradients, preconditioners)
+        question = reader.ask(x)
         if question.x is not None and not bool(torch.isfinite(question.x).all()):
             raise NonFiniteError(
                 "the query's coordinates are inf or NaN: its gradients are too large, or what the index was fitted "

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..codecs.base import QueryGradients
+from ..codecs.base import Transformed
 from ..config import BuildConfig
 from ..curvature.fit import LayerCurvature
-from ..curvature.inverse import inverses, lambdas
+from ..curvature.inverse import inverses, lambdas, transform
 from ..curvature.sketch import Sketch, fit_sketch, sketch_method
 from ..linalg.scratch import CPU
 from ..progress import Stage
@@ -134,7 +134,7 @@ def make_candidates(making: Making) -> None:
 def _sketch(making: Making, stage: Stage) -> Sketch:
     """A sketch fitted on a random sample of the stored rows; over several ranks it is rank 0's."""
     rows, config = making.rows, making.config
-    lams = lambdas(making.curvature, config.policy, config.complement)
+    lams = lambdas(making.curvature, config.policy)
     chosen, count = rows.drawn("curvature-sample", config.sample.size)
     whitened = rows.codec.whitened(lambda: rows.blocks(chosen), count, lams, making.device)
     return fit_sketch(
@@ -241,8 +241,8 @@ def _calibrate(making: Making, sketch: Sketch, stage: Stage) -> Calibration | No
         own = np.concatenate([own, np.full(next(iter(making.extra.values())).shape[0], -1)])
     if not len(own):
         return None
-    preconditioners = inverses(making.curvature, policy, making.config.complement)
-    question = ask(rows.codec, sketch, QueryGradients(gradients, making.curvature), preconditioners)
+    preconditioners = inverses(making.curvature, policy)
+    question = ask(rows.codec, sketch, Transformed(transform(gradients, preconditioners), making.curvature))
     count, ranks, team = rows.live_count, rows.ranks, rows.team
     coarse = Coarse(Codes.load(making.folder, manifest.coarse, team.own))
     search = CandidateSearch(rows.rescorer, proposer_of(rows, coarse, sketch), None)

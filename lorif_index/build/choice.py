@@ -18,14 +18,10 @@ from ..codecs.registry import LOSSLESS, PREFERRED, codec_class
 from ..codecs.truncation import factorise
 from ..config import LEAST_FLOOR, BuildConfig
 
-# Widths of eigencodes' projections in small models, and what the sample's gradients may take on disk meanwhile, once
-# more for probes.
-_FLOORS = (48, 64, 96, 128, 192, 256)
-_FLOOR_BYTES = 4 << 30
-# From this width on, wide enough is what has so many directions for each bit of a row (`bench.lds`: on the fine-tuned
-# GPT rows of 8,192 bytes have .529 where there are 1.8 and .543 where there are 3, of 1,600 bytes .451 for 9 and .447
-# for 15).
-_WIDE, _DIRECTIONS_A_BIT = 128, 4
+# Widths of eigencodes' projections; most numbers of a gradient, and what the sample's gradients may take on disk
+# meanwhile, once more for probes.
+_FLOORS = (16, 24, 32, 48, 64, 96, 128)
+_NUMBERS, _FLOOR_BYTES = 1 << 20, 4 << 30
 # A model whose directions of the least width so many bytes hold all stays there, however many or few are asked for
 # (docs/quality.md: two checkpoints of digits in 340 bytes have .583 at d = 32, and .344 when they were wider).
 _SMALL = 1600
@@ -52,18 +48,16 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
     first = itertools.islice(ModelGradients(taken.capture(loss), examples).blocks(), 1)
     if not codec_class(chosen_codec(least, taken.specs, first)).gains_by_width:
         return least
-    if sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:
+    if config.projection_dim != "auto" or sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:
         return least
-    found = least
+    found = None
     for floor in _FLOORS:
         wider = dataclasses.replace(config, projection_floor=floor)
         each = sum(spec.dim for spec in layer_specs(taken.layers, wider).values())
-        if 4 * each * min(examples.count, config.sample.size) > _FLOOR_BYTES:
+        if found is not None and (each > _NUMBERS or 4 * each * min(examples.count, config.sample.size) > _FLOOR_BYTES):
             break
         found = wider
-        if floor >= _WIDE and each >= _DIRECTIONS_A_BIT * 8 * config.eigen_bytes:
-            break
-    return found
+    return found or least
 
 
 def is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:

@@ -40,7 +40,7 @@ from .choice import with_floor
 
 # Settings that leave every stored number as it is; all others must agree when an interrupted build goes on. autocast
 # is in the fingerprint by itself.
-_FREE_SETTINGS = ("complement", "coarse", "compute")
+_FREE_SETTINGS = ("coarse", "compute")
 
 
 @dataclass(frozen=True)

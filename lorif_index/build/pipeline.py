@@ -141,7 +141,7 @@ def _calibration_queries(inputs: Inputs, state: BuildState, sample: SampleRows, 
 def _report(inputs: Inputs, state: BuildState, sample: SampleRows, rows: IndexRows, vanished: int) -> None:
     """What the manifest says of the build."""
     manifest, ranks = state.manifest, state.ranks
-    preconditioners = inverses(state.curvature(), inputs.config.policy, inputs.config.complement)
+    preconditioners = inverses(state.curvature(), inputs.config.policy)
     seconds = manifest.report.get("seconds", {})
     for stage, value in state.reporter.seconds.items():
         seconds[stage] = round(seconds.get(stage, 0.0) + value, 6)

@@ -14,7 +14,7 @@ from ..codecs.base import CodecSizes
 from ..codecs.registry import codec_class
 from ..config import BuildConfig
 from ..curvature.fit import CurvatureShape, fit_bytes
-from ..curvature.sketch import sketch_subspace
+from ..curvature.sketch import sketch_subspace, sketched_directions
 from ..linalg.scratch import CPU
 from ..linalg.subspace import GROUP_BYTES
 from ..search.candidates import most_proposed
@@ -74,15 +74,9 @@ class Shapes:
     curvature_rows: int | None = None
 
     @cached_property
-    def curvature(self) -> dict[str, CurvatureShape]:
-        """Layer -> what is fitted of its curvature."""
-        return codec_class(self.codec).shapes(self.config, self.specs)
-
-    @cached_property
     def directions(self) -> int:
-        """Of all layers' curvatures together."""
-        rows = self.curvature_rows
-        return sum(shape.directions(self.specs[name].dim, rows) for name, shape in self.curvature.items())
+        """Coordinates that a sketch of gradients is made of."""
+        return sketched_directions(spec.dim for spec in self.specs.values())
 
     @cached_property
     def rows(self) -> CodecSizes:
@@ -92,7 +86,7 @@ class Shapes:
     @property
     def dim(self) -> int:
         """k, the sketch's coordinates."""
-        return min(self.config.coarse.dim, max(self.directions, 1))
+        return min(self.config.coarse.dim, max(self.rows.directions, 1))
 
     @property
     def width(self) -> int:
@@ -107,7 +101,9 @@ class Shapes:
         """Bytes of what all rows share, whatever their number, by the names of the manifest's fits."""
         return {
             "projections": projection_bytes(self.specs) if self.config.projection == "eigen" else 0,
-            "curvature": curvature_bytes(self.curvature, self.specs, self.curvature_rows),
+            "curvature": curvature_bytes(
+                CurvatureShape.of(self.config, len(self.specs)), self.specs, self.curvature_rows
+            ),
             "codec": self.rows.file,
             "sketch": sketch_bytes(self.config.coarse.dim, self.rows.directions) if self.coarse else 0,
         }
@@ -139,7 +135,8 @@ class Shapes:
         sizes, fits, kept = self.disk(own), self.fits(), self.rows.directions
         found = {
             "gradients": 4 * self.width * config.batch_size,
-            "curvature": fit_bytes(self.curvature, self.specs, GROUP_BYTES) + fits["curvature"],
+            "curvature": fit_bytes(CurvatureShape.of(self.config, len(self.specs)), self.specs, GROUP_BYTES)
+            + fits["curvature"],
             "encode": 2 * sizes.fit + 2 * min(config.compute.shard_bytes, own * sizes.row),
         }
         if self.coarse:

@@ -18,8 +18,8 @@ from ..capture.sharded import evened
 from ..capture.sources import ProbedGradients, curvature_source
 from ..codecs.base import Fitting
 from ..codecs.registry import codec_class
-from ..curvature.fit import Part, RowPass, fit_curvature, mix
-from ..curvature.inverse import inverses, lambdas
+from ..curvature.fit import CurvatureShape, Part, RowPass, fit_curvature, mix
+from ..curvature.inverse import inverses
 from ..errors import DataError
 from ..ranks import share
 from ..search.reader import codec_of
@@ -125,7 +125,7 @@ def _fit_curvature(inputs: Inputs, state: BuildState, rows: RowPass, count: int,
             rows,
             count,
             inputs.specs,
-            shapes=codec_class(str(state.manifest.codec)).shapes(config, inputs.specs),
+            shape=CurvatureShape.of(config, len(inputs.specs)),
             power_iterations=config.power_iterations,
             seed=config.seed,
             examples=examples,
@@ -136,7 +136,7 @@ def _fit_curvature(inputs: Inputs, state: BuildState, rows: RowPass, count: int,
 
     def save(name: str) -> dict[str, Any]:
         # Found out now rather than at the first search.
-        inverses(fitted, config.policy, config.complement)
+        inverses(fitted, config.policy)
         return save_curvature(state.path, name, fitted)
 
     state.publish("curvature", save)
@@ -147,12 +147,13 @@ def fit_codec(inputs: Inputs, state: BuildState, sample: SampleRows) -> None:
     if "codec" in state.manifest.fits:
         return
     kind, config = codec_class(str(state.manifest.codec)), inputs.config
-    needed = "curvature" in kind.depends_on
-    curvature = state.curvature() if needed else {}
-    lams = lambdas(curvature, config.policy, config.complement) if needed else {}
+    curvature = state.curvature() if "curvature" in kind.depends_on else {}
+    preconditioners = inverses(curvature, config.policy)
     with state.stage("codec") as stage:
         codec = kind.fit(
-            Fitting(inputs.specs, config, curvature, lams, sample.gradients, stage, inputs.device, state.ranks)
+            Fitting(
+                inputs.specs, config, curvature, preconditioners, sample.gradients, stage, inputs.device, state.ranks
+            )
         )
     state.publish("codec", lambda name: codec.save(state.path, name))
 

@@ -15,6 +15,7 @@ from ..capture import eigenbases
 from ..capture.gradients import LayerSpec
 from ..config import BuildConfig
 from ..curvature.fit import CurvatureShape
+from ..curvature.sides import turns
 from ..curvature.sketch import POWER_ITERATIONS, kept_dim, sketch_method, sketch_subspace
 from ..linalg.scratch import CPU
 from ..linalg.subspace import OVERSAMPLING, SubspaceFit, grouped
@@ -101,8 +102,9 @@ def build_traffic(shapes: Shapes, count: int, ranks: int) -> Traffic:
     if config.projection == "eigen":
         sides = eigenbases.fitted_sides(dict(specs))
         out.fitted("projections", eigenbases.side_fits(dict(specs), sides, 0, CPU), eigenbases.POWER_ITERATIONS)
-    _grids(out, specs, shapes.curvature)
-    fits = {name: shape.fit(name, specs[name].dim, rows, 0, CPU) for name, shape in shapes.curvature.items()}
+    _sides(out, specs)
+    shape = CurvatureShape.of(config, len(specs))
+    fits = {name: shape.fit(name, spec.dim, rows, 0, CPU) for name, spec in specs.items()}
     out.fitted("curvature", fits, config.power_iterations)
     if shapes.rows.summed:
         out.summed("codec", shapes.rows.summed)
@@ -112,17 +114,15 @@ def build_traffic(shapes: Shapes, count: int, ranks: int) -> Traffic:
     return out
 
 
-def _grids(out: Traffic, specs: Mapping[str, LayerSpec], shapes: Mapping[str, CurvatureShape]) -> None:
-    """See `grid.fit_grids`, and the sums of the diagonals."""
-    within = {name: shape for name, shape in shapes.items() if shape.products}
-    sides = [(specs[name].d_in, specs[name].d_out) for name in within]
-    owners = shared_out([float(a**3 + b**3) for a, b in sides], out.size)
-    for (a, b), owner, shape in zip(sides, owners, within.values(), strict=True):
-        out.reduced("curvature", 8 * (a * a + b * b), owner)
-        out.spread("curvature", 4 * (a * a + b * b), owner)
-        out.summed("curvature", 8 * a * b)
-        out.spread("curvature", 8 * (shape.products + shape.diagonal), 0)
-        out.summed("curvature", 8 * shape.diagonal)
+def _sides(out: Traffic, specs: Mapping[str, LayerSpec]) -> None:
+    """See `sides.fit_sides`, and the sums of the mean squares."""
+    sides = [[width for width in (spec.d_in, spec.d_out) if turns(width)] for spec in specs.values()]
+    owners = shared_out([float(sum(width**3 for width in widths)) for widths in sides], out.size)
+    for spec, widths, owner in zip(specs.values(), sides, owners, strict=True):
+        for width in widths:
+            out.reduced("curvature", 8 * width**2, owner)
+            out.spread("curvature", 4 * width**2, owner)
+        out.summed("curvature", 8 * spec.dim)
 
 
 def _sketch(out: Traffic, config: BuildConfig, total: int, sample: int) -> None:

@@ -279,10 +279,11 @@ class Capture:
 
     def _project_input(self, layer: str, use: Use, x: Columns, dtype: torch.dtype) -> torch.Tensor:
         """X P as (n, positions, d) or (n, positions, groups, d); on the output side's projection where transposed."""
-        work = torch.float64 if dtype == torch.float64 else torch.float32
+        work = _working(dtype)
         matrix, width = self._side(layer, use.transposed, x.local.device, work)
         if isinstance(use.module, nn.Embedding):
-            return matrix[x.local] if matrix is not None else functional.one_hot(x.local, width).to(work)
+            # Words that keep their own width stay numbers until their gradients are there.
+            return x.local if matrix is None else matrix[x.local]
         x = x.map(lambda own: own.to(work))
         if matrix is None:
             extra, whole = width - use.inputs, x.whole()
@@ -318,7 +319,8 @@ class Capture:
             return
         self._check_rows(use, dy, "output gradient")
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            part = _columns(use, dy.detach(), spread, "output").map(lambda own: own.to(left.dtype))
+            work = left.dtype if left.is_floating_point() else _working(dy.dtype)
+            part = _columns(use, dy.detach(), spread, "output").map(lambda own: own.to(work))
             if padded is not None:
                 part = part.map(lambda own: own.masked_fill(padded.unsqueeze(-1), 0.0))
             part = part.map(lambda own: output_positions(use, own))
@@ -338,6 +340,12 @@ class Capture:
                     "this rank (positions spread over ranks in plain tensors?): shard it with the styles of "
                     f"torch.distributed.tensor.parallel, or {_REMEDY}"
                 )
+            if not left.is_floating_point():
+                words = self._side(layer, use.transposed, left.device, right.dtype)[1]
+                if self._watch is None:
+                    self._add_words(layer, use, left, right, words)
+                    return
+                left = functional.one_hot(left, words).to(right.dtype)
             if use.transposed:
                 left, right = right, left
             if self._watch is not None:
@@ -356,6 +364,12 @@ class Capture:
             total.pairs.append((left, right))
             return
         self._add_dense(layer, torch.bmm(left.transpose(1, 2), right))
+
+    def _add_words(self, layer: str, use: Use, words: torch.Tensor, right: torch.Tensor, count: int) -> None:
+        """words (n, t) int64, of so many, and the gradients (n, t, d) at what they were turned into."""
+        dense = right.new_zeros(right.shape[0], count, right.shape[2])
+        dense.scatter_add_(1, words.unsqueeze(2).expand_as(right), right)
+        self._add_dense(layer, dense.transpose(1, 2) if use.transposed else dense)
 
     def _add_dense(self, layer: str, gradient: torch.Tensor) -> None:
         """gradient (n, d_in, d_out); pairs held so far join it."""
@@ -421,6 +435,11 @@ class Capture:
                     "is called, but the loss does not depend on it" if layer.name in self._called else "is never called"
                 )
                 raise CaptureError(f"layer {layer.name!r} got no gradient: it {how}: {_REMEDY}")
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """What products are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _columns(use: Use, tensor: torch.Tensor, spread: Spread, what: str) -> Columns:

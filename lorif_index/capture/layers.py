@@ -22,6 +22,9 @@ from ..errors import CaptureError, ConfigError
 from .gradients import LayerSpec
 from .sharded import plain_name
 
+HEAD_NUMBERS = 1 << 19
+"""Most numbers of a gradient of a head that keeps its words."""
+_LEAST_HEAD = 16
 _HEAD_NAMES = ("lm_head", "embed_out", "output_embeddings")
 
 
@@ -48,13 +51,15 @@ class Use:
 
 @dataclass(frozen=True)
 class TrackedLayer:
-    """A weight and the modules that use it. Widths include the bias's column of ones on the input side."""
+    """A weight and the modules that use it. Widths include the bias's column of ones on the input side; `words` is the
+    side, "in" or "out", that has a language model's vocabulary, or None."""
 
     name: str
     uses: tuple[Use, ...]
     width_in: int
     width_out: int
     bias: bool
+    words: str | None = None
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
@@ -146,10 +151,21 @@ def _default_exclusions(model: nn.Module, selection: LayerSelection, adapters: s
             # Its forward uses the projections' weights without calling the modules.
             out.update(id(child) for child in module.modules())
         elif supported(module):
-            named = name.rpartition(".")[2] in _HEAD_NAMES
-            if not selection.head and (module is head or named or _key(module) in embedding_weights):
+            is_head = module is head or _key(module) in embedding_weights or _named_head(name)
+            if is_head and not (selection.head and _trained(module, model)):
                 out.add(id(module))
     return out
+
+
+def _named_head(name: str) -> bool:
+    return name.rpartition(".")[2] in _HEAD_NAMES
+
+
+def _trained(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module's weight is trained, as far as the model says: of one that was frozen whole, all are."""
+    weight = getattr(module, "weight", None)
+    frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
+    return not (frozen and any(p.requires_grad for p in model.parameters()))
 
 
 def _adapters(model: nn.Module) -> tuple[set[int], set[int]]:
@@ -228,7 +244,8 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
     for name, module in candidates.items():
         if _key(module) in chosen:
             groups.setdefault(_key(module), []).append(_describe(name, module, selection.bias))
-    layers = [_tie(uses) for uses in groups.values()]
+    head = _output_embeddings(model)
+    layers = [_tie(uses, head) for uses in groups.values()]
     if not layers:
         raise ConfigError(f"the selection leaves no layer to track: supported modules are {_listed(candidates)}")
     return layers
@@ -240,7 +257,15 @@ def _listed(names: Iterable[str]) -> str:
     return f"[{shown}{', ...' if len(names) > 12 else ''}] ({len(names)} in all)"
 
 
-def _tie(uses: list[Use]) -> TrackedLayer:
+def _words(uses: list[Use], head: nn.Module | None) -> str | None:
+    """The side of a layer that has a head's vocabulary; None where no head uses its weight."""
+    for use in uses:
+        if use.module is head or (_named_head(use.name) and not isinstance(use.module, nn.Embedding)):
+            return "in" if use.transposed else "out"
+    return None
+
+
+def _tie(uses: list[Use], head: nn.Module | None) -> TrackedLayer:
     for use in uses:
         _refuse_unsupported_settings(use)
     first = uses[0]
@@ -258,17 +283,32 @@ def _tie(uses: list[Use]) -> TrackedLayer:
     if bias_in and bias_out:
         raise CaptureError(f"modules {[u.name for u in uses]} share a weight both ways and a bias: exclude one of them")
     return TrackedLayer(
-        first.name, tuple(uses), first.inputs + int(bias_in), first.outputs + int(bias_out), bias_in or bias_out
+        first.name,
+        tuple(uses),
+        first.inputs + int(bias_in),
+        first.outputs + int(bias_out),
+        bias_in or bias_out,
+        _words(uses, head),
     )
 
 
 def layer_specs(layers: list[TrackedLayer], config: BuildConfig) -> dict[str, LayerSpec]:
-    """Projected widths and ranks of the tracked layers."""
+    """Projected widths and ranks of the tracked layers.
+
+    Where the config leaves widths open, a head keeps its words: what examples say of rare words is a large part of what
+    they do, and a projection mixes it with the others' (`docs/quality.md`). Its other side is then as narrow as
+    `HEAD_NUMBERS` allow, but no narrower than 16; above, the words are projected, too.
+    """
     specs = {}
     for layer in layers:
         first = layer.uses[0]
         d_in = config.projected_width(first.inputs, from_model=True)
         d_out = config.projected_width(first.outputs, from_model=True)
+        if layer.words is not None and config.projection_dim == "auto":
+            words, other = (first.inputs, d_out) if layer.words == "in" else (first.outputs, d_in)
+            if words * min(_LEAST_HEAD, other) <= HEAD_NUMBERS:
+                other = min(other, max(HEAD_NUMBERS // words, _LEAST_HEAD))
+                d_in, d_out = (words, other) if layer.words == "in" else (other, words)
         # A side whose own width is kept keeps the bias's column too; a projected one takes it in.
         d_in = layer.width_in if d_in >= first.inputs else d_in
         d_out = layer.width_out if d_out >= first.outputs else d_out

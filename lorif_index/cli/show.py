@@ -125,7 +125,6 @@ def index_json(index: Index) -> dict[str, Any]:
     layers = []
     for spec in index.specs.values():
         curvature = index.curvature[spec.name]
-        kept = float(curvature.eigenvalues.sum())
         layers.append(
             {
                 "name": spec.name,
@@ -138,7 +137,7 @@ def index_json(index: Index) -> dict[str, Any]:
                 "rank": spec.rank,
                 "curvature_rank": curvature.rank,
                 "trace": curvature.trace,
-                "trace_kept": kept / curvature.trace if curvature.trace > 0 else None,
+                "trace_kept": curvature.energy if curvature.trace > 0 else None,
                 "lambda": damping.value(curvature),
             }
         )

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import torch
 
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from ..curvature.fit import CURVATURE_RANK, CurvatureShape, LayerCurvature, RowPass
-from ..curvature.inverse import Preconditioner, inside_of, transform
+from ..curvature.fit import LayerCurvature, RowPass
+from ..curvature.inverse import Preconditioner
 from ..curvature.sketch import Sketch, SketchEncoder, Whitened, half_whitened
 from ..linalg.scratch import CPU
 from ..progress import Stage
@@ -44,7 +44,7 @@ class Fitting:
         specs: the layers.
         config: the build's choices.
         curvature: layer -> fitted curvature; empty where the codec does not depend on it.
-        lams: layer -> lambda of the config's damping; empty likewise.
+        preconditioners: layer -> H^-1 under the config's damping; empty likewise.
         sample: gives this rank's blocks of the sample's gradients, the same at each walk, and how many rows all ranks
             have. Nothing is computed before it is called.
         stage: told of the rows walked.
@@ -55,7 +55,7 @@ class Fitting:
     specs: Mapping[str, LayerSpec]
     config: BuildConfig
     curvature: Mapping[str, LayerCurvature]
-    lams: Mapping[str, float]
+    preconditioners: Mapping[str, Preconditioner]
     sample: Callable[[], tuple[RowPass, int]]
     stage: Stage
     device: torch.device = CPU
@@ -82,26 +82,26 @@ class CodecSizes:
 
 
 @dataclass(frozen=True)
-class QueryGradients:
-    """Gradients of some queries, with what several parts of a question need of them.
+class Transformed:
+    """Transformed gradients of some queries, x = H^-1 G, with what several parts of a question need of them.
 
     Attributes:
-        gradients: layer -> (q, d_in, d_out) float32; layers that are absent count nothing.
+        x: layer -> (q, d_in, d_out) float32; layers that are absent count nothing.
         curvature: layer -> fitted curvature.
     """
 
-    gradients: Mapping[str, torch.Tensor]
+    x: Mapping[str, torch.Tensor]
     curvature: Mapping[str, LayerCurvature]
 
     @property
     def count(self) -> int:
         """q."""
-        return int(next(iter(self.gradients.values())).shape[0])
+        return int(next(iter(self.x.values())).shape[0])
 
     @cached_property
-    def inside(self) -> dict[str, torch.Tensor]:
-        """Layer -> V^T vec(G), (q, r) float32."""
-        return inside_of({name: g.flatten(1) for name, g in self.gradients.items()}, self.curvature)
+    def turned(self) -> dict[str, torch.Tensor]:
+        """Layer -> x in the curvature's coordinates, (q, D) float32."""
+        return {name: self.curvature[name].sides.turned(x.flatten(1)) for name, x in self.x.items()}
 
 
 class Scorer(Protocol):
@@ -152,15 +152,9 @@ class RowCodec(ABC):
     # -- before anything is fitted -------------------------------------------------------------------------------
 
     @classmethod
-    def shapes(cls, config: BuildConfig, specs: Mapping[str, LayerSpec]) -> dict[str, CurvatureShape]:
-        """Layer -> what is to be fitted of its curvature: as the config says, or what these rows have use for."""
-        rank = CURVATURE_RANK if config.curvature_rank == "auto" else config.curvature_rank
-        return dict.fromkeys(specs, CurvatureShape(rank))  # type: ignore[arg-type]
-
-    @classmethod
     @abstractmethod
     def sizes(cls, config: BuildConfig, specs: Mapping[str, LayerSpec], directions: int) -> CodecSizes:
-        """What it will take, where the layers' curvatures have so many directions together."""
+        """What it will take; `directions` is how many coordinates a sketch of gradients is made of."""
 
     @classmethod
     def choices(cls) -> list[dict[str, Any]]:
@@ -219,9 +213,9 @@ class RowCodec(ABC):
     def decode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Layer -> (n, D) float32: the gradients that rows (n, row_bytes) uint8 on the CPU stand for."""
 
-    def question(self, asked: QueryGradients, preconditioners: Mapping[str, Preconditioner]) -> Parts:
-        """What `scorer` takes: here H^-1 G of each layer, (q, d_in, d_out)."""
-        return transform(asked.gradients, preconditioners)
+    def question(self, asked: Transformed) -> Parts:
+        """What `scorer` takes: here x of each layer, (q, d_in, d_out)."""
+        return dict(asked.x)
 
     def scorer(self, parts: Parts, device: torch.device = CPU) -> Scorer:
         """Scores rows on a device by what `question` gave, for some or all of its questions."""

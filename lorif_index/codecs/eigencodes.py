@@ -1,18 +1,21 @@
-"""Eigencodes: an example's gradients in their layers' curvature eigenbases, in few bits.
+"""Eigencodes: an example's gradients in the basis of their layers' sides, in few bytes.
 
-A layer's curvature is diagonal in its basis V, and so is the score: sum_j (v_j^T g_q) (v_j^T g_i) / (S_j + lambda).
-Directions differ in what they add to it, E_j / (S_j + lambda) with E_j = mean_i (v_j^T g_i)^2; the best of all layers
-are kept, as many as a row has room for, each as v_j^T g_i / sqrt(E_j) in 1, 2, 4 or 8 bits. More directions of one bit
-are better than fewer of several (`bench.frontier`): the error of a rounded coordinate is a share of what it adds, that
-of a missing one all of it. In random directions the same bits say much less. Nothing is kept of other directions.
+In the products of the sides' eigenvectors (see `curvature.sides`) a score is a sum over D coordinates, sum_j x_j g_j
+with x = H^-1 g_q. Coordinate j adds about rms(x_j) rms(g_j) to it. There are two ways to write a row:
+
+- levels: the coordinates that add most over all examples, each in 1, 2, 4 or 8 bits (see `bits`);
+- the largest: of each example its own coordinates of the largest rms(x_j) |g_j|, with their places (see `sparse`).
+
+Which is better depends on the model: levels where examples are alike in what they use, the largest where they are not.
+Both are made of the sample, and the one whose scores agree best with those of whole gradients is taken; so is the size
+of a row, where that is left open (see `agreement`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -21,28 +24,24 @@ import numpy as np
 import torch
 
 from ..capture.gradients import GradientBlock, LayerSpec
-from ..curvature.fit import CURVATURE_RANK, CurvatureShape, LayerCurvature
-from ..curvature.inverse import Preconditioner, inside_of
-from ..curvature.sketch import Sketch, Whitened, roots
+from ..curvature.fit import LayerCurvature
+from ..curvature.inverse import Preconditioner
+from ..curvature.sketch import MOST_DIRECTIONS, Sketch, Whitened, roots
 from ..errors import CorruptionError, CurvatureError
 from ..linalg.scratch import CPU
-from ..storage.sealed import SealedFile, entry_of, write_sealed
-from .base import SKETCHED_ROWS, CodecSizes, Encoder, Fitting, Parts, QueryGradients, RowCodec, Scorer
+from ..storage.sealed import SealedFile, as_count, entry_of, write_sealed
+from .agreement import SIZES, chosen, sizes_of, some_rows
+from .base import SKETCHED_ROWS, CodecSizes, Encoder, Fitting, Parts, RowCodec, Scorer, Transformed
 from .bits import BITS, SCALE_BYTES, CodeLayout
+from .sparse import ENTRY_BYTES, MOST_PLACES, SparseLayout
 
 if TYPE_CHECKING:
     from ..config import BuildConfig
 
-# Directions that add less than this, of at most 1, add nothing that could be seen.
+# Directions that add less than this, of the most that one adds, add nothing that could be seen.
 _LEAST_SHARE = 1e-3
-# Of the curvature's directions, so many times those that a row has room for are found: layers share it unequally.
-_SPARE = 1.5
-# But no more: one or two layers would take minutes, and 20 MB each.
-_MOST_DIRECTIONS = 1600
-# And of further products, so many times those that a row has room for.
-_SPARE_ALONE = 3.0
-# They are found among a quarter more products of the sides' eigenvectors, and at least so many (see `curvature.grid`).
-_PRODUCTS, _LEAST_PRODUCTS = 1.25, 1024
+# Rows of the sample that tell what directions add.
+_WEIGHED_ROWS = 2048
 # Bytes of the file for a direction: its number and its amplitude.
 _DIRECTION_BYTES = 12
 
@@ -52,7 +51,7 @@ class LayerCode:
     """The directions of one layer that are kept.
 
     Attributes:
-        directions: (m,) int64, rising: columns of the layer's basis.
+        directions: (m,) int64, rising: which of the layer's D coordinates.
         amplitudes: (m,) float32: sqrt(E_j), what a coded coordinate of 1 stands for.
     """
 
@@ -61,10 +60,10 @@ class LayerCode:
 
 
 class Layout(Protocol):
-    """How coordinates lie in a row, a piece with a scale for each layer (see `bits.CodeLayout`)."""
+    """How coordinates lie in a row (see `bits.CodeLayout`, `sparse.SparseLayout`)."""
 
     @property
-    def widths(self) -> tuple[int, ...]: ...
+    def dim(self) -> int: ...
     @property
     def row_bytes(self) -> int: ...
     @property
@@ -75,31 +74,41 @@ class Layout(Protocol):
     def cosine(self) -> float: ...
     def encode(self, z: torch.Tensor) -> torch.Tensor: ...
     def decode(self, codes: torch.Tensor) -> torch.Tensor: ...
-    def squares(self, codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor: ...
     def scorer(self, queries: torch.Tensor) -> Scorer: ...
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to code coordinates.
+    """A way to write rows.
 
     Attributes:
-        bits: of each code.
-        group: coordinates that share one.
+        bits: of each coordinate; 0: rows name their largest.
+        entries: how many they name; 0 with levels.
     """
 
-    bits: int
-    group: int = 1
+    bits: int = 0
+    entries: int = 0
 
-    @property
-    def unit(self) -> int:
-        """Coordinates that are kept or left out together: whole bytes, or whole groups."""
-        return self.together if self.group == 1 else self.group
+    def layout(self, counts: tuple[int, ...]) -> Layout:
+        """Of so many coordinates of each layer."""
+        return CodeLayout(sum(counts), self.bits, counts) if self.bits else SparseLayout(sum(counts), self.entries)
 
-    @property
-    def together(self) -> int:
-        """Least number of codes that end with a byte."""
-        return 8 // math.gcd(self.bits, 8)
+
+@dataclass(frozen=True)
+class Weights:
+    """What the sample says of coordinates: layer -> (D,) float64 mean squares.
+
+    Attributes:
+        own: of gradients g.
+        asked: of x = H^-1 g.
+    """
+
+    own: Mapping[str, torch.Tensor]
+    asked: Mapping[str, torch.Tensor]
+
+    def shares(self) -> torch.Tensor:
+        """What coordinates add to a score, of all layers one after the other: rms(x_j) rms(g_j)."""
+        return torch.cat([(self.own[name] * self.asked[name]).sqrt() for name in self.own])
 
 
 class EigenCodec(RowCodec):
@@ -134,100 +143,86 @@ class EigenCodec(RowCodec):
 
     @cached_property
     def layout(self) -> Layout:
-        return self.layout_of(self.way, self.counts)
-
-    # -- what a kind of codes decides ----------------------------------------------------------------------------
-
-    @classmethod
-    def layout_of(cls, way: Way, counts: tuple[int, ...]) -> Layout:
-        """How rows lie that have so many directions of each layer: a piece for each, so that each has its own scale."""
-        return CodeLayout(sum(counts), way.bits, counts)
-
-    @classmethod
-    def ways(cls, directions: int, room: int) -> list[Way]:
-        """Ways to code so many directions in so many bits: where all fit in more than a bit each, they get 2, 4, 8."""
-        return [Way(max((b for b in BITS if directions * b <= room), default=1))]
-
-    @classmethod
-    def most_kept(cls, row_bytes: int) -> int:
-        """Directions that rows of so many bytes can keep."""
-        return 8 * row_bytes
-
-    @classmethod
-    def alone(cls, row_bytes: int, layers: int) -> int:
-        """Products of the sides' eigenvectors that are directions by themselves, of each layer."""
-        return -(-int(_SPARE_ALONE * cls.most_kept(row_bytes)) // layers)
+        return self.way.layout(self.counts)
 
     # -- before anything is fitted -------------------------------------------------------------------------------
 
     @classmethod
-    def shapes(cls, config: BuildConfig, specs: Mapping[str, LayerSpec]) -> dict[str, CurvatureShape]:
-        """As the config says, or what rows have use for; of layers too wide for that within a grid, and then more
-        directions on its diagonal, unless rows have room for all there are anyway."""
-        if config.curvature_rank != "auto":
-            return super().shapes(config, specs)
-        out, chosen = {}, sum(spec.dim for spec in specs.values()) > 8 * config.eigen_bytes
-        for name, spec in specs.items():
-            rank = max(CURVATURE_RANK, directions_for(config.eigen_bytes, len(specs), spec.dim))
-            products = products_for(rank)
-            if products < spec.dim:
-                alone = cls.alone(config.eigen_bytes, len(specs)) if chosen else 0
-                out[name] = CurvatureShape(rank, products, min(alone, spec.dim - products))
-            else:
-                out[name] = CurvatureShape(rank)
-        return out
-
-    @classmethod
     def sizes(cls, config: BuildConfig, specs: Mapping[str, LayerSpec], directions: int) -> CodecSizes:
-        # Where all directions fit, they get as many bits as fit, and no more.
-        scales = SCALE_BYTES * len(specs)
-        bits = max((b for b in BITS if directions * b <= 8 * (config.eigen_bytes - scales)), default=0)
-        row = -(-directions * bits // 8) + scales if bits else config.eigen_bytes
-        kept = min(directions, cls.most_kept(config.eigen_bytes))
-        return CodecSizes(row, _DIRECTION_BYTES * kept, kept, 4 * kept, 8 * directions)
+        dim, most = sum(spec.dim for spec in specs.values()), sizes_of(config)[-1]
+        kept = min(dim, MOST_PLACES)
+        whole = next((size for bits in (8, 4) if (size := _level_bytes(dim, bits, len(specs))) <= most), most)
+        return CodecSizes(min(whole, most), _DIRECTION_BYTES * kept, min(kept, MOST_DIRECTIONS), 4 * kept, 16 * dim)
 
     @classmethod
     def choices(cls) -> list[dict[str, Any]]:
-        return [{"eigen_bytes": size} for size in (400, 800, 1600, 3200, 6400)]
+        return [{"eigen_bytes": size} for size in SIZES]
 
     # -- made, kept, read ----------------------------------------------------------------------------------------
 
     @classmethod
     def fit(cls, fitting: Fitting) -> Self:
-        """Chooses directions and bits by one walk over the sample.
+        """Chooses the way, the size and the coordinates by walks over the sample.
 
         Raises:
             CurvatureError: all gradients of the sample are zero, or not one byte of coordinates fits beside the scales.
         """
-        curvature, row_bytes = fitting.curvature, fitting.config.eigen_bytes
-        energy = _energies(fitting)
-        shares = {n: energy[n] / layer.damped(fitting.lams[n]) for n, layer in curvature.items()}
-        every = torch.cat(list(shares.values()))
-        if not every.sum() > 0:
+        weights = _mean_squares(fitting)
+        if not weights.shares().sum() > 0:
             raise CurvatureError("all gradients of the eigencodes' sample are zero: fit from other data")
-        scales = SCALE_BYTES * len(curvature)
-        # Codes are padded to pairs of bytes.
-        room = (row_bytes - scales) // 2 * 2
-        if room < 2:
+        sizes = sizes_of(fitting.config)
+        tried = [made for size in sizes for made in cls._ways(fitting, weights, size)]
+        if not tried:
             raise CurvatureError(
-                f"eigen_bytes={row_bytes} leaves no room beside the scales of {len(curvature)} layers: pass at least "
-                f"{scales + 2}"
+                f"eigen_bytes={sizes[-1]} leaves no room beside the scales of {len(fitting.specs)} layers: pass at "
+                f"least {ENTRY_BYTES + SCALE_BYTES}"
             )
-        order = torch.argsort(every, descending=True, stable=True)
-        order = order[: int((every > _LEAST_SHARE * every.max().clamp_max(1.0)).sum())]
-        choices = [
-            _choice(shares, order, 8 * room, way, cls.layout_of(way, ()).cosine)
-            for way in cls.ways(len(order), 8 * room)
-        ]
-        best = max(choices, key=lambda choice: choice.kept)
-        if not best.kept:
-            raise CurvatureError(
-                f"eigen_bytes={row_bytes} leaves {room} bytes beside the scales, which are not one whole byte for any "
-                f"of {len(curvature)} layers: pass at least {scales + len(curvature) + 1}"
-            )
-        layers = {name: LayerCode(c, energy[name][c].sqrt().float()) for name, c in best.directions.items()}
+        return tried[0] if len(tried) == 1 else chosen(tried, fitting)
+
+    @classmethod
+    def _ways(cls, fitting: Fitting, weights: Weights, size: int) -> list[Self]:
+        """Codecs of rows of at most so many bytes, one for each way that has room for something."""
+        shares = weights.shares()
+        order = torch.argsort(shares, descending=True, stable=True)
+        order = order[: int((shares > _LEAST_SHARE * shares.max()).sum())]
+        out = []
+        room = 8 * ((size - SCALE_BYTES * len(fitting.specs)) // 2 * 2)
+        # A row's scales are at most a tenth of it.
+        if 10 * SCALE_BYTES * len(fitting.specs) <= size or len(order) * BITS[-1] <= room:
+            bits = max((b for b in BITS if len(order) * b <= room), default=1)
+            count = len(order) if len(order) * bits <= room else room // bits // 8 * 8
+            counts = torch.zeros(len(shares), dtype=torch.bool)
+            counts[order[:count]] = True
+            directions = cls._whole_bytes(counts, shares, fitting, bits, exact=count == len(order))
+            kept = {name: LayerCode(d, weights.own[name][d].sqrt().float()) for name, d in directions.items()}
+            if any(len(d) for d in directions.values()):
+                out.append(cls._of(fitting, Way(bits=bits), kept))
+        entries = (size - SCALE_BYTES) // ENTRY_BYTES
+        if 0 < entries < len(order):
+            among = torch.zeros(len(shares), dtype=torch.bool)
+            among[order[:MOST_PLACES]] = True
+            directions = _split(among, fitting)
+            # Sizes are compared in what they add to a score.
+            kept = {name: LayerCode(d, weights.asked[name][d].rsqrt().float()) for name, d in directions.items()}
+            out.append(cls._of(fitting, Way(entries=entries), kept))
+        return out
+
+    @classmethod
+    def _of(cls, fitting: Fitting, way: Way, layers: Mapping[str, LayerCode]) -> Self:
         counts = tuple(len(part.directions) for part in layers.values())
-        return cls(fitting.specs, curvature, best.way, counts, lambda: layers)
+        return cls(fitting.specs, fitting.curvature, way, counts, lambda: layers)
+
+    @staticmethod
+    def _whole_bytes(
+        among: torch.Tensor, shares: torch.Tensor, fitting: Fitting, bits: int, *, exact: bool
+    ) -> dict[str, torch.Tensor]:
+        """Layer -> its directions, in whole bytes unless all have room: of what is begun the least are left out."""
+        unit, out = 1 if exact else 8 // bits, {}
+        of_layers = shares.split([spec.dim for spec in fitting.specs.values()])
+        for (name, there), share in zip(_split(among, fitting).items(), of_layers, strict=True):
+            best = torch.argsort(share[there], descending=True, stable=True)[: len(there) // unit * unit]
+            out[name] = there[best.sort().values]
+        return out
 
     def save(self, folder: Path, name: str) -> dict[str, Any]:
         """Writes `directions_<i>` (m,) int64 and `amplitudes_<i>` (m,) float32 for layer number i."""
@@ -236,25 +231,24 @@ class EigenCodec(RowCodec):
             arrays[f"directions_{i}"] = part.directions.numpy().astype("<i8")
             arrays[f"amplitudes_{i}"] = part.amplitudes.numpy()
         file = write_sealed(folder, name, arrays).to_json()
-        return {"file": file, "bits": self.way.bits, "group": self.way.group, "counts": list(self.counts)}
+        return {"file": file, "bits": self.way.bits, "entries": self.way.entries, "counts": list(self.counts)}
 
     @classmethod
     def load(
         cls, folder: Path, entry: Any, specs: Mapping[str, LayerSpec], curvature: Mapping[str, LayerCurvature]
     ) -> Self:
         with entry_of("the codec"):
-            way, counts = Way(int(entry["bits"]), int(entry["group"])), tuple(int(v) for v in entry["counts"])
-            if len(counts) != len(specs) or not cls._knows(way) or min(counts) < 0 or not sum(counts):
+            way, counts = (
+                Way(as_count(entry["bits"]), as_count(entry["entries"])),
+                tuple(map(as_count, entry["counts"])),
+            )
+            known = (way.bits in BITS) == (way.entries == 0) and (way.bits == 0) == (way.entries > 0)
+            if len(counts) != len(specs) or not known or not 0 < sum(counts) <= sum(s.dim for s in specs.values()):
                 raise ValueError(f"{len(counts)} layers of {way} where the index has {len(specs)}")
-            if any(count % way.group for count in counts):
-                raise ValueError(f"{counts} directions are not whole groups of {way.group}")
+            if way.entries and sum(counts) > MOST_PLACES:
+                raise ValueError(f"{sum(counts)} coordinates, where rows can name {MOST_PLACES}")
         file = SealedFile.of_entry(folder, entry)
-        return cls(specs, curvature, way, counts, lambda: _read_codes(file, curvature, specs, counts))
-
-    @classmethod
-    def _knows(cls, way: Way) -> bool:
-        """Whether rows may be coded so."""
-        return way.bits in BITS and way.group == 1
+        return cls(specs, curvature, way, counts, lambda: _read_codes(file, specs, counts))
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -273,13 +267,12 @@ class EigenCodec(RowCodec):
     def encoder(self, device: torch.device) -> Encoder:
         return _EigenEncoder(self, device)
 
-    def question(self, asked: QueryGradients, preconditioners: Mapping[str, Preconditioner]) -> Parts:
+    def question(self, asked: Transformed) -> Parts:
         """ "eigen": (q, dim), whose inner product with a row's coordinates is its score."""
         parts = []
         for name, part in self.layers.items():
-            if name in asked.gradients:
-                weights = part.amplitudes * preconditioners[name].inside[part.directions]
-                parts.append(asked.inside[name][:, part.directions] * weights)
+            if name in asked.x:
+                parts.append(asked.turned[name][:, part.directions] * part.amplitudes)
             else:
                 parts.append(torch.zeros(asked.count, len(part.directions)))
         return {"eigen": torch.cat(parts, dim=1)}
@@ -297,52 +290,74 @@ class EigenCodec(RowCodec):
 
     def decode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         out = {}
-        for name, inside in self.coordinates(rows).items():
-            every = torch.zeros(len(inside), self.curvature[name].rank)
-            every[:, self.layers[name].directions] = inside
-            out[name] = self.curvature[name].combined(every)
+        for name, turned in self._turned(rows):
+            out[name] = self.curvature[name].sides.turned_back(turned)
         return out
+
+    def _turned(self, rows: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Layers with what rows stand for in their D coordinates, (n, D)."""
+        for name, inside in self.coordinates(rows).items():
+            every = torch.zeros(len(inside), self.specs[name].dim)
+            every[:, self.layers[name].directions] = inside
+            yield name, every
 
     def self_influence(self, rows: torch.Tensor, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
         """As in `RowCodec`. Decoded coordinates are made longer, so that inner products are not shrunk; squares take
         that back."""
-        weights = torch.cat(
-            [
-                part.amplitudes.square() * preconditioners[name].inside[part.directions]
-                if name in preconditioners
-                else torch.zeros(len(part.directions))
-                for name, part in self.layers.items()
-            ]
-        )
+        readers = {name: _OwnReader(self.layers[name], one) for name, one in preconditioners.items()}
         out = torch.zeros(len(rows))
         for part, total in self._pieces(rows, out):
-            total += self.layout.squares(part, weights) * self.layout.cosine**2
+            for name, inside in self.coordinates(part).items():
+                if name in readers:
+                    total += readers[name].quadratic(inside) * self.layout.cosine**2
         return out
 
     # -- the sketch of rows --------------------------------------------------------------------------------------
 
+    @cached_property
+    def _sketched(self) -> dict[str, torch.Tensor]:
+        """Layer -> which of its kept directions a sketch is made of: those of the largest amplitudes' share."""
+        if sum(self.counts) <= MOST_DIRECTIONS:
+            return {name: torch.arange(len(part.directions)) for name, part in self.layers.items()}
+        sizes = torch.cat(
+            [
+                self.curvature[name].squares[part.directions].sqrt() / part.amplitudes
+                for name, part in self.layers.items()
+            ]
+        )
+        among = torch.zeros(len(sizes), dtype=torch.bool)
+        among[torch.topk(sizes, MOST_DIRECTIONS).indices] = True
+        return {n: part.nonzero().flatten() for n, part in zip(self.layers, among.split(self.counts), strict=True)}
+
     def whitened(
         self, rows: Callable[[], Iterable[torch.Tensor]], count: int, lams: Mapping[str, float], device: torch.device
     ) -> Whitened:
-        """As in `RowCodec`, in the directions that are kept."""
-        layers = self.layers.items()
-        scale = torch.cat([p.amplitudes / roots(self.curvature[n], lams[n])[p.directions] for n, p in layers])
+        """As in `RowCodec`, in directions that are kept."""
+        layers, first, places, scales = self.layers, 0, [], []
+        for name, part in layers.items():
+            some = self._sketched[name]
+            places.append(some + first)
+            scales.append((part.amplitudes / roots(self.curvature[name], lams[name])[part.directions])[some])
+            first += len(part.directions)
+        at, scale = torch.cat(places), torch.cat(scales)
 
         def walk() -> Iterator[torch.Tensor]:
             for block in rows():
-                yield self.layout.decode(block) * scale
+                yield self.layout.decode(block)[:, at] * scale
 
-        return Whitened(walk, count, {name: part.directions for name, part in layers}, lams)
+        return Whitened(walk, count, {n: part.directions[self._sketched[n]] for n, part in layers.items()}, lams)
 
     def sketcher(self, sketch: Sketch) -> Callable[[torch.Tensor], torch.Tensor]:
         """As in `RowCodec`, with all that is fixed folded into one (dim, k) matrix."""
-        parts = []
+        matrix, first = torch.zeros(self.layout.dim, sketch.dim), 0
         for name, part in self.layers.items():
-            layer, curvature = sketch.layers[name], self.curvature[name]
-            every = torch.zeros(curvature.rank, sketch.dim)
-            every[layer.directions] = layer.weights / layer.whitening(curvature)[:, None]
-            parts.append(every[part.directions] * part.amplitudes[:, None])
-        scorer = self.layout.scorer(torch.cat(parts).T)
+            layer = sketch.layers[name]
+            # Both are rising.
+            places = torch.searchsorted(part.directions, layer.directions)
+            weights = layer.weights / layer.whitening(self.curvature[name])[:, None]
+            matrix[places + first] = weights * part.amplitudes[places][:, None]
+            first += len(part.directions)
+        scorer = self.layout.scorer(matrix.T)
 
         def coordinates(rows: torch.Tensor) -> torch.Tensor:
             return torch.cat([scorer.score(part).T for part in rows.split(SKETCHED_ROWS)])
@@ -350,90 +365,78 @@ class EigenCodec(RowCodec):
         return coordinates
 
 
+class _OwnReader:
+    """g^T H^-1 g of one layer, of gradients that are 0 beside the kept directions.
+
+    Args:
+        code: the directions.
+        one: H^-1.
+    """
+
+    def __init__(self, code: LayerCode, one: Preconditioner) -> None:
+        self._root, self._vectors = one.root[code.directions], one.vectors[code.directions]
+        self._weights = (one.strengths / (1.0 + one.strengths)).float()
+
+    def quadratic(self, inside: torch.Tensor) -> torch.Tensor:
+        """(n,) of coordinates (n, m)."""
+        scaled = inside * self._root
+        own = (scaled @ self._vectors).square_() @ self._weights
+        return scaled.square_().sum(dim=1).sub_(own)
+
+
 class _EigenEncoder(Encoder):
-    """Codes of gradients, with the kept directions' bases and amplitudes folded into one (M, m) matrix a layer, and a
-    factor for each product that is a direction by itself."""
+    """Codes of gradients, a factor for each kept direction."""
 
     def __init__(self, codec: EigenCodec, device: torch.device) -> None:
         self._layout, self._device = codec.layout, device
-        self._layers, self._scales = {}, {}
-        for name, part in codec.layers.items():
-            kept = codec.curvature[name].restricted(part.directions)
-            within, alone = part.amplitudes.split([kept.core.shape[1], len(kept.diagonal)])
-            self._layers[name] = replace(kept, core=kept.core / within).to(device)
-            self._scales[name] = 1.0 / alone.to(device)
+        self._layers = {
+            name: (
+                codec.curvature[name].sides.to(device),
+                part.directions.to(device),
+                (1.0 / part.amplitudes).to(device),
+            )
+            for name, part in codec.layers.items()
+            if len(part.directions)
+        }
 
     def encode(self, block: GradientBlock) -> torch.Tensor:
-        flat = {n: block.layers[n].flat().to(self._device, torch.float32) for n in self._layers}
         parts = []
-        for name, layer in self._layers.items():
-            within, alone = layer.coordinates(flat[name]).split([layer.core.shape[1], len(layer.diagonal)], dim=1)
-            parts += [within, alone * self._scales[name]]
+        for name, (sides, directions, scales) in self._layers.items():
+            turned = sides.turned(block.layers[name].flat().to(self._device, torch.float32))
+            parts.append(turned.index_select(1, directions) * scales)
         return self._layout.encode(torch.cat(parts, dim=1))
 
 
-def directions_for(row_bytes: int, layers: int, dim: int) -> int:
-    """Eigenvectors of a layer's curvature, of D = dim, that rows of so many bytes can choose from."""
-    return min(-(-int(_SPARE * 8 * row_bytes) // layers), _MOST_DIRECTIONS, dim)
+def _split(among: torch.Tensor, fitting: Fitting) -> dict[str, torch.Tensor]:
+    """Layer -> (m,) int64, rising: which of its coordinates are among those of all layers."""
+    parts = among.split([spec.dim for spec in fitting.specs.values()])
+    return {name: part.nonzero().flatten() for name, part in zip(fitting.specs, parts, strict=True)}
 
 
-def products_for(rank: int) -> int:
-    """Products of the sides' eigenvectors, among which that many directions of a layer are found."""
-    return max(int(_PRODUCTS * rank), _LEAST_PRODUCTS)
+def _level_bytes(dim: int, bits: int, layers: int) -> int:
+    """Of rows that hold all coordinates in so many bits."""
+    packed = -(-dim * bits // 8)
+    return packed + packed % 2 + SCALE_BYTES * layers
 
 
-def _energies(fitting: Fitting) -> dict[str, torch.Tensor]:
-    """Layer -> (r,) float64: E_j of every direction, over all ranks' rows of the sample."""
-    (rows, count), device, ranks = fitting.sample(), fitting.device, fitting.ranks
-    bases = {name: layer.to(device) for name, layer in fitting.curvature.items()}
-    squares = {name: torch.zeros(layer.rank, dtype=torch.float64) for name, layer in fitting.curvature.items()}
-    fitting.stage.total = (fitting.stage.total or 0) + count
+def _mean_squares(fitting: Fitting) -> Weights:
+    """By one walk over some rows of the sample, of all ranks."""
+    device, ranks, seen = fitting.device, fitting.ranks, 0
+    own, asked = (
+        {name: torch.zeros(spec.dim, dtype=torch.float64) for name, spec in fitting.specs.items()} for _ in range(2)
+    )
     with ranks.jointly():
-        for block in rows():
-            flat = {name: block.layers[name].flat().to(device, torch.float32) for name in bases}
-            for name, inside in inside_of(flat, bases).items():
-                squares[name] += inside.square().sum(dim=0).cpu().double()
-            fitting.stage.advance(block.count)
-    return {name: ranks.sum(total) / count for name, total in squares.items()}
+        for block in some_rows(fitting, _WEIGHED_ROWS):
+            seen += block.count
+            for name, one in fitting.preconditioners.items():
+                turned = one.layer.sides.turned(block.layers[name].flat().to(device, torch.float32).cpu())
+                own[name] += turned.square().sum(dim=0, dtype=torch.float64)
+                asked[name] += one.divided(turned).square_().sum(dim=0, dtype=torch.float64)
+    seen = ranks.count(seen)
+    return Weights(*({n: ranks.sum(total) / seen for n, total in sums.items()} for sums in (own, asked)))
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Directions of layers, what their codes keep of scores' variance, and how they are coded."""
-
-    directions: Mapping[str, torch.Tensor]
-    kept: float
-    way: Way
-
-
-def _choice(shares: Mapping[str, torch.Tensor], order: torch.Tensor, room: int, way: Way, cosine: float) -> _Choice:
-    """The directions that add most, as many as codes have room for.
-
-    Args:
-        shares: layer -> what its directions add, (r,) float64.
-        order: of all layers' directions one after the other, those of use, falling.
-        room: bits for all of them.
-        way: how they are coded.
-        cosine: of a coordinate's square, codes keep the square of this.
-    """
-    count = min(len(order), room // way.bits // way.together * way.together * way.group)
-    # Whole bytes, or whole groups: of what is begun the least directions are left out.
-    unit = 1 if way.group == 1 and count == len(order) else way.unit
-    among = torch.zeros(sum(len(share) for share in shares.values()), dtype=torch.bool)
-    among[order[:count]] = True
-    directions, total = {}, 0.0
-    for (name, share), there in zip(shares.items(), among.split([len(s) for s in shares.values()]), strict=True):
-        of_layer = there.nonzero().flatten()
-        best = torch.argsort(share[of_layer], descending=True, stable=True)[: len(of_layer) // unit * unit]
-        directions[name] = of_layer[best.sort().values]
-        # Of scores' variance a direction has the square of what it adds to the mean of g^T H^-1 g.
-        total += float(share[directions[name]].square().sum())
-    return _Choice(directions, total * cosine**2, way)
-
-
-def _read_codes(
-    file: SealedFile, curvature: Mapping[str, LayerCurvature], specs: Mapping[str, LayerSpec], counts: tuple[int, ...]
-) -> dict[str, LayerCode]:
+def _read_codes(file: SealedFile, specs: Mapping[str, LayerSpec], counts: tuple[int, ...]) -> dict[str, LayerCode]:
     """What `EigenCodec.save` wrote, after checking the file's digest.
 
     Raises:
@@ -449,10 +452,10 @@ def _read_codes(
                 amplitudes = file.read_array(f"amplitudes_{i}", (count,), "<f4")
                 if not np.isfinite(amplitudes).all():
                     raise CorruptionError(f"{file.path} holds inf or NaN: restore it from a copy")
-                if directions.min() < 0 or directions.max() >= curvature[name].rank:
+                if directions.min() < 0 or directions.max() >= specs[name].dim:
                     raise CorruptionError(
                         f"{file.path} names direction {int(directions.max())} of layer {name!r}, which has "
-                        f"{curvature[name].rank}: restore it from a copy"
+                        f"{specs[name].dim}: restore it from a copy"
                     )
             layers[name] = LayerCode(torch.from_numpy(directions), torch.from_numpy(amplitudes))
     return layers

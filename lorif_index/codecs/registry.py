@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 CODECS: dict[str, str | type[RowCodec]] = {
     "eigen": "eigencodes:EigenCodec",
     "factors": "factors:FactorCodec",
-    "largest": "largest:LargestCodec",
 }
 """Name -> the codec's class, or the module here and the class in it, which is imported when it is first asked for."""
 

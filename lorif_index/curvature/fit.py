@@ -1,71 +1,84 @@
-"""Curvature: each layer's leading eigenpairs of the second moment of gradients, by streamed randomised SVD.
+"""Curvature: of each layer a diagonal and a low-rank part, in the basis of its sides' eigenvectors.
 
-C = (1/n) sum_i vec(G_i) vec(G_i)^T ~= V S V^T, by subspace iteration with a Rayleigh-Ritz pass at the end (Halko,
-Martinsson and Tropp, arXiv:0909.4061; LoRIF, arXiv:2601.21929). Rows are walked, never held: memory is O(D r) a layer.
+C = (1/n) sum_i vec(G_i) vec(G_i)^T stands behind H, which questions are divided by. In the products of the sides'
+eigenvectors (see `sides`) L is the diagonal of C, and
+
+    H = a diag(L) + (1 - a) B B^T + lambda,
+
+where B B^T is what C has in r directions of D^-1/2 C D^-1/2, D = a L + floor: those in which the diagonal is most
+wrong. It is the low-rank curvature of LoRIF (arXiv:2601.21929) with EK-FAC's diagonal (George et al., arXiv:1806.03884)
+in place of a constant outside of it. The directions are found by streamed randomised SVD (Halko, Martinsson and Tropp,
+arXiv:0909.4061). The published curvature is the case a = 0, whose directions are C's leading eigenvectors. Rows are
+walked, never held: memory is O(D r) a layer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import pad
 
 from ..capture.gradients import GradientBlock, LayerSpec
 from ..errors import CurvatureError, NonFiniteError
 from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
-from .grid import Grid, fit_grids
+from .sides import Sides, fit_sides, turns
+
+if TYPE_CHECKING:
+    from ..config import BuildConfig
 
 _BATCH_ROWS = 256
-# Share of lambda for directions whose mean squares are all that is known. Of eigenvectors of a full second moment those
-# with the least curvature are fitted to the rows' noise, which lambda makes up for; a mean over n rows of one square is
-# as good for a small one as for a large (EK-FAC is best with hardly any damping: `bench.lds`).
-DIAGONAL_DAMPING = 0.01
-CURVATURE_RANK = 512
-"""Directions of a layer's curvature, where the config says "auto" and a codec does not ask for more."""
+# Directions of a layer's low-rank part, where the config says "auto": as many as so many numbers hold in all layers, a
+# part for each, and no fewer than so many.
+_FACTOR_NUMBERS, _LEAST_RANK = 6_000_000, 16
+DIAGONAL_SHARE = 0.3
+"""a, of the diagonal. Shares from .1 to .6 are alike."""
+# Added to a L before rows are divided by its root, as a multiple of the mean of L.
+_FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
 class CurvatureShape:
-    """What is fitted of one layer's curvature.
+    """What is fitted of the layers' curvatures.
 
     Attributes:
-        rank: directions that are found, None for all.
-        products: of its sides' eigenvectors, that they are found among (see `grid`); 0: among all of D.
-        diagonal: further products that are directions by themselves.
+        rank: r, directions of each layer's low-rank part; None: all; "auto": see `directions`.
+        layers: how many there are.
+        share: a, of the diagonal; 0: there is none, and the directions are C's leading eigenvectors.
     """
 
-    rank: int | None
-    products: int = 0
-    diagonal: int = 0
+    rank: int | str | None
+    layers: int
+    share: float = DIAGONAL_SHARE
+
+    @classmethod
+    def of(cls, config: BuildConfig, layers: int) -> CurvatureShape:
+        """As a config has it."""
+        return cls(config.curvature_rank, layers, DIAGONAL_SHARE if config.complement == "diagonal" else 0.0)
 
     def directions(self, dim: int, rows: int | None = None) -> int:
-        """r of a layer of D = dim, of so many rows if they bound it."""
-        return self.found(dim, rows) + self.diagonal
-
-    def found(self, dim: int, rows: int | None = None) -> int:
-        """The same without the diagonal."""
-        whole = min(dim if self.rank is None else self.rank, dim)
-        return whole if rows is None else min(whole, rows)
-
-    def height(self, dim: int) -> int:
-        """M, rows of the matrix that the directions are."""
-        return min(self.products or dim, dim)
+        """r of a layer of D = dim, of so many rows if they bound it. "auto" gives small layers more: with all
+        directions of D = 1,024 digits have LDS .698 where 64 have .660 (`bench.lds`)."""
+        if self.rank == "auto":
+            whole = max(_FACTOR_NUMBERS // (self.layers * dim), _LEAST_RANK)
+        else:
+            whole = dim if self.rank is None else int(self.rank)
+        return min(whole, dim) if rows is None else min(whole, dim, rows)
 
     def fit(self, name: str, dim: int, rows: int, seed: int, device: torch.device) -> SubspaceFit:
-        """Of one layer, by so many rows."""
-        key = ("curvature", name)
-        return SubspaceFit(key, self.height(dim), self.rank, rows, seed, device, whole_up_to=self.products)
+        """Of one layer's directions, by so many rows."""
+        return SubspaceFit(("curvature", name), dim, self.directions(dim), rows, seed, device)
 
 
-def fit_bytes(shapes: Mapping[str, CurvatureShape], specs: Mapping[str, LayerSpec], group_bytes: int) -> int:
+def fit_bytes(shape: CurvatureShape, specs: Mapping[str, LayerSpec], group_bytes: int) -> int:
     """Memory that fitting the curvature takes at once: blocks or dense matrices, in groups of layers."""
-    fits = [shape.fit(name, specs[name].dim, specs[name].dim, 0, torch.device("cpu")) for name, shape in shapes.items()]
-    return min(sum(fit.held_bytes for fit in fits), group_bytes) + max((fit.nbytes for fit in fits), default=0)
+    fits = [shape.fit(name, spec.dim, spec.dim, 0, torch.device("cpu")) for name, spec in specs.items()]
+    sides = sum(8 * (sum(w**2 for w in (spec.d_in, spec.d_out) if turns(w)) + spec.dim) for spec in specs.values())
+    return min(sum(fit.held_bytes for fit in fits), group_bytes) + max((fit.nbytes for fit in fits), default=0) + sides
 
 
 RowPass = Callable[[], Iterable[GradientBlock]]
@@ -77,99 +90,44 @@ class LayerCurvature:
     """One layer's fitted curvature, in units of squared gradients.
 
     Attributes:
-        core: (M, r - p) float32, orthonormal columns: V itself, M being D, or its coordinates in the grid's first M
-            products.
-        spectrum: (at least r - p,) float64, falling: the eigenvalues of those directions and up to 10 more.
+        sides: whose products are its D coordinates.
+        squares: L, (D,) float32: C's diagonal there.
+        factor: B, (D, r) float32: B B^T is the low-rank part of C.
+        share: a, the diagonal's share of H; 0: H is the low-rank part alone.
+        spectrum: (at least r,) float64, falling: with a = 0 the eigenvalues of C in B's directions, and up to 10 more;
+            else the squared norms of B's columns.
         trace: of C, exact over the rows.
         rows: how many rows were used.
         examples: n, how many examples those rows stand for.
-        grid: the products that the basis is made of, or None.
-        diagonal: (p,) float64, falling: mean squares of the grid's other p products, the last directions of V.
     """
 
-    core: torch.Tensor
+    sides: Sides
+    squares: torch.Tensor
+    factor: torch.Tensor
+    share: float
     spectrum: torch.Tensor
     trace: float
     rows: int
     examples: float
-    grid: Grid | None = None
-    diagonal: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-
-    @property
-    def basis(self) -> torch.Tensor:
-        """V, (D, r) float32, orthonormal columns; gradients are vectorised row by row from (d_in, d_out). Made anew at
-        each call where there is a grid."""
-        return self.core if self.grid is None else self.combined(torch.eye(self.rank)).T
-
-    def reduced(self, flat: torch.Tensor) -> torch.Tensor:
-        """(n, M + p), of which `turned` makes V^T g, of gradients g (n, D) float32."""
-        return flat if self.grid is None else self.grid.coordinates(flat)
-
-    def expanded(self, reduced: torch.Tensor) -> torch.Tensor:
-        """(n, D) of (n, M + p): the transpose of `reduced`."""
-        return reduced if self.grid is None else self.grid.gradients(reduced)
-
-    def coordinates(self, flat: torch.Tensor) -> torch.Tensor:
-        """V^T g, (n, r), of gradients g (n, D) float32."""
-        reduced = self.reduced(flat)
-        if not len(self.diagonal):
-            return reduced @ self.core
-        size = len(self.core)
-        return torch.cat([reduced[:, :size] @ self.core, reduced[:, size:]], dim=1)
-
-    def combined(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """V a, (n, D), of coordinates a (n, at most r) float32: those of the first directions."""
-        count, whole = coordinates.shape[1], self.core.shape[1]
-        reduced = coordinates[:, :whole] @ self.core[:, :count].T
-        if len(self.diagonal):
-            reduced = torch.cat([reduced, pad(coordinates[:, whole:], (0, self.rank - max(count, whole)))], dim=1)
-        return self.expanded(reduced)
-
-    def to(self, device: torch.device) -> LayerCurvature:
-        """The same with core and grid on a device."""
-        grid = None if self.grid is None else self.grid.to(device)
-        return replace(self, core=self.core.to(device), grid=grid)
-
-    def restricted(self, directions: torch.Tensor) -> LayerCurvature:
-        """With some directions (m,) int64, rising, of those it has, and nothing else of V."""
-        whole = self.core.shape[1]
-        within, alone = directions[directions < whole], directions[directions >= whole] - whole
-        grid, size = self.grid, len(self.core)
-        if grid is not None:
-            grid = replace(grid, chosen=torch.cat([grid.chosen[:size], grid.chosen[size:][alone]]))
-        core, diagonal = self.core[:, within], self.diagonal[alone]
-        return replace(self, core=core, spectrum=self.spectrum[within], grid=grid, diagonal=diagonal)
 
     @property
     def dim(self) -> int:
         """D."""
-        return int(self.core.shape[0]) if self.grid is None else self.grid.dim
+        return self.sides.dim
 
     @property
     def rank(self) -> int:
         """r, at most D."""
-        return int(self.core.shape[1]) + len(self.diagonal)
+        return int(self.factor.shape[1])
 
     @property
-    def eigenvalues(self) -> torch.Tensor:
-        """S, (r,) float64, falling among the first r - p and among the last p."""
-        return torch.cat([self.spectrum[: self.core.shape[1]], self.diagonal])
+    def energy(self) -> float:
+        """Share of the trace that the low-rank part holds."""
+        return min(float(self.factor.double().square().sum()) / self.trace, 1.0)
 
-    def damped(self, lam: float) -> torch.Tensor:
-        """(r,) float64: what H has in each direction: S + lambda, and S + lambda / 100 on the diagonal."""
-        out = self.eigenvalues.double()
-        whole = self.core.shape[1]
-        out[:whole] += lam
-        out[whole:] += lam * DIAGONAL_DAMPING
-        return out
-
-    @property
-    def tail_mean(self) -> float:
-        """Mean eigenvalue outside the basis; 0 where the basis is complete."""
-        left = self.dim - self.rank
-        if left == 0:
-            return 0.0
-        return max(self.trace - float(self.eigenvalues.sum()), 0.0) / left
+    def base(self, lam: float) -> torch.Tensor:
+        """(D,) float64: a L + lambda, H without its low-rank part."""
+        return self.squares.double() * self.share + lam
 
 
 @dataclass(frozen=True)
@@ -234,7 +192,7 @@ def fit_curvature(
     count: int,
     specs: Mapping[str, LayerSpec],
     *,
-    shapes: Mapping[str, CurvatureShape],
+    shape: CurvatureShape,
     power_iterations: int,
     seed: int,
     examples: float,
@@ -245,36 +203,28 @@ def fit_curvature(
     """Fits every layer; layers are taken together as far as their blocks fit a bounded memory.
 
     Args:
-        rows: gives this rank's blocks of rows, the same each time; called 2 + power_iterations times, once where the
-            dense matrices are held (D up to 4 (r + 10)), and twice more where some layers are fitted within a grid.
+        rows: gives this rank's blocks of rows, the same each time; called 4 + power_iterations times, three times where
+            the dense matrices are held (D up to 4 (r + 10)).
         count: number of rows of all ranks.
         specs: the layers.
-        shapes: layer -> what is fitted: r - p directions, never more than D or rows there are; where it has products,
-            among those M of its sides' eigenvectors that hold most of the rows (see `grid`), the next p being
-            directions by themselves. The trace is that of all directions in any case.
+        shape: what is fitted.
         power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
         seed: of the starting blocks.
         examples: n, how many examples the rows stand for.
         stage: told of the rows walked.
         device: where the products are computed.
-        ranks: who have the rows; the result is rank 0's (others' bases may hold anything).
+        ranks: who have the rows; the result is rank 0's (others' factors may hold anything).
 
     Raises:
         CurvatureError: no rows, or a layer whose rows are all zero. NonFiniteError: the rows' squares overflow.
     """
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
-    sizes = {
-        name: (shape.products, min(shape.diagonal, specs[name].dim - shape.products))
-        for name, shape in shapes.items()
-        if 0 < shape.products < specs[name].dim
-    }
-    if sizes:
-        stage.total = (stage.total or 0) + 2 * count
-    grids = fit_grids(rows, count, specs, sizes, stage.advance, device, ranks)
-    squares = dict.fromkeys(grids, 0.0)
-    diagonals = {name: torch.zeros(sizes[name][1], dtype=torch.float64, device=device) for name in grids}
-    fits = {name: shapes[name].fit(name, spec.dim, count, seed, device) for name, spec in specs.items()}
+    stage.total = (stage.total or 0) + 2 * count
+    sides = fit_sides(rows, count, specs, stage.advance, device, ranks)
+    squares = _squares(rows, count, sides, examples, stage, device, ranks)
+    scales = {name: _scale(found, shape.share) for name, found in squares.items()}
+    fits = {name: shape.fit(name, spec.dim, count, seed, device) for name, spec in specs.items()}
 
     def planned(passes: int) -> None:
         stage.total = (stage.total or 0) + passes * count
@@ -284,15 +234,8 @@ def fit_curvature(
         for block in rows():
             for name, fit in active.items():
                 gradients = block.layers[name].flat().to(device, torch.float32)
-                if name in grids:
-                    squares[name] += float(block.layers[name].squared_norms().sum())
                 for part in gradients.split(_BATCH_ROWS):
-                    if name not in grids:
-                        fit.add(part)
-                        continue
-                    coordinates = grids[name].coordinates(part)
-                    fit.add(coordinates[:, : sizes[name][0]])
-                    diagonals[name] += coordinates[:, sizes[name][0] :].square().sum(dim=0)
+                    fit.add(sides[name].turned(part) * scales[name])
             seen += block.count
             stage.advance(block.count)
         walked.append(seen)
@@ -300,25 +243,73 @@ def fit_curvature(
     walked: list[int] = []
     fitted: dict[str, LayerCurvature] = {}
     for name, pairs in fit_in_groups(fits, power_iterations, examples, walk, planned, ranks):
-        for seen in ranks.sum(torch.tensor(walked)).tolist() if walked else ():
-            if seen != count:
-                raise CurvatureError(
-                    f"a pass over the curvature rows gave {seen} rows where {count} were counted before"
-                )
+        _check_counts(walked, count, ranks)
         walked.clear()
+        trace = float(squares[name].sum())
         refuse_overflow(name, torch.tensor(pairs.trace))
-        if not pairs.trace > 0:
+        values = pairs.values[: pairs.vectors.shape[1]].double()
+        factor = pairs.vectors.double() * values.sqrt() / scales[name].cpu().double()[:, None]
+        spectrum = pairs.values if shape.share == 0 else factor.square().sum(dim=0).sort(descending=True).values
+        fitted[name] = LayerCurvature(
+            sides[name].to(torch.device("cpu")),
+            squares[name].float().cpu(),
+            factor.float(),
+            shape.share,
+            spectrum,
+            trace,
+            count,
+            examples,
+        )
+    return fitted
+
+
+def _squares(
+    rows: RowPass,
+    count: int,
+    sides: Mapping[str, Sides],
+    examples: float,
+    stage: Stage,
+    device: torch.device,
+    ranks: Ranks,
+) -> dict[str, torch.Tensor]:
+    """Layer -> L, (D,) float64, by one walk.
+
+    Raises:
+        CurvatureError: a layer whose rows are all zero. NonFiniteError: the rows' squares overflow.
+    """
+    sums = {name: torch.zeros(pair.dim, dtype=torch.float64, device=device) for name, pair in sides.items()}
+    seen = 0
+    with ranks.jointly():
+        for block in rows():
+            for name, pair in sides.items():
+                turned = pair.turned(block.layers[name].flat().to(device, torch.float32))
+                sums[name] += turned.double().square_().sum(dim=0)
+            seen += block.count
+            stage.advance(block.count)
+    _check_counts([seen], count, ranks)
+    found = {name: ranks.sum(total.cpu()).to(device) / examples for name, total in sums.items()}
+    for name, squares in found.items():
+        refuse_overflow(name, squares.float())
+        if not bool(squares.sum() > 0):
             raise CurvatureError(
                 f"layer {name!r} has zero gradients in all {count} curvature rows, so its curvature is singular: "
                 "exclude it with LayerSelection(exclude=[...]), or fit from other rows"
             )
-        if name not in grids:
-            fitted[name] = LayerCurvature(pairs.vectors, pairs.values, pairs.trace, count, examples)
-            continue
-        trace = float(ranks.sum(torch.tensor(squares[name], dtype=torch.float64))) / examples
-        grid, diagonal = _by_energy(grids[name].to(torch.device("cpu")), ranks.sum(diagonals[name].cpu()) / examples)
-        fitted[name] = LayerCurvature(pairs.vectors, pairs.values, trace, count, examples, grid, diagonal)
-    return fitted
+    return found
+
+
+def _scale(squares: torch.Tensor, share: float) -> torch.Tensor:
+    """(D,) float32: what rows are multiplied by before their directions are found."""
+    if share == 0:
+        return torch.ones_like(squares).float()
+    return (share * squares + _FLOOR * squares.mean()).rsqrt().float()
+
+
+def _check_counts(walked: list[int], count: int, ranks: Ranks) -> None:
+    """Each walk must give the rows that were counted before."""
+    for seen in ranks.sum(torch.tensor(walked)).tolist() if walked else ():
+        if seen != count:
+            raise CurvatureError(f"a pass over the curvature rows gave {seen} rows where {count} were counted before")
 
 
 def refuse_overflow(layer: str, *parts: torch.Tensor) -> None:
@@ -332,10 +323,3 @@ def refuse_overflow(layer: str, *parts: torch.Tensor) -> None:
             f"the curvature of layer {layer!r} has inf or NaN, though the gradients have none: they, or the layer's "
             "inputs, are too large for their squares to be float32 (above 1e19): scale the inputs or the loss down"
         )
-
-
-def _by_energy(grid: Grid, diagonal: torch.Tensor) -> tuple[Grid, torch.Tensor]:
-    """With the products that are directions by themselves in the order of their mean squares, falling."""
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    size = grid.size - len(diagonal)
-    return replace(grid, chosen=torch.cat([grid.chosen[:size], grid.chosen[size:][order]])), diagonal[order]

@@ -1,11 +1,11 @@
 """Sketch: an example's gradients in all layers as k coordinates whose inner products approximate influence.
 
-Half-whitened coordinates e = concat_l (S_l + lambda_l)^-1/2 V_l^T vec(G_l), reduced by one PCA of their uncentred
-second moment over the data: the best linear sketch for influence (EOGP, Heo, Rosser and Kim, proposition 1), then
-rotated at random, so that every coordinate carries alike. z = W^T e; <z_q, z_i> approximates g_q^T H^-1 g_i.
+Half-whitened coordinates e = concat_l (L_l + lambda_l)^-1/2 U_l^T G_l W_l (see `sides`), reduced by one PCA of their
+uncentred second moment over the data: the best linear sketch for influence (EOGP, Heo, Rosser and Kim, proposition 1),
+then rotated at random, so that every coordinate carries alike: z = P^T e.
 
-A query keeps what the sketch was made with apart from what is asked now: another damping or fewer layers change only
-the query's side, x = W^T diag(sqrt(S + lambda) / (S + lambda')) V^T vec(G_q).
+A query's side takes the whitening back: it is x = P^T diag(L + lambda)^1/2 U^T H^-1 G_q W, whatever H^-1 is asked with,
+so that <x, z_i> approximates g_q^T H^-1 g_i. Another damping or fewer layers change only the query's side.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
 from .fit import LayerCurvature
-from .inverse import Preconditioner, products
 
 # Above so many half-whitened coordinates (at k = 512: W takes 512 MiB, its fit about 5 GiB), each layer's own
 # eigenvectors stand for the PCA over all layers, for many times the candidates (docs/choosing.md).
@@ -32,9 +31,14 @@ POWER_ITERATIONS = 2
 _BATCH_ROWS = 256
 
 
+MOST_DIRECTIONS = 32_768
+"""Coordinates that a sketch of gradients is made of, in all layers: those of the largest mean squares."""
+_LEAST_DIRECTIONS = 512
+
+
 def roots(layer: LayerCurvature, lam: float) -> torch.Tensor:
-    """(r,) float32: sqrt(S + lambda)."""
-    return torch.sqrt(layer.damped(lam)).float()
+    """(D,) float32: sqrt(L + lambda)."""
+    return torch.sqrt(layer.squares.double() + lam).float()
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class LayerSketch:
 
     Attributes:
         lam: lambda that its coordinates were half-whitened with.
-        weights: W_l, (m, k) float32, for m of the layer's curvature directions.
+        weights: W_l, (m, k) float32, for m of the layer's coordinates.
         directions: (m,) int64, rising: which; the first where rows hold all of them.
     """
 
@@ -53,14 +57,10 @@ class LayerSketch:
     _root: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def whitening(self, layer: LayerCurvature) -> torch.Tensor:
-        """(m,) float32: sqrt(S + lambda), S of the layer that the sketch was made for."""
+        """(m,) float32: sqrt(L + lambda) of the layer that the sketch was made for."""
         if not self._root:
             self._root.append(roots(layer, self.lam)[self.directions])
         return self._root[0]
-
-    def spread(self, inside: torch.Tensor, layer: LayerCurvature) -> torch.Tensor:
-        """(n, r) of what is (n, m) in its own directions; 0 in others."""
-        return torch.zeros(len(inside), layer.rank).index_copy_(1, self.directions, inside)
 
 
 @dataclass(frozen=True)
@@ -79,51 +79,39 @@ class Sketch:
     method: str
     energy: float
 
-    def query(
-        self,
-        inside: Mapping[str, torch.Tensor],
-        curvature: Mapping[str, LayerCurvature],
-        preconditioners: Mapping[str, Preconditioner],
-    ) -> torch.Tensor:
-        """x (q, k) float32 of a query, under its own damping, in the layers it has.
+    def query(self, turned: Mapping[str, torch.Tensor], curvature: Mapping[str, LayerCurvature]) -> torch.Tensor:
+        """x (q, k) float32 of a query, in the layers it has.
 
         Args:
-            inside: layer -> V^T vec(G_q), (q, r) float32.
+            turned: layer -> U^T H^-1 G_q W, (q, D) float32.
             curvature: layer -> fitted curvature.
-            preconditioners: layer -> H^-1 under the query's damping.
         """
-        scaled = {}
-        for name, c in inside.items():
+        out = torch.zeros(next(iter(turned.values())).shape[0], self.dim)
+        for name, of_query in turned.items():
             part = self.layers[name]
             if len(part.weights):
-                weights = part.whitening(curvature[name]) * preconditioners[name].inside[part.directions]
-                scaled[name] = c[:, part.directions] * weights
-        out = torch.zeros(next(iter(inside.values())).shape[0], self.dim)
-        for piece in products(scaled, self._weights(scaled)).values():
-            out += piece
+                out.addmm_(of_query[:, part.directions] * part.whitening(curvature[name]), part.weights)
         return out
-
-    def _weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self.layers[name].weights for name in names}
 
 
 class SketchEncoder:
-    """Coordinates of gradients, with whitening and weights folded into one (D, k) matrix a layer."""
+    """Coordinates of gradients, with whitening folded into the weights."""
 
     def __init__(self, sketch: Sketch, curvature: Mapping[str, LayerCurvature], device: torch.device | None = None):
         self.dim = sketch.dim
-        self._matrices = {}
+        self._layers = {}
         for name, part in sketch.layers.items():
             if len(part.weights):
-                weights = (part.weights / part.whitening(curvature[name])[:, None]).T
-                every = part.spread(weights, curvature[name])
-                self._matrices[name] = curvature[name].combined(every).T.contiguous().to(device or "cpu")
+                weights = part.weights / part.whitening(curvature[name])[:, None]
+                sides = curvature[name].sides.to(device or torch.device("cpu"))
+                self._layers[name] = sides, part.directions.to(device or "cpu"), weights.to(device or "cpu")
 
     def encode(self, layers: Mapping[str, LayerGradient]) -> torch.Tensor:
         """z (n, k) float32, on the CPU."""
         total: torch.Tensor | None = None
-        for name, matrix in self._matrices.items():
-            part = layers[name].flat().to(matrix.device, torch.float32) @ matrix
+        for name, (sides, directions, weights) in self._layers.items():
+            turned = sides.turned(layers[name].flat().to(weights.device, torch.float32))
+            part = turned[:, directions] @ weights
             total = part if total is None else total.add_(part)
         if total is None:
             raise CurvatureError("the sketch has no coordinates in any layer: build the index again")
@@ -170,6 +158,21 @@ class Whitened:
         return sum(len(directions) for directions in self.directions.values())
 
 
+def strongest(curvature: Mapping[str, LayerCurvature]) -> dict[str, torch.Tensor]:
+    """Layer -> (m,) int64, rising: the coordinates of the largest mean squares, as many as a sketch is made of."""
+    most = max(MOST_DIRECTIONS // max(len(curvature), 1), _LEAST_DIRECTIONS)
+    return {
+        name: torch.topk(layer.squares, min(most, layer.dim)).indices.sort().values for name, layer in curvature.items()
+    }
+
+
+def sketched_directions(dims: Iterable[int]) -> int:
+    """How many `strongest` takes of layers of such D."""
+    dims = list(dims)
+    most = max(MOST_DIRECTIONS // max(len(dims), 1), _LEAST_DIRECTIONS)
+    return sum(min(most, dim) for dim in dims)
+
+
 def half_whitened(
     rows: Callable[[], Iterable[Mapping[str, LayerGradient]]],
     count: int,
@@ -177,14 +180,22 @@ def half_whitened(
     lams: Mapping[str, float],
     device: torch.device,
 ) -> Whitened:
-    """Those of blocks of gradients, in all directions."""
-    whitened = {name: (layer.basis / roots(layer, lams[name])).to(device) for name, layer in curvature.items()}
+    """Those of blocks of gradients, in the strongest coordinates."""
+    directions = strongest(curvature)
+    scales = {n: (1.0 / roots(layer, lams[n])[directions[n]]).to(device) for n, layer in curvature.items()}
+    sides = {name: layer.sides.to(device) for name, layer in curvature.items()}
 
     def walk() -> Iterator[torch.Tensor]:
         for block in rows():
-            yield from _whiten(block, whitened)
+            flat = {name: block[name].flat() for name in scales}
+            for at in range(0, len(next(iter(flat.values()))), _BATCH_ROWS):
+                parts = []
+                for name, scale in scales.items():
+                    turned = sides[name].turned(flat[name][at : at + _BATCH_ROWS].to(device, torch.float32))
+                    parts.append(turned[:, directions[name].to(device)] * scale)
+                yield torch.cat(parts, dim=1)
 
-    return Whitened(walk, count, {name: torch.arange(layer.rank) for name, layer in curvature.items()}, lams)
+    return Whitened(walk, count, directions, lams)
 
 
 def fit_sketch(
@@ -205,8 +216,8 @@ def fit_sketch(
         curvature: layer -> fitted curvature.
         dim: the most coordinates to keep; never more than there are half-whitened ones or rows, and a multiple of 8
             where there are that many.
-        method: "pca": one PCA over all layers, by subspace iteration; "per-layer": the directions with the largest
-            S / (S + lambda) of all layers.
+        method: "pca": one PCA over all layers, by subspace iteration; "per-layer": the coordinates with the largest
+            L / (L + lambda) of all layers.
         seed: of the starting block and the rotation.
         stage: told of the rows walked.
         device: where the products are computed.
@@ -245,7 +256,7 @@ def fit_sketch(
 
     shares = torch.cat(
         [
-            (curvature[n].eigenvalues.double() / curvature[n].damped(lams[n]))[directions]
+            (curvature[n].squares.double() / (curvature[n].squares.double() + lams[n]))[directions]
             for n, directions in whitened.directions.items()
         ]
     )
@@ -265,13 +276,3 @@ def fit_sketch(
     if not squares.sum() > 0:
         raise CurvatureError("all gradients of the sketch's sample are zero: fit from other data")
     return Sketch(layers, kept, method, float(squares[best].sum() / squares.sum()))
-
-
-def _whiten(layers: Mapping[str, LayerGradient], whitened: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Pieces (b, total) of the half-whitened coordinates of some gradients."""
-    flat = {name: layers[name].flat() for name in whitened}
-    count = len(next(iter(flat.values())))
-    return [
-        torch.cat([flat[n][i : i + _BATCH_ROWS].to(m.device, torch.float32) @ m for n, m in whitened.items()], dim=1)
-        for i in range(0, count, _BATCH_ROWS)
-    ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..curvature.fit import fit_curvature
+from ..curvature.fit import CurvatureShape, fit_curvature
 from ..curvature.inverse import inverses
 from ..linalg.scratch import CPU
 from ..progress import Reporter
@@ -67,7 +67,7 @@ def renew_curvature(rows: IndexRows, manifest: Manifest, report: Reporter) -> No
             rows.gradients(None if everything else chosen),
             len(chosen),
             rows.codec.specs,
-            shapes=type(rows.codec).shapes(config, rows.codec.specs),
+            shape=CurvatureShape.of(config, len(rows.codec.specs)),
             power_iterations=config.power_iterations,
             seed=config.seed,
             examples=len(chosen),
@@ -75,7 +75,7 @@ def renew_curvature(rows: IndexRows, manifest: Manifest, report: Reporter) -> No
             device=CPU,
         )
     # Found out now rather than at the first search.
-    inverses(fitted, config.policy, config.complement)
+    inverses(fitted, config.policy)
     manifest.fits["curvature"] = save_curvature(folder, manifest.new_name("curvature"), fitted)
     manifest.fingerprint = manifest.fingerprint | {"curvature": "stored"}
     manifest.fitted_ids = manifest.next_id

@@ -19,7 +19,7 @@ from ..capture.data import Batch, ExampleSource, as_source
 from ..capture.gradients import GradientBlock, energies
 from ..capture.hooks import Capture
 from ..capture.layers import Use
-from ..curvature.inverse import Preconditioner, transform_precisely
+from ..curvature.inverse import Preconditioner, transform, transform_precisely
 from ..errors import DataError
 from ..progress import Stage
 from .reader import Reader
@@ -267,7 +267,7 @@ def _stored_scores(
     members: int,
 ) -> np.ndarray:
     """(q, m): what the stored rows of some ids score."""
-    question = reader.ask(asked.gradients, preconditioners)
+    question = reader.ask(transform(asked.gradients, preconditioners))
     rows = reader.store.gather(reader.store.positions_of(unique))
     scores: np.ndarray = reader.codec.scorer(question.parts).score(rows).numpy() / members
     return scores

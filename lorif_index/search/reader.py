@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..codecs.base import QueryGradients, RowCodec
+from ..codecs.base import RowCodec, Transformed
 from ..codecs.registry import CODECS, codec_class
 from ..config import BuildConfig
 from ..curvature.inverse import Preconditioner
@@ -138,10 +138,10 @@ class Reader:
         sketch = load_sketch(self.folder, self.manifest.fits["sketch"], self.specs)
         for name, part in sketch.layers.items():
             most = int(part.directions.max()) + 1 if len(part.directions) else 0
-            if most > self.curvature.rank(name):
+            if most > self.specs[name].dim:
                 raise CorruptionError(
-                    f"the sketch weighs {most} directions of layer {name!r}, whose curvature has "
-                    f"{self.curvature.rank(name)}: restore the index from a copy"
+                    f"the sketch weighs {most} coordinates of layer {name!r}, which has {self.specs[name].dim}: "
+                    "restore the index from a copy"
                 )
         return sketch
 
@@ -199,13 +199,13 @@ class Reader:
         made = kept[1]
         for name in chosen:
             if name not in made:
-                one = Preconditioner.of(name, self.curvature[name], policy, self.config.complement)
+                one = Preconditioner.of(name, self.curvature[name], policy)
                 made[name] = one.usable(name)
         return {name: made[name] for name in chosen}
 
-    def ask(self, gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]) -> Question:
-        """The question that gradients {layer: (q, d_in, d_out)} put to the rows."""
-        return ask(self.codec, self.sketch, QueryGradients(gradients, self.curvature), preconditioners)
+    def ask(self, x: Mapping[str, torch.Tensor]) -> Question:
+        """The question that transformed gradients {layer: (q, d_in, d_out)}, x = H^-1 G, put to the rows."""
+        return ask(self.codec, self.sketch, Transformed(x, self.curvature))
 
     def files(self) -> list[SealedFile]:
         """Every file of the index but the manifest."""
@@ -228,12 +228,10 @@ class Reader:
                 getattr(self, name).file.close()
 
 
-def ask(
-    codec: RowCodec, sketch: Sketch | None, asked: QueryGradients, preconditioners: Mapping[str, Preconditioner]
-) -> Question:
-    """The question that a query's gradients put to rows of a codec, and to coordinates of a sketch if there is one."""
-    x = None if sketch is None else sketch.query(asked.inside, asked.curvature, preconditioners)
-    return Question(codec.question(asked, preconditioners), x, asked.count)
+def ask(codec: RowCodec, sketch: Sketch | None, asked: Transformed) -> Question:
+    """The question that a transformed query puts to rows of a codec, and to coordinates of a sketch if there is one."""
+    x = None if sketch is None else sketch.query(asked.turned, asked.curvature)
+    return Question(codec.question(asked), x, asked.count)
 
 
 def proposer_of(rows: IndexRows, coarse: Coarse, sketch: Sketch) -> Proposer:

@@ -15,7 +15,7 @@ import torch
 
 from ..capture.gradients import SIDES, LayerSpec
 from ..curvature.fit import CurvatureShape, LayerCurvature, refuse_overflow
-from ..curvature.grid import Grid
+from ..curvature.sides import Sides, turns
 from ..curvature.sketch import LayerSketch, Sketch
 from ..errors import CorruptionError
 from ..linalg.subspace import OVERSAMPLING
@@ -61,12 +61,12 @@ class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
 
 
 def save_curvature(folder: Path, name: str, fitted: Mapping[str, LayerCurvature]) -> dict[str, Any]:
-    """Writes `basis_<i>` (D, r) float32 and `spectrum_<i>` (m,) float64 for layer number i; where it has a
-    grid, (M, r - p), and `left_<i>`, `right_<i>`, `products_<i>` (M + p,) and, if p, `diagonal_<i>` (p,) float64.
+    """Writes for layer number i its sides `left_<i>` (d_in, d_in) and `right_<i>` (d_out, d_out) float32, which
+    one that is not turned has not, `squares_<i>`
+    (D,) float32, `factor_<i>` (D, r) float16 over `scale_<i>` (r,) float32, and `spectrum_<i>` (m,) float64.
 
     Returns:
-        what the manifest keeps: the file, and per layer rank, spectrum length, trace, rows, examples, M + p of a grid
-        and p.
+        what the manifest keeps: the file, and per layer rank, spectrum length, share, trace, rows and examples.
 
     Raises:
         NonFiniteError: a layer's has inf or NaN; nothing is written.
@@ -74,30 +74,34 @@ def save_curvature(folder: Path, name: str, fitted: Mapping[str, LayerCurvature]
     arrays: dict[str, np.ndarray] = {}
     facts = []
     for i, (key, layer) in enumerate(fitted.items()):
-        refuse_overflow(key, layer.core, layer.spectrum, layer.diagonal, torch.tensor(layer.trace))
-        arrays[f"basis_{i}"] = layer.core.numpy()
+        refuse_overflow(key, layer.squares, layer.factor, layer.spectrum, torch.tensor(layer.trace))
+        for side, matrix in (("left", layer.sides.left), ("right", layer.sides.right)):
+            if matrix is not None:
+                arrays[f"{side}_{i}"] = matrix.numpy()
+        arrays[f"squares_{i}"] = layer.squares.numpy()
+        half, scale = halved(layer.factor)
+        arrays[f"factor_{i}"], arrays[f"scale_{i}"] = half.numpy(), scale.numpy()
         arrays[f"spectrum_{i}"] = layer.spectrum.double().numpy()
-        arrays[f"diagonal_{i}"] = layer.diagonal.numpy()
-        products = 0
-        if layer.grid is not None:
-            products = layer.grid.size
-            arrays[f"left_{i}"], arrays[f"right_{i}"] = layer.grid.left.numpy(), layer.grid.right.numpy()
-            arrays[f"products_{i}"] = layer.grid.chosen.numpy().astype("<i8")
-        rank, length, alone = layer.rank, len(layer.spectrum), len(layer.diagonal)
-        told = _CurvatureFacts(rank, length, layer.trace, layer.rows, layer.examples, products, alone)
+        told = _CurvatureFacts(layer.rank, len(layer.spectrum), layer.share, layer.trace, layer.rows, layer.examples)
         facts.append(asdict(told))
     return {"file": write_sealed(folder, name, arrays).to_json(), "layers": facts}
 
 
-def curvature_bytes(shapes: Mapping[str, CurvatureShape], specs: Mapping[str, LayerSpec], rows: int | None) -> int:
-    """Of the file of curvatures of those shapes, of so many rows if they bound them."""
+def halved(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A factor (D, r) in half precision, and what its columns are multiplied by, (r,) float32: their largest entries,
+    so that neither the largest nor the usual entry leaves float16. B B^T is then what is stored, to the last bit."""
+    scale = factor.abs().amax(dim=0) if len(factor) else factor.new_zeros(factor.shape[1])
+    return (factor / torch.where(scale > 0, scale, 1.0)).half(), scale
+
+
+def curvature_bytes(shape: CurvatureShape, specs: Mapping[str, LayerSpec], rows: int | None) -> int:
+    """Of the file of curvatures of that shape, of so many rows if they bound them."""
     total = 0
-    for name, shape in shapes.items():
-        spec = specs[name]
-        rank = shape.found(spec.dim, rows)
-        total += 4 * shape.height(spec.dim) * rank + 8 * (rank + OVERSAMPLING)
-        if shape.products:
-            total += 4 * (spec.d_in**2 + spec.d_out**2) + 8 * (shape.products + 2 * shape.diagonal)
+    for spec in specs.values():
+        rank = shape.directions(spec.dim, rows)
+        sides = sum(width**2 for width in (spec.d_in, spec.d_out) if turns(width))
+        total += 4 * (sides + spec.dim) + 2 * spec.dim * rank + 4 * rank
+        total += 8 * (rank + OVERSAMPLING)
     return total
 
 
@@ -107,25 +111,19 @@ class _CurvatureFacts:
 
     rank: int
     spectrum: int
+    share: float
     trace: float
     rows: int
     examples: float
-    products: int
-    diagonal: int
-
-    @property
-    def found(self) -> int:
-        """Columns of the matrix."""
-        return self.rank - self.diagonal
 
     @classmethod
     def of(cls, name: str, entry: Any) -> _CurvatureFacts:
         with entry_of(f"layer {name!r}'s curvature"):
             facts = cls(**entry)
-            for value in (facts.rank, facts.spectrum, facts.rows, facts.products, facts.diagonal):
+            for value in (facts.rank, facts.spectrum, facts.rows):
                 as_count(value)
-            fine = math.isfinite(facts.trace) and math.isfinite(facts.examples)
-            if not fine or not 0 <= facts.found <= facts.spectrum or facts.diagonal > facts.products:
+            fine = math.isfinite(facts.trace) and math.isfinite(facts.examples) and 0 <= facts.share < 1
+            if not fine or facts.rank > facts.spectrum:
                 raise ValueError(repr(entry))
         return facts
 
@@ -144,17 +142,13 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         self._specs = specs
         self._facts = {name: _CurvatureFacts.of(name, entry) for name, entry in zip(specs, facts, strict=True)}
         # Before memory is taken for what the file cannot hold.
-        need = sum(
-            4 * self._height(name) * entry.found + 8 * (entry.spectrum + entry.diagonal)
-            for name, entry in self._facts.items()
-        )
+        need = sum(2 * specs[name].dim * facts.rank + 8 * facts.spectrum for name, facts in self._facts.items())
         if need > self.file.info.size:
             raise CorruptionError(
                 f"{self.file.path} has {self.file.info.size} bytes, but its layers are said to take {need}: restore it"
             )
         self._numbers = {name: i for i, name in enumerate(specs)}
         self._loaded: dict[str, LayerCurvature] = {}
-        self._rooms: dict[tuple[int, int], tuple[list[str], torch.Tensor]] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> LayerCurvature:
@@ -163,10 +157,6 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
                 self._loaded[name] = self._load(name)
             return self._loaded[name]
 
-    def rank(self, name: str) -> int:
-        """How many directions a layer has, without reading them."""
-        return self._facts[name].rank
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
 
@@ -174,39 +164,22 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         return len(self._specs)
 
     def _load(self, name: str) -> LayerCurvature:
-        facts, number = self._facts[name], self._numbers[name]
+        facts, i, spec = self._facts[name], self._numbers[name], self._specs[name]
         self.file.verify_once()
-        core = self._room(name)
-        self.file.read_array(f"basis_{number}", tuple(core.shape), "<f4", out=core.numpy())
-        spectrum = torch.from_numpy(self.file.read_array(f"spectrum_{number}", (facts.spectrum,), "<f8"))
-        diagonal = torch.from_numpy(self.file.read_array(f"diagonal_{number}", (facts.diagonal,), "<f8"))
-        _check_finite(self.file, core, spectrum, diagonal)
-        grid = self._grid(name) if facts.products else None
-        return LayerCurvature(core, spectrum, facts.trace, facts.rows, facts.examples, grid, diagonal)
 
-    def _grid(self, name: str) -> Grid:
-        number, spec, count = self._numbers[name], self._specs[name], self._facts[name].products
+        def read(what: str, shape: tuple[int, ...], dtype: str = "<f4") -> torch.Tensor:
+            return torch.from_numpy(self.file.read_array(f"{what}_{i}", shape, dtype))
+
         left, right = (
-            torch.from_numpy(self.file.read_array(f"{side}_{number}", (width, width), "<f4"))
+            read(side, (width, width)) if turns(width) else None
             for side, width in (("left", spec.d_in), ("right", spec.d_out))
         )
-        chosen = torch.from_numpy(self.file.read_array(f"products_{number}", (count,), "<i8"))
-        if bool((chosen < 0).any()) or bool((chosen >= spec.dim).any()):
-            raise CorruptionError(f"the curvature of layer {name!r} is made of products that do not exist: restore it")
-        return Grid(left, right, chosen)
-
-    def _height(self, name: str) -> int:
-        """Rows of a layer's core."""
-        return self._facts[name].products - self._facts[name].diagonal or self._specs[name].dim
-
-    def _room(self, name: str) -> torch.Tensor:
-        """Memory for a layer's core: layers of one shape lie one behind the other (see `inverse.products`)."""
-        shape = (self._height(name), self._facts[name].found)
-        if shape not in self._rooms:
-            alike = [n for n in self._specs if (self._height(n), self._facts[n].found) == shape]
-            self._rooms[shape] = (alike, torch.empty(len(alike), *shape))
-        alike, room = self._rooms[shape]
-        return room[alike.index(name)]
+        sides = Sides((spec.d_in, spec.d_out), left, right)
+        squares, spectrum = read("squares", (spec.dim,)), read("spectrum", (facts.spectrum,), "<f8")
+        factor = read("factor", (spec.dim, facts.rank), "<f2").float() * read("scale", (facts.rank,))
+        turned = [matrix for matrix in (left, right) if matrix is not None]
+        _check_finite(self.file, *turned, squares, spectrum, factor)
+        return LayerCurvature(sides, squares, factor, facts.share, spectrum, facts.trace, facts.rows, facts.examples)
 
 
 def _check_finite(file: SealedFile, *parts: torch.Tensor) -> None:
@@ -260,7 +233,6 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
     with closing(file):
         file.verify()
         layers, at = {}, 0
-        # One matrix of all layers, so that they lie one behind the other (see `inverse.products`).
         room = torch.empty(sum(counts), dim)
         for i, (name, lam, count) in enumerate(zip(names, lams, counts, strict=True)):
             part, directions = room[at : at + count], torch.arange(count)

@@ -1,0 +1,147 @@
+"""Sparse: of each row its own largest coordinates, with their places, in three bytes each.
+
+What examples add to a score is unequal: a few coordinates of each hold most of it, other ones in other examples (of a
+language model's head those of its rare words). A row names its m largest. Each is a place in 19 bits, a sign, and a
+magnitude in 16 levels, neighbours a factor of 1.5 apart, above the row's own scale. Other coordinates count as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding_bag, pad
+
+from ..linalg.scratch import SCRATCH
+from .bits import SCALE_BYTES
+
+ENTRY_BYTES = 3
+MOST_PLACES = (1 << 19) - 1
+"""Coordinates that a place can name."""
+_LEVELS, _RATIO = 16, 1.5
+# Rows unpacked at once: what stays in a core's cache.
+_BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 14
+# Sums of rows of a table are vectorised over its columns.
+_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class SparseLayout:
+    """Where a row's entries lie: three planes of m bytes, low bits of the entries first, then the scale, a bfloat16.
+
+    Attributes:
+        dim: number of coordinates.
+        entries: m.
+    """
+
+    dim: int
+    entries: int
+
+    @property
+    def row_bytes(self) -> int:
+        return ENTRY_BYTES * self.entries + SCALE_BYTES
+
+    @property
+    def label(self) -> str:
+        """How coordinates are coded, in words."""
+        return f"{self.entries} largest"
+
+    @property
+    def query_bytes(self) -> int:
+        """Memory that a scorer takes for each query."""
+        return 4 * self.dim
+
+    @property
+    def cosine(self) -> float:
+        """What decoded coordinates are longer by is 1 / cosine: those that are named are as long as they were."""
+        return 1.0
+
+    def scorer(self, queries: torch.Tensor) -> SparseScorer:
+        """Of fixed queries (q, dim) float32."""
+        return SparseScorer(self, queries)
+
+    def encode(self, z: torch.Tensor) -> torch.Tensor:
+        """Codes (n, row_bytes) uint8 of coordinates (n, dim), on the CPU. A row of zeros comes back as zeros."""
+        places = torch.topk(z.abs(), min(self.entries, self.dim), dim=1, sorted=False).indices
+        values = z.gather(1, places).float().cpu()
+        places, sizes = places.cpu(), values.abs()
+        peak = sizes.amax(dim=1)
+        least = torch.where(sizes > 0, sizes, torch.inf).amin(dim=1)
+        scale = torch.maximum(least, peak / _RATIO ** (_LEVELS - 1)).to(torch.bfloat16)
+        scale = torch.where(peak > 0, scale, torch.zeros_like(scale))
+        unit = scale.float()[:, None]
+        # What is far below the scale is nothing: it names the place behind the last.
+        nothing = (sizes * _RATIO**0.5 < unit) | (sizes == 0)
+        levels = (sizes / torch.where(unit > 0, unit, 1.0)).clamp_min_(1e-30).log_().div_(math.log(_RATIO))
+        levels = levels.round_().clamp_(0, _LEVELS - 1).long()
+        codes = (places.masked_fill_(nothing, self.dim) << 5) | ((values > 0).long() << 4) | levels
+        codes = pad(codes, (0, self.entries - codes.shape[1]), value=self.dim << 5)
+        # In rising order of places, so that a scorer reads its table in order.
+        codes = codes.sort(dim=1).values
+        planes = torch.cat([(codes >> shift) & 255 for shift in (0, 8, 16)], dim=1).to(torch.uint8)
+        return torch.cat([planes, scale.view(torch.uint8).reshape(len(z), -1)], dim=1)
+
+    def scales(self, codes: torch.Tensor) -> torch.Tensor:
+        """(n, 1) float32."""
+        return codes[:, ENTRY_BYTES * self.entries :].contiguous().view(torch.bfloat16).reshape(len(codes), 1).float()
+
+    def unpacked(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places (n, m) int32 and values in units of the scale (n, m) float32. Scratch: the next call overwrites it."""
+        m, device = self.entries, codes.device
+        found = SCRATCH.take("sparse codes", len(codes), m, dtype=torch.int32, device=device)
+        part = SCRATCH.take("sparse part", len(codes), m, dtype=torch.int32, device=device)
+        found.copy_(codes[:, :m])
+        for plane in (1, 2):
+            part.copy_(codes[:, plane * m : (plane + 1) * m])
+            found.add_(part.bitwise_left_shift_(8 * plane))
+        torch.bitwise_and(found, 31, out=part)
+        values = SCRATCH.take("sparse values", len(codes), m, device=device)
+        torch.index_select(_VALUES.to(device), 0, part.view(-1), out=values.view(-1))
+        return found.bitwise_right_shift_(5), values
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """The stored coordinates, (n, dim) float32; all that are not named are 0."""
+        places, values = self.unpacked(codes)
+        out = torch.zeros(len(codes), self.dim + 1, device=codes.device)
+        return out.scatter_(1, places.long().clamp_max_(self.dim), values * self.scales(codes))[:, :-1]
+
+
+def _values() -> torch.Tensor:
+    """(32,) float32: what the low 5 bits of an entry stand for, in units of the row's scale."""
+    sizes = _RATIO ** torch.arange(_LEVELS, dtype=torch.float64)
+    return torch.cat([-sizes, sizes]).float()
+
+
+_VALUES = _values()
+
+
+class SparseScorer:
+    """Inner products of fixed query coordinates with the coordinates in blocks of codes.
+
+    Args:
+        layout: the codes' layout.
+        queries: (q, dim) float32, on the device where codes will be scored.
+    """
+
+    def __init__(self, layout: SparseLayout, queries: torch.Tensor) -> None:
+        self._layout, self._count = layout, len(queries)
+        # And a row of zeros, for entries that name nothing.
+        self._columns = pad(queries.T, (0, -len(queries) % _COLUMNS if len(queries) > 1 else 0, 0, 1)).contiguous()
+
+    def score(self, codes: torch.Tensor) -> torch.Tensor:
+        """(q, n) float32 of codes (n, row_bytes)."""
+        out = torch.empty(len(codes), self._columns.shape[1], device=codes.device)
+        step = _BLOCK_ROWS if codes.device.type == "cpu" else _GPU_BLOCK_ROWS
+        for start in range(0, len(codes), step):
+            part = codes[start : start + step]
+            places, values = self._layout.unpacked(part)
+            here = out[start : start + len(part)]
+            if self._count == 1:
+                found = SCRATCH.take("sparse found", len(part), self._layout.entries, device=codes.device)
+                torch.index_select(self._columns[:, 0], 0, places.view(-1), out=found.view(-1))
+                torch.sum(found.mul_(values), dim=1, keepdim=True, out=here)
+            else:
+                here[:] = embedding_bag(places, self._columns, mode="sum", per_sample_weights=values)
+            here.mul_(self._layout.scales(part))
+        return out[:, : self._count].T
