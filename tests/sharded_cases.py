@@ -38,6 +38,7 @@ from torch.nn import functional
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.capture.gradients import GradientBlock
+from lorif_index.capture.heads import Declared
 from lorif_index.capture.probes import Probes
 from lorif_index.capture.sharded import data_ranks, evened, needs_lockstep
 from lorif_index.capture.sources import ModelCapture, ModelGradients, ProbedGradients, model_digest
@@ -121,7 +122,7 @@ def joined(blocks: Iterator[GradientBlock], whole: ModelCapture) -> dict[str, to
 
 def probed(model: nn.Module, data: Any, ids: np.ndarray, examples: int) -> dict[str, torch.Tensor]:
     whole = ModelCapture(model, BuildConfig(**PROJECTED))
-    probes = Probes(default_loss.logits, 2, 0, examples)  # type: ignore[attr-defined]
+    probes = Probes(Declared(default_loss.logits), 2, 0, examples)  # type: ignore[attr-defined]
     return joined(ProbedGradients(whole.capture(None), as_source(data, 2), probes).sample(ids), whole)
 
 
