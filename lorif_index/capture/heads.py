@@ -164,8 +164,10 @@ class Declared:
         self._logits = logits
 
     def __call__(self, model: nn.Module, batch: Any) -> Softmax:
-        """Raises:
-        DataError: the function gave something else than logits and labels.
+        """The head of a batch.
+
+        Raises:
+            DataError: the function gave something else than logits and labels.
         """
         logits, labels = checked_logits(self._logits(model, batch))
         return Softmax(logits, labels != IGNORE)

@@ -153,6 +153,7 @@ def _binary(given: dict[str, Any]) -> tuple[_Call, Any]:
 
 
 def _squared(given: dict[str, Any]) -> tuple[_Call, Any]:
+    """Either side may be the model's."""
     z, y = given["input"], given["target"]
     if y.requires_grad and not z.requires_grad:
         z, y = y, z
@@ -162,9 +163,10 @@ def _squared(given: dict[str, Any]) -> tuple[_Call, Any]:
         return _Call(Squared, z, terms, terms, trouble), terms.numel()
     if y.requires_grad:
         return _Call(Squared, z, terms, terms, "both sides of mse_loss depend on the model"), terms.numel()
-    weight = given.get("weight")
-    scale = torch.ones_like(terms) if weight is None else torch.ones_like(terms) * weight.detach()
-    return _Call(Squared, z, terms, scale), terms.numel()
+    scale = torch.ones_like(terms)
+    if given.get("weight") is not None:
+        scale = scale * given["weight"].detach()
+    return _Call(Squared, z, terms, scale), scale.sum()
 
 
 _READERS: dict[Any, Callable[[dict[str, Any]], tuple[_Call, Any]]] = {
@@ -229,7 +231,7 @@ class Seen:
         n, z = len(losses), call.z
         if not z.requires_grad:
             raise self._unseen(f"what {call.kind.kind} terms are of depends on no tracked layer")
-        # Another factor for each example: its loss must be of its own outputs.
+        # Another factor for each example: its loss must be of its own outputs. The Hessian is seen along u.
         generator = torch.Generator(device=z.device).manual_seed(0)
         factor = 0.5 + torch.rand(n, generator=generator, device=z.device, dtype=wide(z).dtype)
         u = torch.randn(z.shape, generator=generator, device=z.device, dtype=wide(z).dtype).to(z.dtype)
@@ -289,16 +291,16 @@ class Seen:
                 )
             parts = (wide(weight) * wide(call.terms)).reshape(n, -1)
             gap, most = (parts.sum(dim=1) - losses).abs(), parts.abs().sum(dim=1)
-            near = _rounding(_SUMS, call.z, call.terms, losses)
+            near = _rounding(_SUMS, call.terms, losses)
             if bool((gap > near * (most + near)).any()):
                 worst = int((gap - near * most).nan_to_num().argmax())
                 raise self._unseen(
                     f"the loss of example {worst} of a batch is {float(losses[worst]):.6g}, where its {call.kind.kind} "
                     f"terms add up to {float(parts[worst].sum()):.6g}"
                 )
-            if bool((weight < 0).any()):
-                raise self._unseen(f"its {call.kind.kind} terms have negative weights")
             weights = call.by_example(weight * call.scale, n)
+            if bool((weights < 0).any()):
+                raise self._unseen(f"a {call.kind.kind} term of it has the negative weight {float(weights.min()):.6g}")
         return call.kind(call.by_example(call.z, n, classes=True), weights)
 
     def _unseen(self, reason: str) -> UnseenLoss:

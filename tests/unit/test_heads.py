@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional
 
-from lorif_index import BuildConfig, CrossEntropy, Index, Sample, default_loss
+from lorif_index import BuildConfig, CrossEntropy, Index, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.capture.heads import Bernoulli, Declared, Head, Softmax, Squared
 from lorif_index.capture.probes import Probes
@@ -127,7 +128,7 @@ REFUSED: dict[str, tuple[str, bool, Callable[[torch.Tensor], torch.Tensor]]] = {
     "a root": ("add up to", False, lambda z: squared(z, ONE).mean(1).sqrt()),
     "a norm of terms": ("Hessian.*is not", False, lambda z: squared(z, ONE).square().sum(1).sqrt()),
     "two losses": ("terms of 2 calls", False, lambda z: entropy(z, Y) + squared(z, ONE).sum(1)),
-    "a negative loss": ("negative", False, lambda z: -entropy(z, Y)),
+    "a negative loss": ("negative weight -1", False, lambda z: -entropy(z, Y)),
     "positions first": ("add up to", True, positions_first),
     "hidden positions cut out": (
         "do not say which of the 6",
@@ -201,11 +202,29 @@ def test_a_later_batch_that_is_something_else_is_refused() -> None:
         seen(linear(), X[:2])
 
 
-def test_a_batch_of_one_may_be_reduced() -> None:
-    for reduction in ("mean", "sum"):
-        seen = Seen(lambda m, b: functional.cross_entropy(m(b), Y[:1], WEIGHT, reduction=reduction).reshape(1))  # noqa: B023
-        seen.check(linear(), X[:1])
-        assert float(seen(linear(), X[:1]).weight) == pytest.approx(1.0 if reduction == "mean" else float(WEIGHT[Y[0]]))
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_batch_of_one_may_be_reduced(reduction: str) -> None:
+    losses: list[Loss] = [
+        lambda m, b: functional.cross_entropy(m(b).transpose(1, 2), YS[:1], WEIGHT, reduction=reduction),
+        lambda m, b: functional.cross_entropy(m(b)[:, 0], ONE[:1], WEIGHT, label_smoothing=0.2, reduction=reduction),
+        lambda m, b: functional.nll_loss(m(b)[:, 0].log_softmax(1), Y[:1], WEIGHT, reduction=reduction),
+        lambda m, b: functional.binary_cross_entropy_with_logits(m(b)[:, 0], ONE[:1], WEIGHT, reduction=reduction),
+        lambda m, b: functional.mse_loss(m(b)[:, 0], ONE[:1], reduction=reduction),
+    ]
+    if "weight" in inspect.signature(functional.mse_loss).parameters:
+        weight = WEIGHT.expand(1, C)
+        losses.append(lambda m, b: functional.mse_loss(m(b)[:, 0], ONE[:1], reduction=reduction, weight=weight))
+    model = linear()
+    for loss in losses:
+        seen = Seen(lambda m, b, loss=loss: loss(m, b).reshape(1))
+        seen.check(model, XS[:1])
+        head = seen(model, XS[:1])
+        outputs = model(XS[:1])
+        expected = hessian(lambda z, loss=loss: loss(lambda b: z.reshape(1, T, C), None), outputs.detach().flatten())
+        taken = jacobian(lambda z, seen=seen: seen(lambda b: b, z).outputs, outputs.detach())
+        j = taken.reshape(head.outputs[0].numel(), -1)
+        product = head.product(j.T.reshape(-1, *head.outputs.shape)).flatten(1)
+        assert torch.allclose(product @ j, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -292,4 +311,3 @@ def test_ensembles_and_batches_of_another_form(tmp_path: Path) -> None:
     assert probes.exact and probes.each == 4
     with pytest.raises(DataError, match="4 outputs an example.*example 7.*\\(2, 3\\)"):
         probes(nn.Identity(), torch.zeros(2, 3), np.array([7, 8]))
-    assert Sample(probes=1).probes == 1
