@@ -246,25 +246,24 @@ class Seen:
         def seen(tensor: torch.Tensor) -> torch.Tensor:
             return wide(call.by_example(tensor.detach(), n, classes=True))
 
-        most = head.weight * by_term
-        if call.kind is Softmax:
-            by_term, most = by_term.unsqueeze(-1), most.unsqueeze(-1)
-        near = _rounding(_TERMS, z, losses)
-        curved = head.product(seen(u)) * by_term
-        pairs = [
-            ("gradient", seen(gradient), seen(expected)),
-            ("Hessian", seen(torch.zeros_like(z) if second is None else second), curved),
-        ]
-        for what, got, wanted in pairs:
-            size = wanted.abs().amax(dim=-1, keepdim=True) if call.kind is Softmax else wanted.abs()
-            far = (got - wanted).abs() > near * (size + _SMALL * most)
-            if bool((far & wanted.isfinite()).any()):
-                worst = int((far & wanted.isfinite()).flatten(1).any(dim=1).nonzero()[0, 0])
-                raise self._unseen(
-                    f"its {what} at the outputs is not that of its {call.kind.kind} terms, first in example {worst} of "
-                    "the first batch"
-                )
+        scale = by_term.unsqueeze(-1) if call.kind is Softmax else by_term
+        weights = (head.weight * by_term).reshape(*head.weight.shape, *[1] * (scale.ndim - by_term.ndim))
+        self._agree("gradient", seen(gradient), seen(expected), weights, call)
+        curved = head.product(seen(u)) * scale
+        self._agree("Hessian", seen(torch.zeros_like(z) if second is None else second), curved, weights, call)
         self.kind = head.kind
+
+    def _agree(self, what: str, got: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor, call: _Call) -> None:
+        """Both (n, ...), as the head's outputs; what is not finite is not judged."""
+        size = wanted.abs().amax(dim=-1, keepdim=True) if call.kind is Softmax else wanted.abs()
+        near = _rounding(_TERMS, call.z, call.terms) * (size + _SMALL * weights)
+        far = wanted.isfinite() & ~((got - wanted).abs() <= near)
+        if bool(far.any()):
+            at = tuple(far.nonzero()[0].tolist())
+            raise self._unseen(
+                f"in example {at[0]} of the first batch its {what} at an output is {float(got[at]):.6g}, where that of "
+                f"its {call.kind.kind} terms is {float(wanted[at]):.6g}"
+            )
 
     def _watched(self, model: nn.Module, batch: Any, *, apart: bool) -> tuple[Head, _Call, torch.Tensor, torch.Tensor]:
         """The head, the call behind it, the losses (n,), and what each term weighs in them, of the terms' shape."""

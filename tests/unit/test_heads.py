@@ -121,12 +121,12 @@ SEEN: dict[str, tuple[type[Head], bool, Callable[[torch.Tensor], torch.Tensor]]]
 
 REFUSED: dict[str, tuple[str, bool, Callable[[torch.Tensor], torch.Tensor]]] = {
     "a penalty": ("add up to", False, lambda z: entropy(z, Y) + 0.001 * z.square().sum(1)),
-    "a penalty of no value": ("gradient.*is not", False, lambda z: entropy(z, Y) + (z - z.detach()).sum(1)),
+    "a penalty of no value": ("its gradient at an output", False, lambda z: entropy(z, Y) + (z - z.detach()).sum(1)),
     "a power": ("add up to", False, lambda z: entropy(z, Y) ** 1.1),
     "an exponential": ("add up to", True, lambda z: entropy(z.transpose(1, 2), YS).mean(1).exp()),
     "focal": ("add up to", False, lambda z: focal(entropy(z, Y))),
     "a root": ("add up to", False, lambda z: squared(z, ONE).mean(1).sqrt()),
-    "a norm of terms": ("Hessian.*is not", False, lambda z: squared(z, ONE).square().sum(1).sqrt()),
+    "a norm of terms": ("its Hessian at an output", False, lambda z: squared(z, ONE).square().sum(1).sqrt()),
     "two losses": ("terms of 2 calls", False, lambda z: entropy(z, Y) + squared(z, ONE).sum(1)),
     "a negative loss": ("negative weight -1", False, lambda z: -entropy(z, Y)),
     "positions first": ("add up to", True, positions_first),
