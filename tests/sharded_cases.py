@@ -38,9 +38,10 @@ from torch.nn import functional
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.capture.data import as_source
 from lorif_index.capture.gradients import GradientBlock
+from lorif_index.capture.losses import PerExample
 from lorif_index.capture.probes import Probes
 from lorif_index.capture.sharded import data_ranks, evened, needs_lockstep
-from lorif_index.capture.sources import ModelCapture, ModelGradients, ProbedGradients, model_digest
+from lorif_index.capture.sources import ModelCapture, ModelGradients, ProbedGradients, head_of, model_digest
 from lorif_index.errors import CaptureError
 
 Figures = dict[str, float]
@@ -119,10 +120,22 @@ def joined(blocks: Iterator[GradientBlock], whole: ModelCapture) -> dict[str, to
     return {n: torch.cat([b.layers[n].dense() for b in parts]) if parts else torch.zeros(0) for n in whole.specs}
 
 
-def probed(model: nn.Module, data: Any, ids: np.ndarray, examples: int) -> dict[str, torch.Tensor]:
-    whole = ModelCapture(model, BuildConfig(**PROJECTED))
-    probes = Probes(default_loss.logits, 2, 0, examples)  # type: ignore[attr-defined]
-    return joined(ProbedGradients(whole.capture(None), as_source(data, 2), probes).sample(ids), whole)
+def probed(
+    model: nn.Module, data: Any, ids: np.ndarray, examples: int, loss: PerExample | None = None
+) -> dict[str, torch.Tensor]:
+    whole, source = ModelCapture(model, BuildConfig(**PROJECTED)), as_source(data, 2)
+    probes = Probes(head_of(loss, whole, source), 2, 0, examples)
+    return joined(ProbedGradients(whole.capture(loss), source, probes).sample(ids), whole)
+
+
+def own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The default one, which does not say what it is."""
+    logits, labels = default_loss.logits(model, batch)  # type: ignore[attr-defined]
+    return (
+        functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+        .reshape(len(labels), -1)
+        .sum(dim=1)
+    )
 
 
 def sides(model: nn.Module, data: Any, ids: np.ndarray) -> dict[str, torch.Tensor]:
@@ -177,6 +190,7 @@ def alike(model: nn.Module, plain: nn.Module, data: Any, ids: np.ndarray, **conf
         "projected": apart(captured(model, data, ids, **config), captured(plain, data, ids, **config)),
         "whole": apart(captured(model, data, ids, **(EXACT | config)), captured(plain, data, ids, **(EXACT | config))),
         "probes": apart(probed(model, data, ids, count), probed(plain, data, ids, count)),
+        "seen": apart(probed(model, data, ids, count, own_loss), probed(plain, data, ids, count)),
         "sides": apart(sides(model, data, ids), sides(plain, data, ids)),
     }
 

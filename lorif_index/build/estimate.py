@@ -23,8 +23,10 @@ from torch import nn
 from ..capture import eigenbases
 from ..capture.data import as_source
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of
+from ..capture.heads import HeadOf
+from ..capture.losses import PerExample
 from ..capture.probes import Probes
+from ..capture.seeing import UnseenLoss
 from ..capture.sharded import device_of
 from ..capture.sources import (
     GivenGradients,
@@ -32,6 +34,7 @@ from ..capture.sources import (
     ModelGradients,
     ProbedGradients,
     given_specs,
+    head_of,
     rewound,
 )
 from ..capture.spool import Spool
@@ -252,10 +255,10 @@ class _Handful:
         capture = ModelCapture(model, config)  # type: ignore[arg-type]
         self.specs, self.count = capture.specs, examples.count
         self.each, self.rows = _timed(ModelGradients(capture.capture(loss), examples).blocks(), batches)
-        logits = _logits(config, loss)
-        if logits is not None:
+        head = _head(config, loss, capture, examples)
+        if head is not None:
             sample = min(config.sample.size, self.count)
-            probes = Probes(logits, config.sample.probes, config.seed, sample)
+            probes = Probes(head, config.sample.probes, config.seed, sample)
             probed = ProbedGradients(capture.capture(loss), examples, probes)
             each, _ = _timed(probed.blocks(), batches * probes.each, keep=False)
             self.probe = each, probes.each
@@ -281,10 +284,13 @@ def _device(capture: ModelCapture) -> torch.device:
     return device_of(capture.model)
 
 
-def _logits(config: BuildConfig, loss: PerExample | None) -> LogitsOf | None:
+def _head(config: BuildConfig, loss: PerExample | None, capture: ModelCapture, examples: Any) -> HeadOf | None:
     if config.sample.rows == "stored" or config.curvature == "empirical":
         return None
-    return logits_of(default_loss if loss is None else loss)
+    try:
+        return head_of(loss, capture, examples)
+    except UnseenLoss:
+        return None
 
 
 def _timed(blocks: Iterator[GradientBlock], batches: int, *, keep: bool = True) -> tuple[float, list[GradientBlock]]:

@@ -19,7 +19,9 @@ from ..capture import eigenbases
 from ..capture.data import ExampleSource, as_source
 from ..capture.ensemble import count_of
 from ..capture.gradients import GradientSource, LayerSpec
-from ..capture.losses import LogitsOf, PerExample, default_loss, logits_of, loss_name
+from ..capture.heads import HeadOf
+from ..capture.losses import PerExample, loss_name
+from ..capture.seeing import UnseenLoss
 from ..capture.sources import (
     GivenGradients,
     ModelCapture,
@@ -27,6 +29,7 @@ from ..capture.sources import (
     asked_device,
     data_digest,
     given_specs,
+    head_of,
     model_digest,
     rewound,
 )
@@ -103,7 +106,7 @@ class Inputs:
         walk_sides: walks over the sides' inputs or output gradients of some examples, for learnt projections.
         capture, examples: of the model and the data; None where gradients were given.
         curvature: the user's own rows, or None.
-        logits: how probes find the logits; None where the curvature is something else.
+        head: how probes find the outputs, and the loss's Hessian there; None where the curvature is something else.
         payloads: of the examples, or None.
         fingerprint: of everything a score depends on.
         fit: the index whose fit is taken, or None.
@@ -119,7 +122,7 @@ class Inputs:
     capture: ModelCapture | None
     examples: ExampleSource | None
     curvature: CurvatureRows | None
-    logits: LogitsOf | None
+    head: HeadOf | None
     payloads: Payloads | None
     fingerprint: dict[str, Any]
     fit: Path | None
@@ -132,7 +135,7 @@ class Inputs:
     @property
     def curvature_kind(self) -> str:
         """What the curvature's rows are (see `curvature_kind`)."""
-        return curvature_kind(self.config, self.curvature, self.logits)
+        return curvature_kind(self.config, self.curvature, self.head)
 
     @property
     def device(self) -> torch.device:
@@ -142,11 +145,11 @@ class Inputs:
         return asked_device(self.config) or torch.device("cpu")
 
 
-def curvature_kind(config: BuildConfig, given: CurvatureRows | None, logits: LogitsOf | None) -> str:
+def curvature_kind(config: BuildConfig, given: CurvatureRows | None, head: HeadOf | None) -> str:
     """What a curvature's rows are: "given", "mixed", "ggn", "stored" (all rows) or "sample" (of gradients)."""
     if given is not None:
         return "given"
-    if logits is None:
+    if head is None:
         return config.sample.rows
     return "mixed" if config.curvature == "auto" else config.curvature
 
@@ -172,8 +175,8 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
     rows = curvature if isinstance(curvature, CurvatureRows) or curvature is None else CurvatureRows(curvature)
     asked = config
     fitted = None if given.fit is None else read_manifest(given.fit)
-    logits = _logits_for_ggn(config, rows, loss, from_model=given.gradients is None)
-    capture = examples = None
+    wants_head = _wants_head(config, rows, from_model=given.gradients is None)
+    capture = examples = head = None
     source: GradientSource
     if given.gradients is None:
         if given.model is None:
@@ -190,6 +193,8 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
             return taken.sides(loss, examples, ids)
 
         next(iter(source.blocks()))
+        if wants_head and fitted is None:
+            head = _head_for_ggn(config, loss, taken, examples)
         fingerprint = {
             "model": model_digest(given.model),
             "loss": loss_name(loss),
@@ -215,10 +220,13 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
         "projection": ALGORITHM,
         "layers": [dataclasses.asdict(spec) for spec in specs.values()],
         "config": {k: v for k, v in config.to_json().items() if k not in _FREE_SETTINGS},
-        "curvature": curvature_kind(config, rows, logits) if fitted is None else fitted.fingerprint.get("curvature"),
+        "curvature": curvature_kind(config, rows, head) if fitted is None else fitted.fingerprint.get("curvature"),
         "payloads": None if payloads is None else payloads.digest,
         "fit": None if fitted is None else fitted.files()["curvature"].digest,
     }
+    kind = head.kind if head is not None else fitted.fingerprint.get("head") if fitted is not None else None
+    if kind is not None:
+        fingerprint["head"] = kind
     return Inputs(
         config,
         asked,
@@ -230,44 +238,45 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
         capture,
         examples,
         rows,
-        logits,
+        head,
         payloads,
         fingerprint,
         given.fit,
     )
 
 
-def _logits_for_ggn(
-    config: BuildConfig, rows: CurvatureRows | None, loss: PerExample | None, *, from_model: bool
-) -> LogitsOf | None:
-    """How probes find the logits; None where the curvature is something else.
+def _wants_head(config: BuildConfig, rows: CurvatureRows | None, *, from_model: bool) -> bool:
+    """Whether the curvature is to be of probes, if it can be.
+
+    Raises:
+        ConfigError: the GGN was asked for by name, and there is no model.
+    """
+    wanted = config.curvature
+    if rows is not None or config.sample.rows == "stored" or wanted == "empirical":
+        return False
+    if not from_model and wanted != "auto":
+        raise ConfigError(
+            f"curvature={wanted!r} needs the model's outputs, and the index is built from gradients: pass the "
+            "curvature's rows as curvature=CurvatureRows(...)"
+        )
+    return from_model
+
+
+def _head_for_ggn(
+    config: BuildConfig, loss: PerExample | None, capture: ModelCapture, examples: ExampleSource
+) -> HeadOf | None:
+    """How probes find the outputs; None, with a warning, where the loss is not understood.
 
     Raises:
         ConfigError: the GGN was asked for by name, and cannot be had.
     """
-    wanted = config.curvature
-    if rows is not None or config.sample.rows == "stored" or wanted == "empirical":
+    try:
+        return head_of(loss, capture, examples)
+    except UnseenLoss as error:
+        if config.curvature != "auto":
+            raise ConfigError(f"curvature={config.curvature!r}: {error}") from None
+        warnings.warn(f"{error}. The curvature is the empirical one instead", stacklevel=6)
         return None
-    if not from_model:
-        if wanted != "auto":
-            raise ConfigError(
-                f"curvature={wanted!r} needs the model's logits, and the index is built from gradients: pass the "
-                "curvature's rows as curvature=CurvatureRows(...)"
-            )
-        return None
-    logits = logits_of(default_loss if loss is None else loss)
-    if logits is None:
-        trouble = (
-            f"the loss {loss_name(loss)!r} does not say which logits it is the cross-entropy of (give it an "
-            "attribute `logits`, or use CrossEntropy)"
-        )
-        if wanted != "auto":
-            raise ConfigError(f"curvature={wanted!r}: {trouble}, or pass curvature='empirical'")
-        warnings.warn(
-            f"{trouble}, so the curvature is the empirical one; curvature='empirical' says that this is meant",
-            stacklevel=6,
-        )
-    return logits
 
 
 def chosen_config(config: BuildConfig | None, fit: Path | None = None, curvature: Any = None) -> BuildConfig:

@@ -94,9 +94,9 @@ def fit_curvature_before(inputs: Inputs, state: BuildState, sample: SampleRows) 
         every = np.arange(source.count, dtype=np.int64)
         rows, count, spool, _ = sample.walkable("rows", source, state.own(every), True)
         part = Part(rows, count, count / inputs.curvature.rows_per_example, 1.0)
-    elif inputs.logits is not None and inputs.capture is not None and inputs.examples is not None:
+    elif inputs.head is not None and inputs.capture is not None and inputs.examples is not None:
         wanted = sample.ids
-        probes = Probes(inputs.logits, config.sample.probes, config.seed, len(wanted))
+        probes = Probes(inputs.head, config.sample.probes, config.seed, len(wanted))
         probed = ProbedGradients(inputs.capture.capture(inputs.loss), inputs.examples, probes)
         rows, count, spool, _ = sample.walkable("probes", probed, state.own(wanted), False, each=probes.each)
         part = Part(rows, count, count / probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)

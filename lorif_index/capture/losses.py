@@ -1,7 +1,8 @@
 """Losses: the default per-example losses, for (x, y) pairs and for dict batches of transformers models.
 
 A loss that is a cross-entropy of logits can say which, by an attribute `logits`: a function (model, batch) -> (logits,
-labels). The GGN needs it (see `probes`); `default_loss` and `CrossEntropy` have it.
+labels). `default_loss` and `CrossEntropy` have it. The GGN needs to know what a loss is of (see `heads`); one that does
+not say so is watched (see `seeing`).
 """
 
 from __future__ import annotations

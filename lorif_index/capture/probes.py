@@ -1,13 +1,13 @@
-"""Probes: gradients of combinations of logits whose second moment is the Gauss-Newton matrix (GGN).
+"""Probes: gradients of combinations of outputs whose second moment is the Gauss-Newton matrix (GGN).
 
-For a softmax cross-entropy the GGN is sum_t J_t^T (diag(p_t) - p_t p_t^T) J_t (Schraudolph, Neural Computation 14(7),
-2002; it is the Fisher matrix of the model's own labels, Martens, arXiv:1412.1193). Back-propagating
+Of a loss with Hessian H at the model's outputs (see `heads`) the GGN is J^T H J. Back-propagating v with E[v v^T] = H
+instead of the loss's gradient estimates it. For a softmax
 
     v = sqrt(p) e - p sum_c(sqrt(p_c) e_c),    e of random signs,
 
-instead of the loss's gradient at the logits gives E[v v^T] = diag(p) - p p^T, with independent signs at each position;
-its variance is far below that of labels sampled from p. Where an example is one prediction among few classes, the rows
-v_c = sqrt(p_c) (p - onehot(c)), one a class, add up to it exactly.
+gives E[v v^T] = diag(p) - p p^T, with independent signs at each position; its variance is far below that of labels
+sampled from p. For terms of single outputs v is sqrt(H) e. Where an example is one prediction of few outputs, rows add
+up to it exactly, one an output: v_c = sqrt(p_c) (p - onehot(c)) for a softmax, sqrt(H_cc) onehot(c) for others.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import nn
 from ..errors import DataError
 from ..linalg.projection import keyed_generator
 from .ensemble import members_of
-from .losses import IGNORE, LogitsOf, checked_logits
+from .heads import HeadOf, wide
 
-# Up to so many classes of a single prediction, rows may be exact.
+# Up to so many outputs of a single prediction, rows may be exact.
 EXACT_UP_TO = 16
 # Rows that a sample of single predictions is given, where that takes no more than `MOST_PROBES` an example; twice as
 # many if they are exact. A sequence's positions have independent signs: one probe of it is many (`bench.lds`: four
@@ -33,12 +33,12 @@ ROWS, MOST_PROBES = 16_384, 4
 
 class Probes:
     """The functions of a model whose gradients are an example's curvature rows; of an ensemble, the sums of its
-    members', each of which has logits and signs of its own.
+    members', each of which has outputs and signs of its own.
 
     Args:
-        logits: which logits the loss is the cross-entropy of.
+        head: of the loss.
         probes: random probes an example; None: one of a sequence; of single predictions as many as make `ROWS` rows,
-            from 1 to `MOST_PROBES`, or exact rows where there are at most `EXACT_UP_TO` classes, up to 2 `ROWS`.
+            from 1 to `MOST_PROBES`, or exact rows where there are at most `EXACT_UP_TO` outputs, up to 2 `ROWS`.
         seed: of the signs.
         examples: how many there will be.
 
@@ -47,31 +47,33 @@ class Probes:
         exact: whether they add up to the example's GGN, or each is an estimate of it.
     """
 
-    def __init__(self, logits: LogitsOf, probes: int | None, seed: int, examples: int) -> None:
-        self._logits, self._probes, self._seed, self._examples = logits, probes, seed, examples
+    def __init__(self, head: HeadOf, probes: int | None, seed: int, examples: int) -> None:
+        self._head, self._probes, self._seed, self._examples = head, probes, seed, examples
         self.each = min(max(-(-ROWS // examples), 1), MOST_PROBES) if probes is None else probes
         self.exact = False
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
-        """Decides, by the form of the logits of a batch, how many rows an example has.
+        """Decides, by the form of the outputs of a batch, how many rows an example has.
 
         Raises:
-            DataError: members whose logits have different forms.
+            DataError: members whose outputs have different forms.
         """
         if self._probes is not None:
             return
         forms = []
         for member in members_of(model):
             with torch.no_grad():
-                logits, _ = checked_logits(self._logits(member, batch))
-            classes = int(logits.shape[-1])
-            exact = logits.ndim == 2 and classes <= EXACT_UP_TO and classes * self._examples <= 2 * ROWS
-            forms.append((1 if logits.ndim > 2 else classes if exact else self.each, exact))
+                outputs = self._head(member, batch).exact
+            if outputs is None:
+                forms.append((1, False))
+            else:
+                exact = outputs <= EXACT_UP_TO and outputs * self._examples <= 2 * ROWS
+                forms.append((outputs if exact else self.each, exact))
         for number, (each, exact) in enumerate(forms):
             if (each, exact) != forms[0]:
                 raise DataError(
-                    f"the logits of model[0] take {forms[0][0]} curvature rows an example and those of model[{number}] "
-                    f"{each}: pass members of one form, or BuildConfig(sample=Sample(probes=...))"
+                    f"the outputs of model[0] take {forms[0][0]} curvature rows an example and those of "
+                    f"model[{number}] {each}: pass members of one form, or BuildConfig(sample=Sample(probes=...))"
                 )
         self.each, self.exact = forms[0]
 
@@ -91,25 +93,19 @@ class Probes:
         return torch.stack(rows).sum(dim=0)
 
     def _rows(self, model: nn.Module, batch: Any, ids: np.ndarray, member: int) -> torch.Tensor:
-        logits, labels = checked_logits(self._logits(model, batch))
-        # (n, positions, C), a single prediction being one position.
-        logits = logits.float().reshape(len(ids), -1, logits.shape[-1])
-        with torch.no_grad():
-            p = logits.softmax(dim=-1)
-            shown = (labels.reshape(len(ids), -1, 1) != IGNORE).to(p.dtype)
-        rows = []
-        signs = None if self.exact else self._signs(ids, p, member)
+        head = self._head(model, batch)
+        if self.exact and head.exact != self.each:
+            raise DataError(
+                f"the first batch has {self.each} outputs an example, and that of example {ids[0]} has outputs of "
+                f"shape {tuple(head.outputs.shape)}: pass batches of one form, or BuildConfig(sample=Sample(probes=1))"
+            )
+        outputs, rows = wide(head.outputs), []
+        # (n, positions, C): a single prediction is one position, an output that is a term of its own one class.
+        signs = None if self.exact else self._signs(ids, outputs.reshape(len(ids), -1, head.width), member)
         for number in range(self.each):
             with torch.no_grad():
-                if signs is None:
-                    v = p.clone()
-                    v[..., number] -= 1.0
-                    v *= p[..., number : number + 1].sqrt()
-                else:
-                    v = p.sqrt() * signs[number]
-                    v -= p * v.sum(dim=-1, keepdim=True)
-                v *= shown
-            rows.append((logits * v).flatten(1).sum(dim=1))
+                v = head.row(number) if signs is None else head.root(signs[number].reshape(outputs.shape))
+            rows.append((outputs * v).flatten(1).sum(dim=1))
         return torch.stack(rows)
 
     def _signs(self, ids: np.ndarray, like: torch.Tensor, member: int = 0) -> torch.Tensor:

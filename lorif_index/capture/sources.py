@@ -17,12 +17,14 @@ from ..errors import ConfigError, DataError
 from ..linalg.projection import Projections
 from .data import ExampleSource, as_source, digest_of, feed, first_batch
 from .eigenbases import Walk, walk_model
-from .ensemble import summed, tracked_layers
+from .ensemble import members_of, summed, tracked_layers
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
+from .heads import Declared, HeadOf
 from .hooks import Capture
 from .layers import TrackedLayer, kept_rank, layer_specs
-from .losses import PerExample, default_loss
+from .losses import PerExample, default_loss, logits_of
 from .probes import Probes
+from .seeing import Seen
 from .sharded import check_weights, is_spread, lockstep, settle, unwrapped, weights_of
 from .spool import Spool
 
@@ -196,6 +198,28 @@ class ModelCapture:
 
     def _function(self, function: PerExample | None) -> PerExample:
         return summed(self.model, default_loss if function is None else function)
+
+
+def head_of(loss: PerExample | None, capture: ModelCapture, examples: ExampleSource) -> HeadOf:
+    """How the outputs of a loss, and its Hessian there, are found: as it says, or as is seen in the first batch.
+
+    Raises:
+        UnseenLoss: it says nothing, and is not understood.
+    """
+    loss = default_loss if loss is None else loss
+    logits = logits_of(loss)
+    if logits is not None:
+        return Declared(logits)
+    seen = Seen(loss)
+
+    def check(model: nn.Module, batch: Any) -> torch.Tensor:
+        for member in members_of(model):
+            seen.check(member, batch)
+        return torch.zeros(0, len(ids))
+
+    ids, batch = first_batch(examples)
+    capture.capture(loss).trust().several(ids, batch, check)
+    return seen
 
 
 def asked_device(config: BuildConfig) -> torch.device | None:

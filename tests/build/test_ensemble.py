@@ -15,6 +15,7 @@ from torch import nn
 
 from lorif_index import BuildConfig, CrossEntropy, Index, LayerSelection, default_loss
 from lorif_index.capture.ensemble import Ensemble, as_model
+from lorif_index.capture.heads import Declared
 from lorif_index.capture.probes import Probes
 from lorif_index.errors import ConfigError, DataError, FingerprintError
 from lorif_index.progress import ProgressEvent
@@ -133,7 +134,7 @@ def test_members_have_probes_of_their_own(tmp_path: Path) -> None:
         for layer in first.layers:
             assert together.curvature[f"0.{layer}"].trace == pytest.approx(first.curvature[layer].trace, rel=1e-4)
     like = torch.zeros(2, 3, 4)
-    same = [Probes(default_loss.logits, 2, 0, 9)._signs(np.arange(2), like, member) for member in (0, 1)]
+    same = [Probes(Declared(default_loss.logits), 2, 0, 9)._signs(np.arange(2), like, member) for member in (0, 1)]
     assert not torch.equal(*same)
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import cnn, ggn, gpt2, mlp, own_loss
+from conftest import cnn, ggn, gpt2, mlp, reader_of
 from torch import nn
 from torch.nn import functional
 
 from lorif_index import BuildConfig, CrossEntropy, CurvatureRows, Index, Sample, default_loss
+from lorif_index.capture.heads import Declared
 from lorif_index.capture.probes import Probes
 from lorif_index.errors import ConfigError, DataError
 
@@ -90,12 +91,13 @@ def test_probes_have_the_covariance_of_the_softmax() -> None:
     logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).double()
     leaf = logits.repeat(4000, 1).requires_grad_()
     labels = torch.zeros(4000, dtype=torch.int64)
-    (row,) = Probes(lambda model, batch: (leaf, labels), 1, 3, 4000)(nn.Identity(), None, np.arange(4000))
+    head = Declared(lambda model, batch: (leaf, labels))
+    (row,) = Probes(head, 1, 3, 4000)(nn.Identity(), None, np.arange(4000))
     (v,) = torch.autograd.grad(row.sum(), leaf)
     p = logits.softmax(1)[0]
     expected = torch.diag(p) - torch.outer(p, p)
     assert float((v.T @ v / len(v) - expected).abs().max()) < 0.02
-    hidden = Probes(lambda model, batch: (leaf[:1], torch.tensor([-100])), 3, 3, 4000)
+    hidden = Probes(Declared(lambda model, batch: (leaf[:1], torch.tensor([-100]))), 3, 3, 4000)
     assert float(hidden(nn.Identity(), None, np.array([7])).detach().abs().max()) == 0.0
 
 
@@ -119,14 +121,19 @@ def test_a_loss_that_says_where_its_logits_are(tmp_path: Path) -> None:
     assert given.config.curvature == "mixed" and default.config.curvature == "auto"
 
 
-def test_a_loss_that_does_not_gets_the_empirical_curvature_and_is_told(tmp_path: Path) -> None:
+def absolute(model: nn.Module, batch: Any) -> torch.Tensor:
+    return (model(batch[0]) - functional.one_hot(batch[1], 10)).abs().sum(1)
+
+
+def test_a_loss_that_is_not_understood_gets_the_empirical_curvature_and_is_told(tmp_path: Path) -> None:
     case = mlp()
-    with pytest.warns(UserWarning, match="own_loss.*does not say which logits"):
-        told = Index.build(tmp_path / "told", model=case.model, data=case.data, loss=own_loss)
-    meant = Index.build(tmp_path / "meant", model=case.model, data=case.data, loss=own_loss, curvature="empirical")
+    with pytest.warns(UserWarning, match="absolute.*calls none of.*The curvature is the empirical one"):
+        told = Index.build(tmp_path / "told", model=case.model, data=case.data, loss=absolute)
+    meant = Index.build(tmp_path / "meant", model=case.model, data=case.data, loss=absolute, curvature="empirical")
     assert np.array_equal(told.scores(case.query), meant.scores(case.query))
-    with pytest.raises(ConfigError, match="own_loss.*CrossEntropy.*empirical"):
-        Index.build(tmp_path / "no", model=case.model, data=case.data, loss=own_loss, curvature="ggn")
+    assert reader_of(told).manifest.fingerprint["curvature"] == "sample"
+    with pytest.raises(ConfigError, match="absolute.*CrossEntropy.*empirical"):
+        Index.build(tmp_path / "no", model=case.model, data=case.data, loss=absolute, curvature="ggn")
     assert not (tmp_path / "no").exists()
     blocks = [{"w": torch.randn(20, 4, 4)}]
     with pytest.raises(ConfigError, match="built from gradients.*CurvatureRows"):
