@@ -271,7 +271,7 @@ class BuildConfig:
     curvature: str = "auto"
     curvature_rank: int | str | None = "auto"
     power_iterations: int = 2
-    damping: Damping | float = field(default_factory=RelativeDamping)
+    damping: Damping | float = field(default_factory=lambda: RelativeDamping(0.03))
     complement: str = "diagonal"
     store: str = "auto"
     eigen_bytes: int | str = "auto"

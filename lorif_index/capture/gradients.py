@@ -129,7 +129,7 @@ class LayerGradient:
         """(n, a * b) float32."""
         return self.dense().flatten(1)
 
-    def select(self, rows: torch.Tensor) -> LayerGradient:
+    def select(self, rows: torch.Tensor | slice) -> LayerGradient:
         return LayerGradient([part[rows] for part in self.parts])
 
     def scaled(self, factor: float) -> LayerGradient:
@@ -139,7 +139,7 @@ class LayerGradient:
         """(n,) float64."""
         pair = self.pair
         if pair is None or pair[0].shape[2] >= min(self.shape):
-            return torch.linalg.vector_norm(self.flat().double(), dim=1).square()
+            return torch.linalg.vector_norm(self.flat(), dim=1, dtype=torch.float64).square()
         # |L R^T|^2 = <L^T L, R^T R>, without the product of many by many features.
         left, right = (torch.bmm(part.mT, part) for part in (pair[0].double(), pair[1].double()))
         return (left * right).sum(dim=(1, 2)).clamp(min=0.0)

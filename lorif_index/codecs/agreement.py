@@ -7,7 +7,7 @@ needed: it says how much of what the inverse asks for the rows hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -24,9 +24,11 @@ ENOUGH = 0.9
 """The agreement that it asks for; where no size has it, the largest is taken."""
 # A larger row, or another way, must be better by so much.
 _BETTER = 0.005
-_QUESTIONS, _ROWS = 64, 1024
+_QUESTIONS, _ROWS = 64, 512
 
 Codec = TypeVar("Codec", bound=RowCodec)
+Written = Callable[[GradientBlock], Sequence[torch.Tensor]]
+"""Gives a block's rows by each of several codecs."""
 
 
 def sizes_of(config: BuildConfig) -> tuple[int, ...]:
@@ -48,14 +50,15 @@ def some_rows(fitting: Fitting, most: int) -> Iterator[GradientBlock]:
             yield block.select(part.numpy())
 
 
-def chosen(tried: Sequence[Codec], fitting: Fitting) -> Codec:
+def chosen(tried: Sequence[Codec], fitting: Fitting, written: Written) -> Codec:
     """The smallest codec with enough agreement, else the one with most; of one size the one with most.
 
     Args:
         tried: rising in size; those of one size follow each other.
         fitting: what they were fitted by.
+        written: gives a block's rows by each of them.
     """
-    found = agreements(tried, fitting)
+    found = agreements(tried, fitting, written)
     best = 0
     for number in range(1, len(tried)):
         larger = tried[number].row_bytes > 1.1 * tried[best].row_bytes
@@ -64,14 +67,13 @@ def chosen(tried: Sequence[Codec], fitting: Fitting) -> Codec:
     return tried[best]
 
 
-def agreements(tried: Sequence[RowCodec], fitting: Fitting) -> list[float]:
+def agreements(tried: Sequence[RowCodec], fitting: Fitting, written: Written) -> list[float]:
     """Of each codec, over all ranks' rows."""
     ranks = fitting.ranks
     sums, count = torch.zeros(len(tried), dtype=torch.float64), 0
     asked: dict[str, list[torch.Tensor]] = {name: [] for name in fitting.specs}
     rows: list[list[torch.Tensor]] = [[] for _ in tried]
     truth: list[torch.Tensor] = []
-    encoders = [codec.encoder(fitting.device) for codec in tried]
     question: Transformed | None = None
     with ranks.jointly():
         for block in some_rows(fitting, _ROWS + _QUESTIONS):
@@ -89,8 +91,8 @@ def agreements(tried: Sequence[RowCodec], fitting: Fitting) -> list[float]:
                 if not block.count:
                     continue
             truth.append(_scores(question, block))
-            for kept, encoder in zip(rows, encoders, strict=True):
-                kept.append(encoder.encode(block))
+            for kept, found in zip(rows, written(block), strict=True):
+                kept.append(found)
         if question is not None and sum(len(part) for part in truth) > 2:
             whole = _ranks(torch.cat(truth).T)
             for number, codec in enumerate(tried):

@@ -13,10 +13,10 @@ of a row, where that is left open (see `agreement`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 _LEAST_SHARE = 1e-3
 # Rows of the sample that tell what directions add.
 _WEIGHED_ROWS = 2048
+# Rows are made of so many bytes of coordinates at once: larger pieces would be fresh memory each time.
+_PIECE_BYTES = 16 << 20
 # Bytes of the file for a direction: its number and its amplitude.
 _DIRECTION_BYTES = 12
 
@@ -170,18 +172,25 @@ class EigenCodec(RowCodec):
         weights = _mean_squares(fitting)
         if not weights.shares().sum() > 0:
             raise CurvatureError("all gradients of the eigencodes' sample are zero: fit from other data")
-        sizes = sizes_of(fitting.config)
-        tried = [made for size in sizes for made in cls._ways(fitting, weights, size)]
+        sizes, largest = sizes_of(fitting.config), _largest(weights, fitting)
+        tried = [made for size in sizes for made in cls._ways(fitting, weights, largest, size)]
         if not tried:
             raise CurvatureError(
                 f"eigen_bytes={sizes[-1]} leaves no room beside the scales of {len(fitting.specs)} layers: pass at "
                 f"least {ENTRY_BYTES + SCALE_BYTES}"
             )
-        return tried[0] if len(tried) == 1 else chosen(tried, fitting)
+        return tried[0] if len(tried) == 1 else chosen(tried, fitting, partial(_written, tried, fitting.device))
 
     @classmethod
-    def _ways(cls, fitting: Fitting, weights: Weights, size: int) -> list[Self]:
-        """Codecs of rows of at most so many bytes, one for each way that has room for something."""
+    def _ways(cls, fitting: Fitting, weights: Weights, largest: Mapping[str, LayerCode], size: int) -> list[Self]:
+        """Codecs of rows of at most so many bytes, one for each way that has room for something.
+
+        Args:
+            fitting: of the index.
+            weights: of coordinates.
+            largest: the coordinates that rows can name.
+            size: bytes.
+        """
         shares = weights.shares()
         order = torch.argsort(shares, descending=True, stable=True)
         order = order[: int((shares > _LEAST_SHARE * shares.max()).sum())]
@@ -199,12 +208,7 @@ class EigenCodec(RowCodec):
                 out.append(cls._of(fitting, Way(bits=bits), kept))
         entries = (size - SCALE_BYTES) // ENTRY_BYTES
         if 0 < entries < len(order):
-            among = torch.zeros(len(shares), dtype=torch.bool)
-            among[order[:MOST_PLACES]] = True
-            directions = _split(among, fitting)
-            # Sizes are compared in what they add to a score.
-            kept = {name: LayerCode(d, weights.asked[name][d].rsqrt().float()) for name, d in directions.items()}
-            out.append(cls._of(fitting, Way(entries=entries), kept))
+            out.append(cls._of(fitting, Way(entries=entries), largest))
         return out
 
     @classmethod
@@ -400,11 +404,47 @@ class _EigenEncoder(Encoder):
         }
 
     def encode(self, block: GradientBlock) -> torch.Tensor:
+        step = max(_PIECE_BYTES // (4 * self._layout.dim), 1)
+        return torch.cat(
+            [
+                self._encode(block.select(rows))
+                for rows in np.split(np.arange(block.count), range(step, block.count, step))
+            ]
+        )
+
+    def _encode(self, block: GradientBlock) -> torch.Tensor:
         parts = []
         for name, (sides, directions, scales) in self._layers.items():
             turned = sides.turned(block.layers[name].flat().to(self._device, torch.float32))
             parts.append(turned.index_select(1, directions) * scales)
         return self._layout.encode(torch.cat(parts, dim=1))
+
+
+def _largest(weights: Weights, fitting: Fitting) -> dict[str, LayerCode]:
+    """The coordinates that rows can name. Sizes are compared in what they add to a score."""
+    shares = weights.shares()
+    order = torch.argsort(shares, descending=True, stable=True)[:MOST_PLACES]
+    among = torch.zeros(len(shares), dtype=torch.bool)
+    among[order] = shares[order] > _LEAST_SHARE * shares.max()
+    directions = _split(among, fitting)
+    return {name: LayerCode(d, weights.asked[name][d].rsqrt().float()) for name, d in directions.items()}
+
+
+def _written(tried: Sequence[EigenCodec], device: torch.device, block: GradientBlock) -> list[torch.Tensor]:
+    """Rows of a block by each codec; gradients are turned once, and coordinates taken once for codecs that share them."""
+    curvature = tried[0].curvature
+    turned = {
+        n: c.sides.to(device).turned(block.layers[n].flat().to(device, torch.float32)) for n, c in curvature.items()
+    }
+    taken: dict[int, torch.Tensor] = {}
+    rows = []
+    for codec in tried:
+        key = id(codec.layers)
+        if key not in taken:
+            parts = [turned[n][:, p.directions.to(device)] / p.amplitudes.to(device) for n, p in codec.layers.items()]
+            taken[key] = torch.cat(parts, dim=1)
+        rows.append(codec.layout.encode(taken[key]))
+    return rows
 
 
 def _split(among: torch.Tensor, fitting: Fitting) -> dict[str, torch.Tensor]:

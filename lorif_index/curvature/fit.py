@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..capture.gradients import GradientBlock, LayerSpec
+from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from ..errors import CurvatureError, NonFiniteError
 from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
@@ -31,7 +31,7 @@ from .sides import Sides, fit_sides, turns
 if TYPE_CHECKING:
     from ..config import BuildConfig
 
-_BATCH_ROWS = 256
+_PIECE_BYTES = 16 << 20
 # Directions of a layer's low-rank part, where the config says "auto": as many as so many numbers hold in all layers, a
 # part for each, and no fewer than so many.
 _FACTOR_NUMBERS, _LEAST_RANK = 6_000_000, 16
@@ -57,8 +57,9 @@ class CurvatureShape:
 
     @classmethod
     def of(cls, config: BuildConfig, layers: int) -> CurvatureShape:
-        """As a config has it."""
-        return cls(config.curvature_rank, layers, DIAGONAL_SHARE if config.complement == "diagonal" else 0.0)
+        """As a config has it. Where all directions are wanted the diagonal has nothing to add: H is C + lambda."""
+        diagonal = config.complement == "diagonal" and config.curvature_rank is not None
+        return cls(config.curvature_rank, layers, DIAGONAL_SHARE if diagonal else 0.0)
 
     def directions(self, dim: int, rows: int | None = None) -> int:
         """r of a layer of D = dim, of so many rows if they bound it. "auto" gives small layers more: with all
@@ -233,9 +234,8 @@ def fit_curvature(
         seen = 0
         for block in rows():
             for name, fit in active.items():
-                gradients = block.layers[name].flat().to(device, torch.float32)
-                for part in gradients.split(_BATCH_ROWS):
-                    fit.add(sides[name].turned(part) * scales[name])
+                for turned in _turned(block.layers[name], sides[name], device):
+                    fit.add(turned.mul_(scales[name]))
             seen += block.count
             stage.advance(block.count)
         walked.append(seen)
@@ -282,8 +282,8 @@ def _squares(
     with ranks.jointly():
         for block in rows():
             for name, pair in sides.items():
-                turned = pair.turned(block.layers[name].flat().to(device, torch.float32))
-                sums[name] += turned.double().square_().sum(dim=0)
+                for turned in _turned(block.layers[name], pair, device):
+                    sums[name] += turned.square_().sum(dim=0)
             seen += block.count
             stage.advance(block.count)
     _check_counts([seen], count, ranks)
@@ -296,6 +296,16 @@ def _squares(
                 "exclude it with LayerSelection(exclude=[...]), or fit from other rows"
             )
     return found
+
+
+def _turned(gradient: LayerGradient, sides: Sides, device: torch.device) -> Iterator[torch.Tensor]:
+    """Pieces (b, D) float32 of gradients in the sides' coordinates, which may be written to. Large ones would be fresh
+    memory each time, which takes longer than the products."""
+    step = max(_PIECE_BYTES // (4 * sides.dim), 1)
+    for start in range(0, gradient.count, step):
+        part = gradient.select(slice(start, start + step)).flat().to(device, torch.float32)
+        turned = sides.turned(part)
+        yield turned.clone() if turned.data_ptr() == part.data_ptr() else turned
 
 
 def _scale(squares: torch.Tensor, share: float) -> torch.Tensor:

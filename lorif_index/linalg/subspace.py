@@ -140,7 +140,8 @@ class SubspaceFit:
         """Takes rows (b, D)."""
         if self._tracing:
             # Summed where the rows are, so that a GPU is not waited for at each block.
-            self._squares = self._squares.to(g.device) + torch.linalg.vector_norm(g.double(), dim=1).square().sum()
+            norms = torch.linalg.vector_norm(g, dim=1, dtype=torch.float64)
+            self._squares = self._squares.to(g.device) + norms.square().sum()
         if self.exact:
             self._hold(g)
         elif self._last:
