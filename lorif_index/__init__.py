@@ -18,7 +18,7 @@ from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping
 from .errors import LorifError
 from .index import Index
 from .progress import ProgressEvent
-from .results import Group, Groups, Hits, SearchStats
+from .results import Group, Groups, Hits, Reranked, SearchStats
 from .search.explain import Explanation
 from .version import VERSION
 
@@ -43,6 +43,7 @@ __all__ = [
     "PaperDamping",
     "ProgressEvent",
     "RelativeDamping",
+    "Reranked",
     "Sample",
     "SearchStats",
     "default_loss",

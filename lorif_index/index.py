@@ -42,7 +42,7 @@ from .search.explain import Explanation
 from .search.groups import By, sum_groups
 from .search.named import payloads_of, stored_gradients
 from .search.normalise import check_normalize
-from .search.pairs import explain_pairs, training_data, wanted_ids
+from .search.pairs import explain_pairs, wanted_ids
 from .search.shrinkage import shrinking
 from .search.whole import all_scores, in_order, self_influence
 from .snapshot import Access, Snapshot
@@ -254,6 +254,7 @@ class Index(Described):
         opponents: bool = False,
         normalize: str | None = None,
         exact: bool | None = None,
+        rerank: int | None = None,
         damping: Damping | float | None = None,
         layers: str | Iterable[str] | None = None,
         group_by: By | None = None,
@@ -274,6 +275,9 @@ class Index(Described):
                 arXiv:2003.11630); "cosine" by the root of the query's, too. Every row is scanned. The first such search
                 under a damping also finds all self-influences and keeps them: 4 bytes a row.
             exact: True scans every row; False rescores candidates, however small the index; None chooses.
+            rerank: compute so many of the best by rows again with the model, at least k, and put them in order by the
+                scores of their whole gradients, which hits then have. It takes the model and what the index was built
+                from (`open(model=, data=)`), and a forward and a backward pass for each of these examples.
             damping: another policy than the build's, or a multiple of trace / D.
             layers: names or glob patterns of the layers whose scores are summed; all by default.
             group_by: also gives `hits.groups`, as `groups` does by this field of the payloads; it scans every row.
@@ -284,9 +288,11 @@ class Index(Described):
 
         Raises:
             QueryError: arguments that do not fit, or a way of searching that the index does not have. FingerprintError:
-            the model has changed. NonFiniteError: inf or NaN in the query's gradient.
+            the model has changed. NonFiniteError: inf or NaN in the query's gradient. DataError: `rerank` without data,
+            or with others than were indexed.
         """
         ask = self._questions
+        rerank = None if rerank is False else rerank
         wanted = Wanted(
             k=k,
             recall=recall,
@@ -297,9 +303,12 @@ class Index(Described):
             damping=ask.policy(damping),
             layers=ask.chosen(layers),
             group_by=group_by,
+            rerank=rerank,
         )
-        prepare = partial(ask.prepare, query, measure, wanted.damping, wanted.layers, normalize, some=False)
-        return answer(ask.now.reader, wanted, prepare, progress)
+        examples = None if rerank is None else ask.examples(self._pieces, f"rerank={rerank}")
+        keep = examples is not None
+        prepare = partial(ask.prepare, query, measure, wanted.damping, wanted.layers, normalize, some=False, keep=keep)
+        return answer(ask.now.reader, wanted, prepare, progress, examples)
 
     def groups(
         self,
@@ -408,12 +417,11 @@ class Index(Described):
         wanted = wanted_ids(reader, ids)
         chosen, policy = ask.chosen(layers), ask.policy(damping)
         taken = ask.capture(None)
-        pieces = self._pieces or identity.stored(ask.now) if data is None else [(0, identity.data(data))]
-        examples = training_data(pieces, taken.config.batch_size)
-        capture, preconditioners = taken.capture(identity.loss).trust(), reader.preconditioners(chosen, policy)
+        pieces = self._pieces if data is None else [(0, identity.data(data))]
+        examples, preconditioners = ask.examples(pieces, "explain", taken), reader.preconditioners(chosen, policy)
         asked = ask.batches(query, measure, chosen, positions=query_tokens, taken=taken)
         with reporter(progress) as report:
-            return explain_pairs(reader, asked, wanted, examples, capture, preconditioners, report)
+            return explain_pairs(reader, asked, wanted, examples.data, examples.capture, preconditioners, report)
 
     def self_influence(
         self,

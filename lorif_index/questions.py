@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,11 +15,14 @@ from .capture.data import as_source, as_tensors, batch_count
 from .capture.gradients import GradientBlock, keep_finite, parse_block
 from .capture.losses import PerExample
 from .capture.sources import ModelCapture, check_block
+from .curvature.inverse import transform_precisely
 from .damping import Damping, as_damping
 from .errors import NonFiniteError, QueryError
 from .identity import Identity
 from .search.answer import Prepared
+from .search.examples import Examples, training_data
 from .search.explain import Positions, QueryBatch, shown_positions
+from .search.named import check_alone
 from .search.normalise import question_roots
 from .search.scoring import Question, shared_question
 from .search.whole import member_count
@@ -69,27 +72,41 @@ class Questions:
         chosen: tuple[str, ...],
         normalize: str | None = None,
         some: bool = True,
+        *,
+        keep: bool = False,
     ) -> Prepared:
-        """Gradients of the query, transformed once into a question to the rows; `some` as in `gradients`.
+        """Gradients of the query, transformed once into a question to the rows.
+
+        Args:
+            query, measure: as in `Index.search`.
+            policy, chosen: the damping and the layers.
+            normalize: as in `Index.search`.
+            some: as in `gradients`.
+            keep: also keep the query's inverse; not where several ranks ask.
 
         Raises:
             As `gradients`; NonFiniteError: inf or NaN in the question.
         """
         began = mid = time.perf_counter()
-        reader, question = self.now.reader, None
+        reader, question, inverse = self.now.reader, None, None
         with reader.ranks.jointly():
             if reader.ranks.first or self.identity.spread:
                 gradients = self.gradients(query, measure, chosen, some)
                 mid = time.perf_counter()
-                question = self._question(gradients, policy, normalize)
+                question, inverse = self._question(gradients, policy, normalize, keep)
         question = shared_question(question, reader.ranks)
         if normalize is not None:
             question = replace(question, scale=self.now.scales.of(policy, chosen))
-        return Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
+        seconds = {"gradients": mid - began, "transform": time.perf_counter() - mid}
+        return Prepared(question, seconds, inverse)
 
-    def _question(self, gradients: dict[str, torch.Tensor], policy: Damping, normalize: str | None) -> Question:
+    def _question(
+        self, gradients: dict[str, torch.Tensor], policy: Damping, normalize: str | None, keep: bool
+    ) -> tuple[Question, dict[str, torch.Tensor] | None]:
+        """The question, and where it is to be kept its inverse x = H^-1 g, both scaled as scores are."""
         reader = self.now.reader
         preconditioners, members = reader.preconditioners(gradients, policy), member_count(reader)
+        x = transform_precisely(gradients, preconditioners) if keep else None
         question = reader.ask(gradients, preconditioners)
         if question.x is not None and not bool(torch.isfinite(question.x).all()):
             raise NonFiniteError(
@@ -97,11 +114,12 @@ class Questions:
                 "with is damaged (index.verify() tells)"
             )
         if normalize is None and members == 1:
-            return question
+            return question, x
         share = torch.full((question.count,), 1.0 / members)
         if normalize == "cosine":
             share *= question_roots(gradients, preconditioners, members)
-        return question.scaled(share)
+        scaled = None if x is None else {name: part * share.reshape(-1, 1, 1) for name, part in x.items()}
+        return question.scaled(share), scaled
 
     def gradients(
         self, query: Any, measure: PerExample | None, chosen: tuple[str, ...], some: bool = True
@@ -161,6 +179,23 @@ class Questions:
             block = keep_finite(block, "error", [], "the query's example")
             if block.count:
                 yield replace(asked, gradients={n: block.layers[n].dense().float().cpu() for n in chosen})
+
+    def examples(self, pieces: Sequence[tuple[int, Any]], what: str, taken: ModelCapture | None = None) -> Examples:
+        """Computes training examples again, which are known to be the index's by their norms.
+
+        Args:
+            pieces: (id of the first example, data) that were given; by default the texts that payloads hold.
+            what: needs them, for messages.
+            taken: as in `batches`.
+
+        Raises:
+            QueryError: no model, or several ranks have opened the index. DataError: no data. FingerprintError: the
+            model has changed.
+        """
+        check_alone(self.now.reader)
+        taken = self.capture(None) if taken is None else taken
+        data = training_data(pieces or self.identity.stored(self.now), taken.config.batch_size, what)
+        return Examples(self.now.reader, data, taken.capture(self.identity.loss).trust())
 
     def capture(self, measure: PerExample | None) -> ModelCapture:
         """Takes gradients of the model for questions.

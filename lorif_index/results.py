@@ -18,6 +18,25 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True)
+class Reranked:
+    """What came of computing the best by rows again with the model.
+
+    Attributes:
+        candidates: T, the best by rows that were computed again for each query.
+        computed: examples that were computed again; one that several queries share counts once.
+        changed: for each query, how many of its k hits are not among the k best by rows.
+        rows_recall: estimated recall of the T best by rows, the mean over the queries.
+        seconds: that it took.
+    """
+
+    candidates: int
+    computed: int
+    changed: list[int]
+    rows_recall: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class SearchStats:
     """How an answer was found.
 
@@ -29,7 +48,7 @@ class SearchStats:
         total: rows in the index.
         bytes_read: from the shards, for all queries together.
         seconds: by stage: "gradients", "transform", then "scan", or "coarse", "gather",
-            "rescore" and "check".
+            "rescore" and "check"; then "rerank".
         damping: the policy, as JSON.
         layers: how many layers the scores are summed over.
         approximate: scores are coarse ones, not exact for anything stored.
@@ -40,6 +59,8 @@ class SearchStats:
         recall_by_query: the estimate for each query.
         candidates_by_query: rows rescored for each query.
         skipped: rows that no answer can have, because their shard is damaged (`Index.open(damaged="skip")`).
+        reranked: what computing the best again has changed, or None. Estimates of recall are then those of both stages
+            (see `search.rerank`).
     """
 
     exact: bool
@@ -59,6 +80,7 @@ class SearchStats:
     recall_by_query: list[float] = field(default_factory=list)
     candidates_by_query: list[int] = field(default_factory=list)
     skipped: int = 0
+    reranked: Reranked | None = None
 
 
 @dataclass(frozen=True)

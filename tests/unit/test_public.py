@@ -32,6 +32,7 @@ SURFACE = [
     "PaperDamping",
     "ProgressEvent",
     "RelativeDamping",
+    "Reranked",
     "Sample",
     "SearchStats",
     "default_loss",
@@ -42,7 +43,7 @@ INDEX = {
     "open": "path model loss data device verify damaged tokenizer distributed",
     "merge": "path indexes progress",
     "estimate": "model data gradients loss config examples batches disk payload_bytes world_size tokenizer progress",
-    "search": "self query k recall rescore measure opponents normalize exact damping layers group_by progress",
+    "search": "self query k recall rescore measure opponents normalize exact rerank damping layers group_by progress",
     "scores": "self query measure damping layers normalize out gather shrink progress",
     "explain": "self query ids data measure damping layers query_tokens progress",
     "groups": "self query by measure damping layers k shrink progress",
@@ -87,7 +88,7 @@ ENGINE = [
     (
         "search",
         "scoring rescoring coarse devices calibration missed proposers pursuit candidates rows reader shrinkage "
-        "explain planner groups named whole normalise answer pairs",
+        "examples explain planner groups named whole normalise rerank answer pairs",
     ),
     (
         "build",
