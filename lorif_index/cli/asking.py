@@ -21,6 +21,7 @@ from .options import (
     Normalize,
     Prompt,
     Recall,
+    Rerank,
     SearchDamping,
     SearchLayers,
     TextArguments,
@@ -43,6 +44,7 @@ def search(
     damping: SearchDamping = None,
     layers: SearchLayers = None,
     normalize: Normalize = None,
+    rerank: Rerank = None,
     model: MovedModel = None,
     device: Device = "auto",
     json: Json = False,
@@ -61,6 +63,7 @@ def search(
                 damping=policy,
                 layers=layers or None,
                 normalize=normalize,
+                rerank=rerank,
                 progress=None,
             )
             answers, stats = answers_json(texts, text_model.losses(asked), hits), hits.stats
