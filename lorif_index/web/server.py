@@ -321,8 +321,9 @@ class _Pages:
         if side not in ("proponents", "opponents"):
             raise Refused(400, f"side is proponents or opponents, got {side!r}")
         k = values.integers("k", 1, MOST_HITS) or [PASSAGES]
-        again = values.integers("rerank", 1, MOST_HITS) or [None]
-        return Asked(values.question("id"), k[0], side == "opponents", values.text("source", 1000), again[0])
+        again = values.integers("rerank", 1, MOST_HITS)
+        rerank, source = again[0] if again else None, values.text("source", 1000)
+        return Asked(values.question("id"), k[0], side == "opponents", source, rerank)
 
     def _answer(self, values: _Values) -> tuple[Asked, Side, list[Found]]:
         """The search, what it found, and what of that the filter leaves."""
