@@ -49,6 +49,10 @@ gradients (n, t, d_out), times `Capture.scale`, whose products over t are the pr
 groups: inputs (n, t, groups, d_in), and gradients (n, t, groups, outputs per group) that are not projected (see
 `Capture.lifted`)."""
 
+Push = Callable[[str, Use, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Told of one call of a module in the forward pass: layer, use, projected inputs as `Watch` gets them (of a use
+the other way round, on the output side's projection), and the output; gives what the model goes on with."""
+
 
 @dataclass
 class _Sum:
@@ -92,12 +96,13 @@ class Capture:
         self._function = function
         self._autocast = autocast
         self._isolated = False
-        self._n = 0
+        self._n, self._each = 0, 1
         self._probing: int | None = None
         self._active = False
         self._sums: dict[str, _Sum] = {}
         self._called: set[str] = set()
         self._watch: Watch | None = None
+        self._push: Push | None = None
         self._graded: set[str] = set()
         self.device = device_of(model)
         self._in_step = needs_lockstep(model)
@@ -135,12 +140,49 @@ class Capture:
         """Matrix (d_in, d_out) P_out^T of a convolution with groups, as (d_in, groups, outputs per group)."""
         p_out = self._projections.side(layer, "out", matrix.device, matrix.dtype)
         wide = matrix if p_out is None else matrix @ p_out.T
-        return wide[:, : use.outputs].reshape(len(matrix), int(getattr(use.module, "groups", 1)), -1)
+        return wide[..., : use.outputs].reshape(*matrix.shape[:-1], int(getattr(use.module, "groups", 1)), -1)
 
-    def several(self, ids: np.ndarray, batch: Batch, functions: PerExample) -> list[GradientBlock]:
+    def changed(
+        self, layer: str, use: Use, left: torch.Tensor, matrices: torch.Tensor, like: torch.Tensor
+    ) -> torch.Tensor:
+        """What a module's output changes by where its layer's weight, bias included, changes by P_in V P_out^T.
+
+        Args:
+            layer, use, left: of the call, as `Push` gets them; examples (q b, ...).
+            matrices: V (q, d_in, d_out), each for b examples that follow one another.
+            like: the output.
+
+        Returns:
+            of the output's shape and dtype.
+        """
+        matrices = matrices.to(device=left.device, dtype=left.dtype)
+        questions = len(matrices)
+        if left.ndim == 4:
+            lifted, parts = self.lifted(layer, use, matrices), left.reshape(questions, -1, *left.shape[1:])
+            out = torch.einsum("qblgi,qigo->qblgo", parts, lifted).reshape(*left.shape[:2], -1)
+        else:
+            matrices = matrices.mT if use.transposed else matrices
+            turned = torch.bmm(left.reshape(questions, -1, left.shape[-1]), matrices)
+            turned = turned.reshape(*left.shape[:2], matrices.shape[-1])
+            side, _ = self._side(layer, not use.transposed, left.device, left.dtype)
+            out = turned[..., : use.outputs] if side is None else turned @ side[: use.outputs].T
+        if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
+            out = out.transpose(1, 2)
+        return out.reshape(like.shape).to(like.dtype)
+
+    def several(
+        self, ids: np.ndarray, batch: Batch, functions: PerExample, *, push: Push | None = None, each: int = 1
+    ) -> list[GradientBlock]:
         """Gradients of several functions of the same batch, functions(model, batch) -> (rows, n), from one forward pass
-        and a backward pass each: one block a row; raises as `gradients` does."""
-        return self._run(ids, batch, functions)
+        and a backward pass each: one block a row; raises as `gradients` does.
+
+        Args:
+            ids: (n / each,), kept with the results.
+            batch, functions: n examples, and what is differentiated.
+            push: changes modules' outputs.
+            each: examples, following one another, whose gradients are summed.
+        """
+        return self._run(ids, batch, functions, push=push, each=each)
 
     def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:
         """Plain autograd: the gradients of some parameters, times `scale`, for whoever has hooked them."""
@@ -164,13 +206,15 @@ class Capture:
         functions: PerExample,
         require_all: bool = False,
         watch: Watch | None = None,
+        push: Push | None = None,
+        each: int = 1,
     ) -> list[GradientBlock]:
         batch = to_device(batch, self.device)
-        self._n = batch_count(batch)
-        if self._n != len(ids):
-            raise CaptureError(f"the batch holds {self._n} examples where {len(ids)} were expected")
+        self._n, self._each = batch_count(batch), each
+        if self._n != len(ids) * each:
+            raise CaptureError(f"the batch holds {self._n} examples where {len(ids) * each} were expected")
         blocks = []
-        self._called, self._graded, self._watch = set(), set(), watch
+        self._called, self._graded, self._watch, self._push = set(), set(), watch, push
         try:
             with self._hooked():
                 with self._casting():
@@ -189,7 +233,7 @@ class Capture:
                     blocks.append(GradientBlock(ids, results))
             return blocks
         finally:
-            self._active, self._probing, self._watch, self._sums = False, None, None, {}
+            self._active, self._probing, self._watch, self._push, self._sums = False, None, None, None, {}
 
     def _rows(self, functions: PerExample, ids: np.ndarray, batch: Batch) -> torch.Tensor:
         """What is differentiated. An error in the user's code, or in the model's, says which examples it met."""
@@ -265,7 +309,12 @@ class Capture:
                 # Projected now: the model may change its input in place later, and the projection is smaller.
                 left = self._project_input(layer, use, inputs, output.dtype)
             target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
-            return replaced
+            if self._push is None:
+                return replaced
+            with torch.autocast(x.device.type, enabled=False):
+                # Padding has no gradient, so that the weight's change does not reach it either.
+                there = left if padded is None else left.masked_fill(padded.reshape(self._n, -1, 1), 0.0)
+                return self._push(layer, use, there, target)
 
         return hook
 
@@ -328,7 +377,7 @@ class Capture:
                 # Groups of a convolution: each has its own outputs, all share the inputs' projection.
                 if self._watch is not None:
                     self._watch(layer, use, left, part.whole())
-                dense = torch.einsum("nlgi,nlgo->nigo", left, part.local).flatten(2)
+                dense = torch.einsum("nlgi,nlgo->nigo", self._joined(left), self._joined(part.local)).flatten(2)
                 self._add_dense(layer, self._project_output(layer, use, Columns(dense, 0, dense.shape[-1])))
                 return
             right = self._project_output(layer, use, part)
@@ -350,12 +399,17 @@ class Capture:
         if right.device != self.device:
             # A model on several devices: they are small by now, and the uses of a tied weight meet.
             left, right = left.to(self.device), right.to(self.device)
+        left, right = self._joined(left), self._joined(right)
         held = sum(pair[0].shape[1] for pair in total.pairs) + left.shape[1]
         spec = self._specs[layer]
         if total.dense is None and held <= spec.rank and held * (spec.d_in + spec.d_out) <= spec.dim:
             total.pairs.append((left, right))
             return
         self._add_dense(layer, torch.bmm(left.transpose(1, 2), right))
+
+    def _joined(self, part: torch.Tensor) -> torch.Tensor:
+        """Positions of examples (n, t, ...) whose gradients are summed, as those of one: (n / each, each t, ...)."""
+        return part if self._each == 1 else part.reshape(self._n // self._each, -1, *part.shape[2:])
 
     def _add_dense(self, layer: str, gradient: torch.Tensor) -> None:
         """gradient (n, d_in, d_out); pairs held so far join it."""
@@ -373,7 +427,8 @@ class Capture:
             right = torch.cat([pair[1] for pair in total.pairs], dim=1).transpose(1, 2)
             return LayerGradient.from_pair(left.float(), right.float())
         if total.dense is None:
-            return LayerGradient.from_dense(torch.zeros(self._n, spec.d_in, spec.d_out, device=self.device))
+            count = self._n // self._each
+            return LayerGradient.from_dense(torch.zeros(count, spec.d_in, spec.d_out, device=self.device))
         return LayerGradient.from_dense((total.dense / self.scale if self.scale != 1 else total.dense).float())
 
     # -- checks --------------------------------------------------------------------------------------------------

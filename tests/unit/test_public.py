@@ -81,7 +81,7 @@ ENGINE = [
     ("linalg", "scratch"),
     ("capture", "gradients"),
     ("linalg", "projection sampling subspace"),
-    ("capture", "sharded losses data layers ensemble probes spool hooks eigenbases sources"),
+    ("capture", "sharded losses data layers ensemble probes spool hooks products eigenbases sources"),
     ("curvature", "grid fit inverse sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
     ("codecs", "base bits truncation factors eigencodes largest"),
