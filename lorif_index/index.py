@@ -20,6 +20,7 @@ from .build.state import check_free
 from .capture.ensemble import as_model
 from .capture.losses import PerExample
 from .config import BuildConfig
+from .curvature.refine import Refine
 from .damping import Damping
 from .describe import Described
 from .errors import CorruptionError
@@ -255,6 +256,7 @@ class Index(Described):
         normalize: str | None = None,
         exact: bool | None = None,
         rerank: int | None = None,
+        refine: bool | Refine | None = None,
         damping: Damping | float | None = None,
         layers: str | Iterable[str] | None = None,
         group_by: By | None = None,
@@ -278,6 +280,9 @@ class Index(Described):
             rerank: compute so many of the best by rows again with the model, at least k, and put them in order by the
                 scores of their whole gradients, which hits then have. It takes the model and what the index was built
                 from (`open(model=, data=)`), and a forward and a backward pass for each of these examples.
+            refine: refine the queries' inverse with the model, by conjugate gradients on the exact Gauss-Newton matrix
+                of some training examples: True, or a `Refine`. It takes the model and what the index was built from, as
+                `rerank` does, and a forward and a backward pass of these examples for each query and step.
             damping: another policy than the build's, or a multiple of trace / D.
             layers: names or glob patterns of the layers whose scores are summed; all by default.
             group_by: also gives `hits.groups`, as `groups` does by this field of the payloads; it scans every row.
@@ -288,8 +293,8 @@ class Index(Described):
 
         Raises:
             QueryError: arguments that do not fit, or a way of searching that the index does not have. FingerprintError:
-            the model has changed. NonFiniteError: inf or NaN in the query's gradient. DataError: `rerank` without data,
-            or with others than were indexed.
+            the model has changed. NonFiniteError: inf or NaN in the query's gradient. DataError: `rerank` or `refine`
+            without data, or with others than were indexed. CaptureError: `refine` of a model without the derivatives.
         """
         ask = self._questions
         rerank = None if rerank is False else rerank
@@ -306,8 +311,18 @@ class Index(Described):
             rerank=rerank,
         )
         examples = None if rerank is None else ask.examples(self._pieces, f"rerank={rerank}")
-        keep = examples is not None
-        prepare = partial(ask.prepare, query, measure, wanted.damping, wanted.layers, normalize, some=False, keep=keep)
+        prepare = partial(
+            ask.prepare,
+            query,
+            measure,
+            wanted.damping,
+            wanted.layers,
+            normalize,
+            some=False,
+            keep=examples is not None,
+            refining=ask.refining(refine, self._pieces, wanted.layers),
+            progress=progress,
+        )
         return answer(ask.now.reader, wanted, prepare, progress, examples)
 
     def groups(
@@ -320,12 +335,13 @@ class Index(Described):
         layers: str | Iterable[str] | None = None,
         k: int | None = None,
         shrink: bool = False,
+        refine: bool | Refine | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> Groups:
         """Sums the scores of all examples by a field of their payloads, such as source or label.
 
         Args:
-            query, measure, damping, layers, progress: as in `search`.
+            query, measure, damping, layers, refine, progress: as in `search`.
             by: a field of the payloads, or a function of a payload that gives text, a number, True, False or None.
                 Examples without one form the group None.
             k: how many groups to keep of each query, of the largest sums; all by default.
@@ -341,7 +357,9 @@ class Index(Described):
         ask = self._questions
         reader = ask.now.reader
         check_groups(by, k)
-        question = ask.prepare(query, measure, ask.policy(damping), ask.chosen(layers)).question
+        chosen, policy = ask.chosen(layers), ask.policy(damping)
+        refining = ask.refining(refine, self._pieces, chosen)
+        question = ask.prepare(query, measure, policy, chosen, refining=refining, progress=progress).question
         with reporter(progress) as report:
             return sum_groups(reader, shrinking(reader, question) if shrink else question, by, k, report)
 
@@ -356,12 +374,13 @@ class Index(Described):
         out: np.ndarray | None = None,
         gather: bool = True,
         shrink: bool = False,
+        refine: bool | Refine | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
         """Scores of every training example, exact for what is stored.
 
         Args:
-            query, measure, damping, layers, normalize, progress: as in `search`.
+            query, measure, damping, layers, normalize, refine, progress: as in `search`.
             out: a (q, n) float32 array to write to, for instance a memory map; (q, m) without `gather`.
             gather: of an index that several ranks have opened together: True gives the whole matrix to each of them;
                 False to each the (q, m) columns of the rows that it holds, `index.held_ids`.
@@ -377,7 +396,9 @@ class Index(Described):
         ask = self._questions
         reader = ask.now.reader
         check_normalize(normalize)
-        question = ask.prepare(query, measure, ask.policy(damping), ask.chosen(layers), normalize).question
+        chosen, policy = ask.chosen(layers), ask.policy(damping)
+        refining = ask.refining(refine, self._pieces, chosen)
+        question = ask.prepare(query, measure, policy, chosen, normalize, refining=refining, progress=progress).question
         with reporter(progress) as report:
             return all_scores(reader, shrinking(reader, question) if shrink else question, out, report, gather=gather)
 

@@ -13,17 +13,22 @@ import torch
 
 from .capture.data import as_source, as_tensors, batch_count
 from .capture.gradients import GradientBlock, keep_finite, parse_block
-from .capture.losses import PerExample
+from .capture.losses import PerExample, default_loss, loss_name
+from .capture.products import Products, head_of
 from .capture.sources import ModelCapture, check_block
-from .curvature.inverse import transform_precisely
+from .curvature.inverse import multiply, transform_precisely
+from .curvature.refine import Refine, dots
 from .damping import Damping, as_damping
 from .errors import NonFiniteError, QueryError
 from .identity import Identity
+from .progress import ProgressCallback, reporter
+from .results import Refined
 from .search.answer import Prepared
 from .search.examples import Examples, training_data
 from .search.explain import Positions, QueryBatch, shown_positions
 from .search.named import check_alone
-from .search.normalise import question_roots
+from .search.normalise import inverse_roots, question_roots
+from .search.refining import Refining
 from .search.scoring import Question, shared_question
 from .search.whole import member_count
 from .snapshot import Snapshot
@@ -74,6 +79,8 @@ class Questions:
         some: bool = True,
         *,
         keep: bool = False,
+        refining: Refining | None = None,
+        progress: bool | ProgressCallback | None = False,
     ) -> Prepared:
         """Gradients of the query, transformed once into a question to the rows.
 
@@ -83,43 +90,62 @@ class Questions:
             normalize: as in `Index.search`.
             some: as in `gradients`.
             keep: also keep the query's inverse; not where several ranks ask.
+            refining: refines it; not where several ranks ask.
+            progress: as in `Index.search`.
 
         Raises:
-            As `gradients`; NonFiniteError: inf or NaN in the question.
+            As `gradients` and `Refining.refined`; NonFiniteError: inf or NaN in the question.
         """
         began = mid = time.perf_counter()
-        reader, question, inverse = self.now.reader, None, None
+        reader, question, inverse, refined = self.now.reader, None, None, None
         with reader.ranks.jointly():
             if reader.ranks.first or self.identity.spread:
                 gradients = self.gradients(query, measure, chosen, some)
                 mid = time.perf_counter()
-                question, inverse = self._question(gradients, policy, normalize, keep)
+                question, inverse, refined = self._question(gradients, policy, normalize, keep, refining, progress)
         question = shared_question(question, reader.ranks)
         if normalize is not None:
             question = replace(question, scale=self.now.scales.of(policy, chosen))
         seconds = {"gradients": mid - began, "transform": time.perf_counter() - mid}
-        return Prepared(question, seconds, inverse)
+        return Prepared(question, seconds, inverse, refined)
 
     def _question(
-        self, gradients: dict[str, torch.Tensor], policy: Damping, normalize: str | None, keep: bool
-    ) -> tuple[Question, dict[str, torch.Tensor] | None]:
-        """The question, and where it is to be kept its inverse x = H^-1 g, both scaled as scores are."""
+        self,
+        gradients: dict[str, torch.Tensor],
+        policy: Damping,
+        normalize: str | None,
+        keep: bool,
+        refining: Refining | None,
+        progress: bool | ProgressCallback | None,
+    ) -> tuple[Question, dict[str, torch.Tensor] | None, Refined | None]:
+        """The question; where it is to be kept its inverse x = H^-1 g, both scaled as scores are; and how that was
+        refined."""
         reader = self.now.reader
         preconditioners, members = reader.preconditioners(gradients, policy), member_count(reader)
-        x = transform_precisely(gradients, preconditioners) if keep else None
-        question = reader.ask(gradients, preconditioners)
+        asked, x, refined = gradients, None, None
+        if refining is not None:
+            with reporter(progress) as report:
+                x, refined = refining.refined(gradients, preconditioners, report)
+            # The stored rows are asked with gradients: those whose stored inverse is x.
+            asked = multiply(x, preconditioners)
+        elif keep:
+            x = transform_precisely(gradients, preconditioners)
+        question = reader.ask(asked, preconditioners)
         if question.x is not None and not bool(torch.isfinite(question.x).all()):
             raise NonFiniteError(
                 "the query's coordinates are inf or NaN: its gradients are too large, or what the index was fitted "
                 "with is damaged (index.verify() tells)"
             )
         if normalize is None and members == 1:
-            return question, x
+            return question, x, refined
         share = torch.full((question.count,), 1.0 / members)
         if normalize == "cosine":
-            share *= question_roots(gradients, preconditioners, members)
+            if refining is None or x is None:
+                share *= question_roots(gradients, preconditioners, members)
+            else:
+                share *= inverse_roots(dots(gradients, x).float().cpu() / members)
         scaled = None if x is None else {name: part * share.reshape(-1, 1, 1) for name, part in x.items()}
-        return question.scaled(share), scaled
+        return question.scaled(share), scaled, refined
 
     def gradients(
         self, query: Any, measure: PerExample | None, chosen: tuple[str, ...], some: bool = True
@@ -196,6 +222,37 @@ class Questions:
         taken = self.capture(None) if taken is None else taken
         data = training_data(pieces or self.identity.stored(self.now), taken.config.batch_size, what)
         return Examples(self.now.reader, data, taken.capture(self.identity.loss).trust())
+
+    def refining(
+        self, asked: bool | Refine | None, pieces: Sequence[tuple[int, Any]], chosen: tuple[str, ...]
+    ) -> Refining | None:
+        """What refines questions to some layers as `refine=` asks; None where it asks for nothing.
+
+        Raises:
+            QueryError: as `examples`; no such choice; a loss that does not say where its logits are; a model that is
+            spread over processes. DataError, FingerprintError: as `examples`.
+        """
+        if asked is None or asked is False:
+            return None
+        choice = Refine() if asked is True else asked
+        if not isinstance(choice, Refine):
+            raise QueryError(f"refine takes True, a Refine or None, got {asked!r}: pass refine=True")
+        taken = self.capture(None)
+        if self.identity.spread:
+            raise QueryError(
+                "refine= takes a model that this process has whole, and this one is spread over several: search "
+                "without it"
+            )
+        loss = default_loss if self.identity.loss is None else self.identity.loss
+        head = head_of(loss)
+        if head is None:
+            raise QueryError(
+                f"refine= takes the second derivative of the loss at the model's outputs, and loss {loss_name(loss)!r} "
+                "does not say what they are: build and open with loss=CrossEntropy(fn), fn(model, batch) -> (logits, "
+                "labels), or search without refine="
+            )
+        products = Products(taken.capture(loss, chosen).trust(), head)
+        return Refining(choice, self.examples(pieces, "refine=", taken), products, taken.config.batch_size)
 
     def capture(self, measure: PerExample | None) -> ModelCapture:
         """Takes gradients of the model for questions.

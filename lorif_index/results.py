@@ -37,6 +37,28 @@ class Reranked:
 
 
 @dataclass(frozen=True)
+class Refined:
+    """How the inverse of a search's queries was refined (see `Refine`).
+
+    Attributes:
+        iterations: at most.
+        examples: training examples that the Gauss-Newton matrix is of.
+        share: of the stored curvature in the matrix.
+        residuals: for each query, how far x was from solving, H^-1's norm of what was left over that of the query: with
+            the stored inverse, then after each step.
+        way: how products were found (`capture.products.WAYS`).
+        seconds: that it took.
+    """
+
+    iterations: int
+    examples: int
+    share: float
+    residuals: list[list[float]]
+    way: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class SearchStats:
     """How an answer was found.
 
@@ -47,7 +69,7 @@ class SearchStats:
         examined: rows scored exactly for the query that took most.
         total: rows in the index.
         bytes_read: from the shards, for all queries together.
-        seconds: by stage: "gradients", "transform", then "scan", or "coarse", "gather",
+        seconds: by stage: "gradients", "transform" (refining is in it), then "scan", or "coarse", "gather",
             "rescore" and "check"; then "rerank".
         damping: the policy, as JSON.
         layers: how many layers the scores are summed over.
@@ -61,6 +83,7 @@ class SearchStats:
         skipped: rows that no answer can have, because their shard is damaged (`Index.open(damaged="skip")`).
         reranked: what computing the best again has changed, or None. Estimates of recall are then those of both stages
             (see `search.rerank`).
+        refined: how the queries' inverse was refined, or None where it is the stored one.
     """
 
     exact: bool
@@ -81,6 +104,7 @@ class SearchStats:
     candidates_by_query: list[int] = field(default_factory=list)
     skipped: int = 0
     reranked: Reranked | None = None
+    refined: Refined | None = None
 
 
 @dataclass(frozen=True)

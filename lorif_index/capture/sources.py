@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -179,10 +179,11 @@ class ModelCapture:
         self.specs = layer_specs(self.layers, config)
         self.projections = Projections(self.specs, config.seed) if projections is None else projections
 
-    def capture(self, function: PerExample | None) -> Capture:
+    def capture(self, function: PerExample | None, layers: Collection[str] | None = None) -> Capture:
+        """Takes gradients of a loss or measure, of all layers or of some."""
         return Capture(
             self.model,
-            self.layers,
+            [layer for layer in self.layers if layers is None or layer.name in layers],
             self.specs,
             self.projections,
             self._function(function),

@@ -21,6 +21,7 @@ from .options import (
     Normalize,
     Prompt,
     Recall,
+    RefineQuestion,
     Rerank,
     SearchDamping,
     SearchLayers,
@@ -45,6 +46,7 @@ def search(
     layers: SearchLayers = None,
     normalize: Normalize = None,
     rerank: Rerank = None,
+    refine: RefineQuestion = False,
     model: MovedModel = None,
     device: Device = "auto",
     json: Json = False,
@@ -64,6 +66,7 @@ def search(
                 layers=layers or None,
                 normalize=normalize,
                 rerank=rerank,
+                refine=refine,
                 progress=None,
             )
             answers, stats = answers_json(texts, text_model.losses(asked), hits), hits.stats

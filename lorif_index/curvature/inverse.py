@@ -194,6 +194,18 @@ def transform(
     return {n: preconditioners[n].with_outside(inside[n], flat[n]).reshape(g.shape) for n, g in gradients.items()}
 
 
+def multiply(
+    vectors: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]
+) -> dict[str, torch.Tensor]:
+    """H v, layer by layer: (q, d_in, d_out) -> (q, d_in, d_out), float32; the inverse of `transform`."""
+    flat = {name: v.flatten(1) for name, v in vectors.items()}
+    mu = {n: 1.0 / preconditioners[n].outside if preconditioners[n].outside else 0.0 for n in flat}
+    within = inside_of(flat, {name: preconditioners[name].layer for name in flat})
+    within = {name: a * (1.0 / preconditioners[name].inside - mu[name]) for name, a in within.items()}
+    inside = combined(within, {name: preconditioners[name].layer for name in flat})
+    return {n: torch.add(inside[n], flat[n], alpha=mu[n]).reshape(v.shape) for n, v in vectors.items()}
+
+
 def transform_precisely(
     gradients: Mapping[str, torch.Tensor], preconditioners: Mapping[str, Preconditioner]
 ) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from ..damping import Damping
 from ..errors import QueryError
 from ..progress import ProgressCallback, reporter
-from ..results import Hits, Reranked, SearchStats
+from ..results import Hits, Refined, Reranked, SearchStats
 from .examples import Examples
 from .groups import By, sum_groups
 from .named import payloads_at
@@ -32,11 +32,13 @@ class Prepared:
         seconds: that this took, by stage.
         inverse: layer -> (q, d_in, d_out) float32: H^-1 g, whose inner products with whole gradients are scores; None
             where it was not asked for.
+        refined: how that was refined, or None.
     """
 
     question: Question
     seconds: dict[str, float]
     inverse: dict[str, torch.Tensor] | None = None
+    refined: Refined | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def answer(
     if wanted.group_by is not None:
         with reporter(progress) as report:
             groups = sum_groups(reader, prepared.question, wanted.group_by, None, report)
-    stats = _stats(reader, wanted, plan, found, prepared.seconds, reranked)
+    stats = _stats(reader, wanted, plan, found, prepared, reranked)
     return Hits(reader.rows.ids_at(found.positions), found.scores, stats, _payloads(reader, found.positions), groups)
 
 
@@ -177,7 +179,7 @@ def _stats(
     wanted: Wanted,
     plan: Plan,
     found: Answer,
-    seconds: dict[str, float],
+    prepared: Prepared,
     reranked: Reranked | None,
 ) -> SearchStats:
     examined, damaged = int(found.candidates.max(initial=0)), reader.store.damaged
@@ -190,7 +192,7 @@ def _stats(
         total=reader.live_count,
         skipped=sum(shard.count for shard in reader.store.shards if shard.info.sealed.file in damaged),
         bytes_read=found.bytes_read,
-        seconds=seconds | found.seconds,
+        seconds=prepared.seconds | found.seconds,
         damping=wanted.damping.to_json(),
         layers=len(wanted.layers),
         approximate=plan.way == "coarse" and reranked is None,
@@ -201,6 +203,7 @@ def _stats(
         recall_by_query=found.recall.tolist(),
         candidates_by_query=found.candidates.tolist(),
         reranked=reranked,
+        refined=prepared.refined,
     )
 
 

@@ -164,6 +164,7 @@ def test_search_options_reach_the_index(home):
             (("--normalize", "relatif"), {"normalize": "relatif"}),
             (("--normalize", "cosine"), {"normalize": "cosine"}),
             (("--rerank", "6"), {"rerank": 6}),
+            (("--refine", "--rerank", "4"), {"refine": True, "rerank": 4}),
             (("--damping", "10"), {"damping": 10.0}),
             (("--damping", "absolute:0.01"), {"damping": AbsoluteDamping(0.01)}),
             (("--damping", "paper:0.2"), {"damping": PaperDamping(0.2)}),
