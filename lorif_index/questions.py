@@ -29,7 +29,7 @@ from .search.explain import Positions, QueryBatch, shown_positions
 from .search.named import check_alone
 from .search.normalise import inverse_roots, question_roots
 from .search.refining import Refining
-from .search.scoring import Question, shared_question
+from .search.scoring import Question, shared_layers, shared_question
 from .search.whole import member_count
 from .snapshot import Snapshot
 
@@ -89,7 +89,7 @@ class Questions:
             policy, chosen: the damping and the layers.
             normalize: as in `Index.search`.
             some: as in `gradients`.
-            keep: also keep the query's inverse; not where several ranks ask.
+            keep: also keep the query's inverse.
             refining: refines it; not where several ranks ask.
             progress: as in `Index.search`.
 
@@ -104,6 +104,7 @@ class Questions:
                 mid = time.perf_counter()
                 question, inverse, refined = self._question(gradients, policy, normalize, keep, refining, progress)
         question = shared_question(question, reader.ranks)
+        inverse = shared_layers(inverse, reader.ranks) if keep else None
         if normalize is not None:
             question = replace(question, scale=self.now.scales.of(policy, chosen))
         seconds = {"gradients": mid - began, "transform": time.perf_counter() - mid}
@@ -215,13 +216,21 @@ class Questions:
             taken: as in `batches`.
 
         Raises:
-            QueryError: no model, or several ranks have opened the index. DataError: no data. FingerprintError: the
-            model has changed.
+            QueryError: no model, or several ranks that do not each have it whole. DataError: no data. FingerprintError:
+            the model has changed.
         """
-        check_alone(self.now.reader)
-        taken = self.capture(None) if taken is None else taken
-        data = training_data(pieces or self.identity.stored(self.now), taken.config.batch_size, what)
-        return Examples(self.now.reader, data, taken.capture(self.identity.loss).trust())
+        ranks = self.now.reader.ranks
+        with ranks.jointly():
+            taken = self.capture(None) if taken is None else taken
+            if ranks.size > 1 and self.identity.spread:
+                raise QueryError(
+                    f"{what} of an index that several ranks have opened takes a model that each of them has whole, and "
+                    "this one is spread over them: open the index without distributed="
+                )
+            # Payloads are looked up by all ranks together, and here each takes its own.
+            stored = self.identity.stored(self.now) if ranks.size == 1 else []
+            data = training_data(pieces or stored, taken.config.batch_size, what)
+        return Examples(data, taken.capture(self.identity.loss).trust())
 
     def refining(
         self, asked: bool | Refine | None, pieces: Sequence[tuple[int, Any]], chosen: tuple[str, ...]
@@ -237,6 +246,7 @@ class Questions:
         choice = Refine() if asked is True else asked
         if not isinstance(choice, Refine):
             raise QueryError(f"refine takes True, a Refine or None, got {asked!r}: pass refine=True")
+        check_alone(self.now.reader)
         taken = self.capture(None)
         if self.identity.spread:
             raise QueryError(
@@ -252,7 +262,8 @@ class Questions:
                 "labels), or search without refine="
             )
         products = Products(taken.capture(loss, chosen).trust(), head)
-        return Refining(choice, self.examples(pieces, "refine=", taken), products, taken.config.batch_size)
+        examples = self.examples(pieces, "refine=", taken)
+        return Refining(choice, self.now.reader, examples, products, taken.config.batch_size)
 
     def capture(self, measure: PerExample | None) -> ModelCapture:
         """Takes gradients of the model for questions.

@@ -123,7 +123,7 @@ def answer(
     if examples is not None and prepared.inverse is not None:
         with reporter(progress) as report:
             found, reranked = rerank(
-                examples, prepared.inverse, prepared.question, found, k, not wanted.opponents, report
+                reader, examples, prepared.inverse, prepared.question, found, k, not wanted.opponents, report
             )
     groups = None
     if wanted.group_by is not None:
@@ -151,6 +151,7 @@ def _agreed_plan(reader: Reader, wanted: Wanted, k: int) -> Plan:
         )
     said = {"k": k, "recall": wanted.recall, "opponents": wanted.opponents, "layers": list(wanted.layers)}
     said |= {"way": plan.way, "normalize": wanted.normalize, "groups": wanted.group_by is not None}
+    said |= {"rerank": wanted.rerank}
     ranks.agree("a search", said)
     return plan
 

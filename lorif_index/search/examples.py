@@ -12,7 +12,6 @@ from ..capture.data import Batch, ExampleSource, as_source
 from ..capture.gradients import GradientBlock, energies
 from ..capture.hooks import Capture
 from ..errors import DataError
-from .reader import Reader
 
 # How far a squared gradient norm may be from the stored one: what other batches, padding or another device's sums make
 # of it, in full and in half precision.
@@ -57,25 +56,27 @@ class Examples:
     """An index's training examples, as gradients that are computed again.
 
     Attributes:
-        reader: the index.
         data: where the examples are.
         capture: takes their gradients, of the loss.
     """
 
-    reader: Reader
     data: TrainingData
     capture: Capture
 
-    def gradients(self, ids: np.ndarray) -> Iterator[GradientBlock]:
-        """Projected gradients of examples (sorted, unique), whole and in all layers, a batch at a time.
+    def gradients(self, ids: np.ndarray, stored: np.ndarray) -> Iterator[tuple[Batch, GradientBlock]]:
+        """A batch at a time, as it comes from the data, and its projected gradients, whole and in all layers.
+
+        Args:
+            ids: (m,) int64, of the examples, sorted and unique.
+            stored: (m,) their squared gradient norms, as they were indexed.
 
         Raises:
             DataError: the data do not hold an example, or hold another than was indexed.
         """
         for part, batch in self.data.select(ids):
             block = self.capture.gradients(part, batch)
-            check_examples(self.reader, block, self.capture.half)
-            yield block
+            check_examples(stored[np.searchsorted(ids, part)], block, self.capture.half)
+            yield batch, block
 
 
 def training_data(pieces: Sequence[tuple[int, Any]], batch_size: int, what: str) -> TrainingData:
@@ -96,18 +97,17 @@ def training_data(pieces: Sequence[tuple[int, Any]], batch_size: int, what: str)
     return TrainingData(pieces, batch_size)
 
 
-def check_examples(reader: Reader, block: GradientBlock, half: bool) -> None:
+def check_examples(stored: np.ndarray, block: GradientBlock, half: bool) -> None:
     """Compares examples with what was indexed under their ids, by their squared gradient norms.
 
     Args:
-        reader: the index.
-        block: their gradients, in all layers.
+        stored: (n,) those norms, as they were indexed.
+        block: the examples' gradients, in all layers.
         half: whether anything was computed in half precision.
 
     Raises:
         DataError: naming the first that differs.
     """
-    stored = reader.store.energies_at(reader.store.positions_of(block.ids))
     found, tolerance = energies(block), _HALF_TOLERANCE if half else _TOLERANCE
     fits = np.abs(found - stored) <= tolerance * np.maximum(found, stored)
     if not fits.all():

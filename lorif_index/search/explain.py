@@ -198,7 +198,7 @@ def explain(
         pairs = [(q, rows) for q, rows in pairs if len(rows)]
         shares = _Shares(capture, matrices, pairs)
         block = capture.gradients(ids, batch, watch=shares)
-        check_examples(reader, block, capture.half)
+        check_examples(reader.rows.energies_of(block.ids), block, capture.half)
         backwards = _query_shares(asked, block, pairs, preconditioners, members)
         shown = shown_positions(batch)
         for number, (q, rows) in enumerate(pairs):

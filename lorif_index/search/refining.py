@@ -25,7 +25,8 @@ from ..errors import NonFiniteError, QueryError
 from ..linalg.sampling import drawn
 from ..progress import Reporter
 from ..results import Refined
-from .examples import Examples, check_examples
+from .examples import Examples
+from .reader import Reader
 
 # What the vectors of the queries that are refined together may take, and how many there are: x, b, residuals, their
 # preconditioned ones, directions, products, what a pass adds to these, and a multiple of H.
@@ -38,12 +39,14 @@ class Refining:
 
     Attributes:
         choice: how.
+        reader: the index.
         examples: computes training examples again.
         products: of the model, for the layers that are asked.
         rows: examples, times queries, that the model is run on at once.
     """
 
     choice: Refine
+    reader: Reader
     examples: Examples
     products: Products
     rows: int
@@ -117,15 +120,9 @@ class Refining:
 
     def _chosen(self) -> np.ndarray:
         """Ids of random live examples, rising."""
-        reader = self.examples.reader
-        live = reader.store.live_ids
-        return np.sort(live[drawn(len(live), self.choice.examples, reader.config.seed, "refine", len(live))])
+        live, seed = self.reader.store.live_ids, self.reader.config.seed
+        return np.sort(live[drawn(len(live), self.choice.examples, seed, "refine", len(live))])
 
     def _batches(self, ids: np.ndarray) -> list[Any]:
         """The examples, known to be the index's by their norms."""
-        found = []
-        for part, batch in self.examples.data.select(ids):
-            capture = self.examples.capture
-            check_examples(self.examples.reader, capture.gradients(part, batch), capture.half)
-            found.append(batch)
-        return found
+        return [batch for batch, _ in self.examples.gradients(ids, self.reader.rows.energies_of(ids))]

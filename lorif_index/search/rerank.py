@@ -19,9 +19,11 @@ import torch
 
 from ..capture.gradients import GradientBlock
 from ..progress import Reporter
+from ..ranks import share
 from ..results import Reranked
 from .examples import Examples
 from .planner import Answer
+from .reader import Reader
 from .scoring import Question
 
 # Of the integral over rows that were not found.
@@ -29,6 +31,7 @@ _STEPS = 200
 
 
 def rerank(
+    reader: Reader,
     examples: Examples,
     inverse: Mapping[str, torch.Tensor],
     question: Question,
@@ -38,9 +41,10 @@ def rerank(
     report: Reporter,
 ) -> tuple[Answer, Reranked]:
     """The k best of what was found, by scores of whole gradients. An example that several queries share is computed
-    once.
+    once; of several ranks each computes a part, and all get the answer.
 
     Args:
+        reader: the index.
         examples: computes them.
         inverse: layer -> (q, d_in, d_out) float32, H^-1 of the queries, scaled as their scores are.
         question: the queries; its scale divides scores of whole gradients as it does those of rows.
@@ -55,22 +59,26 @@ def rerank(
     Raises:
         DataError: the data do not hold an example, or hold another than was indexed.
     """
-    reader, sign = examples.reader, 1.0 if largest else -1.0
+    ranks, sign = reader.ranks, 1.0 if largest else -1.0
     positions = found.positions
     unique, places = np.unique(reader.rows.ids_at(positions), return_inverse=True)
     places = places.reshape(positions.shape)
-    whole = np.empty(positions.shape)
+    stored, mine = reader.rows.energies_of(unique), share(len(unique), ranks.rank, ranks.size)
+    whole = np.zeros(positions.shape)
     inverse = {name: x.flatten(1).to(examples.capture.device) for name, x in inverse.items()}
-    with report.stage("rerank", len(unique)) as stage:
-        for block in examples.gradients(unique):
-            columns = np.full(len(unique), -1)
-            columns[np.searchsorted(unique, block.ids)] = np.arange(block.count)
-            query, place = np.nonzero(columns[places] >= 0)
-            whole[query, place] = whole_scores(inverse, block)[query, columns[places[query, place]]]
-            stage.advance(block.count)
+    with report.stage("rerank", mine.stop - mine.start) as stage:
+        with ranks.jointly():
+            for _, block in examples.gradients(unique[mine], stored[mine]):
+                columns = np.full(len(unique), -1)
+                columns[np.searchsorted(unique, block.ids)] = np.arange(block.count)
+                query, place = np.nonzero(columns[places] >= 0)
+                whole[query, place] = whole_scores(inverse, block)[query, columns[places[query, place]]]
+                stage.advance(block.count)
+        # Each is one rank's, and zero elsewhere.
+        whole = ranks.sum(torch.from_numpy(whole)).numpy()
         seconds = stage.seconds
     if question.scale is not None:
-        whole *= question.scale.numpy()[np.searchsorted(reader.store.live, positions)]
+        whole *= _scales(reader, question.scale.numpy(), positions)
     recall = np.array(
         [
             first * k / (k + missed_by_rows(by_rows, scores, k, reader.live_count))
@@ -97,6 +105,14 @@ def whole_scores(inverse: Mapping[str, torch.Tensor], block: GradientBlock) -> n
     """(q, n) float64: <x, G_i>, summed over the layers of x (q, D) float32; products are in float32."""
     parts = [(x @ block.layers[name].flat().T).double() for name, x in inverse.items()]
     return torch.stack(parts).sum(dim=0).cpu().numpy()
+
+
+def _scales(reader: Reader, scale: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """What scores of rows at positions (q, T) are multiplied by, of the (m,) for this rank's live rows."""
+    team, live = reader.rows.team, reader.store.live
+    places, local = team.locally(positions.ravel())
+    found = team.assembled(lambda: [scale[np.searchsorted(live, local)]], [places], [positions.size])
+    return found[0].reshape(positions.shape)
 
 
 def missed_by_rows(by_rows: np.ndarray, whole: np.ndarray, k: int, total: int) -> float:
