@@ -279,7 +279,8 @@ class Index(Described):
             exact: True scans every row; False rescores candidates, however small the index; None chooses.
             rerank: compute so many of the best by rows again with the model, at least k, and put them in order by the
                 scores of their whole gradients, which hits then have. It takes the model and what the index was built
-                from (`open(model=, data=)`), and a forward and a backward pass for each of these examples.
+                from (`open(model=, data=)`), and a forward and a backward pass for each of these examples. Groups stay
+                those of rows' scores.
             refine: refine the queries' inverse with the model, by conjugate gradients on the exact Gauss-Newton matrix
                 of some training examples: True, or a `Refine`. It takes the model and what the index was built from, as
                 `rerank` does, and a forward and a backward pass of these examples for each query and step.

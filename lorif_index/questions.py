@@ -16,7 +16,7 @@ from .capture.gradients import GradientBlock, keep_finite, parse_block
 from .capture.losses import PerExample, default_loss, loss_name
 from .capture.products import Products, head_of
 from .capture.sources import ModelCapture, check_block
-from .curvature.inverse import multiply, transform_precisely
+from .curvature.inverse import Preconditioner, multiply, transform_precisely
 from .curvature.refine import Refine, dots
 from .damping import Damping, as_damping
 from .errors import NonFiniteError, QueryError
@@ -123,14 +123,11 @@ class Questions:
         refined."""
         reader = self.now.reader
         preconditioners, members = reader.preconditioners(gradients, policy), member_count(reader)
-        asked, x, refined = gradients, None, None
-        if refining is not None:
-            with reporter(progress) as report:
-                x, refined = refining.refined(gradients, preconditioners, report)
-            # The stored rows are asked with gradients: those whose stored inverse is x.
-            asked = multiply(x, preconditioners)
-        elif keep:
-            x = transform_precisely(gradients, preconditioners)
+        x, refined = None, None
+        if keep or refining is not None:
+            x, refined = _inverse(gradients, preconditioners, refining, progress)
+        # Rows are asked with gradients: of a refined x with those whose stored inverse it is.
+        asked = gradients if x is None or refined is None else multiply(x, preconditioners)
         question = reader.ask(asked, preconditioners)
         if question.x is not None and not bool(torch.isfinite(question.x).all()):
             raise NonFiniteError(
@@ -141,10 +138,10 @@ class Questions:
             return question, x, refined
         share = torch.full((question.count,), 1.0 / members)
         if normalize == "cosine":
-            if refining is None or x is None:
+            if x is None or refined is None:
                 share *= question_roots(gradients, preconditioners, members)
             else:
-                share *= inverse_roots(dots(gradients, x).float().cpu() / members)
+                share *= inverse_roots(dots(gradients, x).float() / members)
         scaled = None if x is None else {name: part * share.reshape(-1, 1, 1) for name, part in x.items()}
         return question.scaled(share), scaled, refined
 
@@ -288,6 +285,19 @@ class Questions:
                 block = GradientBlock(block.ids, {name: g.scaled(-1.0) for name, g in block.layers.items()})
             sign = 1.0 if measure is None else -1.0
             yield block, QueryBatch({}, kept, shown_positions(batch), sign / capture.scale, capture)
+
+
+def _inverse(
+    gradients: dict[str, torch.Tensor],
+    preconditioners: Mapping[str, Preconditioner],
+    refining: Refining | None,
+    progress: bool | ProgressCallback | None,
+) -> tuple[dict[str, torch.Tensor], Refined | None]:
+    """x = H^-1 g by the stored curvature, or refined, and how."""
+    if refining is None:
+        return transform_precisely(gradients, preconditioners), None
+    with reporter(progress) as report:
+        return refining.refined(gradients, preconditioners, report)
 
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ from .sharded import (
     spread_of,
     uncompiled,
 )
+
+T = TypeVar("T")
 
 _REMEDY = "exclude it with LayerSelection(exclude=[...])"
 _HALF_LOSS_SCALE = 2.0**10
@@ -103,6 +105,7 @@ class Capture:
         self._called: set[str] = set()
         self._watch: Watch | None = None
         self._push: Push | None = None
+        self._forward_only = False
         self._graded: set[str] = set()
         self.device = device_of(model)
         self._in_step = needs_lockstep(model)
@@ -183,6 +186,17 @@ class Capture:
             each: examples, following one another, whose gradients are summed.
         """
         return self._run(ids, batch, functions, push=push, each=each)
+
+    def pushed(self, batch: Batch, function: Callable[[nn.Module, Any], T], push: Push) -> T:
+        """What function(model, batch) gives where `push` changes the outputs of modules, called as in `several`, but
+        without gradients; raises as `gradients` does."""
+        batch = to_device(batch, self.device)
+        self._n, self._push, self._forward_only = batch_count(batch), push, True
+        try:
+            with self._hooked(), torch.no_grad(), self._casting():
+                return function(self.model, batch)
+        finally:
+            self._push, self._forward_only = None, False
 
     def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:
         """Plain autograd: the gradients of some parameters, times `scale`, for whoever has hooked them."""
@@ -284,18 +298,20 @@ class Capture:
     def _forward_hook(self, layer: str, use: Use) -> Callable[..., torch.Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
             self._called.add(layer)
-            if not torch.is_grad_enabled():
+            graded = torch.is_grad_enabled()
+            if not graded and not self._forward_only:
                 # A reentrant checkpoint calls again, with gradients, in the backward pass. (One that is not reentrant
                 # also calls again, to fill in what it did not save: no gradient reaches those outputs, so that nothing
                 # is counted twice.)
                 return None
-            self._graded.add(layer)
+            if graded:
+                self._graded.add(layer)
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
                 raise CaptureError(f"module {use.name!r} was called without a tensor input or output: {_REMEDY}")
             self._check_rows(use, x, "input")
             # The first tracked module of the graph: nothing before it needs gradients.
-            replaced = None if output.requires_grad else fresh(output)
+            replaced = fresh(output) if graded and not output.requires_grad else None
             target = output if replaced is None else replaced
             # Some quantised modules have no weight of that name.
             spread = spread_of(getattr(module, "weight", None), inputs_first=stored_inputs_first(module))
@@ -308,7 +324,8 @@ class Capture:
                 inputs = _columns(use, x, spread, "input").map(lambda own: positions(use, own))
                 # Projected now: the model may change its input in place later, and the projection is smaller.
                 left = self._project_input(layer, use, inputs, output.dtype)
-            target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
+            if graded:
+                target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
             if self._push is None:
                 return replaced
             with torch.autocast(x.device.type, enabled=False):

@@ -147,25 +147,35 @@ class Products:
     ) -> tuple[dict[str, torch.Tensor], float]:
         """The products, and <J v, M J v> over all examples and vectors."""
         count, each = len(next(iter(vectors.values()))), batch_count(batch)
+        batch, ids = repeated(batch, count), np.arange(count)
         made = _Pass(self._capture, self._head, vectors, count * each)
-        functions = made.forward if way.startswith("forward") else made.twice
         unfused: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH) if way.endswith(_UNFUSED) else nullcontext()
-        with unfused:
-            (block,) = self._capture.several(
-                np.arange(count), repeated(batch, count), functions, push=made.push, each=each
-            )
+        if way.startswith("forward"):
+            with unfused:
+                made.weights = self._capture.pushed(batch, made.forward, made.push)
+            # A pass like any other: nothing of the first is kept but the weights.
+            (block,) = self._capture.several(ids, batch, made.weighed, each=each)
+        else:
+            with unfused:
+                (block,) = self._capture.several(ids, batch, made.twice, push=made.push, each=each)
         device = next(iter(vectors.values())).device
         return {name: block.layers[name].dense().to(device) for name in vectors}, made.expected
 
 
 class _Pass:
-    """One forward pass with what modules add to their outputs."""
+    """A batch on its way through the model, with what modules add to their outputs.
+
+    Attributes:
+        weights: M J P v at each member's outputs, once they are known.
+        expected: <J P v, M J P v>, summed.
+    """
 
     def __init__(self, capture: Capture, head: HeadOf, vectors: Mapping[str, torch.Tensor], rows: int) -> None:
         self._capture, self._head, self._rows = capture, head, rows
         self._vectors = {name: v.to(capture.device) for name, v in vectors.items()}
-        # Scalars of the examples, where it is differentiated twice.
+        # Of the examples, where it is differentiated twice.
         self._scalars: torch.Tensor | None = None
+        self.weights: list[torch.Tensor] = []
         self.expected = 0.0
 
     def push(self, layer: str, use: Use, left: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -178,19 +188,20 @@ class _Pass:
             return output + forward_ad.make_dual(torch.zeros_like(more), more)
         return output + more * self._scalars.to(output).reshape(-1, *(1 for _ in output.shape[1:]))
 
-    def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """(1, n): functions whose gradients are the products, by forward-mode differentiation."""
-        found = []
+    def forward(self, model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+        """The weights, by forward-mode differentiation."""
         with forward_ad.dual_level():
-            for member in members_of(model):
-                head = self._head(member, batch)
-                outputs, tangent = forward_ad.unpack_dual(head.outputs)
-                found.append((outputs, self._weighed(head, tangent)))
-        # Outside: nothing has a tangent any more when the way back begins.
-        return torch.stack([(outputs * u).flatten(1).sum(dim=1) for outputs, u in found]).sum(dim=0, keepdim=True)
+            heads = [self._head(member, batch) for member in members_of(model)]
+            return [self._weights(head, forward_ad.unpack_dual(head.outputs).tangent) for head in heads]
+
+    def weighed(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """(1, n): functions whose gradients are the products."""
+        outputs = [self._head(member, batch).outputs for member in members_of(model)]
+        found = [(z * u).flatten(1).sum(dim=1) for z, u in zip(outputs, self.weights, strict=True)]
+        return torch.stack(found).sum(dim=0, keepdim=True)
 
     def twice(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The same by differentiating twice."""
+        """The same, with weights by differentiating twice."""
         self._scalars = torch.zeros(self._rows, device=self._capture.device, requires_grad=True)
         found = []
         for member in members_of(model):
@@ -198,11 +209,11 @@ class _Pass:
             u = torch.zeros_like(head.outputs, requires_grad=True)
             (slope,) = torch.autograd.grad((head.outputs * u).sum(), self._scalars, create_graph=True)
             (tangent,) = torch.autograd.grad(slope.sum(), u, retain_graph=True)
-            found.append((head.outputs * self._weighed(head, tangent)).flatten(1).sum(dim=1))
+            found.append((head.outputs * self._weights(head, tangent)).flatten(1).sum(dim=1))
         return torch.stack(found).sum(dim=0, keepdim=True)
 
-    def _weighed(self, head: Head, tangent: torch.Tensor | None) -> torch.Tensor:
-        """M J P v of the outputs; nothing reaches them where there is no tangent."""
+    def _weights(self, head: Head, tangent: torch.Tensor | None) -> torch.Tensor:
+        """M J P v at a head's outputs, which nothing reaches where they have no tangent."""
         with torch.no_grad():
             if tangent is None:
                 return torch.zeros_like(head.outputs.detach())

@@ -185,6 +185,8 @@ def _stats(
 ) -> SearchStats:
     examined, damaged = int(found.candidates.max(initial=0)), reader.store.damaged
     again = "" if reranked is None else f"; the best {reranked.candidates:,} computed again with the model"
+    if (refined := prepared.refined) is not None:
+        again += f"; refined over {refined.examples:,} examples"
     return SearchStats(
         exact=plan.way == "scan",
         codec=reader.codec.name,
