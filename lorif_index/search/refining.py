@@ -28,9 +28,10 @@ from ..results import Refined
 from .examples import Examples
 from .reader import Reader
 
-# What the vectors of the queries that are refined together may take, and how many there are: x, b, residuals, their
-# preconditioned ones, directions, products, what a pass adds to these, and a multiple of H.
-_VECTORS_BYTES, _VECTORS = 1 << 30, 8
+# What the vectors of the queries that are refined together may take, and how many there are of each at most: x, g, what
+# is left over, the same preconditioned and before, directions and those still going, their products, what a pass adds
+# to these, H times them, and two on the way.
+_VECTORS_BYTES, _VECTORS = 1 << 30, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Refining:
     ) -> tuple[Vectors, Refined]:
         """x of H' x = g.
 
-        Memory: the vectors of as many queries at a time as take 1 GiB, of 8 vectors (q, D) float32 each; the chosen
+        Memory: the vectors of as many queries at a time as take 1 GiB, of 12 vectors (q, D) float32 each; the chosen
         examples as they come from the data; and a pass of `rows` examples.
 
         Args:

@@ -141,5 +141,7 @@ def missed_by_rows(by_rows: np.ndarray, whole: np.ndarray, k: int, total: int) -
     height = (np.partition(r, count // 2)[count // 2] - cut) / math.log(2)
     u = np.linspace(0.0, math.log(total / count), _STEPS)
     expected = w.mean() + slope * (cut - height * u - r.mean())
-    chances = torch.special.ndtr(torch.from_numpy((expected - kth) / max(sigma, np.finfo(np.float64).tiny))).numpy()
+    with np.errstate(over="ignore"):
+        far = (expected - kth) / max(sigma, np.finfo(np.float64).tiny)
+    chances = torch.special.ndtr(torch.from_numpy(far)).numpy()
     return float(np.trapezoid(count * np.exp(u) * chances, u))

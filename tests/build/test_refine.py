@@ -157,7 +157,7 @@ def test_examples_are_random_live_ones_and_queries_do_not_matter_to_each_other(
     one = index.scores(tuple(t[3:4] for t in case.query), refine=some)
     assert np.allclose(one[0], whole[3], rtol=1e-3, atol=1e-3 * np.abs(whole).max())
     # Where the vectors of all queries are too many, some at a time.
-    each = 4 * 8 * sum(spec.dim for spec in index.specs.values())
+    each = 4 * 12 * sum(spec.dim for spec in index.specs.values())
     monkeypatch.setattr("lorif_index.search.refining._VECTORS_BYTES", 3 * each)
     assert np.allclose(index.scores(case.query, refine=some), whole, rtol=1e-3, atol=1e-3 * np.abs(whole).max())
     monkeypatch.setattr("lorif_index.search.refining._VECTORS_BYTES", each - 1)

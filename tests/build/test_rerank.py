@@ -28,6 +28,7 @@ from lorif_index.curvature.inverse import transform_precisely
 from lorif_index.errors import DataError, QueryError
 from lorif_index.identity import Identity
 from lorif_index.questions import Questions
+from lorif_index.search.rerank import missed_by_rows
 from lorif_index.snapshot import Access, Snapshot
 from lorif_index.text import Document, build_text_index, load_text_model, open_text_index
 
@@ -180,6 +181,25 @@ def test_the_estimated_recall_is_honest(opponents: bool, tmp_path: Path) -> None
     assert all(true - 0.3 < said < true + 0.05 for _, true, said in found), found
     assert all(abs(true - said) < 0.05 for many, true, said in found if many >= 100), found
     assert found[0][1] < 0.95 < found[-1][1] + 0.05, found
+
+
+def test_what_rows_miss_is_counted() -> None:
+    """Of scores with exponential tails and normal errors the estimate is what is missed, or some more; of exact rows
+    nothing."""
+    rng, total, k, wide = np.random.default_rng(0), 4000, 10, 80
+    said, true = [], []
+    for _ in range(60):
+        rows = np.sort(rng.exponential(1.0, total))[::-1]
+        whole = 0.7 * rows + 1.2 * rng.standard_normal(total)
+        kth = np.sort(whole[:wide])[-k]
+        true.append(float((whole[wide:] >= kth).sum()))
+        said.append(missed_by_rows(rows[:wide], whole[:wide], k, total))
+        assert missed_by_rows(rows[:wide], 2 * rows[:wide], k, total) < 1e-6
+    assert np.mean(true) > 2 and 0.8 < np.mean(said) / np.mean(true) < 2, (said, true)
+    assert 0.7 < np.median(said) / np.mean(true) < 1.3, (said, true)
+    assert np.isnan(missed_by_rows(rows[:2], whole[:2], 1, total))
+    nothing = np.zeros(20)
+    assert missed_by_rows(nothing, nothing, 5, 40) == pytest.approx(10, rel=0.1)
 
 
 def test_what_is_refused(built: tuple[Case, Index], tmp_path: Path) -> None:
