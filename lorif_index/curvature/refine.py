@@ -1,4 +1,4 @@
-"""Refine: a question's inverse improved by conjugate gradients, of which only two products need be known.
+"""Refine: a question's inverse solved for by conjugate gradients, of which only two products need be known.
 
 H' x = g is solved from x = H^-1 g on, preconditioned by H^-1 (Hestenes and Stiefel, 1952; Saad, Iterative Methods for
 Sparse Linear Systems, algorithm 9.1), where H is the stored curvature and H' = (1 - share) GGN + share H. Where H is
