@@ -14,11 +14,12 @@ from __future__ import annotations
 from .build.estimate import Estimate
 from .capture.losses import CrossEntropy, default_loss
 from .config import BuildConfig, CoarseIndex, Compute, CurvatureRows, LayerSelection, Sample
+from .curvature.refine import Refine
 from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping
 from .errors import LorifError
 from .index import Index
 from .progress import ProgressEvent
-from .results import Group, Groups, Hits, SearchStats
+from .results import Group, Groups, Hits, Refined, Reranked, SearchStats
 from .search.explain import Explanation
 from .version import VERSION
 
@@ -42,7 +43,10 @@ __all__ = [
     "LorifError",
     "PaperDamping",
     "ProgressEvent",
+    "Refine",
+    "Refined",
     "RelativeDamping",
+    "Reranked",
     "Sample",
     "SearchStats",
     "default_loss",

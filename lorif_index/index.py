@@ -20,6 +20,7 @@ from .build.state import check_free
 from .capture.ensemble import as_model
 from .capture.losses import PerExample
 from .config import BuildConfig
+from .curvature.refine import Refine
 from .damping import Damping
 from .describe import Described
 from .errors import CorruptionError
@@ -42,7 +43,7 @@ from .search.explain import Explanation
 from .search.groups import By, sum_groups
 from .search.named import payloads_of, stored_gradients
 from .search.normalise import check_normalize
-from .search.pairs import explain_pairs, training_data, wanted_ids
+from .search.pairs import explain_pairs, wanted_ids
 from .search.shrinkage import shrinking
 from .search.whole import all_scores, in_order, self_influence
 from .snapshot import Access, Snapshot
@@ -254,6 +255,8 @@ class Index(Described):
         opponents: bool = False,
         normalize: str | None = None,
         exact: bool | None = None,
+        rerank: int | None = None,
+        refine: bool | Refine | None = None,
         damping: Damping | float | None = None,
         layers: str | Iterable[str] | None = None,
         group_by: By | None = None,
@@ -274,6 +277,13 @@ class Index(Described):
                 arXiv:2003.11630); "cosine" by the root of the query's, too. Every row is scanned. The first such search
                 under a damping also finds all self-influences and keeps them: 4 bytes a row.
             exact: True scans every row; False rescores candidates, however small the index; None chooses.
+            rerank: compute so many of the best by rows again with the model, at least k, and put them in order by the
+                scores of their whole gradients, which hits then have. It takes the model and what the index was built
+                from (`open(model=, data=)`), and a forward and a backward pass for each of these examples. Groups stay
+                those of rows' scores.
+            refine: refine the queries' inverse with the model, by conjugate gradients on the exact Gauss-Newton matrix
+                of some training examples: True, or a `Refine`. It takes the model and what the index was built from, as
+                `rerank` does, and a forward and a backward pass of these examples for each query and step.
             damping: another policy than the build's, or a multiple of trace / D.
             layers: names or glob patterns of the layers whose scores are summed; all by default.
             group_by: also gives `hits.groups`, as `groups` does by this field of the payloads; it scans every row.
@@ -284,9 +294,11 @@ class Index(Described):
 
         Raises:
             QueryError: arguments that do not fit, or a way of searching that the index does not have. FingerprintError:
-            the model has changed. NonFiniteError: inf or NaN in the query's gradient.
+            the model has changed. NonFiniteError: inf or NaN in the query's gradient. DataError: `rerank` or `refine`
+            without data, or with others than were indexed. CaptureError: `refine` of a model without the derivatives.
         """
         ask = self._questions
+        rerank = None if rerank is False else rerank
         wanted = Wanted(
             k=k,
             recall=recall,
@@ -297,9 +309,22 @@ class Index(Described):
             damping=ask.policy(damping),
             layers=ask.chosen(layers),
             group_by=group_by,
+            rerank=rerank,
         )
-        prepare = partial(ask.prepare, query, measure, wanted.damping, wanted.layers, normalize, some=False)
-        return answer(ask.now.reader, wanted, prepare, progress)
+        examples = None if rerank is None else ask.examples(self._pieces, f"rerank={rerank}")
+        prepare = partial(
+            ask.prepare,
+            query,
+            measure,
+            wanted.damping,
+            wanted.layers,
+            normalize,
+            some=False,
+            keep=examples is not None,
+            refining=ask.refining(refine, self._pieces, wanted.layers),
+            progress=progress,
+        )
+        return answer(ask.now.reader, wanted, prepare, progress, examples)
 
     def groups(
         self,
@@ -311,12 +336,13 @@ class Index(Described):
         layers: str | Iterable[str] | None = None,
         k: int | None = None,
         shrink: bool = False,
+        refine: bool | Refine | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> Groups:
         """Sums the scores of all examples by a field of their payloads, such as source or label.
 
         Args:
-            query, measure, damping, layers, progress: as in `search`.
+            query, measure, damping, layers, refine, progress: as in `search`.
             by: a field of the payloads, or a function of a payload that gives text, a number, True, False or None.
                 Examples without one form the group None.
             k: how many groups to keep of each query, of the largest sums; all by default.
@@ -332,7 +358,9 @@ class Index(Described):
         ask = self._questions
         reader = ask.now.reader
         check_groups(by, k)
-        question = ask.prepare(query, measure, ask.policy(damping), ask.chosen(layers)).question
+        chosen, policy = ask.chosen(layers), ask.policy(damping)
+        refining = ask.refining(refine, self._pieces, chosen)
+        question = ask.prepare(query, measure, policy, chosen, refining=refining, progress=progress).question
         with reporter(progress) as report:
             return sum_groups(reader, shrinking(reader, question) if shrink else question, by, k, report)
 
@@ -347,12 +375,13 @@ class Index(Described):
         out: np.ndarray | None = None,
         gather: bool = True,
         shrink: bool = False,
+        refine: bool | Refine | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:
         """Scores of every training example, exact for what is stored.
 
         Args:
-            query, measure, damping, layers, normalize, progress: as in `search`.
+            query, measure, damping, layers, normalize, refine, progress: as in `search`.
             out: a (q, n) float32 array to write to, for instance a memory map; (q, m) without `gather`.
             gather: of an index that several ranks have opened together: True gives the whole matrix to each of them;
                 False to each the (q, m) columns of the rows that it holds, `index.held_ids`.
@@ -368,7 +397,9 @@ class Index(Described):
         ask = self._questions
         reader = ask.now.reader
         check_normalize(normalize)
-        question = ask.prepare(query, measure, ask.policy(damping), ask.chosen(layers), normalize).question
+        chosen, policy = ask.chosen(layers), ask.policy(damping)
+        refining = ask.refining(refine, self._pieces, chosen)
+        question = ask.prepare(query, measure, policy, chosen, normalize, refining=refining, progress=progress).question
         with reporter(progress) as report:
             return all_scores(reader, shrinking(reader, question) if shrink else question, out, report, gather=gather)
 
@@ -408,12 +439,11 @@ class Index(Described):
         wanted = wanted_ids(reader, ids)
         chosen, policy = ask.chosen(layers), ask.policy(damping)
         taken = ask.capture(None)
-        pieces = self._pieces or identity.stored(ask.now) if data is None else [(0, identity.data(data))]
-        examples = training_data(pieces, taken.config.batch_size)
-        capture, preconditioners = taken.capture(identity.loss).trust(), reader.preconditioners(chosen, policy)
+        pieces = self._pieces if data is None else [(0, identity.data(data))]
+        examples, preconditioners = ask.examples(pieces, "explain", taken), reader.preconditioners(chosen, policy)
         asked = ask.batches(query, measure, chosen, positions=query_tokens, taken=taken)
         with reporter(progress) as report:
-            return explain_pairs(reader, asked, wanted, examples, capture, preconditioners, report)
+            return explain_pairs(reader, asked, wanted, examples.data, examples.capture, preconditioners, report)
 
     def self_influence(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,15 +14,23 @@ import torch
 from .capture.data import as_source, as_tensors, batch_count
 from .capture.gradients import GradientBlock, keep_finite, parse_block
 from .capture.losses import PerExample
-from .capture.sources import ModelCapture, check_block
-from .curvature.inverse import transform
+from .capture.products import Products
+from .capture.seeing import UnseenLoss
+from .capture.sources import ModelCapture, check_block, head_of
+from .curvature.inverse import Preconditioner, transform, transform_precisely
+from .curvature.refine import Refine, dots
 from .damping import Damping, as_damping
 from .errors import NonFiniteError, QueryError
 from .identity import Identity
+from .progress import ProgressCallback, reporter
+from .results import Refined
 from .search.answer import Prepared
+from .search.examples import Examples, training_data
 from .search.explain import Positions, QueryBatch, shown_positions
-from .search.normalise import question_roots
-from .search.scoring import Question, shared_question
+from .search.named import check_alone
+from .search.normalise import inverse_roots, question_roots
+from .search.refining import Refining
+from .search.scoring import Question, shared_layers, shared_question
 from .search.whole import member_count
 from .snapshot import Snapshot
 
@@ -70,28 +78,56 @@ class Questions:
         chosen: tuple[str, ...],
         normalize: str | None = None,
         some: bool = True,
+        *,
+        keep: bool = False,
+        refining: Refining | None = None,
+        progress: bool | ProgressCallback | None = False,
     ) -> Prepared:
-        """Gradients of the query, transformed once into a question to the rows; `some` as in `gradients`.
+        """Gradients of the query, transformed once into a question to the rows.
+
+        Args:
+            query, measure: as in `Index.search`.
+            policy, chosen: the damping and the layers.
+            normalize: as in `Index.search`.
+            some: as in `gradients`.
+            keep: also keep the query's inverse.
+            refining: refines it; not where several ranks ask.
+            progress: as in `Index.search`.
 
         Raises:
-            As `gradients`; NonFiniteError: inf or NaN in the question.
+            As `gradients` and `Refining.refined`; NonFiniteError: inf or NaN in the question.
         """
         began = mid = time.perf_counter()
-        reader, question = self.now.reader, None
+        reader, question, inverse, refined = self.now.reader, None, None, None
         with reader.ranks.jointly():
             if reader.ranks.first or self.identity.spread:
                 gradients = self.gradients(query, measure, chosen, some)
                 mid = time.perf_counter()
-                question = self._question(gradients, policy, normalize)
+                question, inverse, refined = self._question(gradients, policy, normalize, keep, refining, progress)
         question = shared_question(question, reader.ranks)
+        inverse = shared_layers(inverse, reader.ranks) if keep else None
         if normalize is not None:
             question = replace(question, scale=self.now.scales.of(policy, chosen))
-        return Prepared(question, {"gradients": mid - began, "transform": time.perf_counter() - mid})
+        seconds = {"gradients": mid - began, "transform": time.perf_counter() - mid}
+        return Prepared(question, seconds, inverse, refined)
 
-    def _question(self, gradients: dict[str, torch.Tensor], policy: Damping, normalize: str | None) -> Question:
+    def _question(
+        self,
+        gradients: dict[str, torch.Tensor],
+        policy: Damping,
+        normalize: str | None,
+        keep: bool,
+        refining: Refining | None,
+        progress: bool | ProgressCallback | None,
+    ) -> tuple[Question, dict[str, torch.Tensor] | None, Refined | None]:
+        """The question; where it is to be kept its inverse x = H^-1 g, both scaled as scores are; and how that was
+        refined."""
         reader = self.now.reader
         preconditioners, members = reader.preconditioners(gradients, policy), member_count(reader)
-        x = transform(gradients, preconditioners)
+        if refining is None:
+            x, refined = transform(gradients, preconditioners), None
+        else:
+            x, refined = _inverse(gradients, preconditioners, refining, progress)
         question = reader.ask(x)
         if question.x is not None and not bool(torch.isfinite(question.x).all()):
             raise NonFiniteError(
@@ -99,11 +135,15 @@ class Questions:
                 "with is damaged (index.verify() tells)"
             )
         if normalize is None and members == 1:
-            return question
+            return question, x, refined
         share = torch.full((question.count,), 1.0 / members)
         if normalize == "cosine":
-            share *= question_roots(gradients, preconditioners, members)
-        return question.scaled(share)
+            if x is None or refined is None:
+                share *= question_roots(gradients, preconditioners, members)
+            else:
+                share *= inverse_roots(dots(gradients, x).float() / members)
+        scaled = None if x is None else {name: part * share.reshape(-1, 1, 1) for name, part in x.items()}
+        return question.scaled(share), scaled, refined
 
     def gradients(
         self, query: Any, measure: PerExample | None, chosen: tuple[str, ...], some: bool = True
@@ -164,6 +204,64 @@ class Questions:
             if block.count:
                 yield replace(asked, gradients={n: block.layers[n].dense().float().cpu() for n in chosen})
 
+    def examples(self, pieces: Sequence[tuple[int, Any]], what: str, taken: ModelCapture | None = None) -> Examples:
+        """Computes training examples again, which are known to be the index's by their norms.
+
+        Args:
+            pieces: (id of the first example, data) that were given; by default the texts that payloads hold.
+            what: needs them, for messages.
+            taken: as in `batches`.
+
+        Raises:
+            QueryError: no model, or several ranks that do not each have it whole. DataError: no data. FingerprintError:
+            the model has changed.
+        """
+        ranks = self.now.reader.ranks
+        with ranks.jointly():
+            taken = self.capture(None) if taken is None else taken
+            if ranks.size > 1 and self.identity.spread:
+                raise QueryError(
+                    f"{what} of an index that several ranks have opened takes a model that each of them has whole, and "
+                    "this one is spread over them: open the index without distributed="
+                )
+            # Payloads are looked up by all ranks together, and here each takes its own.
+            stored = self.identity.stored(self.now) if ranks.size == 1 else []
+            data = training_data(pieces or stored, taken.config.batch_size, what)
+        return Examples(data, taken.capture(self.identity.loss).trust())
+
+    def refining(
+        self, asked: bool | Refine | None, pieces: Sequence[tuple[int, Any]], chosen: tuple[str, ...]
+    ) -> Refining | None:
+        """What refines questions to some layers as `refine=` asks; None where it asks for nothing.
+
+        Raises:
+            QueryError: as `examples`; no such choice; a loss that does not say where its logits are; a model that is
+            spread over processes. DataError, FingerprintError: as `examples`.
+        """
+        if asked is None or asked is False:
+            return None
+        choice = Refine() if asked is True else asked
+        if not isinstance(choice, Refine):
+            raise QueryError(f"refine takes True, a Refine or None, got {asked!r}: pass refine=True")
+        check_alone(self.now.reader)
+        taken = self.capture(None)
+        if self.identity.spread:
+            raise QueryError(
+                "refine= takes a model that this process has whole, and this one is spread over several: search "
+                "without it"
+            )
+        loss, examples = self.identity.loss, self.examples(pieces, "refine=", taken)
+        one = self.now.reader.store.live_ids[:1]
+        try:
+            head = head_of(loss, taken, lambda: next(iter(examples.data.select(one))))
+        except UnseenLoss as error:
+            raise QueryError(
+                f"refine= takes the second derivative of the loss at the model's outputs, and {error}: build and open "
+                "with loss=CrossEntropy(fn), fn(model, batch) -> (logits, labels), or search without refine="
+            ) from None
+        products = Products(taken.capture(loss, chosen).trust(), head)
+        return Refining(choice, self.now.reader, examples, products, taken.config.batch_size)
+
     def capture(self, measure: PerExample | None) -> ModelCapture:
         """Takes gradients of the model for questions.
 
@@ -187,6 +285,19 @@ class Questions:
                 block = GradientBlock(block.ids, {name: g.scaled(-1.0) for name, g in block.layers.items()})
             sign = 1.0 if measure is None else -1.0
             yield block, QueryBatch({}, kept, shown_positions(batch), sign / capture.scale, capture)
+
+
+def _inverse(
+    gradients: dict[str, torch.Tensor],
+    preconditioners: Mapping[str, Preconditioner],
+    refining: Refining | None,
+    progress: bool | ProgressCallback | None,
+) -> tuple[dict[str, torch.Tensor], Refined | None]:
+    """x = H^-1 g by the stored curvature, or refined, and how."""
+    if refining is None:
+        return transform_precisely(gradients, preconditioners), None
+    with reporter(progress) as report:
+        return refining.refined(gradients, preconditioners, report)
 
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:

@@ -18,6 +18,47 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True)
+class Reranked:
+    """What came of computing the best by rows again with the model.
+
+    Attributes:
+        candidates: T, the best by rows that were computed again for each query.
+        computed: examples that were computed again; one that several queries share counts once.
+        changed: for each query, how many of its k hits are not among the k best by rows.
+        rows_recall: estimated recall of the T best by rows, the mean over the queries.
+        seconds: that it took.
+    """
+
+    candidates: int
+    computed: int
+    changed: list[int]
+    rows_recall: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Refined:
+    """How the inverse of a search's queries was refined (see `Refine`).
+
+    Attributes:
+        iterations: at most.
+        examples: training examples that the Gauss-Newton matrix is of.
+        share: of the stored curvature in the matrix.
+        residuals: for each query, how far x was from solving, H^-1's norm of what was left over that of the query: with
+            the stored inverse, then after each step.
+        way: how products were found (`capture.products.WAYS`).
+        seconds: that it took.
+    """
+
+    iterations: int
+    examples: int
+    share: float
+    residuals: list[list[float]]
+    way: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class SearchStats:
     """How an answer was found.
 
@@ -28,8 +69,8 @@ class SearchStats:
         examined: rows scored exactly for the query that took most.
         total: rows in the index.
         bytes_read: from the shards, for all queries together.
-        seconds: by stage: "gradients", "transform", then "scan", or "coarse", "gather",
-            "rescore" and "check".
+        seconds: by stage: "gradients", "transform" (refining is in it), then "scan", or "coarse", "gather",
+            "rescore" and "check"; then "rerank".
         damping: the policy, as JSON.
         layers: how many layers the scores are summed over.
         approximate: scores are coarse ones, not exact for anything stored.
@@ -40,6 +81,9 @@ class SearchStats:
         recall_by_query: the estimate for each query.
         candidates_by_query: rows rescored for each query.
         skipped: rows that no answer can have, because their shard is damaged (`Index.open(damaged="skip")`).
+        reranked: what computing the best again has changed, or None. Estimates of recall are then those of both stages
+            (see `search.rerank`).
+        refined: how the queries' inverse was refined, or None where it is the stored one.
     """
 
     exact: bool
@@ -59,6 +103,8 @@ class SearchStats:
     recall_by_query: list[float] = field(default_factory=list)
     candidates_by_query: list[int] = field(default_factory=list)
     skipped: int = 0
+    reranked: Reranked | None = None
+    refined: Refined | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lorif_index import BuildConfig, Index
+from lorif_index.errors import DataError, QueryError
 from lorif_index.identity import Identity
 from lorif_index.ranks import Ranks
 from lorif_index.snapshot import Access, Snapshot
@@ -229,6 +230,29 @@ def propose(rank: int, size: int, folder: str) -> list[Any]:
         return [index.search(sequences()[:4], k=10, exact=False, rescore=r).ids.tolist() for r in (True, False)]
 
 
+def rerank(rank: int, size: int, folder: str) -> list[Any]:
+    """The best, computed again by all ranks: ids, scores, what was computed, of several searches; and an error."""
+    place, query, found = Path(folder), sequences()[:4] if rank == 0 else None, []
+    with Index.open(place, model=make_model(), loss=loss, data=sequences(), distributed=True) as index:
+        for given in ({}, {"opponents": True, "normalize": "cosine"}, {"exact": False}):
+            hits = index.search(query, k=5, rerank=30, **given)
+            told = hits.stats.reranked
+            if told is None:
+                raise RuntimeError("nothing was computed again")
+            found.append([hits.ids.tolist(), hits.scores.tolist(), told.computed, hits.stats.estimated_recall])
+    bare = sequences() if rank == 0 else None
+    with Index.open(place, model=make_model(), loss=loss, data=bare, distributed=True) as index:
+        try:
+            index.search(query, k=5, rerank=30)
+        except DataError as error:
+            found.append(str(error))
+        try:
+            index.scores(query, refine=True)
+        except QueryError as error:
+            found.append(str(error))
+    return found
+
+
 def leave_at(
     rank: int, size: int, folder: str, kind: str, where: str, apart: bool = False, coarse: dict[str, Any] | None = None
 ) -> int:
@@ -329,6 +353,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "slow_build": slow_build,
     "leave_at": leave_at,
     "propose": propose,
+    "rerank": rerank,
     "estimate": estimate,
     "account": account,
     "hang": hang,

@@ -288,7 +288,7 @@ def _head(config: BuildConfig, loss: PerExample | None, capture: ModelCapture, e
     if config.sample.rows == "stored" or config.curvature == "empirical":
         return None
     try:
-        return head_of(loss, capture, examples)
+        return head_of(loss, capture, lambda: first_batch(examples))
     except UnseenLoss:
         return None
 

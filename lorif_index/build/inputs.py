@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..capture import eigenbases
-from ..capture.data import ExampleSource, as_source
+from ..capture.data import ExampleSource, as_source, first_batch
 from ..capture.ensemble import count_of
 from ..capture.gradients import GradientSource, LayerSpec
 from ..capture.heads import HeadOf
@@ -271,7 +271,7 @@ def _head_for_ggn(
         ConfigError: the GGN was asked for by name, and cannot be had.
     """
     try:
-        return head_of(loss, capture, examples)
+        return head_of(loss, capture, lambda: first_batch(examples))
     except UnseenLoss as error:
         if config.curvature != "auto":
             raise ConfigError(f"curvature={config.curvature!r}: {error}") from None

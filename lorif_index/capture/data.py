@@ -277,6 +277,17 @@ def one_of(batch: Batch, i: int) -> Batch:
     return _map(batch, lambda t: t[i : i + 1] if t.ndim else t)
 
 
+def repeated(batch: Batch, times: int) -> Batch:
+    """A batch that holds all its examples so many times, one run of them after another."""
+    return batch if times == 1 else _map(batch, lambda t: t.repeat(times, *(1 for _ in t.shape[1:])) if t.ndim else t)
+
+
+def parts_of(batch: Batch, most: int) -> Iterator[Batch]:
+    """A batch in parts of so many examples at most, in order."""
+    for start in range(0, batch_count(batch), most):
+        yield _map(batch, lambda t: t[start : start + most] if t.ndim else t)  # noqa: B023
+
+
 def digest_of(*values: Any) -> str:
     """XXH3-128, in hex, of batches or items: of their tensors, arrays, numbers and words; of other things, the type."""
     digest = xxhash.xxh3_128()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from .sharded import (
     uncompiled,
 )
 
+T = TypeVar("T")
+
 _REMEDY = "exclude it with LayerSelection(exclude=[...])"
 _HALF_LOSS_SCALE = 2.0**10
 
@@ -48,6 +50,10 @@ Watch = Callable[[str, Use, torch.Tensor, torch.Tensor], None]
 gradients (n, t, d_out), times `Capture.scale`, whose products over t are the projected gradient. Of a convolution with
 groups: inputs (n, t, groups, d_in), and gradients (n, t, groups, outputs per group) that are not projected (see
 `Capture.lifted`)."""
+
+Push = Callable[[str, Use, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Told of one call of a module in the forward pass: layer, use, projected inputs as `Watch` gets them (of a use
+the other way round, on the output side's projection), and the output; gives what the model goes on with."""
 
 
 @dataclass
@@ -92,12 +98,14 @@ class Capture:
         self._function = function
         self._autocast = autocast
         self._isolated = False
-        self._n = 0
+        self._n, self._each = 0, 1
         self._probing: int | None = None
         self._active = False
         self._sums: dict[str, _Sum] = {}
         self._called: set[str] = set()
         self._watch: Watch | None = None
+        self._push: Push | None = None
+        self._forward_only = False
         self._graded: set[str] = set()
         self.device = device_of(model)
         self._in_step = needs_lockstep(model)
@@ -135,12 +143,65 @@ class Capture:
         """Matrix (d_in, d_out) P_out^T of a convolution with groups, as (d_in, groups, outputs per group)."""
         p_out = self._projections.side(layer, "out", matrix.device, matrix.dtype)
         wide = matrix if p_out is None else matrix @ p_out.T
-        return wide[:, : use.outputs].reshape(len(matrix), int(getattr(use.module, "groups", 1)), -1)
+        return wide[..., : use.outputs].reshape(*matrix.shape[:-1], int(getattr(use.module, "groups", 1)), -1)
 
-    def several(self, ids: np.ndarray, batch: Batch, functions: PerExample) -> list[GradientBlock]:
+    def changed(
+        self, layer: str, use: Use, left: torch.Tensor, matrices: torch.Tensor, like: torch.Tensor
+    ) -> torch.Tensor:
+        """What a module's output changes by where its layer's weight, bias included, changes by P_in V P_out^T.
+
+        Args:
+            layer, use, left: of the call, as `Push` gets them; examples (q b, ...).
+            matrices: V (q, d_in, d_out), each for b examples that follow one another.
+            like: the output.
+
+        Returns:
+            of the output's shape and dtype.
+        """
+        work = left.dtype if left.is_floating_point() else _working(like.dtype)
+        matrices = matrices.to(device=left.device, dtype=work)
+        questions = len(matrices)
+        if left.ndim == 4:
+            lifted, parts = self.lifted(layer, use, matrices), left.reshape(questions, -1, *left.shape[1:])
+            out = torch.einsum("qblgi,qigo->qblgo", parts, lifted).reshape(*left.shape[:2], -1)
+        else:
+            matrices = matrices.mT if use.transposed else matrices
+            if left.is_floating_point():
+                turned = torch.bmm(left.reshape(questions, -1, left.shape[-1]), matrices)
+            else:
+                words = left.reshape(questions, -1, 1)
+                turned = matrices.gather(1, words.expand(-1, -1, matrices.shape[-1]))
+            turned = turned.reshape(*left.shape[:2], matrices.shape[-1])
+            side, _ = self._side(layer, not use.transposed, left.device, work)
+            out = turned[..., : use.outputs] if side is None else turned @ side[: use.outputs].T
+        if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
+            out = out.transpose(1, 2)
+        return out.reshape(like.shape).to(like.dtype)
+
+    def several(
+        self, ids: np.ndarray, batch: Batch, functions: PerExample, *, push: Push | None = None, each: int = 1
+    ) -> list[GradientBlock]:
         """Gradients of several functions of the same batch, functions(model, batch) -> (rows, n), from one forward pass
-        and a backward pass each: one block a row; raises as `gradients` does."""
-        return self._run(ids, batch, functions)
+        and a backward pass each: one block a row; raises as `gradients` does.
+
+        Args:
+            ids: (n / each,), kept with the results.
+            batch, functions: n examples, and what is differentiated.
+            push: changes modules' outputs.
+            each: examples, following one another, whose gradients are summed.
+        """
+        return self._run(ids, batch, functions, push=push, each=each)
+
+    def pushed(self, batch: Batch, function: Callable[[nn.Module, Any], T], push: Push) -> T:
+        """What function(model, batch) gives where `push` changes the outputs of modules, called as in `several`, but
+        without gradients; raises as `gradients` does."""
+        batch = to_device(batch, self.device)
+        self._n, self._push, self._forward_only = batch_count(batch), push, True
+        try:
+            with self._hooked(), torch.no_grad(), self._casting():
+                return function(self.model, batch)
+        finally:
+            self._push, self._forward_only = None, False
 
     def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:
         """Plain autograd: the gradients of some parameters, times `scale`, for whoever has hooked them."""
@@ -164,13 +225,15 @@ class Capture:
         functions: PerExample,
         require_all: bool = False,
         watch: Watch | None = None,
+        push: Push | None = None,
+        each: int = 1,
     ) -> list[GradientBlock]:
         batch = to_device(batch, self.device)
-        self._n = batch_count(batch)
-        if self._n != len(ids):
-            raise CaptureError(f"the batch holds {self._n} examples where {len(ids)} were expected")
+        self._n, self._each = batch_count(batch), each
+        if self._n != len(ids) * each:
+            raise CaptureError(f"the batch holds {self._n} examples where {len(ids) * each} were expected")
         blocks = []
-        self._called, self._graded, self._watch = set(), set(), watch
+        self._called, self._graded, self._watch, self._push = set(), set(), watch, push
         try:
             with self._hooked():
                 with self._casting():
@@ -189,7 +252,7 @@ class Capture:
                     blocks.append(GradientBlock(ids, results))
             return blocks
         finally:
-            self._active, self._probing, self._watch, self._sums = False, None, None, {}
+            self._active, self._probing, self._watch, self._push, self._sums = False, None, None, None, {}
 
     def _rows(self, functions: PerExample, ids: np.ndarray, batch: Batch) -> torch.Tensor:
         """What is differentiated. An error in the user's code, or in the model's, says which examples it met."""
@@ -240,18 +303,20 @@ class Capture:
     def _forward_hook(self, layer: str, use: Use) -> Callable[..., torch.Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
             self._called.add(layer)
-            if not torch.is_grad_enabled():
+            graded = torch.is_grad_enabled()
+            if not graded and not self._forward_only:
                 # A reentrant checkpoint calls again, with gradients, in the backward pass. (One that is not reentrant
                 # also calls again, to fill in what it did not save: no gradient reaches those outputs, so that nothing
                 # is counted twice.)
                 return None
-            self._graded.add(layer)
+            if graded:
+                self._graded.add(layer)
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
                 raise CaptureError(f"module {use.name!r} was called without a tensor input or output: {_REMEDY}")
             self._check_rows(use, x, "input")
             # The first tracked module of the graph: nothing before it needs gradients.
-            replaced = None if output.requires_grad else fresh(output)
+            replaced = fresh(output) if graded and not output.requires_grad else None
             target = output if replaced is None else replaced
             # Some quantised modules have no weight of that name.
             spread = spread_of(getattr(module, "weight", None), inputs_first=stored_inputs_first(module))
@@ -264,8 +329,14 @@ class Capture:
                 inputs = _columns(use, x, spread, "input").map(lambda own: positions(use, own))
                 # Projected now: the model may change its input in place later, and the projection is smaller.
                 left = self._project_input(layer, use, inputs, output.dtype)
-            target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
-            return replaced
+            if graded:
+                target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
+            if self._push is None:
+                return replaced
+            with torch.autocast(x.device.type, enabled=False):
+                # Padding has no gradient, so that the weight's change does not reach it either.
+                there = left if padded is None else left.masked_fill(padded.reshape(self._n, -1, 1), 0.0)
+                return self._push(layer, use, there, target)
 
         return hook
 
@@ -330,7 +401,7 @@ class Capture:
                 # Groups of a convolution: each has its own outputs, all share the inputs' projection.
                 if self._watch is not None:
                     self._watch(layer, use, left, part.whole())
-                dense = torch.einsum("nlgi,nlgo->nigo", left, part.local).flatten(2)
+                dense = torch.einsum("nlgi,nlgo->nigo", self._joined(left), self._joined(part.local)).flatten(2)
                 self._add_dense(layer, self._project_output(layer, use, Columns(dense, 0, dense.shape[-1])))
                 return
             right = self._project_output(layer, use, part)
@@ -358,6 +429,7 @@ class Capture:
         if right.device != self.device:
             # A model on several devices: they are small by now, and the uses of a tied weight meet.
             left, right = left.to(self.device), right.to(self.device)
+        left, right = self._joined(left), self._joined(right)
         held = sum(pair[0].shape[1] for pair in total.pairs) + left.shape[1]
         spec = self._specs[layer]
         if total.dense is None and held <= spec.rank and held * (spec.d_in + spec.d_out) <= spec.dim:
@@ -367,9 +439,14 @@ class Capture:
 
     def _add_words(self, layer: str, use: Use, words: torch.Tensor, right: torch.Tensor, count: int) -> None:
         """words (n, t) int64, of so many, and the gradients (n, t, d) at what they were turned into."""
+        words, right = self._joined(words).to(self.device), self._joined(right).to(self.device)
         dense = right.new_zeros(right.shape[0], count, right.shape[2])
         dense.scatter_add_(1, words.unsqueeze(2).expand_as(right), right)
         self._add_dense(layer, dense.transpose(1, 2) if use.transposed else dense)
+
+    def _joined(self, part: torch.Tensor) -> torch.Tensor:
+        """Positions of examples (n, t, ...) whose gradients are summed, as those of one: (n / each, each t, ...)."""
+        return part if self._each == 1 else part.reshape(self._n // self._each, -1, *part.shape[2:])
 
     def _add_dense(self, layer: str, gradient: torch.Tensor) -> None:
         """gradient (n, d_in, d_out); pairs held so far join it."""
@@ -387,7 +464,8 @@ class Capture:
             right = torch.cat([pair[1] for pair in total.pairs], dim=1).transpose(1, 2)
             return LayerGradient.from_pair(left.float(), right.float())
         if total.dense is None:
-            return LayerGradient.from_dense(torch.zeros(self._n, spec.d_in, spec.d_out, device=self.device))
+            count = self._n // self._each
+            return LayerGradient.from_dense(torch.zeros(count, spec.d_in, spec.d_out, device=self.device))
         return LayerGradient.from_dense((total.dense / self.scale if self.scale != 1 else total.dense).float())
 
     # -- checks --------------------------------------------------------------------------------------------------

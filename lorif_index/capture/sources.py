@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -181,10 +181,11 @@ class ModelCapture:
         self.specs = layer_specs(self.layers, config)
         self.projections = Projections(self.specs, config.seed) if projections is None else projections
 
-    def capture(self, function: PerExample | None) -> Capture:
+    def capture(self, function: PerExample | None, layers: Collection[str] | None = None) -> Capture:
+        """Takes gradients of a loss or measure, of all layers or of some."""
         return Capture(
             self.model,
-            self.layers,
+            [layer for layer in self.layers if layers is None or layer.name in layers],
             self.specs,
             self.projections,
             self._function(function),
@@ -200,8 +201,13 @@ class ModelCapture:
         return summed(self.model, default_loss if function is None else function)
 
 
-def head_of(loss: PerExample | None, capture: ModelCapture, examples: ExampleSource) -> HeadOf:
+def head_of(loss: PerExample | None, capture: ModelCapture, first: Callable[[], tuple[np.ndarray, Any]]) -> HeadOf:
     """How the outputs of a loss, and its Hessian there, are found: as it says, or as is seen in the first batch.
+
+    Args:
+        loss: as for `Index.build`.
+        capture: of the model.
+        first: gives (ids, batch) of some examples.
 
     Raises:
         UnseenLoss: it says nothing, and is not understood.
@@ -217,7 +223,7 @@ def head_of(loss: PerExample | None, capture: ModelCapture, examples: ExampleSou
             seen.check(member, batch)
         return torch.zeros(0, len(ids))
 
-    ids, batch = first_batch(examples)
+    ids, batch = first()
     capture.capture(loss).trust().several(ids, batch, check)
     return seen
 

@@ -21,6 +21,8 @@ from .options import (
     Normalize,
     Prompt,
     Recall,
+    RefineQuestion,
+    Rerank,
     SearchDamping,
     SearchLayers,
     TextArguments,
@@ -43,6 +45,8 @@ def search(
     damping: SearchDamping = None,
     layers: SearchLayers = None,
     normalize: Normalize = None,
+    rerank: Rerank = None,
+    refine: RefineQuestion = False,
     model: MovedModel = None,
     device: Device = "auto",
     json: Json = False,
@@ -61,6 +65,8 @@ def search(
                 damping=policy,
                 layers=layers or None,
                 normalize=normalize,
+                rerank=rerank,
+                refine=refine,
                 progress=None,
             )
             answers, stats = answers_json(texts, text_model.losses(asked), hits), hits.stats

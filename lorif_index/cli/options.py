@@ -40,6 +40,18 @@ Normalize = Annotated[
     str | None,
     typer.Option(help="Divide scores by the root of passages' self-influence (relatif), and of the text's (cosine)."),
 ]
+Rerank = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Compute so many of the best again with the model, at least -k, and order them by those scores."
+    ),
+]
+RefineQuestion = Annotated[
+    bool,
+    typer.Option(
+        "--refine", help="Refine the question with the model, on the exact curvature of some passages: takes minutes."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")]
 

@@ -7,25 +7,38 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..damping import Damping
 from ..errors import QueryError
 from ..progress import ProgressCallback, reporter
-from ..results import Hits, SearchStats
+from ..results import Hits, Refined, Reranked, SearchStats
+from .examples import Examples
 from .groups import By, sum_groups
 from .named import payloads_at
 from .normalise import check_normalize
 from .planner import ANSWERS, Answer, Plan, choose_plan
 from .reader import Reader
+from .rerank import rerank
 from .scoring import Question
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A question made ready for the rows, and seconds by stage that this took."""
+    """A question made ready for the rows.
+
+    Attributes:
+        question: to the rows.
+        seconds: that this took, by stage.
+        inverse: layer -> (q, d_in, d_out) float32: H^-1 g, whose inner products with whole gradients are scores; None
+            where it was not asked for.
+        refined: how that was refined, or None.
+    """
 
     question: Question
     seconds: dict[str, float]
+    inverse: dict[str, torch.Tensor] | None = None
+    refined: Refined | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Wanted:
     """What a search is to find: the arguments of `Index.search`, with its layers and damping settled.
 
     Raises:
-        QueryError: a k or recall that cannot be, or two arguments that contradict each other.
+        QueryError: a k, recall or rerank that cannot be, or two arguments that contradict each other.
     """
 
     k: int
@@ -45,6 +58,7 @@ class Wanted:
     damping: Damping
     layers: tuple[str, ...]
     group_by: By | None
+    rerank: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, (int, np.integer)) or self.k < 1:
@@ -53,6 +67,18 @@ class Wanted:
             raise QueryError(f"recall must be above 0 and at most 1, got {self.recall!r}")
         if self.exact and not self.rescore:
             raise QueryError("exact=True scores every row, and rescore=False none: pass one of them")
+        if self.rerank is None:
+            return
+        if isinstance(self.rerank, bool) or not isinstance(self.rerank, (int, np.integer)) or self.rerank < 1:
+            raise QueryError(
+                f"rerank says how many of the best by rows are computed again, an integer of at least 1, or None; got "
+                f"{self.rerank!r}: pass rerank=200"
+            )
+        if self.rerank < self.k:
+            raise QueryError(
+                f"rerank={self.rerank} computes fewer examples again than k={self.k} asks for: pass at least "
+                f"rerank={self.k}, and better some times that"
+            )
 
 
 def check_groups(by: Any, k: Any) -> None:
@@ -72,6 +98,7 @@ def answer(
     wanted: Wanted,
     prepare: Callable[[], Prepared],
     progress: bool | ProgressCallback | None,
+    examples: Examples | None = None,
 ) -> Hits:
     """Searches one version of an index.
 
@@ -80,6 +107,7 @@ def answer(
         wanted: what to find.
         prepare: makes the question; it is called when nothing else can be refused any more.
         progress: as in `Index.search`.
+        examples: computes training examples again, where that is wanted.
 
     Raises:
         QueryError: the index cannot be searched so. Whatever `prepare` raises.
@@ -88,14 +116,20 @@ def answer(
     if wanted.group_by is not None:
         check_groups(wanted.group_by, None)
     k = min(int(wanted.k), reader.live_count)
-    plan = _agreed_plan(reader, wanted, k)
-    prepared = prepare()
-    plan, found = _found(reader, prepared.question, plan, k, not wanted.opponents, progress)
+    wide = k if wanted.rerank is None else min(int(wanted.rerank), reader.live_count)
+    plan = _agreed_plan(reader, wanted, wide)
+    prepared, reranked = prepare(), None
+    plan, found = _found(reader, prepared.question, plan, wide, not wanted.opponents, progress)
+    if examples is not None and prepared.inverse is not None:
+        with reporter(progress) as report:
+            found, reranked = rerank(
+                reader, examples, prepared.inverse, prepared.question, found, k, not wanted.opponents, report
+            )
     groups = None
     if wanted.group_by is not None:
         with reporter(progress) as report:
             groups = sum_groups(reader, prepared.question, wanted.group_by, None, report)
-    stats = _stats(reader, wanted, plan, found, prepared.seconds)
+    stats = _stats(reader, wanted, plan, found, prepared, reranked)
     return Hits(reader.rows.ids_at(found.positions), found.scores, stats, _payloads(reader, found.positions), groups)
 
 
@@ -117,6 +151,7 @@ def _agreed_plan(reader: Reader, wanted: Wanted, k: int) -> Plan:
         )
     said = {"k": k, "recall": wanted.recall, "opponents": wanted.opponents, "layers": list(wanted.layers)}
     said |= {"way": plan.way, "normalize": wanted.normalize, "groups": wanted.group_by is not None}
+    said |= {"rerank": wanted.rerank}
     ranks.agree("a search", said)
     return plan
 
@@ -140,8 +175,18 @@ def _found(
     return plan, ANSWERS["scan"](reader, question, plan, k, largest, reporter(progress))
 
 
-def _stats(reader: Reader, wanted: Wanted, plan: Plan, found: Answer, seconds: dict[str, float]) -> SearchStats:
+def _stats(
+    reader: Reader,
+    wanted: Wanted,
+    plan: Plan,
+    found: Answer,
+    prepared: Prepared,
+    reranked: Reranked | None,
+) -> SearchStats:
     examined, damaged = int(found.candidates.max(initial=0)), reader.store.damaged
+    again = "" if reranked is None else f"; the best {reranked.candidates:,} computed again with the model"
+    if (refined := prepared.refined) is not None:
+        again += f"; refined over {refined.examples:,} examples"
     return SearchStats(
         exact=plan.way == "scan",
         codec=reader.codec.name,
@@ -150,16 +195,18 @@ def _stats(reader: Reader, wanted: Wanted, plan: Plan, found: Answer, seconds: d
         total=reader.live_count,
         skipped=sum(shard.count for shard in reader.store.shards if shard.info.sealed.file in damaged),
         bytes_read=found.bytes_read,
-        seconds=seconds | found.seconds,
+        seconds=prepared.seconds | found.seconds,
         damping=wanted.damping.to_json(),
         layers=len(wanted.layers),
-        approximate=plan.way == "coarse",
-        plan=plan.reason,
+        approximate=plan.way == "coarse" and reranked is None,
+        plan=plan.reason + again,
         candidates=examined if plan.way == "candidates" else 0,
         recall=float(wanted.recall) if plan.way != "scan" else 1.0,
         estimated_recall=float(found.recall.mean()),
         recall_by_query=found.recall.tolist(),
         candidates_by_query=found.candidates.tolist(),
+        reranked=reranked,
+        refined=prepared.refined,
     )
 
 

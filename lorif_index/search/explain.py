@@ -8,25 +8,21 @@ the explained examples are computed again, a batch at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..capture.data import Batch, ExampleSource, as_source
-from ..capture.gradients import GradientBlock, energies
+from ..capture.gradients import GradientBlock
 from ..capture.hooks import Capture
 from ..capture.layers import Use
 from ..curvature.inverse import Preconditioner, transform, transform_precisely
-from ..errors import DataError
 from ..progress import Stage
+from .examples import TrainingData, check_examples
 from .reader import Reader
 
-# How far a squared gradient norm may be from the stored one: what other batches, padding or another device's sums make
-# of it, in full and in half precision.
-_TOLERANCE, _HALF_TOLERANCE = 2e-3, 0.1
 # Share of the absolute sum that may fall on hidden positions and count as rounding.
 _NOTHING = 1e-6
 
@@ -77,39 +73,6 @@ class Explanation:
             "layer_tokens": {name: shares.tolist() for name, shares in self.layer_tokens.items()},
             "query_tokens": None if self.query_tokens is None else self.query_tokens.tolist(),
         }
-
-
-class TrainingData:
-    """The examples of an index by their ids: the data of its build, and of what was added since.
-
-    Args:
-        pieces: (id of the first example, data), data as for `Index.build`.
-        batch_size: of batches.
-    """
-
-    def __init__(self, pieces: Sequence[tuple[int, Any]], batch_size: int) -> None:
-        self._pieces: list[tuple[int, ExampleSource]] = [(first, as_source(data, batch_size)) for first, data in pieces]
-
-    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
-        """(ids, batch) of examples (sorted, unique).
-
-        Raises:
-            DataError: an id beyond the data.
-        """
-        covered = np.zeros(len(ids), dtype=bool)
-        for first, source in self._pieces:
-            covered |= (ids >= first) & (ids < first + source.count)
-        if not covered.all():
-            have = ", ".join(f"{first} to {first + source.count - 1}" for first, source in self._pieces)
-            raise DataError(
-                f"the data holds examples {have}, and example {int(ids[~covered][0])} was to be explained: pass as "
-                "data= everything that was indexed, in order (ids are positions in it)"
-            )
-        for first, source in self._pieces:
-            mine = ids[(ids >= first) & (ids < first + source.count)]
-            if len(mine):
-                for found, batch in source.select(mine - first):
-                    yield found + first, batch
 
 
 @dataclass
@@ -235,7 +198,7 @@ def explain(
         pairs = [(q, rows) for q, rows in pairs if len(rows)]
         shares = _Shares(capture, matrices, pairs)
         block = capture.gradients(ids, batch, watch=shares)
-        _check_examples(reader, data, block, capture.half)
+        check_examples(reader.rows.energies_of(block.ids), block, capture.half)
         backwards = _query_shares(asked, block, pairs, preconditioners, members)
         shown = shown_positions(batch)
         for number, (q, rows) in enumerate(pairs):
@@ -271,24 +234,6 @@ def _stored_scores(
     rows = reader.store.gather(reader.store.positions_of(unique))
     scores: np.ndarray = reader.codec.scorer(question.parts).score(rows).numpy() / members
     return scores
-
-
-def _check_examples(reader: Reader, data: TrainingData, block: GradientBlock, half: bool) -> None:
-    """Compares examples with what was indexed under their ids, by their squared gradient norms.
-
-    Raises:
-        DataError: naming the first that differs.
-    """
-    stored = reader.store.energies_at(reader.store.positions_of(block.ids))
-    found, tolerance = energies(block), _HALF_TOLERANCE if half else _TOLERANCE
-    fits = np.abs(found - stored) <= tolerance * np.maximum(found, stored)
-    if not fits.all():
-        bad = int(np.flatnonzero(~fits)[0])
-        raise DataError(
-            f"example {int(block.ids[bad])} of the data has a squared gradient norm of {found[bad]:.6g}, where "
-            f"{stored[bad]:.6g} was indexed: pass as data= what the index was built from, in the same order, with the "
-            "same model and loss"
-        )
 
 
 def _query_shares(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..capture.hooks import Capture
 from ..curvature.inverse import Preconditioner
-from ..errors import DataError, QueryError
+from ..errors import QueryError
 from ..progress import Reporter
 from ..results import Hits
-from .explain import Explanation, QueryBatch, TrainingData, explain
+from .examples import TrainingData
+from .explain import Explanation, QueryBatch, explain
 from .named import as_ids, check_alone, found_positions
 from .reader import Reader
 from .whole import member_count
@@ -32,20 +33,6 @@ def wanted_ids(reader: Reader, ids: Any) -> np.ndarray:
     check_alone(reader)
     found_positions(reader, np.unique(wanted))
     return wanted
-
-
-def training_data(pieces: Sequence[tuple[int, Any]], batch_size: int) -> TrainingData:
-    """What the index was built from (see `TrainingData`).
-
-    Raises:
-        DataError: there are none.
-    """
-    if not pieces:
-        raise DataError(
-            "explain computes training examples again, and this index was opened without them: pass data= to it, or to "
-            "Index.open"
-        )
-    return TrainingData(pieces, batch_size)
 
 
 def explain_pairs(

@@ -131,6 +131,11 @@ class IndexRows:
         found = torch.from_numpy(self.team.globally(local) + 1)
         return self.ranks.sum(found).numpy() - 1
 
+    def energies_of(self, ids: np.ndarray) -> np.ndarray:
+        """(m,) float32: squared norms of live examples' gradients, by their ids, whichever rank holds their rows."""
+        places, local = self.team.locally(self.positions_of(ids))
+        return self.team.assembled(lambda: [self.store.energies_at(local)], [places], [len(ids)])[0]
+
     def ids_at(self, positions: np.ndarray) -> np.ndarray:
         """Ids of rows at positions (any shape) in the whole index."""
         if self.ranks.size == 1:

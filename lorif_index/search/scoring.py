@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,6 +61,16 @@ def shared_question(question: Question | None, ranks: Ranks) -> Question:
     found = {name: ranks.spread(part, 0) for (name, _), part in zip(shapes, tensors, strict=True)}
     x = found.pop("", None)
     return Question(found, x, count)
+
+
+def shared_layers(layers: Mapping[str, torch.Tensor] | None, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Rank 0's tensors by layer, float32, on all ranks; what the others pass does not matter."""
+    mine = {} if layers is None else dict(layers)
+    if ranks.size == 1:
+        return mine
+    shapes = ranks.told([[name, list(part.shape)] for name, part in mine.items()])
+    own = [mine[name].contiguous() if ranks.first else torch.empty(shape) for name, shape in shapes]
+    return {name: ranks.spread(part, 0) for (name, _), part in zip(shapes, own, strict=True)}
 
 
 def stream_scores(

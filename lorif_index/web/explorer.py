@@ -140,16 +140,27 @@ class Explorer:
             return cls(Index.open(path), None, why)
         return cls(*open_text_index(path, model=model, device=device))
 
-    def search(self, question: WrittenQuestion, k: int, *, opponents: bool = False, recall: float = 0.99) -> Side:
-        """The k rows that did most for, or against, the question; a row that asks is not among its own.
+    def search(
+        self,
+        question: WrittenQuestion,
+        k: int,
+        *,
+        opponents: bool = False,
+        recall: float = 0.99,
+        rerank: int | None = None,
+    ) -> Side:
+        """The k rows that did most for, or against, the question; a row that asks is not among its own. So many of the
+        best as `rerank` says are computed again, where the model and the texts are at hand.
 
         Raises:
-            QueryError: k above `MOST_HITS`, a question that cannot be put, or as `Index.search`.
+            QueryError: k or rerank above `MOST_HITS`, a question that cannot be put, or as `Index.search`.
         """
         if not 1 <= k <= MOST_HITS:
             raise QueryError(f"k must be from 1 to {MOST_HITS:,}, got {k}")
+        if rerank is not None and rerank > MOST_HITS:
+            raise QueryError(f"rerank must be at most {MOST_HITS:,}, got {rerank:,}")
         with self._lock:
-            return self._kept(self._search, question, k, opponents, recall)
+            return self._kept(self._search, question, k, opponents, recall, rerank)
 
     def loss(self, question: WrittenQuestion) -> tuple[int, float] | None:
         """(tokens with a loss, the model's loss on them in nats); None where no text and model are there."""
@@ -210,9 +221,11 @@ class Explorer:
             raise QueryError(f"a text needs the model, and {self.why}: name it with --model, or ask by a row's id")
         return in_words(question.text or "", question.prompt)
 
-    def _search(self, question: WrittenQuestion, k: int, opponents: bool, recall: float) -> Side:
+    def _search(self, question: WrittenQuestion, k: int, opponents: bool, recall: float, rerank: int | None) -> Side:
         extra = 0 if question.row is None else 1
-        found = self.index.search(self._query(question), k + extra, opponents=opponents, recall=recall)
+        again = None if rerank is None else rerank + extra
+        asked = self._query(question)
+        found = self.index.search(asked, k + extra, opponents=opponents, recall=recall, rerank=again)
         ids, scores = found.ids[0].tolist(), found.scores[0].tolist()
         payloads = [None] * len(ids) if found.payloads is None else found.payloads[0]
         items = zip(scores, _items(ids, payloads), strict=True)

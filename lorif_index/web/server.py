@@ -18,6 +18,8 @@ LONGEST_QUESTION = 20_000
 """Characters of a question, and of a prompt."""
 PASSAGES = 50
 """That a search finds where its address does not say."""
+RERANKED = 200
+"""Passages that are computed again where a page is asked to."""
 _MOST_SOURCES = 200
 _LARGEST_ID = 2**62
 
@@ -38,6 +40,7 @@ class Asked:
     k: int = PASSAGES
     opponents: bool = False
     source: str = ""
+    rerank: int | None = None
 
     @property
     def here(self) -> str:
@@ -53,6 +56,7 @@ class Asked:
             "k": self.k,
             "side": "opponents" if self.opponents else None,
             "source": self.source or None,
+            "rerank": self.rerank,
         } | changes
         return {key: value for key, value in values.items() if value is not None}
 
@@ -194,6 +198,8 @@ class _Pages:
             first_shaded=self._shade,
             side="opponents" if asked.opponents else "proponents",
             side_addresses=[asked.address(asked.here, side=side) for side in (None, "opponents")],
+            rerank=asked.rerank,
+            rerank_address=asked.address(asked.here, rerank=None if asked.rerank else max(RERANKED, asked.k)),
             here=asked.here,
             kept=asked.values(source=None),
             source=asked.source,
@@ -248,6 +254,7 @@ class _Pages:
         return {
             "question": asdict(asked.question),
             "opponents": asked.opponents,
+            "rerank": asked.rerank,
             "fingerprint": self._explorer.index.fingerprint,
             "source": asked.source,
             "hits": [{"rank": hit.rank, "score": hit.score, **asdict(hit.item)} for hit in kept],
@@ -314,12 +321,14 @@ class _Pages:
         if side not in ("proponents", "opponents"):
             raise Refused(400, f"side is proponents or opponents, got {side!r}")
         k = values.integers("k", 1, MOST_HITS) or [PASSAGES]
-        return Asked(values.question("id"), k[0], side == "opponents", values.text("source", 1000))
+        again = values.integers("rerank", 1, MOST_HITS)
+        rerank, source = again[0] if again else None, values.text("source", 1000)
+        return Asked(values.question("id"), k[0], side == "opponents", source, rerank)
 
     def _answer(self, values: _Values) -> tuple[Asked, Side, list[Found]]:
         """The search, what it found, and what of that the filter leaves."""
         asked = self._asked(values)
-        side = self._explorer.search(asked.question, asked.k, opponents=asked.opponents)
+        side = self._explorer.search(asked.question, asked.k, opponents=asked.opponents, rerank=asked.rerank)
         wanted = asked.source.casefold()
         return asked, side, [hit for hit in side.hits if wanted in (hit.item.source or "").casefold()]
 

@@ -335,10 +335,11 @@ def test_options_that_do_not_fit(home, tmp_path):
 def test_pages_answer_what_the_index_answers(home, site):
     index, _ = open_text_index(home / "index", device="cpu")
     with index:
-        for opponents in (False, True):
-            hits = index.search(ASKED, 30, opponents=opponents)
+        for opponents, rerank in ((False, None), (True, None), (False, 40)):
+            hits = index.search(ASKED, 30, opponents=opponents, rerank=rerank)
             ids = hits.ids[0].tolist()
             values = {"q": ASKED, "k": 30} | ({"side": "opponents"} if opponents else {})
+            values |= {} if rerank is None else {"rerank": rerank}
             headers, text = page(site, "/api/search", **values)
             document = json.loads(text)
             assert document["fingerprint"] == index.fingerprint and document["stats"]["total"] == COUNT

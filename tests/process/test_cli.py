@@ -158,11 +158,13 @@ def test_search_finds_what_the_library_finds(home):
 def test_search_options_reach_the_index(home):
     text_model = load_text_model(home / "model", "cpu")
     ids = torch.tensor([text_model.tokenizer(ASKED)["input_ids"]])
-    with Index.open(home / "index", model=text_model.model) as index:
+    with Index.open(home / "index", model=text_model.model, tokenizer=text_model.tokenizer) as index:
         for options, arguments in [
             (("--opponents",), {"opponents": True}),
             (("--normalize", "relatif"), {"normalize": "relatif"}),
             (("--normalize", "cosine"), {"normalize": "cosine"}),
+            (("--rerank", "6"), {"rerank": 6}),
+            (("--refine", "--rerank", "4"), {"refine": True, "rerank": 4}),
             (("--damping", "10"), {"damping": 10.0}),
             (("--damping", "absolute:0.01"), {"damping": AbsoluteDamping(0.01)}),
             (("--damping", "paper:0.2"), {"damping": PaperDamping(0.2)}),

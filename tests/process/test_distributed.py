@@ -107,6 +107,23 @@ def test_fits_of_several_ranks_agree(alone: Any, tmp_path: Path) -> None:
     assert all(sent["curvature"] > 0 for sent in report["sent_bytes"])
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_best_are_computed_again_by_all_ranks(size: int, alone: Any, tmp_path: Path) -> None:
+    path, _ = alone["eigen"]
+    said = together(size, "rerank", tmp_path / "said", folder=str(path))
+    assert all(one[:3] == said[0][:3] for one in said)
+    with Index.open(path, model=make_model(), loss=loss, data=sequences()) as index:
+        for found, given in zip(
+            said[0], ({}, {"opponents": True, "normalize": "cosine"}, {"exact": False}), strict=False
+        ):
+            hits = index.search(sequences()[:4], k=5, rerank=30, **given)
+            ours = SimpleNamespace(ids=np.array(found[0]), scores=np.array(found[1], dtype=np.float32))
+            assert_same_hits(ours, hits, 1e-5)
+            assert found[2] == hits.stats.reranked.computed and found[3] == pytest.approx(hits.stats.estimated_recall)
+    for one in said:
+        assert "opened without them: pass data=" in one[3] and "Index.open(path), without distributed=" in one[4]
+
+
 @pytest.mark.parametrize(("size", "kind"), [(2, "flat"), (4, "auto")])
 def test_fewer_shards_than_ranks(size: int, kind: str, alone: Any, tmp_path: Path) -> None:
     """A rank without rows proposes nothing, and no row is proposed twice."""

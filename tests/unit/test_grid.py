@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from lorif_index.curvature.grid import Grid
 
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from lorif_index.curvature.fit import CurvatureShape, LayerCurvature, fit_curvature
-from lorif_index.curvature.grid import Grid
 from lorif_index.curvature.inverse import (
     Preconditioner,
     combined,

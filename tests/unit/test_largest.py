@@ -11,10 +11,10 @@ import torch
 from conftest import damped, forge, inside_scores, lambdas, reader_of, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lorif_index.codecs.largest import GROUPS, LargestCodec, LargestLayout, code_bits, kept_share
 
 from lorif_index import BuildConfig, CoarseIndex, Index
 from lorif_index.codecs.eigencodes import EigenCodec, Way
-from lorif_index.codecs.largest import GROUPS, LargestCodec, LargestLayout, code_bits, kept_share
 from lorif_index.errors import CorruptionError, FingerprintError
 
 

@@ -1,0 +1,257 @@
+"""A refined question against dense solves in float64; its scores; the solver by itself; what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    CASES,
+    Case,
+    damped,
+    gpt2,
+    own_loss,
+    query_gradients,
+    reader_of,
+    small_data,
+    small_model,
+    tiny_model_folder,
+)
+from test_products import dense_ggn, flat
+
+from lorif_index import BuildConfig, Index, LayerSelection, ProgressEvent, Refine
+from lorif_index.curvature.inverse import log_mean, multiply, transform
+from lorif_index.curvature.refine import solve
+from lorif_index.errors import ConfigError, DataError, QueryError
+from lorif_index.text import Document, build_text_index, load_text_model, open_text_index
+
+EXACT = Refine(iterations=300, examples=10_000, share=0.3)
+SETTINGS: dict[str, Any] = dict(projection="random", batch_size=16)
+
+
+def dense_stored(index: Index, damping: Any = None) -> np.ndarray:
+    """H of all layers, by blocks, float64."""
+    made = reader_of(index).preconditioners(index.layers, index.config.policy if damping is None else damping)
+    blocks = []
+    for name in index.layers:
+        layer, one = index.curvature[name], made[name]
+        v = layer.basis.double().numpy()
+        tail = layer.tail_mean
+        assert index.config.complement == "log-mean"
+        mu = log_mean(one.lam, float(layer.eigenvalues[-1]), tail) if v.shape[1] < len(v) else 0.0
+        blocks.append((v * damped(layer, one.lam)) @ v.T + mu * (np.eye(len(v)) - v @ v.T))
+    return np.asarray(torch.block_diag(*map(torch.from_numpy, blocks)))
+
+
+def stored_rows(index: Index) -> np.ndarray:
+    return flat(index.gradients(index.ids))
+
+
+def check_refined(case: Case, index: Index, share: float = EXACT.share) -> np.ndarray:
+    """(q, D): x, which solves with the exact matrix; scores are its products with what rows stand for."""
+    count = len(index)
+    exact = dense_ggn(case, index.specs, case.data, count) / count
+    whole = (1 - share) * exact + share * dense_stored(index)
+    queries = len(next(iter(case.query.values())) if isinstance(case.query, dict) else case.query[0])
+    asked = query_gradients(index, case.model, case.query, queries)
+    x = np.linalg.solve(whole, flat(asked).T).T
+    expected = x @ stored_rows(index).T
+    found = index.scores(case.query, refine=EXACT)
+    assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
+    # It is another question.
+    assert np.abs(index.scores(case.query) - expected).max() >= 0.05 * np.abs(expected).max()
+    return x
+
+
+@pytest.mark.parametrize(("name", "dim"), [("mlp", 5), ("cnn", 3), ("gpt2", 3)])
+def test_the_question_is_solved_with_the_exact_matrix(name: str, dim: int, tmp_path: Path) -> None:
+    case = CASES[name]()
+    config = BuildConfig(**SETTINGS, projection_dim=dim, layers=case.selection or LayerSelection())
+    if name != "mlp":
+        # The oracle differentiates every logit by itself.
+        case.data = {k: v[:16] for k, v in case.data.items()} if name == "gpt2" else tuple(t[:16] for t in case.data)
+    index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config, progress=False)
+    check_refined(case, index)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Index, np.ndarray]:
+    case = CASES["mlp"]()
+    config = BuildConfig(**SETTINGS, projection_dim=5, coarse=None, eigen_bytes=24)
+    path = tmp_path_factory.mktemp("refine") / "i"
+    index = Index.build(path, model=case.model, data=case.data, config=config, progress=False)
+    return case, index, check_refined(case, index)
+
+
+def test_hits_say_how_far_it_came(built: tuple[Case, Index, np.ndarray]) -> None:
+    case, index, _ = built
+    events: list[ProgressEvent] = []
+    hits = index.search(case.query, 6, refine=EXACT, progress=events.append)
+    scores = index.scores(case.query, refine=EXACT)
+    assert np.allclose(np.take_along_axis(scores, hits.ids, axis=1), hits.scores, rtol=1e-3, atol=1e-3)
+    told = hits.stats.refined
+    assert told is not None and (told.examples, told.share, told.way) == (len(index), 0.3, "forward")
+    assert len(told.residuals) == len(case.query[0])
+    for row in told.residuals:
+        assert row[0] > 0.01 and row[-1] <= 1e-4 and len(row) <= 301
+    assert {e.stage for e in events} >= {"refine", "scan"} and hits.stats.seconds["transform"] >= told.seconds
+    assert index.search(case.query, 6).stats.refined is None
+    assert index.search(case.query, 6, refine=False).stats.refined is None
+    # A few steps come most of the way.
+    few = index.search(case.query, 6, refine=True).stats.refined
+    assert few is not None and (few.iterations, few.examples, few.share) == (4, len(index), 0.5)
+    assert all(len(row) == 5 and row[-1] < 0.2 * row[0] for row in few.residuals), few.residuals
+
+
+def test_computed_again_as_refined(built: tuple[Case, Index, np.ndarray]) -> None:
+    case, index, x = built
+    rows = flat(query_gradients(index, case.model, case.data, len(index)))
+    expected = x @ rows.T
+    hits = index.search(case.query, 4, refine=EXACT, rerank=len(index))
+    best = -np.sort(-expected, axis=1)[:, :4]
+    assert np.abs(hits.scores - best).max() <= 2e-3 * np.abs(expected).max()
+    assert np.abs(np.take_along_axis(expected, hits.ids, 1) - best).max() <= 2e-3 * np.abs(expected).max()
+
+
+def test_groups_layers_damping_and_normalised_scores(built: tuple[Case, Index, np.ndarray], tmp_path: Path) -> None:
+    case, index, x = built
+    notes = [{"half": i % 2} for i in range(len(index))]
+    path = tmp_path / "i"
+    other = Index.build(
+        path, model=case.model, data=case.data, config=index.config, payloads=notes, fit=index, progress=False
+    )
+    scores = other.scores(case.query, refine=EXACT)
+    assert np.allclose(scores, index.scores(case.query, refine=EXACT), rtol=1e-3, atol=1e-3)
+    groups = other.groups(case.query, "half", refine=EXACT)
+    for q, row in enumerate(groups):
+        assert {g.value: g.sum for g in row} == pytest.approx(
+            {i: float(scores[q, i::2].sum()) for i in (0, 1)}, rel=1e-2
+        )
+    # Of one layer, and under another damping, the matrix is of that layer and damping.
+    first = index.layers[0]
+    size = index.specs[first].dim
+    exact = dense_ggn(case, index.specs, case.data, len(index)) / len(index)
+    policy = type(index.config.policy)(0.7)
+    whole = 0.7 * exact[:size, :size] + 0.3 * dense_stored(index, policy)[:size, :size]
+    asked = flat(query_gradients(index, case.model, case.query, len(case.query[0])))[:, :size]
+    expected = np.linalg.solve(whole, asked.T).T @ stored_rows(index)[:, :size].T
+    found = index.scores(case.query, refine=EXACT, layers=first, damping=0.7)
+    assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
+    cosine = index.scores(case.query, refine=EXACT, normalize="cosine")
+    whole_asked = flat(query_gradients(index, case.model, case.query, len(case.query[0])))
+    own = np.sqrt((whole_asked * x).sum(axis=1))[:, None] * np.sqrt(index.self_influence())
+    plain = index.scores(case.query, refine=EXACT)
+    assert np.allclose(cosine, plain / own, rtol=1e-2, atol=1e-3 * np.abs(cosine).max())
+
+
+def test_examples_are_random_live_ones_and_queries_do_not_matter_to_each_other(
+    built: tuple[Case, Index, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, index, _ = built
+    some = Refine(iterations=3, examples=20)
+    whole = index.scores(case.query, refine=some)
+    assert np.abs(index.scores(case.query, refine=some) - whole).max() == 0
+    one = index.scores(tuple(t[3:4] for t in case.query), refine=some)
+    assert np.allclose(one[0], whole[3], rtol=1e-3, atol=1e-3 * np.abs(whole).max())
+    # Where the vectors of all queries are too many, some at a time.
+    each = 4 * 12 * sum(spec.dim for spec in index.specs.values())
+    monkeypatch.setattr("lorif_index.search.refining._VECTORS_BYTES", 3 * each)
+    assert np.allclose(index.scores(case.query, refine=some), whole, rtol=1e-3, atol=1e-3 * np.abs(whole).max())
+    monkeypatch.setattr("lorif_index.search.refining._VECTORS_BYTES", each - 1)
+    with pytest.raises(QueryError, match=rf"{each:,} bytes for these layers, and has {each - 1:,}: .*layers="):
+        index.scores(case.query, refine=some)
+
+
+def test_of_an_ensemble_scores_are_means(tmp_path: Path) -> None:
+    models, data, query = [small_model(0), small_model(1)], small_data(60), small_data(3, seed=2)
+    config = BuildConfig(**SETTINGS, projection_dim=4)
+    index = Index.build(tmp_path / "i", model=models, data=data, config=config, progress=False)
+    both = index.scores(query, refine=EXACT)
+    # Members have nothing in common: each is refined by itself.
+    parts = [index.scores(query, refine=EXACT, layers=f"{number}.*") for number in (0, 1)]
+    assert np.allclose(both, sum(parts), rtol=1e-2, atol=2e-3 * np.abs(both).max())
+
+
+def test_a_product_with_the_stored_curvature_undoes_its_inverse(tmp_path: Path) -> None:
+    case = gpt2()
+    for number, settings in enumerate((dict(projection_dim=5), dict(projection_dim=5, curvature_rank=7))):
+        config = BuildConfig(**SETTINGS, **settings, store="factors")
+        index = Index.build(tmp_path / str(number), model=case.model, data=case.data, config=config, progress=False)
+        made = reader_of(index).preconditioners(index.layers, index.config.policy)
+        g = query_gradients(index, case.model, case.query, 4)
+        assert np.abs(flat(multiply(transform(g, made), made)) - flat(g)).max() <= 1e-3 * np.abs(flat(g)).max()
+        expected = flat(g) @ dense_stored(index)
+        assert np.abs(flat(multiply(g, made)) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_the_solver_solves() -> None:
+    """Against a dense solve, of systems that need different numbers of steps; one is nothing."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "b": (2, 5)}
+    dim = sum(r * c for r, c in shapes.values())
+    root = rng.standard_normal((dim, dim))
+    matrix = root @ root.T / dim + 0.1 * np.eye(dim)
+    diagonal = np.diag(matrix).copy()
+    sizes = [r * c for r, c in shapes.values()]
+
+    def apart(rows: np.ndarray) -> dict[str, torch.Tensor]:
+        parts = torch.from_numpy(rows).float().split(sizes, dim=1)
+        return {name: part.reshape(-1, *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    b = rng.standard_normal((4, dim)) * np.array([[1.0], [1e-4], [0.0], [1e3]])
+    b[3] = 1e3 * matrix @ np.eye(dim)[0]
+    applied = []
+
+    def apply(v: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        applied.append(len(v["a"]))
+        return apart(flat(v) @ matrix)
+
+    solved = solve(apply, lambda v: apart(flat(v) / diagonal), apart(b), 100)
+    expected = np.linalg.solve(matrix, b.T).T
+    got = flat(solved.x)
+    for q in range(4):
+        assert np.abs(got[q] - expected[q]).max() <= 1e-4 * max(np.abs(expected[q]).max(), 1e-30), q
+    assert solved.residuals[2] == [0.0] and applied[0] == 4 and applied[1] == 3 and applied[-1] < 3
+    assert all(row[-1] <= 1e-6 for row in solved.residuals)
+    none = solve(apply, lambda v: apart(flat(v) / diagonal), apart(b), 1)
+    assert [len(row) for row in none.residuals] == [2, 2, 1, 2]
+    # The norm of the residuals is M^-1's.
+    rest = b - flat(none.x) @ matrix
+    norms = np.sqrt((rest**2 / diagonal).sum(1) / np.maximum((b**2 / diagonal).sum(1), 1e-300))
+    assert np.allclose([row[-1] for row in none.residuals], norms, rtol=1e-3)
+
+
+def test_what_is_refused(built: tuple[Case, Index, np.ndarray], tmp_path: Path) -> None:
+    case, index, _ = built
+    for wrong in (dict(iterations=0), dict(examples=2.5), dict(share=0), dict(share=1.1), dict(iterations=True)):
+        with pytest.raises(ConfigError, match=rf"Refine\({next(iter(wrong))}=...\) must be"):
+            Refine(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(QueryError, match="refine takes True, a Refine or None, got 3: pass refine=True"):
+        index.search(case.query, 3, refine=3)  # type: ignore[arg-type]
+    with Index.open(index.path) as bare, pytest.raises(QueryError, match="opened without its model"):
+        bare.scores(index.gradients([0]), refine=True)
+    with Index.open(index.path, model=case.model) as bare, pytest.raises(DataError, match=r"refine= computes training"):
+        bare.scores(case.query, refine=True)
+    moved = tuple(part.roll(1, 0) for part in case.data)
+    other = Index.open(index.path, model=case.model, data=moved)
+    with other, pytest.raises(DataError, match="squared gradient norm"):
+        other.groups(case.query, "x", refine=True)
+    config = BuildConfig(**SETTINGS, curvature="empirical", projection_dim=5)
+    own = Index.build(tmp_path / "own", model=case.model, data=case.data, loss=own_loss, config=config, progress=False)
+    with pytest.raises(QueryError, match=r"loss 'own_loss' does not say .* loss=CrossEntropy\(fn\)"):
+        own.search(case.query, 3, refine=True)
+
+
+def test_texts_on_a_model_with_fused_attention(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    text_model = load_text_model(tiny_model_folder(tmp_path / "m"))
+    texts = [Document(f"The cat number {i} sat on the {'mat' if i % 3 else 'hill'}.", "") for i in range(30)]
+    build_text_index(tmp_path / "i", text_model, texts, progress=False).close()
+    index, _ = open_text_index(tmp_path / "i")
+    hits = index.search(["The cat sat.", "On the hill."], 3, refine=True, rerank=10)
+    told = hits.stats.refined
+    assert told is not None and told.way.startswith("forward") and told.examples == 30
+    assert all(row[-1] < 0.2 * row[0] for row in told.residuals)
