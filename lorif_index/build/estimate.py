@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..capture import eigenbases
-from ..capture.data import as_source
+from ..capture.data import as_source, first_batch
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from ..capture.heads import HeadOf
 from ..capture.losses import PerExample
