@@ -43,7 +43,7 @@ def some_rows(fitting: Fitting, most: int) -> Iterator[GradientBlock]:
     fitting.stage.total = (fitting.stage.total or 0) + count
     for block in rows():
         # Every step-th row of all, whatever the size of the blocks.
-        part = torch.arange(-at % step, block.count, step)
+        part = torch.arange(min(-at % step, block.count), block.count, step)
         at += block.count
         fitting.stage.advance(block.count)
         if len(part):

@@ -90,7 +90,7 @@ def fit_sides(
     with ranks.jointly():
         for block in rows():
             # Every step-th row of all, whatever the size of the blocks.
-            part = torch.arange(-at % step, block.count, step)
+            part = torch.arange(min(-at % step, block.count), block.count, step)
             at += block.count
             advance(block.count)
             for name, (a, b) in sums.items() if len(part) else ():

@@ -106,7 +106,7 @@ def test_with_a_diagonal_the_factor_is_of_what_stands_out_against_it(rank: int |
 
 
 def test_the_diagonal_takes_what_the_low_rank_part_leaves() -> None:
-    """H is near C where the sides' products are the directions, and further away than C's own eigenvectors elsewhere."""
+    """Of directions outside of the low-rank part H holds its share."""
     generator = torch.Generator().manual_seed(1)
     fall = torch.exp(-0.3 * torch.arange(12))[:, None] * torch.exp(-0.4 * torch.arange(8))
     rows = (torch.randn(4000, 12, 8, generator=generator) * fall).flatten(1)
