@@ -84,7 +84,9 @@ class SparseLayout:
 
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, 1) float32."""
-        return codes[:, ENTRY_BYTES * self.entries :].contiguous().view(torch.bfloat16).reshape(len(codes), 1).float()
+        # A copy: of a single row the part is contiguous, and may begin at an odd byte.
+        part = codes[:, ENTRY_BYTES * self.entries :].clone(memory_format=torch.contiguous_format)
+        return part.view(torch.bfloat16).reshape(len(codes), 1).float()
 
     def unpacked(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Places (n, m) int32 and values in units of the scale (n, m) float32. Scratch: the next call overwrites it."""
