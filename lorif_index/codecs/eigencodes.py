@@ -431,7 +431,7 @@ def _largest(weights: Weights, fitting: Fitting) -> dict[str, LayerCode]:
 
 
 def _written(tried: Sequence[EigenCodec], device: torch.device, block: GradientBlock) -> list[torch.Tensor]:
-    """Rows of a block by each codec; gradients are turned once, and coordinates taken once for codecs that share them."""
+    """Rows of a block by each codec; gradients are turned once, and taken once for codecs that share coordinates."""
     curvature = tried[0].curvature
     turned = {
         n: c.sides.to(device).turned(block.layers[n].flat().to(device, torch.float32)) for n, c in curvature.items()
