@@ -71,10 +71,8 @@ def test_agreements_are_mean_rank_correlations(step: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(agreement, "_ROWS", 160)
     g = gradients()
     fitting, curvature, stage = fitting_of(g, step)
-    tried = [
-        FactorCodec(SPECS, curvature, "float16"),
-        *(eigen(fitting_of(g, eigen_bytes=size)[0]) for size in (12, 40)),
-    ]
+    codes = [EigenCodec.fit(fitting_of(g, eigen_bytes=size)[0]) for size in (12, 40)]
+    tried = [FactorCodec(SPECS, curvature, "float16"), *codes]
     found = agreements(tried, fitting, written(tried))
     # Every other of 400 rows; the first 40 of them ask the others.
     asking, answering = np.arange(0, 80, 2), np.arange(80, N, 2)
@@ -93,10 +91,6 @@ def test_agreements_are_mean_rank_correlations(step: int, monkeypatch: pytest.Mo
 def whole_block(g: dict[str, torch.Tensor]) -> GradientBlock:
     parts = {n: part.reshape(-1, SPECS[n].d_in, SPECS[n].d_out) for n, part in g.items()}
     return GradientBlock(np.arange(N), {n: LayerGradient.from_dense(part) for n, part in parts.items()})
-
-
-def eigen(fitting: Fitting) -> EigenCodec:
-    return EigenCodec.fit(fitting)
 
 
 class Sized:

@@ -81,7 +81,7 @@ def test_a_wide_side_stays_as_it_was(wide: tuple[bool, bool], monkeypatch: pytes
     torch.testing.assert_close(found.turned_back(found.turned(g.flatten(1))), g.flatten(1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [5000, 7])
+@pytest.mark.parametrize("block", [5000, 7, 1])
 def test_of_many_rows_some_are_taken_whatever_the_blocks(block: int) -> None:
     g = gradients(5000)
     # Every other row is looked at.
