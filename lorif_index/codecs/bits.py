@@ -141,7 +141,7 @@ class CodeLayout:
 
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, pieces) float32."""
-        return codes[:, self.packed :].contiguous().view(torch.bfloat16).reshape(len(codes), -1).float()
+        return scales_of(codes[:, self.packed :])
 
     @property
     def cosine(self) -> float:
@@ -161,6 +161,12 @@ class CodeLayout:
     def squares(self, codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """sum_j w_j z_j^2 of stored coordinates, (n,) float32, for weights (dim,)."""
         return self.decode(codes).square_() @ weights
+
+
+def scales_of(stored: torch.Tensor) -> torch.Tensor:
+    """(n, k) float32 of the scales at the end of rows, (n, 2 k) uint8, which may lie at odd addresses."""
+    apart = torch.empty(stored.shape, dtype=torch.uint8, device=stored.device)
+    return apart.copy_(stored).view(torch.bfloat16).float()
 
 
 class CodeScorer:

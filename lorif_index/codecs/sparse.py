@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import embedding_bag, pad
 
 from ..linalg.scratch import SCRATCH
-from .bits import SCALE_BYTES
+from .bits import SCALE_BYTES, scales_of
 
 ENTRY_BYTES = 3
 MOST_PLACES = (1 << 19) - 1
@@ -84,9 +84,7 @@ class SparseLayout:
 
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, 1) float32."""
-        # A copy: of a single row the part is contiguous, and may begin at an odd byte.
-        part = codes[:, ENTRY_BYTES * self.entries :].clone(memory_format=torch.contiguous_format)
-        return part.view(torch.bfloat16).reshape(len(codes), 1).float()
+        return scales_of(codes[:, ENTRY_BYTES * self.entries :])
 
     def unpacked(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Places (n, m) int32 and values in units of the scale (n, m) float32. Scratch: the next call overwrites it."""

@@ -11,7 +11,6 @@ import torch
 from conftest import (
     CASES,
     Case,
-    damped,
     gpt2,
     own_loss,
     query_gradients,
@@ -20,10 +19,11 @@ from conftest import (
     small_model,
     tiny_model_folder,
 )
+from dense_curvature import dense, relative
 from test_products import dense_ggn, flat
 
 from lorif_index import BuildConfig, Index, LayerSelection, ProgressEvent, Refine
-from lorif_index.curvature.inverse import log_mean, multiply, transform
+from lorif_index.curvature.inverse import multiply, transform
 from lorif_index.curvature.refine import solve
 from lorif_index.errors import ConfigError, DataError, QueryError
 from lorif_index.text import Document, build_text_index, load_text_model, open_text_index
@@ -32,18 +32,18 @@ EXACT = Refine(iterations=300, examples=10_000, share=0.3)
 SETTINGS: dict[str, Any] = dict(projection="random", batch_size=16)
 
 
-def dense_stored(index: Index, damping: Any = None) -> np.ndarray:
+def dense_stored(index: Index, multiple: float | None = None) -> np.ndarray:
     """H of all layers, by blocks, float64."""
-    made = reader_of(index).preconditioners(index.layers, index.config.policy if damping is None else damping)
-    blocks = []
-    for name in index.layers:
-        layer, one = index.curvature[name], made[name]
-        v = layer.basis.double().numpy()
-        tail = layer.tail_mean
-        assert index.config.complement == "log-mean"
-        mu = log_mean(one.lam, float(layer.eigenvalues[-1]), tail) if v.shape[1] < len(v) else 0.0
-        blocks.append((v * damped(layer, one.lam)) @ v.T + mu * (np.eye(len(v)) - v @ v.T))
+    lam = relative(index, multiple)
+    blocks = [dense(index.curvature[name], lam[name]) for name in index.layers]
     return np.asarray(torch.block_diag(*map(torch.from_numpy, blocks)))
+
+
+def dense_solved(index: Index, exact: np.ndarray, share: float, multiple: float | None = None) -> np.ndarray:
+    """H' = (1 - share) (GGN + lambda) + share H, of all layers together."""
+    lam = relative(index, multiple)
+    beside = np.concatenate([np.full(index.specs[name].dim, lam[name]) for name in index.layers])
+    return (1 - share) * (exact + np.diag(beside)) + share * dense_stored(index, multiple)
 
 
 def stored_rows(index: Index) -> np.ndarray:
@@ -54,7 +54,7 @@ def check_refined(case: Case, index: Index, share: float = EXACT.share) -> np.nd
     """(q, D): x, which solves with the exact matrix; scores are its products with what rows stand for."""
     count = len(index)
     exact = dense_ggn(case, index.specs, case.data, count) / count
-    whole = (1 - share) * exact + share * dense_stored(index)
+    whole = dense_solved(index, exact, share)
     queries = len(next(iter(case.query.values())) if isinstance(case.query, dict) else case.query[0])
     asked = query_gradients(index, case.model, case.query, queries)
     x = np.linalg.solve(whole, flat(asked).T).T
@@ -134,8 +134,7 @@ def test_groups_layers_damping_and_normalised_scores(built: tuple[Case, Index, n
     first = index.layers[0]
     size = index.specs[first].dim
     exact = dense_ggn(case, index.specs, case.data, len(index)) / len(index)
-    policy = type(index.config.policy)(0.7)
-    whole = 0.7 * exact[:size, :size] + 0.3 * dense_stored(index, policy)[:size, :size]
+    whole = dense_solved(index, exact, EXACT.share, 0.7)[:size, :size]
     asked = flat(query_gradients(index, case.model, case.query, len(case.query[0])))[:, :size]
     expected = np.linalg.solve(whole, asked.T).T @ stored_rows(index)[:, :size].T
     found = index.scores(case.query, refine=EXACT, layers=first, damping=0.7)
@@ -240,8 +239,12 @@ def test_what_is_refused(built: tuple[Case, Index, np.ndarray], tmp_path: Path) 
     with other, pytest.raises(DataError, match="squared gradient norm"):
         other.groups(case.query, "x", refine=True)
     config = BuildConfig(**SETTINGS, curvature="empirical", projection_dim=5)
-    own = Index.build(tmp_path / "own", model=case.model, data=case.data, loss=own_loss, config=config, progress=False)
-    with pytest.raises(QueryError, match=r"loss 'own_loss' does not say .* loss=CrossEntropy\(fn\)"):
+
+    def rooted(model: nn.Module, batch: Any) -> torch.Tensor:
+        return functional.cross_entropy(model(batch[0]), batch[1], reduction="none").sqrt()
+
+    own = Index.build(tmp_path / "own", model=case.model, data=case.data, loss=rooted, config=config, progress=False)
+    with pytest.raises(QueryError, match=r"loss '.*rooted' is not known"):
         own.search(case.query, 3, refine=True)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import (
     Case,
-    expected_scores,
     gpt2,
     lambdas,
     mlp,
@@ -22,6 +21,8 @@ from conftest import (
     train,
     with_gradients,
 )
+
+from dense_curvature import scores as dense_scores
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.curvature.inverse import transform_precisely
@@ -71,7 +72,7 @@ def test_scores_are_autograds(tmp_path: Path) -> None:
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config, progress=False)
     hits = index.search(case.query, 8, rerank=len(index), damping=0.3)
     g, asked = projected(index, rows), projected(index, queries)
-    expected = expected_scores(index, asked, g, lambdas(index, g, 0.3))
+    expected = dense_scores(index, asked, g, lambdas(index, g, 0.3))
     check_hits(hits, expected, np.tile(np.arange(len(index)), (len(expected), 1)), 8)
     assert hits.stats.estimated_recall == 1.0 and hits.stats.reranked.rows_recall == 1.0
     assert np.abs(hits.scores - index.search(case.query, 8, damping=0.3).scores).max() > 0.01 * np.abs(expected).max()
@@ -164,12 +165,13 @@ def test_candidates_and_codes_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("opponents", [False, True])
-def test_the_estimated_recall_is_honest(opponents: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("row_bytes", "above"), [(24, 0.07), (60, 0.04)])
+def test_the_estimated_recall_is_honest(row_bytes: int, above: float, opponents: bool, tmp_path: Path) -> None:
     """Over many queries, the mean estimate is near the share of the k best by whole gradients that were found; of few
-    candidates it is too low rather than too high."""
+    candidates it is too low, and of many not much too high, though these rows name 7 or 19 coordinates of 293."""
     model, data, query = small_model(), small_data(600), small_data(60, seed=5)
     train(model, data, 100)
-    config = BuildConfig(**ROUGH | {"projection_dim": None, "coarse": None})
+    config = BuildConfig(**ROUGH | {"projection_dim": None, "coarse": None, "eigen_bytes": row_bytes})
     index = Index.build(tmp_path / "i", model=model, data=data, config=config, progress=False)
     towards, found = -1 if opponents else 1, []
     scores = towards * whole_scores(index, model, query, data)
@@ -178,9 +180,9 @@ def test_the_estimated_recall_is_honest(opponents: bool, tmp_path: Path) -> None
         best = np.argsort(-scores, axis=1)[:, :10]
         true = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(hits.ids.tolist(), best.tolist(), strict=True)])
         found.append((many, float(true), hits.stats.estimated_recall))
-    assert all(true - 0.3 < said < true + 0.05 for _, true, said in found), found
-    assert all(abs(true - said) < 0.05 for many, true, said in found if many >= 100), found
-    assert found[0][1] < 0.95 < found[-1][1] + 0.05, found
+    assert all(true - 0.35 < said < true + above for _, true, said in found), found
+    assert all(true - 0.15 < said for many, true, said in found if many >= 100), found
+    assert found[0][1] < 0.9 < found[-1][1] + 0.05 and found[0][2] < found[1][2] < found[2][2] < found[3][2], found
 
 
 def test_what_rows_miss_is_counted() -> None:
