@@ -81,9 +81,9 @@ ENGINE = [
     ("capture", "gradients"),
     ("linalg", "projection sampling subspace"),
     ("capture", "sharded losses heads seeing data layers ensemble probes spool hooks eigenbases sources"),
-    ("curvature", "grid fit inverse sketch"),
+    ("curvature", "sides fit inverse sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
-    ("codecs", "base bits truncation factors eigencodes largest"),
+    ("codecs", "base bits sparse agreement truncation factors eigencodes"),
     (
         "search",
         "scoring rescoring coarse devices calibration missed proposers pursuit candidates rows reader shrinkage "
