@@ -267,8 +267,8 @@ def load_removed(folder: Path, facts: Any) -> np.ndarray:
 
 
 def save_queries(folder: Path, name: str, ids: np.ndarray, gradients: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Writes what calibration asks: `ids` (m,) int64 and `query_<i>` (m, d_in, d_out) bfloat16, as uint16, of training examples, in
-    the layers' order; what the manifest keeps."""
+    """Writes what calibration asks: `ids` (m,) int64 and `query_<i>` (m, d_in, d_out) bfloat16, as uint16, of training
+    examples, in the layers' order; what the manifest keeps."""
     arrays: dict[str, np.ndarray] = {"ids": ids.astype("<i8")}
     # What is calibrated by them does not hang on their third digit, and they may be the largest file of an index.
     halves = (g.to(torch.bfloat16).contiguous().view(torch.int16).numpy() for g in gradients.values())
