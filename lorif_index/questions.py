@@ -14,7 +14,7 @@ import torch
 from .capture.data import as_source, as_tensors, batch_count
 from .capture.gradients import GradientBlock, keep_finite, parse_block
 from .capture.losses import PerExample
-from .capture.products import Products
+from .capture.products import Products, has_sequences
 from .capture.seeing import UnseenLoss
 from .capture.sources import ModelCapture, check_block, head_of
 from .curvature.inverse import Preconditioner, transform, transform_precisely
@@ -259,8 +259,9 @@ class Questions:
                 f"refine= takes the second derivative of the loss at the model's outputs, and {error}: build and open "
                 "with loss=CrossEntropy(fn), fn(model, batch) -> (logits, labels), or search without refine="
             ) from None
-        products = Products(taken.capture(loss, chosen).trust(), head)
-        return Refining(choice, self.now.reader, examples, products, taken.config.batch_size)
+        capture = taken.capture(loss, chosen).trust()
+        sequences = has_sequences(capture, head, lambda: next(iter(examples.data.select(one))))
+        return Refining(choice, self.now.reader, examples, Products(capture, head), sequences, taken.config.batch_size)
 
     def capture(self, measure: PerExample | None) -> ModelCapture:
         """Takes gradients of the model for questions.

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -279,38 +279,30 @@ def expected_scores(
 ) -> np.ndarray:
     total: np.ndarray = np.zeros((len(next(iter(queries.values()))), len(next(iter(rows.values())))))
     for name in names or index.layers:
-        layer = index.curvature[name]
-        v, s = layer.basis.double().numpy(), layer.eigenvalues.numpy()
-        h = oracle.inverse(v, s, layer.trace, lam[name], index.config.complement)
-        total += oracle.scores(queries[name], rows[name], h)
+        total += oracle.scores(queries[name], rows[name], dense_inverse(index.curvature[name], lam[name]))
     return total
+
+
+def products_of(layer: LayerCurvature) -> np.ndarray:
+    """(D, D) float64: the products of a layer's sides' eigenvectors."""
+    pair = zip((layer.sides.left, layer.sides.right), layer.sides.shape, strict=True)
+    return oracle.products(*(np.eye(width) if side is None else side.double().numpy() for side, width in pair))
+
+
+def dense_inverse(layer: LayerCurvature, lam: float) -> np.ndarray:
+    """H^-1 (D, D) float64 of a fitted layer, in the coordinates of gradients."""
+    squares, factor = layer.squares.double().numpy(), layer.factor.double().numpy()
+    return oracle.inverse(squares, factor, layer.share, lam, products_of(layer))
+
+
+def low_rank_part(layer: LayerCurvature) -> np.ndarray:
+    """B B^T (D, D) float64, in the coordinates of gradients."""
+    factor = products_of(layer) @ layer.factor.double().numpy()
+    return np.asarray(factor @ factor.T)
 
 
 def lambdas(index: Index, rows: dict[str, np.ndarray], multiple: float) -> dict[str, float]:
     return {n: oracle.damping("relative", oracle.second_moment(rows[n]), value=multiple) for n in index.layers}
-
-
-def inside_scores(
-    index: Index,
-    queries: dict[str, np.ndarray],
-    rows: dict[str, np.ndarray],
-    lam: dict[str, float],
-    names: Iterable[str],
-) -> np.ndarray:
-    """Scores counted inside the curvature's subspace only: coordinates say nothing of the rest."""
-    total = 0.0
-    for name in names:
-        layer = index.curvature[name]
-        v = layer.basis.double().numpy()
-        q, g = queries[name].reshape(len(queries[name]), -1) @ v, rows[name].reshape(len(rows[name]), -1) @ v
-        total = total + (q / damped(layer, lam[name])) @ g.T
-    return np.asarray(total)
-
-
-def damped(layer: LayerCurvature, lam: float) -> np.ndarray:
-    """S + lambda of found directions, S + lambda / 100 on the diagonal."""
-    alone = np.arange(layer.rank) >= layer.rank - len(layer.diagonal)
-    return np.asarray(layer.eigenvalues.numpy() + np.where(alone, 0.01 * lam, lam))
 
 
 def reader_of(index: Index, device: torch.device = torch.device("cpu")) -> Reader:  # noqa: B008

@@ -141,32 +141,30 @@ def damping(rule: str, c: np.ndarray, rank: int | None = None, value: float = 0.
     return 0.1 * eigen(c)[1][: None if rank is None else rank + 10].mean()
 
 
-def exponential_tail(largest: float, mean: float, lam: float) -> float:
-    """int s / int s / (s + lam), of s = largest exp(-a u) with that mean, by quadrature."""
-    if not 0 < mean < largest:
-        return lam + mean
-    u = np.linspace(0, 1, 200_001)
-    low, high = 0.0, 1e5
-    for _ in range(80):
-        a = (low + high) / 2
-        low, high = (a, high) if np.trapezoid(np.exp(-a * u), u) > mean / largest else (low, a)
-    s = largest * np.exp(-low * u)
-    return float(np.trapezoid(s, u) / np.trapezoid(s / (s + lam), u))
+def sides(g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvectors of both sides' second moments, (inputs, inputs) and (outputs, outputs), falling."""
+    return eigen(np.einsum("nij,nkj->ik", g, g))[0], eigen(np.einsum("nji,njk->ik", g, g))[0]
 
 
-def inverse(v: np.ndarray, s: np.ndarray, trace: float, lam: float, complement: str) -> np.ndarray:
-    """The dense inverse of V S V^T + lambda I, with the complement's weight."""
-    d = len(v)
-    tail = 0.0
-    if complement == "tail-corrected" and v.shape[1] < d:
-        tail = max(trace - s.sum(), 0.0) / (d - v.shape[1])
-    if complement == "log-mean" and v.shape[1] < d:
-        rest = max(trace - s.sum(), 0.0)
-        tail = rest / (d - v.shape[1])
-        if rest > 1e-5 * trace:
-            tail = exponential_tail(s[-1], tail, lam) - lam
-    outside = np.eye(d) - v @ v.T
-    return np.linalg.inv((v * s) @ v.T + lam * np.eye(d) + tail * outside)
+def products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(D, D): the columns are vec(u_a w_b^T)."""
+    return np.kron(left, right)
+
+
+def low_rank(c: np.ndarray, rank: int | None, share: float) -> np.ndarray:
+    """B (D, r): the low-rank part of C is B B^T, in directions that stand out against a diagonal that is asked for."""
+    d = share * np.diag(c) + 1e-3 * np.diag(c).mean() if share else np.ones(len(c))
+    root = np.sqrt(d)
+    vectors, values = eigen(c / np.outer(root, root))
+    return root[:, None] * vectors[:, :rank] * np.sqrt(values[:rank].clip(0))
+
+
+def inverse(
+    squares: np.ndarray, factor: np.ndarray, share: float, lam: float, basis: np.ndarray | None = None
+) -> np.ndarray:
+    """The dense inverse of a diag(L) + (1 - a) B B^T + lambda I, whose coordinates are those of `basis`."""
+    inside = np.linalg.inv(share * np.diag(squares) + (1 - share) * factor @ factor.T + lam * np.eye(len(squares)))
+    return inside if basis is None else basis @ inside @ basis.T
 
 
 def scores(queries: np.ndarray, stored: np.ndarray, h_inverse: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ decides, and must show that <v, H v> = <J v, M J v>.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -109,6 +109,19 @@ class Products:
                 (block,) = self._capture.several(ids, batch, made.twice, push=made.push, each=each)
         device = next(iter(vectors.values())).device
         return {name: block.layers[name].dense().to(device) for name in vectors}, made.expected
+
+
+def has_sequences(capture: Capture, head: HeadOf, first: Callable[[], tuple[np.ndarray, Batch]]) -> bool:
+    """Whether examples have several predictions each, as some that `first` gives have."""
+    ids, batch = first()
+    found: list[bool] = []
+
+    def look(model: nn.Module, given: Any) -> torch.Tensor:
+        found.extend(head(member, given).exact is None for member in members_of(model))
+        return torch.zeros(0, len(ids))
+
+    capture.several(ids, batch, look)
+    return any(found)
 
 
 class _Pass:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from ..capture.gradients import GradientBlock
+from ..curvature.fit import thinned
 from .base import Fitting, RowCodec, Transformed
 
 if TYPE_CHECKING:
@@ -39,15 +40,11 @@ def sizes_of(config: BuildConfig) -> tuple[int, ...]:
 def some_rows(fitting: Fitting, most: int) -> Iterator[GradientBlock]:
     """One walk over this rank's part of about so many rows of the sample, evenly spread."""
     rows, count = fitting.sample()
-    step, at = max(count // most, 1), 0
-    fitting.stage.total = (fitting.stage.total or 0) + count
-    for block in rows():
-        # Every step-th row of all, whatever the size of the blocks.
-        part = torch.arange(-at % step, block.count, step)
-        at += block.count
+    step = max(count // most, 1)
+    fitting.stage.total = (fitting.stage.total or 0) + -(-count // step)
+    for block in thinned(rows, step)():
         fitting.stage.advance(block.count)
-        if len(part):
-            yield block.select(part.numpy())
+        yield block
 
 
 def chosen(tried: Sequence[Codec], fitting: Fitting, written: Written) -> Codec:

@@ -44,6 +44,8 @@ _LEAST_SHARE = 1e-3
 _WEIGHED_ROWS = 2048
 # Rows are made of so many bytes of coordinates at once: larger pieces would be fresh memory each time.
 _PIECE_BYTES = 16 << 20
+# Self-influence is at least so much of what rows say before rounding is taken off.
+_LEAST_OWN = 0.1
 # Bytes of the file for a direction: its number and its amplitude.
 _DIRECTION_BYTES = 12
 
@@ -308,12 +310,13 @@ class EigenCodec(RowCodec):
     def self_influence(self, rows: torch.Tensor, preconditioners: Mapping[str, Preconditioner]) -> torch.Tensor:
         """As in `RowCodec`. Decoded coordinates are made longer, so that inner products are not shrunk; squares take
         that back."""
-        readers = {name: _OwnReader(self.layers[name], one) for name, one in preconditioners.items()}
+        lost = 1.0 - self.layout.cosine**2
+        readers = {name: _OwnReader(self.layers[name], one, lost) for name, one in preconditioners.items()}
         out = torch.zeros(len(rows))
         for part, total in self._pieces(rows, out):
             for name, inside in self.coordinates(part).items():
                 if name in readers:
-                    total += readers[name].quadratic(inside) * self.layout.cosine**2
+                    total += readers[name].quadratic(inside)
         return out
 
     # -- the sketch of rows --------------------------------------------------------------------------------------
@@ -372,20 +375,28 @@ class EigenCodec(RowCodec):
 class _OwnReader:
     """g^T H^-1 g of one layer, of gradients that are 0 beside the kept directions.
 
+    What is decoded is g and a rounding error, of each coordinate by itself, which adds its squares times the diagonal
+    of H^-1.
+
     Args:
         code: the directions.
         one: H^-1.
+        lost: share of what is decoded, squared, that is rounding.
     """
 
-    def __init__(self, code: LayerCode, one: Preconditioner) -> None:
-        self._root, self._vectors = one.root[code.directions], one.vectors[code.directions]
+    def __init__(self, code: LayerCode, one: Preconditioner, lost: float) -> None:
+        self._root, self._vectors, self._lost = one.root[code.directions], one.vectors[code.directions], lost
         self._weights = (one.strengths / (1.0 + one.strengths)).float()
+        self._alone = 1.0 - self._vectors.square() @ self._weights
 
-    def quadratic(self, inside: torch.Tensor) -> torch.Tensor:
+    def quadratic(self, decoded: torch.Tensor) -> torch.Tensor:
         """(n,) of coordinates (n, m)."""
-        scaled = inside * self._root
-        own = (scaled @ self._vectors).square_() @ self._weights
-        return scaled.square_().sum(dim=1).sub_(own)
+        scaled = decoded * self._root
+        within = (scaled @ self._vectors).square_() @ self._weights
+        squares = scaled.square_()
+        whole = squares.sum(dim=1).sub_(within)
+        # Nothing is all rounding.
+        return torch.maximum(whole - self._lost * (squares @ self._alone), _LEAST_OWN * whole)
 
 
 class _EigenEncoder(Encoder):

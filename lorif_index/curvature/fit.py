@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from ..config import BuildConfig
 
 _PIECE_BYTES = 16 << 20
+# Rows are thinned to so many numbers, but to no fewer rows: each is read several times, and what is fitted of 2,048 is
+# nearly as good as of 4,096.
+_NUMBERS, _LEAST_ROWS = 1 << 30, 2048
 # Directions of a layer's low-rank part, where the config says "auto": as many as so many numbers hold in all layers, a
 # part for each, and no fewer than so many.
 _FACTOR_NUMBERS, _LEAST_RANK = 6_000_000, 16
@@ -98,7 +102,7 @@ class LayerCurvature:
         spectrum: (at least r,) float64, falling: with a = 0 the eigenvalues of C in B's directions, and up to 10 more;
             else the squared norms of B's columns.
         trace: of C, exact over the rows.
-        rows: how many rows were used.
+        rows: how many rows were used; of very many numbers every second or so is.
         examples: n, how many examples those rows stand for.
     """
 
@@ -221,8 +225,12 @@ def fit_curvature(
     """
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
-    stage.total = (stage.total or 0) + 2 * count
-    sides = fit_sides(rows, count, specs, stage.advance, device, ranks)
+    step = _thinning(count, specs)
+    rows = thinned(rows, step) if step > 1 else rows
+    stage.total = (stage.total or 0) + 2 * -(-count // step)
+    sides, used = fit_sides(rows, -(-count // step), specs, stage.advance, device, ranks)
+    if step > 1:
+        examples, count = examples * used / count, used
     squares = _squares(rows, count, sides, examples, stage, device, ranks)
     scales = {name: _scale(found, shape.share) for name, found in squares.items()}
     fits = {name: shape.fit(name, spec.dim, count, seed, device) for name, spec in specs.items()}
@@ -261,6 +269,26 @@ def fit_curvature(
             examples,
         )
     return fitted
+
+
+def _thinning(count: int, specs: Mapping[str, LayerSpec]) -> int:
+    """Every how many rows one is taken."""
+    most = max(_NUMBERS // sum(spec.dim for spec in specs.values()), _LEAST_ROWS)
+    return max(-(-count // most), 1)
+
+
+def thinned(rows: RowPass, step: int) -> RowPass:
+    """Every step-th row of all, whatever the size of the blocks."""
+
+    def walk() -> Iterator[GradientBlock]:
+        at = 0
+        for block in rows():
+            part = np.arange(min(-at % step, block.count), block.count, step)
+            at += block.count
+            if len(part):
+                yield block.select(part)
+
+    return walk
 
 
 def _squares(

@@ -20,6 +20,8 @@ Linear = Callable[[Vectors], Vectors]
 
 # A residual of float32 vectors says nothing below this share of the question.
 _LEAST = 1e-6
+# Of the stored curvature, where examples have several predictions.
+_SEQUENCES = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,33 @@ class Refine:
     Attributes:
         iterations: of conjugate gradients; each takes a forward and a backward pass of all examples for each query.
         examples: random training examples that the exact Gauss-Newton matrix is the mean over; of fewer, all.
-        share: of the stored curvature in the matrix that is solved with, above 0 and at most 1.
+        share: of the stored curvature in the matrix that is solved with, above 0 and at most 1. None: .5 where examples
+            are sequences, 1 where each is a single prediction. There the stored curvature is of exact rows, and what
+            is new in the matrix, curvature between layers, has made scores worse (`docs/quality.md`).
 
     Raises:
         ConfigError: a value that cannot be.
     """
 
-    iterations: int = 4
+    iterations: int = 2
     examples: int = 192
-    share: float = 0.5
+    share: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("iterations", "examples"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"Refine({name}=...) must be an integer of at least 1, got {value!r}")
+        if self.share is None:
+            return
         if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
-            raise ConfigError(f"Refine(share=...) must be above 0 and at most 1, got {self.share!r}")
+            raise ConfigError(f"Refine(share=...) must be above 0 and at most 1, or None, got {self.share!r}")
+
+    def share_for(self, sequences: bool) -> float:
+        """`share`, as a number."""
+        if self.share is not None:
+            return self.share
+        return _SEQUENCES if sequences else 1.0
 
 
 @dataclass(frozen=True)

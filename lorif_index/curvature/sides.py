@@ -71,8 +71,8 @@ def fit_sides(
     advance: Callable[[int], None],
     device: torch.device,
     ranks: Ranks = ALONE,
-) -> dict[str, Sides]:
-    """The sides of all layers, by one walk over the rows; the same on all ranks.
+) -> tuple[dict[str, Sides], int]:
+    """The sides of all layers, by one walk over the rows, and how many rows all ranks have; the same on all ranks.
 
     Args:
         rows: gives this rank's blocks of rows.
@@ -90,7 +90,7 @@ def fit_sides(
     with ranks.jointly():
         for block in rows():
             # Every step-th row of all, whatever the size of the blocks.
-            part = torch.arange(-at % step, block.count, step)
+            part = torch.arange(min(-at % step, block.count), block.count, step)
             at += block.count
             advance(block.count)
             for name, (a, b) in sums.items() if len(part) else ():
@@ -114,7 +114,7 @@ def fit_sides(
     for name, spec in specs.items():
         left, right = (None if m is None else ranks.spread(m.contiguous(), owners[name]) for m in found[name])
         out[name] = Sides((spec.d_in, spec.d_out), left, right)
-    return out
+    return out, ranks.count(at)
 
 
 def turns(width: int) -> bool:

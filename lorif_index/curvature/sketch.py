@@ -31,7 +31,7 @@ POWER_ITERATIONS = 2
 _BATCH_ROWS = 256
 
 
-MOST_DIRECTIONS = 32_768
+MOST_DIRECTIONS = 8_192
 """Coordinates that a sketch of gradients is made of, in all layers: those of the largest mean squares."""
 _LEAST_DIRECTIONS = 512
 

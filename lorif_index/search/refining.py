@@ -43,6 +43,7 @@ class Refining:
         reader: the index.
         examples: computes training examples again.
         products: of the model, for the layers that are asked.
+        sequences: whether examples have several predictions.
         rows: examples, times queries, that the model is run on at once.
     """
 
@@ -50,6 +51,7 @@ class Refining:
     reader: Reader
     examples: Examples
     products: Products
+    sequences: bool
     rows: int
 
     def refined(
@@ -72,6 +74,10 @@ class Refining:
             QueryError: one query's vectors are beyond 1 GiB. DataError: the data hold other examples than were indexed.
             CaptureError: the model does not have the derivatives. NonFiniteError: inf or NaN.
         """
+        share = self.choice.share_for(self.sequences)
+        if share == 1:
+            count = len(next(iter(gradients.values())))
+            return transform(gradients, preconditioners), Refined(0, 0, 1.0, [[0.0]] * count, "stored", 0.0)
         together = self._together(gradients)
         count, iterations = len(next(iter(gradients.values()))), self.choice.iterations
         chosen = self._chosen()
@@ -91,7 +97,7 @@ class Refining:
                             for name, product in self.products.summed(v, part).items():
                                 mean[name] += product
                     stage.advance(len(chosen))
-                    kept, share = multiply(v, preconditioners), self.choice.share
+                    kept = multiply(v, preconditioners)
                     lams = {name: preconditioners[name].lam for name in v}
                     exact = {n: m / len(chosen) + lams[n] * v[n] for n, m in mean.items()}
                     return {n: (1 - share) * part + share * kept[n] for n, part in exact.items()}
@@ -105,7 +111,7 @@ class Refining:
             raise NonFiniteError(
                 "the refined question is inf or NaN: compute the model in a wider dtype, or search without refine="
             )
-        return x, Refined(iterations, len(chosen), self.choice.share, residuals, str(self.products.way), seconds)
+        return x, Refined(iterations, len(chosen), share, residuals, str(self.products.way), seconds)
 
     def _together(self, gradients: Vectors) -> int:
         """How many queries are refined at once."""

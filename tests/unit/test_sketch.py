@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
+from conftest import dense_inverse, products_of
 
 from lorif_index import AbsoluteDamping
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
-from lorif_index.codecs.base import QueryGradients
+from lorif_index.codecs.base import Transformed
 from lorif_index.codecs.factors import FactorCodec
-from lorif_index.curvature.fit import CurvatureShape, fit_curvature
-from lorif_index.curvature.inverse import Preconditioner
-from lorif_index.curvature.sketch import PCA_UP_TO, Sketch, SketchEncoder, fit_sketch, half_whitened, sketch_method
+from lorif_index.curvature import sketch as sketches
+from lorif_index.curvature.fit import DIAGONAL_SHARE, CurvatureShape, fit_curvature
+from lorif_index.curvature.inverse import Preconditioner, transform
+from lorif_index.curvature.sketch import (
+    PCA_UP_TO,
+    LayerSketch,
+    Sketch,
+    SketchEncoder,
+    fit_sketch,
+    half_whitened,
+    sketch_method,
+)
 from lorif_index.progress import Stage
 from lorif_index.search.reader import ask
 
@@ -32,7 +43,7 @@ def gradients(n: int = N, seed: int = 0) -> dict[str, torch.Tensor]:
     return out
 
 
-def fitted(dim: int, method: str = "pca", rank: int | None = 7):  # type: ignore[no-untyped-def]
+def fitted(dim: int, method: str = "pca", share: float = DIAGONAL_SHARE):  # type: ignore[no-untyped-def]
     g = gradients()
     block = GradientBlock(np.arange(N), {k: LayerGradient.from_dense(v) for k, v in g.items()})
     stage, device = Stage(None, "x", None), torch.device("cpu")
@@ -40,7 +51,7 @@ def fitted(dim: int, method: str = "pca", rank: int | None = 7):  # type: ignore
         lambda: [block],
         N,
         SPECS,
-        shapes=dict.fromkeys(SPECS, CurvatureShape(rank)),
+        shape=CurvatureShape(7, 3, share),
         power_iterations=3,
         seed=0,
         examples=N,
@@ -57,8 +68,8 @@ def whitened(g: dict[str, torch.Tensor], curvature, lams) -> np.ndarray:  # type
     """Half-whitened coordinates in float64."""
     parts = []
     for name, layer in curvature.items():
-        v, s = layer.basis.double().numpy(), layer.eigenvalues.numpy()
-        parts.append(g[name].flatten(1).double().numpy() @ v / np.sqrt(s + lams[name]))
+        turned = g[name].flatten(1).double().numpy() @ products_of(layer)
+        parts.append(turned / np.sqrt(layer.squares.double().numpy() + lams[name]))
     return np.concatenate(parts, axis=1)
 
 
@@ -77,9 +88,9 @@ def test_it_is_the_uncentred_pca(dim: int) -> None:
     assert (z**2).mean(axis=0).max() < 0.8 * values[0]
 
 
-def test_per_layer_keeps_the_largest_eigenvalues_of_all_layers() -> None:
+def test_per_layer_keeps_the_largest_shares_of_all_layers() -> None:
     g, block, curvature, lams, sketch = fitted(8, "per-layer")
-    shares = np.concatenate([(s := layer.eigenvalues.numpy()) / (s + lams[n]) for n, layer in curvature.items()])
+    shares = np.concatenate([(s := layer.squares.double().numpy()) / (s + lams[n]) for n, layer in curvature.items()])
     best = np.sort(np.argsort(-shares)[:8])
     e = whitened(g, curvature, lams)
     w = torch.cat([part.weights for part in sketch.layers.values()]).double().numpy()
@@ -89,53 +100,77 @@ def test_per_layer_keeps_the_largest_eigenvalues_of_all_layers() -> None:
     assert sketch.energy == pytest.approx((e[:, best] ** 2).sum() / (e**2).sum(), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["pca", "per-layer"])
+WIDTHS = [spec.dim for spec in SPECS.values()]
+
+
+@pytest.mark.parametrize("share", [0.0, DIAGONAL_SHARE])
 @pytest.mark.parametrize("lam", [None, 0.7])
 @pytest.mark.parametrize("names", [("a", "b", "c"), ("b",)])
-def test_all_coordinates_are_the_subspace_part_of_influence(
-    method: str, lam: float | None, names: tuple[str, ...]
-) -> None:
-    """With k = L r nothing is reduced: <x, z> is the truncated score under any damping and any layers."""
-    g, block, curvature, lams, sketch = fitted(21, method)
-    sketch = Sketch(sketch.layers, sketch.dim, sketch.method, sketch.energy)
-    # 21 coordinates are cut to 16, a multiple of 8: take the rest with full weights instead.
-    identity = torch.eye(21).split([7, 7, 7])
-    layers = {n: type(p)(p.lam, w, torch.arange(7)) for (n, p), w in zip(sketch.layers.items(), identity, strict=True)}
-    whole = Sketch(layers, 21, method, 1.0)
+def test_all_coordinates_are_the_score(share: float, lam: float | None, names: tuple[str, ...]) -> None:
+    """Where nothing is reduced, <x, z> is the score under any damping and any layers."""
+    g, block, curvature, lams, sketch = fitted(8, share=share)
+    identity = torch.eye(sum(WIDTHS)).split(WIDTHS)
+    layers = {
+        n: LayerSketch(p.lam, w, torch.arange(len(w)))
+        for (n, p), w in zip(sketch.layers.items(), identity, strict=True)
+    }
+    whole = Sketch(layers, sum(WIDTHS), "pca", 1.0)
     query = {name: v for name, v in gradients(4, seed=5).items() if name in names}
-    damping = AbsoluteDamping(lam) if lam else None
-    pre = {n: Preconditioner.of(n, curvature[n], damping or AbsoluteDamping(lams[n]), "tail-corrected") for n in names}
-    x = whole.query({n: g_.flatten(1) @ curvature[n].basis for n, g_ in query.items()}, curvature, pre)
-    z = SketchEncoder(whole, curvature).encode(block.layers)
-    expected = np.zeros((4, N))
-    for n in names:
-        v = curvature[n].basis.double().numpy()
-        inside = (query[n].flatten(1).double().numpy() @ v) * pre[n].inside.double().numpy()
-        expected += inside @ (g[n].flatten(1).double().numpy() @ v).T
+    pre = {n: Preconditioner.of(n, curvature[n], AbsoluteDamping(lam or lams[n])) for n in names}
+    asked = Transformed(transform(query, pre), curvature)
+    x, z = whole.query(asked.turned, curvature), SketchEncoder(whole, curvature).encode(block.layers)
+    expected = sum(
+        oracle.scores(query[n].double().numpy(), g[n].double().numpy(), dense_inverse(curvature[n], lam or lams[n]))
+        for n in names
+    )
     assert np.abs((x @ z.T).numpy() - expected).max() < 1e-4 * np.abs(expected).max()
     # A question puts the same to the coordinates, and to the rows what their codec makes of it.
-    codec, asked = FactorCodec(SPECS, curvature, "float32"), QueryGradients(query, curvature)
-    question = ask(codec, whole, asked, pre)
+    codec = FactorCodec(SPECS, curvature, "float32")
+    question = ask(codec, whole, asked)
     assert question.count == 4 and question.x is not None
     assert torch.allclose(question.x, x, atol=1e-4 * float(x.abs().max()))
     assert set(question.parts) == set(names)
-    without = ask(codec, None, asked, pre)
+    without = ask(codec, None, asked)
     assert without.x is None and all(torch.equal(without.parts[n], question.parts[n]) for n in names)
 
 
-@pytest.mark.parametrize("dim", [8, 16])
-def test_coordinates_and_what_they_leave_out_add_up(dim: int) -> None:
-    """<x, z> is the score of what the sketch keeps: the rest is orthogonal to it under the sketch's damping."""
-    g, block, curvature, lams, sketch = fitted(dim)
+@pytest.mark.parametrize("method", ["pca", "per-layer"])
+def test_a_questions_side_is_projected_where_the_rows_is(method: str) -> None:
+    """x = W^T (L + lambda)^1/2 of the transformed question: <x, z> counts what the sketch keeps, and no more."""
+    g, block, curvature, lams, sketch = fitted(8, method)
     query = gradients(3, seed=7)
-    pre = {n: Preconditioner.of(n, curvature[n], AbsoluteDamping(lams[n]), "truncated") for n in SPECS}
-    inside = {n: q.flatten(1) @ curvature[n].basis for n, q in query.items()}
-    x = sketch.query(inside, curvature, pre).double().numpy()
+    pre = {n: Preconditioner.of(n, curvature[n], AbsoluteDamping(0.4)) for n in SPECS}
+    x = sketch.query(Transformed(transform(query, pre), curvature).turned, curvature).double().numpy()
+    parts, matrix, at = [], np.zeros((sum(WIDTHS), 8)), 0
+    for name, part in sketch.layers.items():
+        layer, flat = curvature[name], query[name].flatten(1).double().numpy()
+        transformed = flat @ dense_inverse(layer, 0.4) @ products_of(layer)
+        parts.append(transformed * np.sqrt(layer.squares.double().numpy() + lams[name]))
+        matrix[at + part.directions.numpy()] = part.weights.double().numpy()
+        at += layer.dim
+    expected = np.concatenate(parts, axis=1) @ matrix
+    assert np.abs(x - expected).max() < 1e-4 * np.abs(expected).max()
     z = SketchEncoder(sketch, curvature).encode(block.layers).double().numpy()
-    e, asked = whitened(g, curvature, lams), whitened(query, curvature, lams)
+    kept = whitened(g, curvature, lams) @ matrix
+    assert np.abs(x @ z.T - expected @ kept.T).max() < 1e-4 * np.abs(expected @ kept.T).max()
+
+
+def test_of_many_coordinates_the_strongest_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sketches, "MOST_DIRECTIONS", 24)
+    monkeypatch.setattr(sketches, "_LEAST_DIRECTIONS", 6)
+    g, block, curvature, lams, sketch = fitted(8)
+    assert sketches.sketched_directions(WIDTHS) == 24
+    e, at, chosen = whitened(g, curvature, lams), 0, []
+    for name, part in sketch.layers.items():
+        squares = curvature[name].squares
+        assert part.directions.tolist() == sorted(squares.argsort(descending=True)[:8].tolist())
+        chosen.extend((at + part.directions).tolist())
+        at += len(squares)
+    values = np.linalg.eigvalsh(e[:, chosen].T @ e[:, chosen] / N)[::-1]
+    assert sketch.energy == pytest.approx(values[:8].sum() / values.sum(), rel=1e-3)
     w = torch.cat([part.weights for part in sketch.layers.values()]).double().numpy()
-    rest = (asked - asked @ w @ w.T) @ (e - e @ w @ w.T).T
-    assert np.abs(x @ z.T + rest - asked @ e.T).max() < 1e-4 * np.abs(asked @ e.T).max()
+    z = SketchEncoder(sketch, curvature).encode(block.layers).double().numpy()
+    assert np.abs(z - e[:, chosen] @ w).max() < 1e-4 * np.abs(z).max()
 
 
 def test_large_models_take_the_per_layer_way() -> None:
@@ -151,7 +186,7 @@ def test_few_rows_give_few_coordinates() -> None:
         lambda: [block],
         5,
         SPECS,
-        shapes=dict.fromkeys(SPECS, CurvatureShape(7)),
+        shape=CurvatureShape(7, 3),
         power_iterations=1,
         seed=0,
         examples=5,
