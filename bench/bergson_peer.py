@@ -75,7 +75,7 @@ def ekfac(
     documents: int = 16,
     multiples: tuple[float, ...] = MULTIPLES,
 ) -> Peer:
-    """EK-FAC; with `steps`, refined by so many of conjugate gradients, each question on the curvature of some documents.
+    """EK-FAC; with `steps`, refined by so many of conjugate gradients, on the curvature of a few documents a query.
 
     Settings are its damping_factor, in mean eigenvalues of each layer; 0.1 is its default.
     """

@@ -170,6 +170,8 @@ RANKERS: dict[str, Ranker] = {
     "library, relatif": searched(normalize="relatif"),
     "library, cosine": searched(normalize="cosine"),
     "EK-FAC (kronfluence)": scored("EK-FAC (kronfluence)"),
+    "EK-FAC and CG (bergson)": scored("EK-FAC and CG (bergson)"),
+    "TrackStar (bergson)": scored("TrackStar (bergson)"),
     "LoGRA d=32": scored("LoGRA d=32"),
     "LoGRA (dattri)": scored("LoGRA (dattri)"),
     "TRAK p=2048": scored("TRAK p=2048"),
@@ -407,7 +409,8 @@ def main() -> None:
         methods = [DEFAULT, "library, reranked", "library, cosine", "BM25", "embedding cosine", CHANCE]
         shutil.rmtree(study.folder, ignore_errors=True)
     if parsed.only in (None, "rank"):
-        rank(study, list(dict.fromkeys([*methods, *UNASKED])), parsed.again)
+        ours = any(name.startswith("library") for name in methods)
+        rank(study, list(dict.fromkeys([*methods, *(UNASKED if ours else ())])), parsed.again)
     if parsed.only in (None, "train"):
         train(study, plan, methods, *parsed.part)
     if parsed.only == "rank" or parsed.part[1] > 1:
