@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench import bergson_peer
 from bench.environment import shards
 from bench.peers import PEERS, Peer
 from bench.tasks import Task, batches, size, take
@@ -192,4 +193,7 @@ METHODS: dict[str, Method] = {
     **{f"TRAK p={p}": (lambda t, m, p=p: PEERS["trak"](t, m, proj_dim=p)) for p in (1024, 2048)},
     "EK-FAC (kronfluence)": PEERS["ekfac"],
     "LoGRA (dattri)": PEERS["dattri-logra"],
+    "EK-FAC (bergson)": bergson_peer.ekfac,
+    "EK-FAC and CG (bergson)": lambda t, m: bergson_peer.ekfac(t, m, steps=10, multiples=()),
+    "TrackStar (bergson)": bergson_peer.trackstar,
 }
