@@ -242,7 +242,8 @@ class BuildConfig:
         curvature: what the curvature is the second moment of. "ggn": rows that estimate the Gauss-Newton matrix, for a
             loss that says where its logits are; "empirical": the gradients themselves; "mixed": a quarter of the trace
             of "ggn" replaced by as much of the empirical; "auto": "mixed" where it can be.
-        curvature_rank: r, directions of each layer's low-rank curvature; None keeps all; "auto": 64.
+        curvature_rank: r, directions of each layer's low-rank curvature; None keeps all, and then
+            H is C + lambda; "auto": as many as a few million numbers hold (see `curvature.fit`).
         power_iterations: subspace iterations of the randomised SVD that fits the curvature.
         damping: the default damping of searches; a number is a multiple of trace / D.
         complement: what H is beside its low-rank part. "diagonal": a share of the curvature's diagonal in the basis of

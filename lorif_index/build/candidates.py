@@ -37,8 +37,8 @@ from .state import Publish
 
 COARSE_FROM = 1024
 """Below so many rows a scan is as quick, and "auto" makes no coarse index."""
-QUERY_BYTES = 256 << 20
-"""Calibration queries of large models are fewer, so that their gradients take no more than this."""
+QUERY_BYTES = 32 << 20
+"""Calibration queries of large models are fewer, so that their file takes no more than this."""
 TILT_QUERIES = 32
 """Queries that the tilt is chosen by."""
 TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)

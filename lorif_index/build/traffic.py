@@ -23,7 +23,6 @@ from ..ranks import shared_out
 from ..search.calibration import KS, SIGNS
 from ..search.candidates import guessed, most_proposed
 from ..search.coarse import TRAIN_ROWS, codebook_bytes
-from ..storage.fitted import query_bytes
 from .candidates import TILT_QUERIES, TILTS, TRIED_KS, TRIED_RECALLS
 from .sizes import Shapes
 
@@ -137,7 +136,7 @@ def _sketch(out: Traffic, config: BuildConfig, total: int, sample: int) -> None:
 def _coarse(out: Traffic, shapes: Shapes, count: int, dim: int) -> None:
     """The coarse codes' sample, and their calibration (see `candidates`)."""
     ranks, own, queries = out.size, -(-count // out.size), shapes.queries(count)
-    out.gathered("queries", -(-queries // ranks) * query_bytes(shapes.specs))
+    out.gathered("queries", -(-queries // ranks) * (8 + 4 * shapes.width))
     for rank in range(1, ranks):
         out.moved("coarse", 4 * dim * (min(count, TRAIN_ROWS) // ranks), rank, 0)
     out.spread("coarse", codebook_bytes(dim), 0)

@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 _REMEDY = "exclude it with LayerSelection(exclude=[...])"
 _HALF_LOSS_SCALE = 2.0**10
+_NO_WORD = -1
 
 Watch = Callable[[str, Use, torch.Tensor, torch.Tensor], None]
 """Told of one call of a module in the backward pass: layer, use, projected inputs (n, t, d_in) and projected output
@@ -53,7 +54,8 @@ groups: inputs (n, t, groups, d_in), and gradients (n, t, groups, outputs per gr
 
 Push = Callable[[str, Use, torch.Tensor, torch.Tensor], torch.Tensor]
 """Told of one call of a module in the forward pass: layer, use, projected inputs as `Watch` gets them (of a use
-the other way round, on the output side's projection), and the output; gives what the model goes on with."""
+the other way round, on the output side's projection; of an embedding's words -1 for padding), and the output; gives
+what the model goes on with."""
 
 
 @dataclass
@@ -170,7 +172,8 @@ class Capture:
                 turned = torch.bmm(left.reshape(questions, -1, left.shape[-1]), matrices)
             else:
                 words = left.reshape(questions, -1, 1)
-                turned = matrices.gather(1, words.expand(-1, -1, matrices.shape[-1]))
+                turned = matrices.gather(1, words.clamp_min(0).expand(-1, -1, matrices.shape[-1]))
+                turned.masked_fill_(words == _NO_WORD, 0.0)
             turned = turned.reshape(*left.shape[:2], matrices.shape[-1])
             side, _ = self._side(layer, not use.transposed, left.device, work)
             out = turned[..., : use.outputs] if side is None else turned @ side[: use.outputs].T
@@ -334,8 +337,11 @@ class Capture:
             if self._push is None:
                 return replaced
             with torch.autocast(x.device.type, enabled=False):
-                # Padding has no gradient, so that the weight's change does not reach it either.
-                there = left if padded is None else left.masked_fill(padded.reshape(self._n, -1, 1), 0.0)
+                there = left
+                if padded is not None:
+                    # Padding has no gradient, so that the weight's change does not reach it either.
+                    at, real = padded.reshape(self._n, -1), left.is_floating_point()
+                    there = left.masked_fill(at.unsqueeze(2), 0.0) if real else left.masked_fill(at, _NO_WORD)
                 return self._push(layer, use, there, target)
 
         return hook

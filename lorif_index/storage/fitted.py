@@ -267,16 +267,18 @@ def load_removed(folder: Path, facts: Any) -> np.ndarray:
 
 
 def save_queries(folder: Path, name: str, ids: np.ndarray, gradients: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Writes what calibration asks: `ids` (m,) int64 and `query_<i>` (m, d_in, d_out) float32 of training examples, in
-    the layers' order; what the manifest keeps."""
+    """Writes what calibration asks: `ids` (m,) int64 and `query_<i>` (m, d_in, d_out) bfloat16, as uint16, of training
+    examples, in the layers' order; what the manifest keeps."""
     arrays: dict[str, np.ndarray] = {"ids": ids.astype("<i8")}
-    arrays |= {f"query_{i}": g.float().numpy() for i, g in enumerate(gradients.values())}
+    # What is calibrated by them does not hang on their third digit, and they may be the largest file of an index.
+    halves = (g.to(torch.bfloat16).contiguous().view(torch.int16).numpy() for g in gradients.values())
+    arrays |= {f"query_{i}": half.view("<u2") for i, half in enumerate(halves)}
     return {"file": write_sealed(folder, name, arrays).to_json(), "count": len(ids)}
 
 
 def query_bytes(specs: Mapping[str, LayerSpec]) -> int:
-    """Of one calibration query on disk and in memory."""
-    return 8 + 4 * sum(spec.dim for spec in specs.values())
+    """Of one calibration query on disk."""
+    return 8 + 2 * sum(spec.dim for spec in specs.values())
 
 
 class CalibrationQueries:
@@ -300,6 +302,10 @@ class CalibrationQueries:
         """Layer -> (count, d_in, d_out) float32."""
         self.file.verify_once()
         return {
-            spec.name: torch.from_numpy(self.file.read_array(f"query_{i}", (self.count, spec.d_in, spec.d_out), "<f4"))
+            spec.name: self._read(f"query_{i}", (self.count, spec.d_in, spec.d_out))
             for i, spec in enumerate(self._specs.values())
         }
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        half = self.file.read_array(name, shape, "<u2")
+        return torch.from_numpy(half.view(np.int16)).view(torch.bfloat16).float()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import assert_best, reader_of, share_of_best
-from golden.make import QUERIES, SHAPES, N, gradients
+from golden.make import QUERIES, SHAPES, WAYS, N, gradients
 
 from lorif_index import Index
 from lorif_index.codecs.registry import CODECS
@@ -21,7 +21,7 @@ GOLDEN = sorted(path for path in (Path(__file__).parents[1] / "golden").iterdir(
 each = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
 
 
-def codec_of(path: Path) -> str:
+def way_of(path: Path) -> str:
     return path.name.partition("-")[2]
 
 
@@ -33,15 +33,18 @@ def near(a: object, b: object) -> None:
 def test_there_is_one_of_each_codec_and_version() -> None:
     manifests = [json.loads((path / "manifest.json").read_text()) for path in GOLDEN]
     assert {(one["format_version"], one["codec"]) for one in manifests} == {(FORMAT_VERSION, name) for name in CODECS}
-    assert [one["codec"] for one in manifests] == [codec_of(path) for path in GOLDEN]
+    assert [one["codec"] for one in manifests] == [WAYS[way_of(path)]["store"] for path in GOLDEN]
 
 
 def test_they_have_what_can_lie_in_an_index() -> None:
-    """Codes in groups, a curvature within a grid, learnt projections, coarse codes and coordinates, removed rows."""
-    found = {codec_of(path): json.loads((path / "manifest.json").read_text()) for path in GOLDEN}
-    assert found["largest"]["fits"]["codec"]["group"] > 1 and found["eigen"]["fits"]["codec"]["bits"] > 1
-    wide = found["eigen"]["fits"]["curvature"]["layers"][0]
-    assert wide["products"] > 0 and wide["diagonal"] > 0
+    """Codes in levels and in places, a side that is not turned, learnt projections, coarse codes and coordinates,
+    removed rows."""
+    found = {way_of(path): json.loads((path / "manifest.json").read_text()) for path in GOLDEN}
+    levels, places = (found[way]["fits"]["codec"] for way in ("eigen", "sparse"))
+    assert levels["bits"] > 1 and levels["entries"] == 0 and (places["bits"], places["entries"]) == (0, 10)
+    sides = {way: set(one["fits"]["curvature"]["file"]["offsets"]) for way, one in found.items()}
+    assert "left_0" in sides["eigen"] and "left_0" not in sides["sparse"] and "right_0" in sides["sparse"]
+    assert all(layer["share"] == 0.3 for one in found.values() for layer in one["fits"]["curvature"]["layers"])
     assert "projections" in found["factors"]["fits"]
     assert found["factors"]["coarse"]["pieces"] == 0 < found["eigen"]["coarse"]["pieces"]
     assert all(one["removed"]["count"] == 2 for one in found.values())
@@ -52,7 +55,7 @@ def test_old_indexes_answer_as_they_did_and_live_on(path: Path, tmp_path: Path) 
     expected = json.loads((path / "expected.json").read_text())
     raw = {item.name: item.read_bytes() for item in path.iterdir()}
     shutil.copytree(path, tmp_path / "i")
-    shapes = SHAPES[codec_of(path)]
+    shapes = SHAPES[way_of(path)]
     index, query = Index.open(tmp_path / "i"), gradients(QUERIES, 1, shapes)
     index.verify()
     assert index.ids.tolist() == expected["ids"] and index.metadata == {"made": "golden"}
@@ -71,7 +74,8 @@ def test_old_indexes_answer_as_they_did_and_live_on(path: Path, tmp_path: Path) 
     again.verify()
     kept = [place for place, i in enumerate(expected["ids"]) if i != gone]
     assert again.ids.tolist() == [*(i for i in expected["ids"] if i != gone), N, N + 1, N + 2]
-    assert again.payloads([2, 47, N]) == [{"number": 2}, {"number": 47}, None]
+    some = [again.ids[0], again.ids[40]]
+    assert again.payloads([*some, N]) == [{"number": i} for i in some] + [None]
     near(again.scores(query)[:, : len(kept)], scores[:, kept])
     again.refit()
     Index.open(tmp_path / "i").verify()
@@ -91,9 +95,9 @@ def test_a_file_of_theirs_that_is_damaged_is_named(path: Path, tmp_path: Path) -
 
 @each
 def test_old_fits_are_taken(path: Path, tmp_path: Path) -> None:
-    given = [gradients(20, 3, SHAPES[codec_of(path)])]
+    given = [gradients(20, 3, SHAPES[way_of(path)])]
     other = Index.build(tmp_path / "other", gradients=given, fit=path, progress=False)
-    assert len(other) == 20 and other.codec == codec_of(path)
+    assert len(other) == 20 and other.codec == WAYS[way_of(path)]["store"]
     merged = Index.merge(tmp_path / "merged", [path, other], progress=False)
     assert len(merged) == N - 2 + 20
     merged.verify()

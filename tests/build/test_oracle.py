@@ -10,7 +10,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import CASES, Case, assert_best, expected_scores, projected, with_gradients, within
+from conftest import (
+    CASES,
+    Case,
+    assert_best,
+    dense_inverse,
+    expected_scores,
+    products_of,
+    projected,
+    with_gradients,
+    within,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -62,22 +72,24 @@ def test_main_path(
         size = np.linalg.norm(rows[name])
         rounding = (2e-6 if dtype == "float32" else 1.5e-3) * size
         assert np.linalg.norm(kept[name] - rows[name]) <= 1.01 * np.linalg.norm(best - rows[name]) + rounding, name
-        # V and S by themselves.
-        layer = index.curvature[name]
+        # L and B by themselves.
+        layer, turn = index.curvature[name], products_of(index.curvature[name])
         c = oracle.second_moment(rows[name])
-        vectors, values = oracle.eigen(c)
+        inside = turn.T @ c @ turn
         r = layer.rank
         assert r == min(spec.dim, len(rows[name]), curvature_rank or spec.dim)
-        assert np.abs(layer.eigenvalues.numpy() - values[:r]).max() <= 2e-3 * values[0], name
+        assert layer.share == (0.3 if curvature_rank else 0)
+        assert np.abs(turn.T @ turn - np.eye(spec.dim)).max() < 1e-4
+        assert layer.squares.numpy() == pytest.approx(np.diag(inside), rel=1e-3, abs=1e-6 * np.diag(inside).max())
         assert layer.trace == pytest.approx(np.trace(c), rel=1e-4)
-        basis = layer.basis.double().numpy()
-        assert np.abs(basis.T @ basis - np.eye(r)).max() < 1e-4
-        approximation = (basis * layer.eigenvalues.numpy()) @ basis.T
-        assert np.linalg.norm(c - approximation) <= 1.01 * np.linalg.norm(values[r:]) + 1e-4 * values[0], name
-        lead = vectors[:, : max(r // 3, 1)][:, values[: max(r // 3, 1)] > 1e-3 * values[0]]
-        assert np.linalg.norm(lead - basis @ (basis.T @ lead), 2) < 0.05, name
-        lam[name] = oracle.damping("relative", c, value=0.1)
-    # Scores and search, given the stored V and S and factors.
+        d = layer.share * np.diag(inside) + 1e-3 * np.diag(inside).mean() if layer.share else np.ones(spec.dim)
+        factor, best = layer.factor.double().numpy(), oracle.low_rank(inside, r, layer.share)
+        left, must = (np.linalg.norm((inside - f @ f.T) / np.sqrt(np.outer(d, d))) for f in (factor, best))
+        whole = np.linalg.norm(inside / np.sqrt(np.outer(d, d)))
+        # What stands out against a diagonal falls slowly: iterations leave a little more than they must.
+        assert left <= (1.03 if layer.share else 1.01) * must + 1e-3 * whole, name
+        lam[name] = oracle.damping("relative", c, value=0.03)
+    # Scores and search, given the stored curvature and factors.
     expected = expected_scores(index, queries, kept, lam)
     got = index.scores(made.query)
     assert within(got, expected)
@@ -88,10 +100,7 @@ def test_main_path(
         assert within(np.take_along_axis(expected, hits.ids, axis=1), best_scores, 2e-3)
     own = np.zeros(len(index))
     for name in index.layers:
-        layer = index.curvature[name]
-        h = oracle.inverse(
-            layer.basis.double().numpy(), layer.eigenvalues.numpy(), layer.trace, lam[name], config.complement
-        )
+        h = dense_inverse(index.curvature[name], lam[name])
         flat = kept[name].reshape(len(index), -1)
         own += ((flat @ h) * flat).sum(axis=1)
     assert within(index.self_influence(), own)
@@ -114,12 +123,13 @@ def test_full_rank_is_the_dense_influence_end_to_end(case: Any, tmp_path: Path) 
     )
     for name, g in train_gradients.items():
         c = oracle.second_moment(g)
-        h = np.linalg.inv(c + oracle.damping("relative", c, value=0.1) * np.eye(len(c)))
+        h = np.linalg.inv(c + oracle.damping("relative", c, value=0.03) * np.eye(len(c)))
         expected += oracle.scores(query_gradients[name], g, h)
-    assert within(index.scores(made.query), expected)
+    # The curvature is kept in half precision.
+    assert within(index.scores(made.query), expected, 5e-3)
 
 
-@pytest.mark.parametrize("complement", ["truncated", "tail-corrected", "log-mean"])
+@pytest.mark.parametrize("complement", ["truncated", "diagonal"])
 def test_damping_and_layers_at_search_time(tmp_path: Path, complement: str) -> None:
     made, train_gradients, query_gradients = with_gradients("mlp")
     config = BuildConfig(
@@ -141,6 +151,10 @@ def test_damping_and_layers_at_search_time(tmp_path: Path, complement: str) -> N
     ]
     for policy, rule, value in policies:
         lam = {n: oracle.damping(rule, oracle.second_moment(g), SMALL_RANK, value) for n, g in rows.items()}
+        if rule == "paper" and complement == "diagonal":
+            # Beside a diagonal there are no eigenvalues of C: the sizes of B's columns stand for them.
+            factors = {n: index.curvature[n].factor.double().numpy() for n in rows}
+            lam = {n: 0.1 * float((b**2).sum(axis=0).mean()) for n, b in factors.items()}
         fraction = 5e-3 if rule == "paper" else 1e-3  # its mean is over eigenvalues that the sketch estimates
         assert within(index.scores(made.query, damping=policy), expected_scores(index, queries, kept, lam), fraction)
         only = expected_scores(index, queries, kept, lam, ["2"])
@@ -159,7 +173,7 @@ def test_anything_given_as_gradients(tmp_path_factory: pytest.TempPathFactory, d
     rank, r = draw(st.sampled_from([1, 2, 3, None])), draw(st.sampled_from([1, 4, 20, None]))
     dtype, complement = (
         draw(st.sampled_from(["float16", "bfloat16", "float32"])),
-        draw(st.sampled_from(["truncated", "tail-corrected", "log-mean"])),
+        draw(st.sampled_from(["truncated", "diagonal"])),
     )
     scale = 10.0 ** draw(st.integers(-5, 2))
     pairs = draw(st.booleans())
@@ -193,7 +207,7 @@ def test_anything_given_as_gradients(tmp_path_factory: pytest.TempPathFactory, d
         # Per matrix the iteration may stop a little above the optimum (close singular values).
         assert np.linalg.norm(kept[name] - whole[name]) <= 1.05 * floor + rounding * np.linalg.norm(whole[name])
     queries = {k: generator.standard_normal((3, *g.shape[1:])) for k, g in whole.items()}
-    lam = {k: oracle.damping("relative", oracle.second_moment(g), value=0.1) for k, g in whole.items()}
+    lam = {k: oracle.damping("relative", oracle.second_moment(g), value=0.03) for k, g in whole.items()}
     got = index.scores({k: q.astype("f4") for k, q in queries.items()})
     assert within(got, expected_scores(index, queries, kept, lam))
     hits = index.search({k: q.astype("f4") for k, q in queries.items()}, k=5)

@@ -100,6 +100,31 @@ def test_products_are_those_of_explicit_jacobians(name: str, dim: int | None, wa
     assert np.abs(flat(products.summed(one, some(case.data, count))) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("padding", "dim"), [(None, "auto"), (3, "auto"), (3, 4)])
+def test_a_tied_embedding_and_head_keep_their_words(padding: int | None, dim: Any) -> None:
+    """Also where a word is padding, which the head has gradients for and the embedding has not; or are projected."""
+    case, count = CASES["gpt2"](), 2
+    case.model.transformer.wte.padding_idx = padding
+    data = some(case.data, count)
+    assert (data["input_ids"][data["attention_mask"] > 0] == 3).any()
+    config = BuildConfig(projection="random", projection_dim=dim, layers=LayerSelection(include=("*wte", "*0*c_fc")))
+    specs = ModelCapture(case.model, config).specs
+    spec = specs["transformer.wte"]
+    assert (spec.d_in, spec.d_out, len(spec.uses)) == ((24, 8, 2) if dim == "auto" else (4, 4, 2))
+    vectors = random_vectors(specs, 4)
+    expected = flat(vectors) @ dense_ggn(case, specs, data, count)
+    for way in ("forward without fused attention", "twice without fused attention", None):
+        products, _ = products_of(case.model, config, way)
+        found = products.summed(vectors, data)
+        assert str(products.way).startswith(way or "forward")
+        assert np.abs(flat(found) - expected).max() <= 1e-4 * np.abs(expected).max()
+    if padding is not None:
+        # It makes a difference.
+        case.model.transformer.wte.padding_idx = None
+        other = flat(vectors) @ dense_ggn(case, specs, data, count)
+        assert np.abs(other - expected).max() > 1e-2 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "llama-classifier"])
 def test_all_ways_agree_on_models_of_transformers(name: str) -> None:
     pytest.importorskip("transformers")

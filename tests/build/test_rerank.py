@@ -21,7 +21,6 @@ from conftest import (
     train,
     with_gradients,
 )
-
 from dense_curvature import scores as dense_scores
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss

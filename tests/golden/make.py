@@ -1,4 +1,4 @@
-"""Makes a golden index: `python tests/golden/make.py CODEC`, run once with the library that first wrote the format.
+"""Makes a golden index: `python tests/golden/make.py WAY`, run once with the library that first wrote the format.
 
 What is in this folder is never made again: it is what users' disks hold. A new version of the format gets indexes of
 its own beside them.
@@ -20,15 +20,14 @@ from lorif_index.storage.manifest import FORMAT_VERSION
 N, QUERIES = 48, 2
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
     "factors": {"first": (6, 5), "second": (4, 4)},
-    # One layer so wide that its curvature is fitted within a grid, with a diagonal.
-    "eigen": {"first": (33, 32), "second": (4, 4)},
-    # So many directions that one of a group is kept.
-    "largest": {"first": (7, 7), "second": (7, 7), "third": (7, 7)},
+    "eigen": {"first": (12, 10), "second": (4, 4)},
+    # A side too wide to be turned, as a head's words are.
+    "sparse": {"first": (1030, 2), "second": (4, 4)},
 }
-CODECS: dict[str, dict[str, Any]] = {
-    "factors": {"rank": 1, "curvature_rank": 8, "projection_dim": 4},
-    "eigen": {"eigen_bytes": 60, "sample": 4},
-    "largest": {"curvature_rank": None, "eigen_bytes": 12},
+WAYS: dict[str, dict[str, Any]] = {
+    "factors": {"store": "factors", "rank": 1, "curvature_rank": 8, "projection_dim": 4},
+    "eigen": {"store": "eigen", "eigen_bytes": 60, "curvature_rank": 6},
+    "sparse": {"store": "eigen", "eigen_bytes": 32, "curvature_rank": 6},
 }
 
 
@@ -41,25 +40,24 @@ def gradients(count: int, seed: int, shapes: dict[str, tuple[int, int]]) -> dict
     }
 
 
-def config_of(codec: str) -> BuildConfig:
-    """The choices of a codec's golden index."""
+def config_of(way: str) -> BuildConfig:
+    """The choices of a golden index."""
     return BuildConfig(
-        store=codec,
         curvature="empirical",
-        coarse={"kind": "flat" if codec == "factors" else "auto", "dim": 8, "queries": 2},
+        coarse={"kind": "flat" if way == "factors" else "auto", "dim": 8, "queries": 2},
         compute={"shard_bytes": 1000},
-        **CODECS[codec],
+        **WAYS[way],
     )
 
 
 def main() -> None:
-    codec = sys.argv[1]
-    folder, shapes = Path(__file__).parent / f"v{FORMAT_VERSION}-{codec}", SHAPES[codec]
+    way = sys.argv[1]
+    folder, shapes = Path(__file__).parent / f"v{FORMAT_VERSION}-{way}", SHAPES[way]
     payloads = [{"number": i} for i in range(N)]
     with Index.build(
         folder,
         gradients=[gradients(N, 0, shapes)],
-        config=config_of(codec),
+        config=config_of(way),
         metadata={"made": "golden"},
         payloads=payloads,
         progress=False,

@@ -15,6 +15,7 @@ from lorif_index.capture.gradients import GradientBlock
 from lorif_index.capture.hooks import Capture
 from lorif_index.capture.sources import ModelCapture
 from lorif_index.errors import CaptureError, ConfigError
+from lorif_index.linalg.projection import projection_matrix
 
 EXACT = {"projection_dim": None, "rank": None}
 
@@ -87,6 +88,64 @@ class Everything(nn.Module):
         x = x + self.twice(functional.relu(self.twice(x)))
         x += 1.0
         return self.head(x.mean(dim=1))
+
+
+class Words(nn.Module):
+    """A language model of two maps: its head shares the embedding's weight, or has one of its own."""
+
+    def __init__(self, tied: bool, padding: int | None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 12, padding_idx=padding)
+        self.inner = nn.Linear(12, 12)
+        self.lm_head = nn.Linear(12, 30, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(torch.tanh(self.inner(self.embed(tokens))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("floor", ["auto", 5])
+@pytest.mark.parametrize("padding", [None, 0])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_keeps_its_words(tied: bool, padding: int | None, floor: Any) -> None:
+    """Its own side of them; the other is projected like any. What a tied embedding adds is in the same rows."""
+    torch.manual_seed(0)
+    model = Words(tied, padding).eval()
+    tokens = torch.randint(1, 30, (4, 7))
+    tokens[0, :3] = 0
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        logits = model(batch[:, :-1])
+        return functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").sum(dim=1)
+
+    fixed = {"projection_dim": "auto", "projection": "random", "projection_floor": floor}
+    block = take(model, tokens, 4, loss, **fixed)
+    name = "embed" if tied else "lm_head"
+    assert list(block.layers) == (["embed", "inner"] if tied else ["inner", "lm_head"])
+    found, other = block.layers[name], 12 if floor == "auto" else 5
+    assert found.shape == ((30, other) if tied else (other, 30))
+    side = projection_matrix(0, name, "out" if tied else "in", 12, other)
+    for i, (grad,) in enumerate(by_autograd(model, loss(model, tokens), [model.lm_head.weight])):
+        expected = grad @ side if tied else (grad @ side).T
+        assert torch.allclose(found.dense()[i], expected, atol=1e-5)
+
+
+def test_widths_of_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As narrow as its numbers ask for, but no narrower than 16; above, its words are projected, too."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("lorif_index.capture.layers._LEAST_HEAD", 4)
+    for numbers, widths in ((360, (30, 8)), (210, (30, 7)), (120, (30, 4)), (119, (8, 8))):
+        monkeypatch.setattr("lorif_index.capture.layers.HEAD_NUMBERS", numbers)
+        spec = ModelCapture(Words(True, None), BuildConfig(projection_floor=8)).specs["embed"]
+        assert (spec.d_in, spec.d_out) == widths
+    for config in (BuildConfig(projection_dim=6), BuildConfig(projection_dim=0.5, projection_floor=6)):
+        spec = ModelCapture(Words(False, None), config).specs["lm_head"]
+        assert (spec.d_in, spec.d_out) == (6, 6 if config.projection_dim == 6 else 15)
+    assert list(ModelCapture(Words(False, None), BuildConfig(layers=LayerSelection(head=False))).specs) == ["inner"]
 
 
 def test_every_kind_of_module_against_autograd() -> None:

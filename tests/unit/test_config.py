@@ -119,7 +119,9 @@ def test_bare_values_stand_for_a_part() -> None:
         ({"layers": []}, "layers is empty"),
         ({"layers": 3}, "layers takes glob patterns"),
         ({"store": "eigen", "sample": Sample(rows="stored")}, "store='eigen' needs it before"),
-        ({"store": "largest", "sample": Sample(rows="stored")}, "store='largest' needs it before"),
+        ({"store": "largest"}, r"store must be one of \('auto', 'eigen', 'factors'"),
+        ({"eigen_bytes": "most"}, "eigen_bytes must be an integer of at least 1"),
+        ({"complement": "log-mean"}, r"complement must be one of \('diagonal', 'truncated'\)"),
         ({"curvature": "ggn", "sample": Sample(rows="stored")}, "needs rows of its own"),
     ],
 )
@@ -156,9 +158,17 @@ def test_stores_are_the_codecs() -> None:
         assert BuildConfig(store=name).store == name
 
 
+def test_the_default_inverse() -> None:
+    config = BuildConfig()
+    assert config.damping == RelativeDamping(0.03) and config.complement == "diagonal"
+    assert config.curvature_rank == config.eigen_bytes == config.projection_floor == "auto"
+    assert config.layers.head and not config.layers.embeddings
+
+
 def test_the_published_recipe() -> None:
     config = BuildConfig.paper()
     assert config.sample == Sample(rows="stored") and config.store == "factors" and config.damping == PaperDamping()
+    assert config.complement == "truncated" and not config.layers.head
     assert config.projected_width(4800, from_model=True) == 300 and config.projected_width(20, from_model=True) == 1
     changed = BuildConfig.paper(rank=4, damping=0.1)
     assert changed.rank == 4 and changed.damping == RelativeDamping(0.1) and changed.curvature_rank == 2048
@@ -166,10 +176,13 @@ def test_the_published_recipe() -> None:
 
 def test_widths_of_projections() -> None:
     auto = BuildConfig()
-    assert auto.projected_width(4096, from_model=True) == 256 and auto.projected_width(4096, from_model=False) == 4096
-    # Never below the floor, and never above the layer's own.
+    # The floor, and never above the layer's own.
+    assert auto.projected_width(4096, from_model=True) == 32 and auto.projected_width(4096, from_model=False) == 4096
     assert auto.projected_width(100, from_model=True) == 32 and auto.projected_width(20, from_model=True) == 20
     assert BuildConfig(projection_floor=50).projected_width(100, from_model=True) == 50
+    # A fraction is never below it.
+    part = BuildConfig(projection_dim=1 / 16)
+    assert part.projected_width(4096, from_model=True) == 256 and part.projected_width(100, from_model=True) == 32
     for from_model in (True, False):
         assert BuildConfig(projection_dim=8).projected_width(100, from_model=from_model) == 8
         assert BuildConfig(projection_dim=8).projected_width(5, from_model=from_model) == 5

@@ -112,7 +112,7 @@ def test_slices_of_hugging_face_datasets_as_queries(tmp_path: Any) -> None:
     rows = {"input_ids": [[1, 2, 3, 4], [4, 5], [5, 6, 7], [3, 2, 1, 9]], "text": ["a", "b", "c", "d"]}
     data = datasets.Dataset.from_dict(rows)
     index = Index.build(tmp_path / "i", model=model, data=data, config=BuildConfig(batch_size=3))
-    assert len(index) == 4 and len(index.layers) == 4
+    assert len(index) == 4 and len(index.layers) == 5
     whole = index.scores(data)
     assert np.allclose(index.scores(data[1:3]), whole[1:3], rtol=1e-4, atol=1e-4 * np.abs(whole).max())
     assert np.allclose(index.scores({"input_ids": rows["input_ids"][0]}), whole[:1], atol=1e-4 * np.abs(whole).max())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import gpt2, mlp, own_loss, reader_of
+from conftest import gpt2, low_rank_part, mlp, own_loss, reader_of
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional
@@ -291,9 +291,9 @@ def test_the_curvature_of_a_regression_is_the_dense_one(outputs: int, tmp_path: 
         j = jacobian(predicted, own).flatten(2).reshape(40 * outputs, -1)
         expected = (2.0 / outputs) * j.T @ j / 40
         fitted = index.curvature[name]
-        basis = fitted.basis.double()
-        found = (basis * fitted.eigenvalues) @ basis.T
-        assert float((found - expected).norm() / expected.norm()) < 1e-4
+        found = torch.from_numpy(low_rank_part(fitted))
+        # It is kept in half precision.
+        assert float((found - expected).norm() / expected.norm()) < 3e-4
         assert fitted.trace == pytest.approx(float(expected.trace()), rel=1e-4)
 
 

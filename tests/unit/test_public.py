@@ -87,7 +87,7 @@ ENGINE = [
     ("capture", "sharded losses heads seeing data layers ensemble probes spool hooks products eigenbases sources"),
     ("curvature", "sides fit inverse refine sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
-    ("codecs", "base bits truncation factors eigencodes largest"),
+    ("codecs", "base bits sparse agreement truncation factors eigencodes"),
     (
         "search",
         "scoring rescoring coarse devices calibration missed proposers pursuit candidates rows reader shrinkage "
