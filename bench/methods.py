@@ -29,6 +29,11 @@ from lorif_index.storage.fitted import FittedProjections
 from lorif_index.storage.manifest import read_manifest
 
 SWEEP = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+# Of refined questions, each of which takes passes of the model.
+REFINED = (0.01, 0.1)
+NO_HEAD = LayerSelection(head=False)
+"""What published methods are run on: all linear maps but a language model's head."""
+AGAIN = "gradients are computed again for each batch of queries: nothing is stored"
 Method = Callable[[Task, nn.Module], Peer]
 
 
@@ -36,7 +41,6 @@ def kinds_of_index() -> dict[str, BuildConfig]:
     """Kinds of index that the suites on flipped labels, triggers and duplicates build of one model and its data."""
     return {
         "default": BuildConfig(),
-        "largest": BuildConfig(store="largest"),
         "paper": BuildConfig.paper(),
     }
 
@@ -82,9 +86,9 @@ def shared_bytes(index: Index) -> int:
     return index.nbytes - sum(path.stat().st_size for path in shards(index.path))
 
 
-def dot(task: Task, model: nn.Module, *, cosine: bool = False) -> Peer:
+def dot(task: Task, model: nn.Module, *, cosine: bool = False, layers: LayerSelection = NO_HEAD) -> Peer:
     """Inner products (TracIn of the last checkpoint, Pruthi et al., arXiv:2002.08484) of unprojected gradients."""
-    config = BuildConfig(projection_dim=None)
+    config = BuildConfig(projection_dim=None, layers=layers)
     asked = torch.cat(list(gathered(model, batches(task.queries), config).values()), dim=1)
     parts = []
     began = time.perf_counter()
@@ -93,13 +97,12 @@ def dot(task: Task, model: nn.Module, *, cosine: bool = False) -> Peer:
         parts.append(asked @ (nn.functional.normalize(rows, dim=1) if cosine else rows).T)
     seconds = time.perf_counter() - began
     scores = torch.cat(parts, dim=1).numpy()
-    note = "gradients are computed again for each batch of queries: nothing is stored"
-    return Peer({"default": scores}, "default", 0.0, 0.0, 1e3 * seconds / len(asked), note)
+    return Peer({"default": scores}, "default", 0.0, 0.0, 1e3 * seconds / len(asked), AGAIN)
 
 
 def logra(task: Task, model: nn.Module, *, dim: int = 32) -> Peer:
     """Dense projected gradients, and the full inverse of each layer's second moment (LoGRA, arXiv:2405.13954)."""
-    config = BuildConfig(projection_dim=dim, projection="random")
+    config = BuildConfig(projection_dim=dim, projection="random", layers=NO_HEAD)
     began = time.perf_counter()
     rows = gathered(model, batches(task.data), config)
     decomposed = {}
@@ -128,24 +131,45 @@ def library(
     *,
     config: BuildConfig | None = None,
     rules: dict[str, Any] | None = None,
+    refine: bool = False,
+    unrounded: bool = False,
     **settings: Any,
 ) -> Peer:
-    """This library, with a config or settings of one; `rules` are other damping rules to try beside the sweep."""
+    """This library, with a config or settings of one.
+
+    Args:
+        task, model: what is asked about.
+        config: as it is; or `settings` of one.
+        rules: other damping rules to try beside the sweep.
+        refine: questions are refined with the model; the sweep is short then.
+        unrounded: of every example the score of its whole projected gradient, not of its row.
+    """
     config = BuildConfig(coarse=None, **settings) if config is None else config
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         index = Index.build(Path(folder) / "i", model=model, data=task.data, config=config, progress=False)
         built = time.perf_counter() - began
-        sweep: dict[str, Any] = {"default": None} | {str(m): m for m in SWEEP} | (rules or {})
+
+        def scored(damping: Any) -> np.ndarray:
+            if not unrounded:
+                return index.scores(task.queries, damping=damping, refine=refine)
+            every = len(index)
+            hits = index.search(task.queries, every, exact=True, rerank=every, damping=damping, refine=refine)
+            return np.take_along_axis(hits.scores, hits.ids.argsort(axis=1), axis=1)
+
+        multiples = REFINED if refine else SWEEP
+        sweep: dict[str, Any] = {"default": None} | {str(m): m for m in multiples} | (rules or {})
         index.scores(take(task.queries, slice(0, 1)))
         scores, seconds = {}, 0.0
         for label, damping in sweep.items():
             began = time.perf_counter()
-            scores[label] = index.scores(task.queries, damping=damping)
+            scores[label] = scored(damping)
             if label == "default":
                 seconds = time.perf_counter() - began
-        note = f"store={index.codec}; {shared_bytes(index):,} bytes are shared by all examples"
-        return Peer(scores, "default", float(index.bytes_per_example), built, 1e3 * seconds / size(task.queries), note)
+        shared = f"{shared_bytes(index):,} bytes are shared by all examples"
+        note = f"{AGAIN} but rows that are not used; {shared}" if unrounded else f"store={index.codec}; {shared}"
+        each = 0.0 if unrounded else float(index.bytes_per_example)
+        return Peer(scores, "default", each, built, 1e3 * seconds / size(task.queries), note)
 
 
 def paper(task: Task, model: nn.Module, *, rank: int = 1) -> Peer:
@@ -164,6 +188,7 @@ METHODS: dict[str, Method] = {
     "random": random,
     "gradient dot": dot,
     "gradient cosine": lambda t, m: dot(t, m, cosine=True),
+    "gradient cosine, with the head": lambda t, m: dot(t, m, cosine=True, layers=LayerSelection()),
     "LoGRA d=16": lambda t, m: logra(t, m, dim=16),
     "LoGRA d=32": logra,
     "LoRIF c=1": paper,
@@ -172,18 +197,14 @@ METHODS: dict[str, Method] = {
     "LoGRA d=64": lambda t, m: logra(t, m, dim=64),
     "library, d=32": lambda t, m: library(t, m, projection_floor=32),
     "library, d=64": lambda t, m: library(t, m, projection_floor=64),
-    **{f"library, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b)) for b in (512, 1024, 4096, 8192, 16384)},
     **{
-        f"library, largest, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b, store="largest"))
-        for b in (512, 1024, 1600, 4096, 8192)
+        f"library, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b))
+        for b in (512, 1024, 1600, 2048, 4096, 8192, 16384, 32768)
     },
-    "library, largest, with the head": lambda t, m: library(t, m, store="largest", layers=LayerSelection(head=True)),
-    "library, 8192 bytes, with the head": lambda t, m: library(
-        t, m, eigen_bytes=8192, layers=LayerSelection(head=True)
-    ),
-    "library, 1638 bytes": lambda t, m: library(t, m, eigen_bytes=1638),
-    "library, 2048 bytes": lambda t, m: library(t, m, eigen_bytes=2048),
-    "library, with the head": lambda t, m: library(t, m, layers=LayerSelection(head=True)),
+    "library, 8192 bytes, refine": lambda t, m: library(t, m, eigen_bytes=8192, refine=True),
+    "library, unrounded": lambda t, m: library(t, m, unrounded=True),
+    "library, unrounded, refine": lambda t, m: library(t, m, unrounded=True, refine=True),
+    "library, without the head": lambda t, m: library(t, m, layers=NO_HEAD),
     "library, pure GGN": lambda t, m: library(t, m, curvature="ggn"),
     "library, empirical curvature": lambda t, m: library(t, m, curvature="empirical"),
     "library, random projection": lambda t, m: library(t, m, projection="random"),
@@ -192,6 +213,7 @@ METHODS: dict[str, Method] = {
     "library, four probes": lambda t, m: library(t, m, sample=Sample(probes=4)),
     **{f"TRAK p={p}": (lambda t, m, p=p: PEERS["trak"](t, m, proj_dim=p)) for p in (1024, 2048)},
     "EK-FAC (kronfluence)": PEERS["ekfac"],
+    "EK-FAC (kronfluence), with the head": lambda t, m: PEERS["ekfac"](t, m, head=True),
     "LoGRA (dattri)": PEERS["dattri-logra"],
     "EK-FAC (bergson)": bergson_peer.ekfac,
     "EK-FAC and CG (bergson)": lambda t, m: bergson_peer.ekfac(t, m, steps=10, multiples=()),

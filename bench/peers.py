@@ -139,9 +139,9 @@ def with_linear_layers(model: nn.Module, convolutions: bool = False) -> nn.Modul
     return model
 
 
-def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> list[str]:
-    """Names of the layers that are attributed to: all but a language model's head, which is its embedding."""
-    return [n for n, m in model.named_modules() if isinstance(m, kinds) and not n.endswith("lm_head")]
+def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,), *, head: bool = False) -> list[str]:
+    """Names of the layers that are attributed to: all, or all but a language model's head."""
+    return [n for n, m in model.named_modules() if isinstance(m, kinds) and (head or not n.endswith("lm_head"))]
 
 
 @contextmanager
@@ -307,18 +307,20 @@ def ekfac(
     batch: int = 64,
     multiples: tuple[float, ...] = EKFAC_MULTIPLES,
     with_itself: bool = False,
+    head: bool = False,
 ) -> Peer:
     """EK-FAC influence, as kronfluence has it; settings are its damping_factor.
 
     "1e-08" is its default, as it is; the others are in mean eigenvalues of each layer, as its heuristic (0.1) is. With
-    `with_itself` the scores are two rows: the sum over all queries, and each example's with itself.
+    `with_itself` the scores are two rows: the sum over all queries, and each example's with itself. With `head` a
+    language model's head is tracked, too: the weight's use there, not as an embedding that it may be tied to.
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task as Kronfluence
 
     model = with_linear_layers(model)
-    names = layers(model, (nn.Linear, nn.Conv2d))
+    names = layers(model, (nn.Linear, nn.Conv2d), head=head)
 
     class Attributed(Kronfluence):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> torch.Tensor:
@@ -399,11 +401,12 @@ def ekfac(
             for value in of_module.values()
         )
     note = (
-        f"kronfluence, strategy ekfac, true Fisher, {len(names)} layers (no embeddings, no head of a language model); "
-        f"settings are its damping_factor: {label} is the default as it is, the others are in mean eigenvalues of each "
-        "layer, and 0.1 of them is what it takes for None. Bytes: nothing is kept per example, training gradients are "
-        f"computed again for each batch of queries; {factors} bytes of factors are shared. A query's time is of all "
-        "queries in one pass over the training set, which one query alone would take too."
+        f"kronfluence, strategy ekfac, true Fisher, {len(names)} layers (no embeddings, {'with the' if head else 'no'} "
+        f"head of a language model); settings are its damping_factor: {label} is the default as it is, the others are "
+        "in mean eigenvalues of each layer, and 0.1 of them is what it takes for None. Bytes: nothing is kept per "
+        f"example, training gradients are computed again for each batch of queries; {factors} bytes of factors are "
+        "shared. A query's time is of all queries in one pass over the training set, which one query alone would take "
+        "too."
     )
     return Peer(scores, label, 0.0, built, 1e3 * asked / queries, note)
 
