@@ -26,7 +26,7 @@ from lorif_index.errors import (
 )
 
 N = 80
-STORES = ["factors", "eigen", "largest"]
+STORES = ["factors", "eigen", "the largest"]
 
 
 def blocks(rows: torch.Tensor, size: int = 32) -> list[dict[str, torch.Tensor]]:
@@ -35,9 +35,9 @@ def blocks(rows: torch.Tensor, size: int = 32) -> list[dict[str, torch.Tensor]]:
 
 def config(store: str = "factors", **changes: Any) -> BuildConfig:
     settings: dict[str, Any] = {"store": store, "rank": 1, "curvature_rank": 8, "coarse": None}
-    if store == "largest":
-        # One direction of each eight.
-        settings |= {"curvature_rank": None, "eigen_bytes": 6}
+    if store == "the largest":
+        # Each row names six of 46.
+        settings |= {"store": "eigen", "eigen_bytes": 20}
     return BuildConfig(**(settings | changes))
 
 

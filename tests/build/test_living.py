@@ -539,11 +539,15 @@ def test_repair_drops_what_is_damaged_and_keeps_it_aside(index: Index, rows: tor
     assert (index.path / f"damaged-{shard.sealed.file}.kept").exists(), "nothing that was set aside is cleared away"
 
 
-@pytest.fixture(scope="module", params=["factors", "eigen", "largest"])
+KINDS: dict[str, dict[str, Any]] = {"factors": {}, "eigen": {}, "largest": {"eigen_bytes": 32}}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def projected_in(request: pytest.FixtureRequest, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index of every kind of file: its projections were learnt, and rows were removed."""
     folder = tmp_path_factory.mktemp(f"projected-{request.param}") / "i"
-    chosen = config(request.param, projection_dim=7, curvature_rank=24)
+    store = "factors" if request.param == "factors" else "eigen"
+    chosen = config(store, projection_dim=7, curvature_rank=24, **KINDS[request.param])
     with Index.build(folder, gradients=blocks(rows[:N]), config=chosen) as index:
         index.remove([5])
     return folder
