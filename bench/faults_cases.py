@@ -26,7 +26,7 @@ CLOSE = 2e-5
 STORES: dict[str, dict[str, Any]] = {
     "factors": {"store": "factors", "rank": 2},
     "eigen": {"store": "eigen", "eigen_bytes": 24},
-    "largest": {"store": "largest", "eigen_bytes": 24},
+    "sparse": {"store": "eigen", "eigen_bytes": 17},
 }
 # Names that an index's folder may have beside the files that its manifest names.
 OWN_NAMES = {"manifest.json", "writer.lock"}

@@ -84,8 +84,11 @@ def test_scores_are_the_dense_oracles(tmp_path: Path) -> None:
     assert close(index.self_influence(), np.asarray(expected_own), 1e-3)
 
 
-@pytest.mark.parametrize(("store", "size"), [("eigen", 4000), ("eigen", 390), ("factors", 4000)])
-def test_every_store(store: str, size: int, tmp_path: Path) -> None:
+SIZES = [("eigen", 4000, 0.95), ("eigen", 302, 0.8), ("factors", 4000, 0.95)]
+
+
+@pytest.mark.parametrize(("store", "row_bytes", "alike"), SIZES)
+def test_every_store(store: str, row_bytes: int, alike: float, tmp_path: Path) -> None:
     """Probes of sequences and all kinds of rows: what is stored answers as the unrounded ensemble does."""
     models, case = checkpoints(2, gpt2)
     data = {k: v.repeat(3, 1) for k, v in case.data.items()}
@@ -97,12 +100,12 @@ def test_every_store(store: str, size: int, tmp_path: Path) -> None:
         projection_dim=6,
         store=store,
         rank=6,
-        eigen_bytes=size,
+        eigen_bytes=row_bytes,
         coarse=None,
         curvature="empirical",
     )
     got, expected = index.scores(case.query), whole.scores(case.query)
-    assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.9
+    assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > alike
     assert 0.6 < np.abs(got).mean() / np.abs(expected).mean() < 1.5
     reopened = Index.open(tmp_path / "i", model=tuple(models))
     assert np.array_equal(reopened.scores(case.query), got)
@@ -124,6 +127,8 @@ def test_a_coarse_index_finds_what_a_scan_does(tmp_path: Path) -> None:
 def test_members_have_probes_of_their_own(tmp_path: Path) -> None:
     models, case = checkpoints(2, gpt2)
     for settings in ({"curvature": "ggn"}, {}):
+        # A head's words would be projected at random, by its layer's name.
+        settings |= {"layers": LayerSelection(head=False)}
         together = build(
             tmp_path / f"all{len(settings)}", models, case.data, projection_dim=6, sample={"probes": 2}, **settings
         )
