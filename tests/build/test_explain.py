@@ -64,7 +64,7 @@ class Dense:
         self.inverse = {}
         for name, g in case.gradients(case.data).items():
             c = oracle.second_moment(oracle.project(g, *self.sides[name]))
-            lam = oracle.damping("relative", c, value=0.1)
+            lam = oracle.damping("relative", c, value=0.03)
             self.inverse[name] = np.linalg.inv(c + lam * np.eye(len(c)))
 
     def positions(self, batch: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -108,7 +108,8 @@ def test_shares_are_autograds_position_by_position(make: Any, dim: int | None, t
     found = index.explain(case.query, hits)
     check_sums(found)
     most = largest(found)
-    within = 2e-4 * most
+    # The curvature is kept in half precision.
+    within = 5e-4 * most
     for q, row in enumerate(found):
         asked = dense.positions(case.one(case.query, q))
         for e, i, score in zip(row, hits.ids[q].tolist(), hits.scores[q].tolist(), strict=True):
