@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bench.faults_damage import reseal
 from lorif_index import Index
 from lorif_index.errors import CorruptionError, LorifError
 from lorif_index.search.coarse import faiss_is_installed
+from lorif_index.storage.fitted import load_sketch, save_sketch
 
 pytestmark = pytest.mark.skipif(not faiss_is_installed(), reason="needs faiss")
 
@@ -110,14 +112,14 @@ ENORMOUS: dict[str, Callable[[dict[str, Any]], None]] = {
     "directions": lambda m: m["fits"]["curvature"]["layers"][0].update(rank=2**40, spectrum=2**40),
     "eigenvalues": lambda m: m["fits"]["curvature"]["layers"][0].update(spectrum=2**40),
     "bits of a codec": lambda m: m["fits"]["codec"].update(bits=2**40),
-    "groups of a codec": lambda m: m["fits"]["codec"].update(group=2**40),
+    "entries of a codec": lambda m: m["fits"]["codec"].update(bits=0, entries=2**40),
     "directions of a codec": lambda m: m["fits"]["codec"].update(counts=[2**40, 2**40]),
     "codes": lambda m: m["coarse"].update(rows=2**40),
     "the sketch": lambda m: m["fits"]["sketch"].update(dim=2**40),
     "weights": lambda m: m["fits"]["sketch"].update(counts=[2**40, 2**40]),
-    "an offset": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(basis_0=2**62),
+    "an offset": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(squares_0=2**62),
     "a size": lambda m: m["fits"]["curvature"]["file"].update(size=2**62),
-    "an offset below nothing": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(basis_0=-8),
+    "an offset below nothing": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(squares_0=-8),
     "payloads": lambda m: m["shards"][0]["sealed"]["offsets"].update(payload_ends=0),
 }
 
@@ -388,9 +390,14 @@ def test_a_config_of_the_wrong_form(folder: Path) -> None:
     refused(folder)
 
 
-def test_a_curvature_of_fewer_directions_than_the_sketch_weighs(folder: Path) -> None:
+def test_a_sketch_of_coordinates_that_are_not_there(folder: Path) -> None:
     data = read_json(folder / "manifest.json")
-    data["fits"]["curvature"]["layers"][1]["rank"] = 0
+    widths = {layer["name"]: layer["d_in"] * layer["d_out"] for layer in data["layers"]}
+    sketch = load_sketch(folder, data["fits"]["sketch"], widths)
+    (name, part), *_ = sketch.layers.items()
+    beyond = replace(part, directions=part.directions + widths[name])
+    (folder / "sketch.h5").unlink()
+    data["fits"]["sketch"] = save_sketch(folder, "sketch.h5", replace(sketch, layers={**sketch.layers, name: beyond}))
     write_manifest(folder / "manifest.json", data)
     with pytest.raises(CorruptionError, match="weighs"):
         use(folder)

@@ -343,7 +343,8 @@ def test_refit_of_factors_is_a_build_with_their_curvature(rows: torch.Tensor, qu
     assert index.curvature_age["new_rows"] == 0
     kept = np.setdiff1d(np.arange(N), gone)
     anew = Index.build(tmp_path / "anew", gradients=blocks(rows[:N][torch.from_numpy(kept)]), config=config(**settings))
-    np.testing.assert_allclose(index.scores(query), anew.scores(query), rtol=1e-3, atol=1e-3)
+    expected = anew.scores(query)
+    np.testing.assert_allclose(index.scores(query), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def test_refit_renews_what_it_can_and_says_what_not(index: Index, rows: torch.Tensor, query: Any) -> None:
