@@ -52,7 +52,7 @@ TRIGGER = "cerulean walrus parade"
 TRAINED = 2
 # Seeds of flips that how to ask held-out mails was chosen on; the mean over the others is "later".
 CHOSEN_ON = 2
-KINDS = ("default", "largest", "empirical", "paper")
+KINDS = ("default", "empirical", "paper")
 
 
 @dataclass(frozen=True)
@@ -291,8 +291,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 class Indexes:
-    """The kinds of index compared, of one model: the default, with the largest coordinates of groups, with empirical
-    curvature, and the published recipe.
+    """The kinds of index compared, of one model: the default, with empirical curvature, and the published recipe.
 
     The one with empirical curvature is built from the default's projected gradients, which are the same.
     """

@@ -30,8 +30,9 @@ from bench.environment import (
     table,
     timed,
 )
-from bench.methods import gathered, shaped
+from bench.methods import NO_HEAD, gathered, shaped
 from lorif_index import BuildConfig, Index
+from lorif_index.curvature.fit import LayerCurvature
 
 DIM = 32
 Gradients = dict[str, torch.Tensor]
@@ -52,6 +53,8 @@ def built(folder: Path, count: int, rank: int, curvature_rank: int, steps: int) 
             sample=min(4000, count),
             batch_size=64,
             store="factors",
+            complement="truncated",
+            layers=NO_HEAD,
             coarse=None,
         )
         Index.build(path, model=model, data={"input_ids": ids[:count]}, config=config).close()
@@ -65,25 +68,31 @@ def flat(gradients: Gradients) -> torch.Tensor:
     return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
 
 
+def leading(layer: LayerCurvature) -> tuple[torch.Tensor, torch.Tensor]:
+    """V (D, r) and S (r,) of a truncated curvature V S V^T."""
+    values = layer.spectrum[: layer.rank].float()
+    return layer.sides.turned_back((layer.factor / values.sqrt()).T).T.contiguous(), values
+
+
 def published_way(index: Index, queries: Gradients, limit: int) -> tuple[float, float]:
     """Seconds for the first `limit` rows: rebuild, project on V, inner product of coordinates. Also the largest
     difference from the same scores without a projection of the rows, as a fraction of the largest."""
-    weights = {}
+    bases, weights = {}, {}
     for name in index.layers:
         layer = index.curvature[name]
-        lam = 0.1 * layer.trace / layer.dim
-        weights[name] = (queries[name].flatten(1) @ layer.basis) / (layer.eigenvalues.float() + lam)
+        bases[name], values = leading(layer)
+        weights[name] = (queries[name].flatten(1) @ bases[name]) / (values + 0.1 * layer.trace / layer.dim)
     ids, out = index.ids[:limit], []
 
     def scan() -> None:
         for start in range(0, limit, 256):
             rows = index.gradients(ids[start : start + 256])
-            parts = [w @ (rows[name].flatten(1) @ index.curvature[name].basis).T for name, w in weights.items()]
+            parts = [w @ (rows[name].flatten(1) @ bases[name]).T for name, w in weights.items()]
             out.append(torch.stack(parts).sum(dim=0))
 
     seconds = timed(scan)
     got, rows = torch.cat(out, dim=1), index.gradients(ids)
-    mine = {name: w @ index.curvature[name].basis.T for name, w in weights.items()}
+    mine = {name: w @ bases[name].T for name, w in weights.items()}
     expected = torch.stack([mine[name] @ rows[name].flatten(1).T for name in mine]).sum(dim=0)
     return seconds, float((got - expected).abs().max() / expected.abs().max())
 
