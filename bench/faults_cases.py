@@ -25,8 +25,9 @@ CLOSE = 2e-5
 """How far scores may differ that were added up in another order, of the largest."""
 STORES: dict[str, dict[str, Any]] = {
     "factors": {"store": "factors", "rank": 2},
-    "eigen": {"store": "eigen", "eigen_bytes": 24},
-    "largest": {"store": "largest", "eigen_bytes": 24},
+    "eigen": {"store": "eigen", "eigen_bytes": 44},
+    # No room for scales: rows name their largest.
+    "largest": {"store": "eigen", "eigen_bytes": 24},
 }
 # Names that an index's folder may have beside the files that its manifest names.
 OWN_NAMES = {"manifest.json", "writer.lock"}
