@@ -52,7 +52,7 @@ TRIGGER = "cerulean walrus parade"
 TRAINED = 2
 # Seeds of flips that how to ask held-out mails was chosen on; the mean over the others is "later".
 CHOSEN_ON = 2
-KINDS = ("default", "largest", "empirical", "paper")
+KINDS = ("default", "empirical", "paper")
 
 
 @dataclass(frozen=True)

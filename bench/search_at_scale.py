@@ -46,7 +46,6 @@ SIGNS = ("proponents", "opponents")
 BATCHES = (1, 4, 16, 32, 64, 128, 256, 512, 1000)
 STORES: dict[str, dict[str, Any]] = {
     "eigen": {"store": "eigen"},
-    "largest": {"store": "largest"},
     "factors": {"store": "factors", "projection_dim": 32},
 }
 _CODE = ("*.py",)
