@@ -291,8 +291,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 class Indexes:
-    """The kinds of index compared, of one model: the default, with the largest coordinates of groups, with empirical
-    curvature, and the published recipe.
+    """The kinds of index compared, of one model: the default, with empirical curvature, and the published recipe.
 
     The one with empirical curvature is built from the default's projected gradients, which are the same.
     """
