@@ -25,7 +25,7 @@ CLOSE = 2e-5
 """How far scores may differ that were added up in another order, of the largest."""
 STORES: dict[str, dict[str, Any]] = {
     "factors": {"store": "factors", "rank": 2},
-    "eigen": {"store": "eigen", "eigen_bytes": 24},
+    "eigen": {"store": "eigen", "eigen_bytes": 64},
     "sparse": {"store": "eigen", "eigen_bytes": 17},
 }
 # Names that an index's folder may have beside the files that its manifest names.

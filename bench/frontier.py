@@ -1,38 +1,56 @@
 """Question: what does a stored byte buy in attribution quality? LDS and agreement against bytes per example.
 
-Indexes of both kinds of eigencodes, from 128 bytes to 16 kB, are each built from the model: their projections widen
-with the room of a row. Then projections of d = 32 and curvature are fitted once, and the same gradients are stored as
-eigencodes and as factors; dense projected gradients (LoGRA), in half precision and rounded to few bits, and the
-published LoRIF are beside them. Agreement is the mean Spearman correlation with the scores of d = 32's unrounded,
-unfactored gradients under the full inverse; what has other projections has none. Bytes are given without and with what
-all examples share: bases and curvature, divided by their number. `bench.plots` draws it.
+Indexes of the default, from 256 bytes to 32 kB, are each built from the model; so are indexes whose rows are all in
+levels, and all of their largest coordinates, between which the default chooses. Then projections of d = 32, without a
+language model's head, and curvature are fitted once, and the same gradients are stored as factors; dense projected
+gradients (LoGRA), in half precision and rounded to few bits, and the published LoRIF are beside them. Agreement is the
+mean Spearman correlation with the scores of d = 32's unrounded, unfactored gradients under the full inverse; what has
+other projections has none. Bytes are given without and with what all examples share: bases and curvature, divided by
+their number. `bench.plots` draws it.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 from bench.environment import arguments, keep, plus_minus, table
 from bench.lds import correlations, lds, summary, trial
-from bench.methods import gathered, shaped, shared_bytes
+from bench.methods import NO_HEAD, gathered, shaped, shared_bytes
 from bench.tasks import batches, size
 from lorif_index import BuildConfig, CurvatureRows, Index
 from lorif_index.codecs.bits import CodeLayout
+from lorif_index.codecs.eigencodes import EigenCodec, Way
+from lorif_index.errors import CurvatureError
 
 Gradients = dict[str, torch.Tensor]
-FROM_MODEL = {
-    "library default": ("eigen", (128, 256, 512, 1024, 1600, 2048, 4096, 8192, 16384)),
+SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+WAYS: dict[str, Callable[[Way], bool]] = {
+    "library default": lambda way: True,
+    "library, levels": lambda way: way.bits > 0,
+    "library, largest": lambda way: way.entries > 0,
 }
-GIVEN: list[tuple[str, dict[str, Any]]] = [
-    *(("eigen", {"eigen_bytes": b}) for b in (256, 512, 1024, 1600, 2048, 4096, 8192)),
-    *(("factors", {"rank": c}) for c in (1, 2, 4, 8)),
-]
+RANKS = (1, 2, 4, 8)
+
+
+@contextmanager
+def only(wanted: Callable[[Way], bool]) -> Iterator[None]:
+    """Indexes that are built meanwhile have rows in no other way; where none has room there is a `CurvatureError`."""
+    ways = EigenCodec._ways
+
+    def some(*given: Any) -> list[EigenCodec]:
+        return [codec for codec in ways(*given) if wanted(codec.way)]
+
+    with mock.patch.object(EigenCodec, "_ways", some):
+        yield
 
 
 @cache
@@ -85,20 +103,26 @@ def main() -> None:
             index = Index.build(folder / f"row-{len(rows)}", config=config, progress=False, **given)
             note(family, what, index.scores(query), index.bytes_per_example, shared_bytes(index))
 
-        for family, (store, rooms) in FROM_MODEL.items():
-            for room in rooms[:1] if smoke else rooms:
-                config = BuildConfig(store=store, eigen_bytes=room, coarse=None)
-                stored(family, f"eigen_bytes={room}", task.queries, config, model=model, data=task.data)
-        config = BuildConfig(curvature_rank=None, store="factors", coarse=None, projection_dim=8 if smoke else "auto")
+        for room in SIZES[1:2] if smoke else SIZES:
+            for family, wanted in WAYS.items():
+                config = BuildConfig(store="eigen", eigen_bytes=room, coarse=None)
+                try:
+                    with only(wanted):
+                        stored(family, f"eigen_bytes={room}", task.queries, config, model=model, data=task.data)
+                except CurvatureError as error:
+                    print(f"{family}, {room} bytes: {error}", flush=True)
+        dim = 8 if smoke else 32
+        config = BuildConfig(curvature_rank=None, store="factors", coarse=None, projection_dim=dim, layers=NO_HEAD)
         fitted = Index.build(folder / "fit", model=model, data=task.data, config=config, progress=False)
         data, asked = (gathered(model, batches(part), config, fitted) for part in (task.data, task.queries))
+        # All directions are kept, so that these rows' second moment is the curvature.
         roots = {name: layer.sides.turned_back(layer.factor.T) for name, layer in fitted.curvature.items()}
         reference = dense(asked, data, {name: root.T @ root for name, root in roots.items()}, multiple)
         wide = sum(g.shape[1] for g in data.values())
         square = sum(4.0 * g.shape[1] ** 2 for g in data.values())
         note("dense, library's fit", "half precision", reference, 2.0 * wide, square)
 
-        plain = BuildConfig(projection="random", projection_dim=config.projection_dim, coarse=None)
+        plain = BuildConfig(projection="random", projection_dim=dim, coarse=None, layers=NO_HEAD)
         g, q = (gathered(model, batches(part), plain) for part in (task.data, task.queries))
         empirical = {name: v.T @ v / n for name, v in g.items()}
         note("LoGRA", "half precision", dense(q, g, empirical, multiple), 2.0 * wide, square)
@@ -113,11 +137,11 @@ def main() -> None:
         # All layers have as many rows, or they are refused: a direction each, which add up to the moment.
         curvature = CurvatureRows([shaped(roots, fitted.specs)], rows_per_example=len(next(iter(roots.values()))))
         query = shaped(asked, fitted.specs)
-        for store, settings in GIVEN[::8] if smoke else GIVEN:
-            config = BuildConfig(store=store, coarse=None, sample=n, damping=multiple, **settings)
-            what = ", ".join(f"{k}={v}" for k, v in settings.items())
-            stored(f"{store}, d = 32", what, query, config, gradients=of_gradients(data), curvature=curvature)
-        for rank in () if smoke else (1, 2, 4, 8):
+        for rank in RANKS[:1] if smoke else RANKS:
+            config = BuildConfig(store="factors", rank=rank, coarse=None, sample=n, damping=multiple)
+            given = {"gradients": of_gradients(data), "curvature": curvature}
+            stored("factors, d = 32", f"c={rank}", query, config, **given)
+        for rank in () if smoke else RANKS:
             config = BuildConfig.paper(projection_dim=None, rank=rank, coarse=None)
             stored("LoRIF as published", f"c={rank}", shaped(q, fitted.specs), config, gradients=of_gradients(g))
     lines = [["stored", "bytes", "with shared", "LDS", "agreement"]]

@@ -1,8 +1,8 @@
 """Question: how do other libraries do on mislabelled, poisoned and repeated training examples?
 
 TRAK (traker), EK-FAC (kronfluence) and LoGRA (dattri) on the models of `bench.mislabelled` and `bench.duplicates`, each
-at its own default damping; TRAK and LoGRA, where that costs next to nothing, also at a tenth of the mean eigenvalue,
-which is this library's. They run in an environment of their own (see `bench/README.md`); what does not run is kept with
+at its own default damping; TRAK and LoGRA, where that costs next to nothing, also at a tenth of the mean eigenvalue.
+They run in an environment of their own (see `bench/README.md`); what does not run is kept with
 its error. Beside them stand figures that the other command has, too, by which one sees that the model is the same.
 """
 

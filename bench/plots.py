@@ -20,8 +20,8 @@ OURS, OTHERS, PLAIN = "#c0392b", "#2c6fbb", "#8a8a8a"
 METHODS: dict[str, tuple[str, str, str]] = {
     "library default": ("this library, default", OURS, "*"),
     "library, 8192 bytes": ("this library, 8,192 bytes", OURS, "H"),
-    "library, largest, 512 bytes": ("this library, largest of groups, 512 bytes", "#e57fb0", "p"),
-    "library, largest, 1600 bytes": ("this library, largest of groups, 1,600 bytes", "#e57fb0", "*"),
+    "library, 8192 bytes, refine": ("this library, 8,192 bytes, refined", "#e57fb0", "H"),
+    "library, without the head": ("this library, without the head", "#e57fb0", "*"),
     "LoRIF c=1": ("LoRIF as published, c = 1", "#e08e2b", "v"),
     "LoRIF c=4": ("LoRIF as published, c = 4", "#e08e2b", "^"),
     "LoGRA d=16": ("LoGRA, d = 16", "#5aa35a", "s"),
@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "LoGRA (dattri)": ("LoGRA (dattri)", "#226622", "D"),
     "TRAK p=2048": ("TRAK (traker), p = 2048", OTHERS, "o"),
     "EK-FAC (kronfluence)": ("EK-FAC (kronfluence)", "#7b4fa3", "X"),
+    "EK-FAC (kronfluence), with the head": ("EK-FAC (kronfluence), with the head", "#7b4fa3", "P"),
     "gradient dot": ("gradient dot", PLAIN, "<"),
     "gradient cosine": ("gradient cosine", PLAIN, ">"),
 }
@@ -41,7 +42,6 @@ TASKS = {
 }
 KINDS = {
     "default": "this library",
-    "largest": "this library, largest of groups",
     "empirical": "this library, empirical",
     "paper": "LoRIF as published",
 }
@@ -173,7 +173,7 @@ def quality(figure: Any) -> None:
 def frontier(figure: Any) -> None:
     figure.set_size_inches(7, 4.5)
     axes, rows = figure.subplots(), (kept("frontier") or {"rows": []})["rows"]
-    gone = ("both", "coordinates")
+    gone = ("both", "coordinates", "eigen", "library, largest of groups")
     for family in dict.fromkeys(r["family"] for r in rows if not r["family"].startswith(gone)):
         points = sorted((r["bytes"], *r["lds"]) for r in rows if r["family"] == family)
         x, y, error = np.array(points).T
@@ -185,7 +185,7 @@ def search_at_scale(figure: Any) -> None:
     """Rows rescored for a recall; latency, candidates and batches against their numbers."""
     figure.set_size_inches(9, 7)
     recall, latency, candidates, rate = figure.subplots(2, 2).flat
-    for store in ("eigen", "largest", "factors"):
+    for store in ("eigen", "factors"):
         indexes = [e for e in (kept(f"search_at_scale_{store}") or {"indexes": []})["indexes"] if "hot_ms_10" in e]
         ns = [e["n"] for e in indexes]
         for e in (e for e in indexes if "batches" in e):

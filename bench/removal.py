@@ -273,7 +273,8 @@ def train(study: Study, plan: Plan, methods: list[str], part: int = 0, of: int =
     missing = [job for job in list(jobs(study, plan, methods))[part::of] if job.losses() is None]
     began = time.perf_counter()
     for done, job in enumerate(missing, 1):
-        job.train(study.task)
+        if job.losses() is None:  # Nobody else has made it meanwhile.
+            job.train(study.task)
         each = (time.perf_counter() - began) / done
         left = (len(missing) - done) * each / 60
         print(
@@ -313,6 +314,13 @@ def rises(losses: np.ndarray, pools: list[np.ndarray], chance: np.ndarray | None
     return np.concatenate(out, axis=1)
 
 
+def differences(losses: np.ndarray, its: np.ndarray, pools: list[np.ndarray]) -> np.ndarray:
+    """(seeds, questions) rise of one method less another's, both of the trainings that both have."""
+    both = np.isfinite(losses) & np.isfinite(its)
+    mine, other = (rises(np.where(both, values, np.nan), pools) for values in (losses, its))
+    return mine - other
+
+
 def figure(values: np.ndarray) -> list[float] | None:
     """Mean and standard error over questions of values (seeds, questions), each first averaged over its seeds."""
     each = mean(values, 0)
@@ -350,11 +358,11 @@ def judged(study: Study, plan: Plan, methods: list[str], k: int) -> dict[str, An
             "rise_se_pools": by_pool(found, pools),
             "share_up": round(float((known > 0).mean()), 4) if len(known) else None,
             "removed": round(float(np.mean(union)), 1),
-            "minus": {other: figure(found - its) for other, its in rise.items() if other != name},
+            "minus": {o: figure(differences(losses[name], its, pools)) for o, its in losses.items() if o != name},
             "rise_each": [None if np.isnan(v) else round(float(v), 4) for v in each],
         }
         if DEFAULT in rise and name != DEFAULT:
-            figures["minus_default_se_pools"] = by_pool(found - rise[DEFAULT], pools)
+            figures["minus_default_se_pools"] = by_pool(differences(losses[name], losses[DEFAULT], pools), pools)
         if chance is not None and name != CHANCE:
             figures["over_random"] = figure(rises(losses[name], pools, chance))
         if exact is not None:

@@ -30,8 +30,9 @@ from bench.environment import (
     table,
     timed,
 )
-from bench.methods import gathered, shaped
+from bench.methods import NO_HEAD, gathered, shaped
 from lorif_index import BuildConfig, Index
+from lorif_index.curvature.fit import LayerCurvature
 
 DIM = 32
 Gradients = dict[str, torch.Tensor]
@@ -52,6 +53,8 @@ def built(folder: Path, count: int, rank: int, curvature_rank: int, steps: int) 
             sample=min(4000, count),
             batch_size=64,
             store="factors",
+            complement="truncated",
+            layers=NO_HEAD,
             coarse=None,
         )
         Index.build(path, model=model, data={"input_ids": ids[:count]}, config=config).close()
@@ -65,17 +68,20 @@ def flat(gradients: Gradients) -> torch.Tensor:
     return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
 
 
+def leading(layer: LayerCurvature) -> tuple[torch.Tensor, torch.Tensor]:
+    """V (D, r) and S (r,) of a truncated curvature V S V^T."""
+    values = layer.spectrum[: layer.rank].float()
+    return layer.sides.turned_back((layer.factor / values.sqrt()).T).T.contiguous(), values
+
+
 def published_way(index: Index, queries: Gradients, limit: int) -> tuple[float, float]:
     """Seconds for the first `limit` rows: rebuild, project on V, inner product of coordinates. Also the largest
     difference from the same scores without a projection of the rows, as a fraction of the largest."""
-    weights, bases = {}, {}
+    bases, weights = {}, {}
     for name in index.layers:
         layer = index.curvature[name]
-        lam = 0.1 * layer.trace / layer.dim
-        # Of the low-rank part, in the coordinates of gradients.
-        _, roots, rows = torch.linalg.svd(layer.sides.turned_back(layer.factor.T), full_matrices=False)
-        bases[name] = rows.T.contiguous()
-        weights[name] = (queries[name].flatten(1) @ bases[name]) / (roots.square() + lam)
+        bases[name], values = leading(layer)
+        weights[name] = (queries[name].flatten(1) @ bases[name]) / (values + 0.1 * layer.trace / layer.dim)
     ids, out = index.ids[:limit], []
 
     def scan() -> None:

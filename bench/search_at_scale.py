@@ -36,7 +36,7 @@ from bench.environment import (
     table,
     timed,
 )  # fmt: skip
-from bench.methods import gathered, shaped
+from bench.methods import NO_HEAD, gathered, shaped
 from lorif_index import BuildConfig, CoarseIndex, Index, default_loss
 
 LENGTH, VOCABULARY = 32, 2000
@@ -46,7 +46,8 @@ SIGNS = ("proponents", "opponents")
 BATCHES = (1, 4, 16, 32, 64, 128, 256, 512, 1000)
 STORES: dict[str, dict[str, Any]] = {
     "eigen": {"store": "eigen"},
-    "factors": {"store": "factors", "projection_dim": 32},
+    # As published: a head's factors would be as long as its words are many.
+    "factors": {"store": "factors", "projection_dim": 32, "layers": NO_HEAD},
 }
 _CODE = ("*.py",)
 _PROSE = ("METADATA", "LICENSE*", "*.md", "*.rst", "NOTICE*", "*.txt")

@@ -120,7 +120,7 @@ def test_what_is_left_out_leaves_all_else_in_place() -> None:
 
 
 def test_a_rise_is_over_the_trainings_of_the_other_pools() -> None:
-    from bench.removal import Plan, by_pool, figure, rises
+    from bench.removal import Plan, by_pool, differences, figure, rises
 
     plan = Plan(questions=6, seeds=2, pool={4: 2})
     pools = plan.pools(4, 9)
@@ -136,6 +136,10 @@ def test_a_rise_is_over_the_trainings_of_the_other_pools() -> None:
     mine[1, 2] = np.nan
     found = rises(mine, pools)
     assert np.isnan(found[1, 4:]).all() and found[0] == pytest.approx(0.5)
+    # Where one has not all trainings, the other's are those that both have.
+    more = always + generator.normal(size=(2, 3, 9))
+    less = np.where(np.isfinite(mine), more, np.nan)
+    assert np.array_equal(differences(mine, more, pools), found - rises(less, pools), equal_nan=True)
     assert figure(found) == pytest.approx([0.5, 0.0]) and by_pool(found, pools) == pytest.approx(0.0)
 
 
