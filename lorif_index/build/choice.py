@@ -11,7 +11,7 @@ from torch import nn
 
 from ..capture.data import ExampleSource
 from ..capture.gradients import GradientBlock, LayerSpec
-from ..capture.layers import layer_specs
+from ..capture.layers import TrackedLayer, layer_specs
 from ..capture.losses import PerExample
 from ..capture.sources import ModelCapture, ModelGradients
 from ..codecs.registry import LOSSLESS, PREFERRED, codec_class
@@ -50,14 +50,20 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
         return least
     if config.projection_dim != "auto" or sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:
         return least
-    found = None
-    for floor in _FLOORS:
+    return widest(config, taken.layers, examples.count)
+
+
+def widest(config: BuildConfig, layers: list[TrackedLayer], examples: int) -> BuildConfig:
+    """The config with the largest number for projection_floor whose gradients are not too large; at least the
+    smallest."""
+    found, count = dataclasses.replace(config, projection_floor=_FLOORS[0]), min(examples, config.sample.size)
+    for floor in _FLOORS[1:]:
         wider = dataclasses.replace(config, projection_floor=floor)
-        each = sum(spec.dim for spec in layer_specs(taken.layers, wider).values())
-        if found is not None and (each > _NUMBERS or 4 * each * min(examples.count, config.sample.size) > _FLOOR_BYTES):
+        each = sum(spec.dim for spec in layer_specs(layers, wider).values())
+        if each > _NUMBERS or 4 * each * count > _FLOOR_BYTES:
             break
         found = wider
-    return found or least
+    return found
 
 
 def is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:
