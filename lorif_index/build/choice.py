@@ -11,7 +11,7 @@ from torch import nn
 
 from ..capture.data import ExampleSource
 from ..capture.gradients import GradientBlock, LayerSpec
-from ..capture.layers import layer_specs
+from ..capture.layers import TrackedLayer, layer_specs
 from ..capture.losses import PerExample
 from ..capture.sources import ModelCapture, ModelGradients
 from ..codecs.registry import LOSSLESS, PREFERRED, codec_class
@@ -51,17 +51,23 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
         return least
     if config.projection_dim != "auto" or sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:
         return least
-    words = {layer.name for layer in taken.layers if layer.words is not None}
-    found, each = None, 0
+    return widest(config, taken.layers)
+
+
+def widest(config: BuildConfig, layers: list[TrackedLayer]) -> BuildConfig:
+    """The config with the largest number for projection_floor whose gradients are not too large; at least the smallest.
+    Its sample shrinks where temporary disk would not hold its gradients."""
+    words = {layer.name for layer in layers if layer.words is not None}
+    found, each = config, 0
     for floor in _FLOORS:
         wider = dataclasses.replace(config, projection_floor=floor)
-        specs = layer_specs(taken.layers, wider)
-        if found is not None and sum(spec.dim for spec in specs.values() if spec.name not in words) > _NUMBERS:
+        specs = layer_specs(layers, wider)
+        if each and sum(spec.dim for spec in specs.values() if spec.name not in words) > _NUMBERS:
             break
         found, each = wider, sum(spec.dim for spec in specs.values())
     most = max(config.compute.spool_bytes // (8 * each), _LEAST_SAMPLE)
-    if found is None or config.sample.size <= most:
-        return found or least
+    if config.sample.size <= most:
+        return found
     return dataclasses.replace(found, sample=dataclasses.replace(config.sample, size=most))
 
 
