@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lorif_index import BuildConfig
+from lorif_index.build.choice import widened
 from lorif_index.build.sizes import ENTRY_BYTES, Shapes
 from lorif_index.build.traffic import build_traffic, search_traffic
 from lorif_index.capture import eigenbases
@@ -58,10 +59,18 @@ class Shape:
 
     def index(self, config: BuildConfig) -> Shapes:
         """The shapes of an index of it."""
+        config = self.chosen(config)
         return Shapes(config, self.specs(config), config.store)
+
+    def chosen(self, config: BuildConfig) -> BuildConfig:
+        """With the widths that a build of eigencodes chooses."""
+        return widened(config, self._specs) if config.projection_dim == "auto" and config.store == "eigen" else config
 
     def specs(self, config: BuildConfig) -> dict[str, LayerSpec]:
         """The layers as `capture.layers.layer_specs` gives them."""
+        return self._specs(self.chosen(config))
+
+    def _specs(self, config: BuildConfig) -> dict[str, LayerSpec]:
         out = {}
         for number in range(self.blocks * len(self.maps)):
             inputs, outputs = self.maps[number % len(self.maps)]
@@ -170,7 +179,7 @@ def fits() -> str:
     for shape in SHAPES:
         for name, config in CONFIGS.items():
             specs = shape.specs(config)
-            sample = 4 * _width(specs) * config.sample.size
+            sample = 4 * _width(specs) * shape.chosen(config).sample.size
             index = shape.index(config)
             held = index.memory(COUNTS[0])
             sent = [
@@ -237,7 +246,7 @@ def passes() -> str:
     rows = [["model", "bfloat16 weights", "fitting", *(f"N = {number(n)}" for n in COUNTS)]]
     for shape in SHAPES:
         specs = shape.specs(DEFAULT)
-        examples = _walks(specs) * eigenbases.SAMPLE + (1 + PROBES) * DEFAULT.sample.size
+        examples = _walks(specs) * eigenbases.SAMPLE + (1 + PROBES) * shape.chosen(DEFAULT).sample.size
         each = _pass_seconds(shape)
         rows.append(
             [shape.name, units(2 * shape.parameters), hours(examples * each), *(hours(n * each) for n in COUNTS)]

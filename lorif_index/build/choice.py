@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 from torch import nn
@@ -52,16 +52,29 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
     if config.projection_dim != "auto" or sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:
         return least
     words = {layer.name for layer in taken.layers if layer.words is not None}
-    found, each = None, 0
+    return widened(config, lambda wider: layer_specs(taken.layers, wider), words)
+
+
+def widened(
+    config: BuildConfig, specs_of: Callable[[BuildConfig], dict[str, LayerSpec]], words: Collection[str] = ()
+) -> BuildConfig:
+    """The config with the widest floor that there are numbers for, and a sample that temporary disk holds.
+
+    Args:
+        config: the choices, with projection_dim="auto".
+        specs_of: gives the layers by a config.
+        words: layers that have a head's words, which are not counted.
+    """
+    found, each = config, 0
     for floor in _FLOORS:
         wider = dataclasses.replace(config, projection_floor=floor)
-        specs = layer_specs(taken.layers, wider)
-        if found is not None and sum(spec.dim for spec in specs.values() if spec.name not in words) > _NUMBERS:
+        specs = specs_of(wider)
+        if each and sum(spec.dim for spec in specs.values() if spec.name not in words) > _NUMBERS:
             break
         found, each = wider, sum(spec.dim for spec in specs.values())
     most = max(config.compute.spool_bytes // (8 * each), _LEAST_SAMPLE)
-    if found is None or config.sample.size <= most:
-        return found or least
+    if config.sample.size <= most:
+        return found
     return dataclasses.replace(found, sample=dataclasses.replace(config.sample, size=most))
 
 
