@@ -12,45 +12,24 @@ their number. `bench.plots` draws it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 
 from bench.environment import arguments, keep, plus_minus, table
 from bench.lds import correlations, lds, summary, trial
-from bench.methods import NO_HEAD, gathered, shaped, shared_bytes
+from bench.methods import NO_HEAD, WAYS, gathered, only, shaped, shared_bytes
 from bench.tasks import batches, size
 from lorif_index import BuildConfig, CurvatureRows, Index
 from lorif_index.codecs.bits import CodeLayout
-from lorif_index.codecs.eigencodes import EigenCodec, Way
 from lorif_index.errors import CurvatureError
 
 Gradients = dict[str, torch.Tensor]
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-WAYS: dict[str, Callable[[Way], bool]] = {
-    "library default": lambda way: True,
-    "library, levels": lambda way: way.bits > 0,
-    "library, largest": lambda way: way.entries > 0,
-}
 RANKS = (1, 2, 4, 8)
-
-
-@contextmanager
-def only(wanted: Callable[[Way], bool]) -> Iterator[None]:
-    """Indexes that are built meanwhile have rows in no other way; where none has room there is a `CurvatureError`."""
-    ways = EigenCodec._ways
-
-    def some(*given: Any) -> list[EigenCodec]:
-        return [codec for codec in ways(*given) if wanted(codec.way)]
-
-    with mock.patch.object(EigenCodec, "_ways", some):
-        yield
 
 
 @cache
@@ -104,13 +83,15 @@ def main() -> None:
             note(family, what, index.scores(query), index.bytes_per_example, shared_bytes(index))
 
         for room in SIZES[1:2] if smoke else SIZES:
-            for family, wanted in WAYS.items():
-                config = BuildConfig(store="eigen", eigen_bytes=room, coarse=None)
+            config = BuildConfig(store="eigen", eigen_bytes=room, coarse=None)
+            given = {"model": model, "data": task.data}
+            stored("library default", f"eigen_bytes={room}", task.queries, config, **given)
+            for way in WAYS:
                 try:
-                    with only(wanted):
-                        stored(family, f"eigen_bytes={room}", task.queries, config, model=model, data=task.data)
+                    with only(way):
+                        stored(f"library, {way}", f"eigen_bytes={room}", task.queries, config, **given)
                 except CurvatureError as error:
-                    print(f"{family}, {room} bytes: {error}", flush=True)
+                    print(f"{way}, {room} bytes: {error}", flush=True)
         dim = 8 if smoke else 32
         config = BuildConfig(curvature_rank=None, store="factors", coarse=None, projection_dim=dim, layers=NO_HEAD)
         fitted = Index.build(folder / "fit", model=model, data=task.data, config=config, progress=False)

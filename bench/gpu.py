@@ -1,9 +1,10 @@
 """Claim: a GPU gives the CPU's answers, and no part leaves most of it idle.
 
-Answers of indexes that were built and searched on either; capture beside a plain forward and backward pass; the
-curvature's products beside a large matrix product; searches over a million and ten million sketches; bytes from disk
-to scores. On a machine without a GPU it says so and ends with code 2; `--device cpu --smoke` runs every part, tiny, on
-the CPU, which shows that the code runs and nothing else.
+Answers of indexes that were built and searched on either; a default index's searches by rows, whole gradients and
+refined questions, with the model on either; capture beside a plain forward and backward pass; the curvature's products
+beside a large matrix product; searches over a million and ten million sketches; bytes from disk to scores, of rows in
+levels and of their largest coordinates. On a machine without a GPU it says so and ends with code 2; `--device cpu
+--smoke` runs every part, tiny, on the CPU, which shows that the code runs and nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ import torch
 from bench.corpus import gpt
 from bench.costs import BATCH, capture, plain
 from bench.environment import arguments, drop_files, keep, read_files, shards, table, timed
-from lorif_index import BuildConfig, Index
+from bench.methods import WAYS, only, unrounded
+from lorif_index import BuildConfig, CoarseIndex, Index
+from lorif_index.codecs.bits import SCALE_BYTES
 from lorif_index.errors import ConfigError
 from lorif_index.linalg.subspace import SubspaceFit
+from lorif_index.search.devices import search_device
 from lorif_index.search.proposers import FlatSketch
 
 # Of scores, beside the largest, and of ranks: by rounding alone.
@@ -50,14 +55,17 @@ def agreement(device: torch.device, smoke: bool) -> dict[str, Any]:
     count, vocabulary = (160, 50) if smoke else (2000, 1000)
     ids = tokens(count + 8, 16, vocabulary)
     found: dict[str, Any] = {}
-    for store in ("factors", "eigen"):
+    # Rows of the two ways have room for some coordinates of each layer.
+    size = 128 if smoke else 400
+    for store in ("factors", *WAYS):
         scores, seen = [], {}
         with tempfile.TemporaryDirectory() as place:
             for name in ("cpu", str(device)):
                 # The same weights on both, and bases that rounding cannot turn.
                 model = gpt(1 if smoke else 4, 16 if smoke else 64, vocabulary=vocabulary, length=16, dropout=False)
                 config = BuildConfig(
-                    store=store,
+                    store="eigen" if store in WAYS else store,
+                    eigen_bytes=size,
                     projection="random",
                     projection_dim=8,
                     curvature="empirical",
@@ -67,8 +75,11 @@ def agreement(device: torch.device, smoke: bool) -> dict[str, Any]:
                 )
                 path = Path(place) / f"{store}-{len(scores)}"
                 data, query = {"input_ids": ids[:count]}, {"input_ids": ids[count:]}
-                with Index.build(path, model=model.to(name).eval(), data=data, config=config, progress=False) as index:
-                    scores.append(index.scores(query))
+                with ExitStack() as held_open:
+                    if store in WAYS:
+                        held_open.enter_context(only(store))
+                    built = Index.build(path, model=model.to(name).eval(), data=data, config=config, progress=False)
+                    scores.append(held_open.enter_context(built).scores(query))
             scale = np.abs(scores[0]).max()
             seen["difference"] = float(np.abs(scores[1] - scores[0]).max() / scale)
             seen["correlation"] = float(np.corrcoef(scores[0].ravel(), scores[1].ravel())[0, 1])
@@ -78,6 +89,62 @@ def agreement(device: torch.device, smoke: bool) -> dict[str, Any]:
             except ConfigError as error:
                 seen["not scored there"] = str(error)
         found[store] = seen
+    return found
+
+
+def rows_device(device: torch.device) -> torch.device:
+    """Where rows are scored: the device where faiss sees it, too; else the CPU."""
+    try:
+        return search_device(device)
+    except ConfigError:
+        return torch.device("cpu")
+
+
+def asking(device: torch.device, smoke: bool, repeats: int) -> dict[str, Any]:
+    """Searches of default indexes, built on the CPU, with the model on either: how far scores are apart, of the
+    largest, how they correlate, and milliseconds of 8 questions together."""
+    count, length, vocabulary, size = (160, 16, 50, 256) if smoke else (4000, 64, 2000, 4096)
+    ids = tokens(count + 8, length, vocabulary)
+    data, query = {"input_ids": ids[:count]}, {"input_ids": ids[count:]}
+    model = gpt(1 if smoke else 4, 16 if smoke else 256, vocabulary=vocabulary, length=length, dropout=False).eval()
+    coarse = CoarseIndex(kind="flat", dim=32, queries=4) if smoke else CoarseIndex()
+    config, k, most, found = BuildConfig(store="eigen", eigen_bytes=size, coarse=coarse), 20, 100, {}
+    for way in WAYS:
+        scores: dict[str, list[np.ndarray]] = {}
+        times: dict[str, dict[str, float]] = {}
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / way
+            with only(way):
+                Index.build(path, model=model.to("cpu"), data=data, config=config, progress=False).close()
+            for on in (torch.device("cpu"), device):
+                there = {"model": model.to(on), "data": data, "device": rows_device(on)}
+                with Index.open(path, **there) as index:
+                    kinds: dict[str, Callable[[], np.ndarray]] = {
+                        "rows": lambda i=index: i.scores(query),
+                        "whole gradients": lambda i=index: unrounded(i, query),
+                        "refined": lambda i=index: i.scores(query, refine=True),
+                        "refined, whole gradients": lambda i=index: unrounded(i, query, refine=True),
+                    }
+                    for name, function in kinds.items():
+                        scores.setdefault(name, []).append(function())
+                    searches: dict[str, Callable[[], Any]] = {
+                        "scan": lambda i=index: i.search(query, k, exact=True),
+                        "candidates": lambda i=index: i.search(query, k, exact=False),
+                        "candidates, reranked": lambda i=index: i.search(query, k, exact=False, rerank=most),
+                        "refined scan": lambda i=index: i.search(query, k, exact=True, refine=True),
+                    }
+                    times[str(on)] = {name: 1e3 * seconds(on, f, repeats) for name, f in searches.items()}
+        found[way] = {
+            "rows on": str(rows_device(device)),
+            "ms": times,
+            "scores": {
+                name: {
+                    "difference": float(np.abs(b - a).max() / np.abs(a).max()),
+                    "correlation": float(np.corrcoef(a.ravel(), b.ravel())[0, 1]),
+                }
+                for name, (a, b) in scores.items()
+            },
+        }
     return found
 
 
@@ -166,17 +233,19 @@ def searching(device: torch.device, smoke: bool, repeats: int) -> list[dict[str,
     return found
 
 
-def scoring(device: torch.device, smoke: bool, repeats: int, folder: Path) -> dict[str, Any]:
-    """Bytes a second of rows of eigencodes: read alone, cold and from the page cache; to scores by a fresh index, that
-    reads them; and by one that holds them on the device. Many rows are copies of few."""
-    layers, width, rows, copies = (3, 8, 500, 2) if smoke else (8, 40, 20_000, 8)
+def scoring(device: torch.device, smoke: bool, repeats: int, folder: Path, way: str) -> dict[str, Any]:
+    """Bytes a second of rows of eigencodes, in one way: read alone, cold and from the page cache; to scores by a fresh
+    index, that reads them; and by one that holds them on the device. Many rows are copies of few."""
+    layers, width, rows, copies = (3, 24, 500, 2) if smoke else (8, 40, 20_000, 8)
     generator = torch.Generator().manual_seed(0)
     blocks = [
         {str(i): torch.randn(500, width, width, generator=generator) for i in range(layers)} for _ in range(rows // 500)
     ]
-    # One bit of each direction.
-    config = BuildConfig(store="eigen", curvature_rank=None, eigen_bytes=layers * width**2 // 8 + 8, coarse=None)
-    Index.build(folder / "0", gradients=blocks, config=config, progress=False).close()
+    # In levels one bit of each direction, and a scale of each layer.
+    room = layers * width**2 // 8 + layers * SCALE_BYTES
+    config = BuildConfig(store="eigen", curvature_rank=None, eigen_bytes=room, coarse=None)
+    with only(way):
+        Index.build(folder / "0", gradients=blocks, config=config, progress=False).close()
     for step in (1, 2):
         Index.merge(folder / str(step), [folder / str(step - 1)] * copies, progress=False).close()
     path = folder / "2"
@@ -220,16 +289,19 @@ def main() -> None:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "agreement": agreement(device, parsed.smoke),
+        "asking": asking(device, parsed.smoke, repeats),
         "capture": capturing(device, parsed.smoke, repeats),
         "curvature": fitting(device, parsed.smoke, repeats),
         "search": searching(device, parsed.smoke, repeats),
     }
-    with tempfile.TemporaryDirectory() as place:
-        try:
-            result["scan"] = scoring(device, parsed.smoke, repeats, Path(place))
-        except ConfigError as error:
-            # Rows are scored on a GPU only where faiss sees it, too.
-            result["scan"] = {"not scored there": str(error), "bytes_a_second": {}, "difference": 0.0}
+    result["scan"] = {}
+    for way in WAYS:
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                result["scan"][way] = scoring(device, parsed.smoke, repeats, Path(place), way)
+            except ConfigError as error:
+                # Rows are scored on a GPU only where faiss sees it, too.
+                result["scan"][way] = {"not scored there": str(error), "bytes_a_second": {}, "difference": 0.0}
 
     rows = [["figure", "expected", result["device"]]]
     for store, seen in result["agreement"].items():
@@ -239,6 +311,13 @@ def main() -> None:
                 rows.append([f"{store}: {name}, of the largest score", f"<= {_DIFFERENCE}", f"{seen[name]:.1e}"])
         if "not scored there" in seen:
             rows.append([f"{store}: not scored there", "", seen["not scored there"][:70]])
+    for way, part in result["asking"].items():
+        for name, seen in part["scores"].items():
+            line = f"{seen['difference']:.1e}, correlation {seen['correlation']:.6f}"
+            rows.append([f"{way}, {name}: difference, of the largest score", f"<= {_DIFFERENCE}", line])
+        for name in part["ms"]["cpu"]:
+            line = " / ".join(f"{times[name]:.3g}" for times in part["ms"].values())
+            rows.append([f"{way}, {name}: ms of 8 questions, model on {' / '.join(part['ms'])}", "", line])
     for dtype, part in result["capture"].items():
         rows.append([f"capture / plain pass, {dtype}", "<= 1.3", f"{part['ratio']:.2f}"])
     for name, share in result["curvature"]["of_matmul"].items():
@@ -249,9 +328,10 @@ def main() -> None:
             line = f"{part['ms']:.3g} / {part['ms_each_of_32']:.3g} ({part['bytes_a_second'] / 1e9:.3g} GB/s)"
             rows.append([f"{part['rows']:,} sketches, ms a query, 1 / of 32", "", line])
             rows.append(["of the best 100, found", ">= 0.98", f"{part['found']:.4f}"])
-    for name, rate in result["scan"]["bytes_a_second"].items():
-        rows.append([f"rows {name}, GB/s", "", f"{rate / 1e9:.3g}"])
-    rows.append(["scan: difference, of the largest score", "<= 1e-3", f"{result['scan']['difference']:.1e}"])
+    for way, part in result["scan"].items():
+        for name, rate in part["bytes_a_second"].items():
+            rows.append([f"rows, {way}, {name}, GB/s", "", f"{rate / 1e9:.3g}"])
+        rows.append([f"scan, {way}: difference, of the largest score", "<= 1e-3", f"{part['difference']:.1e}"])
     table(rows)
     keep("gpu", result, parsed)
     # NaN is no agreement either.
@@ -260,7 +340,13 @@ def main() -> None:
         *(s for s, seen in result["agreement"].items() if not seen.get("scored there", 0.0) <= _DIFFERENCE),
         *([] if result["agreement"]["factors"]["difference"] <= _DIFFERENCE else ["factors"]),
         *(f"{part['rows']} sketches" for part in result["search"] if not part.get("found", 1.0) >= 0.98),
-        *([] if result["scan"]["difference"] <= 1e-3 else ["scan"]),
+        *(
+            f"{way}, {name}"
+            for way, part in result["asking"].items()
+            for name, seen in part["scores"].items()
+            if not seen["difference"] <= _DIFFERENCE
+        ),
+        *(f"scan, {way}" for way, part in result["scan"].items() if not part["difference"] <= 1e-3),
     ]
     if wrong:
         raise SystemExit(f"not the CPU's answers: {', '.join(wrong)}")

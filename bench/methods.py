@@ -10,8 +10,10 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from bench.tasks import Task, batches, size, take
 from lorif_index import AbsoluteDamping, BuildConfig, Index, LayerSelection, RelativeDamping, Sample
 from lorif_index.capture.gradients import LayerSpec
 from lorif_index.capture.sources import ModelCapture
+from lorif_index.codecs.eigencodes import EigenCodec
 from lorif_index.linalg.projection import Projections
 from lorif_index.storage.fitted import FittedProjections
 from lorif_index.storage.manifest import read_manifest
@@ -34,6 +37,8 @@ REFINED = (0.01, 0.1)
 NO_HEAD = LayerSelection(head=False)
 """What published methods are run on: all linear maps but a language model's head."""
 AGAIN = "gradients are computed again for each batch of queries: nothing is stored"
+WAYS = ("levels", "largest")
+"""How eigencodes may write rows."""
 Method = Callable[[Task, nn.Module], Peer]
 
 
@@ -86,6 +91,26 @@ def shared_bytes(index: Index) -> int:
     return index.nbytes - sum(path.stat().st_size for path in shards(index.path))
 
 
+@contextmanager
+def only(way: str) -> Iterator[None]:
+    """Eigencodes that are fitted meanwhile have rows in this way alone, of `WAYS`; a `CurvatureError` where it has no
+    room."""
+    ways = EigenCodec._ways
+
+    def some(*given: Any) -> list[EigenCodec]:
+        return [codec for codec in ways(*given) if (codec.way.bits > 0) == (way == "levels")]
+
+    with mock.patch.object(EigenCodec, "_ways", some):
+        yield
+
+
+def unrounded(index: Index, queries: Any, **options: Any) -> np.ndarray:
+    """(q, n) scores of whole projected gradients, all of which are computed again; the index has no gaps."""
+    every = len(index)
+    hits = index.search(queries, every, exact=True, rerank=every, **options)
+    return np.take_along_axis(hits.scores, hits.ids.argsort(axis=1), axis=1)
+
+
 def dot(task: Task, model: nn.Module, *, cosine: bool = False, layers: LayerSelection = NO_HEAD) -> Peer:
     """Inner products (TracIn of the last checkpoint, Pruthi et al., arXiv:2002.08484) of unprojected gradients."""
     config = BuildConfig(projection_dim=None, layers=layers)
@@ -132,7 +157,7 @@ def library(
     config: BuildConfig | None = None,
     rules: dict[str, Any] | None = None,
     refine: bool = False,
-    unrounded: bool = False,
+    whole: bool = False,
     **settings: Any,
 ) -> Peer:
     """This library, with a config or settings of one.
@@ -142,7 +167,7 @@ def library(
         config: as it is; or `settings` of one.
         rules: other damping rules to try beside the sweep.
         refine: questions are refined with the model; the sweep is short then.
-        unrounded: of every example the score of its whole projected gradient, not of its row.
+        whole: of every example the score of its whole projected gradient, not of its row.
     """
     config = BuildConfig(coarse=None, **settings) if config is None else config
     with tempfile.TemporaryDirectory() as folder:
@@ -151,11 +176,9 @@ def library(
         built = time.perf_counter() - began
 
         def scored(damping: Any) -> np.ndarray:
-            if not unrounded:
-                return index.scores(task.queries, damping=damping, refine=refine)
-            every = len(index)
-            hits = index.search(task.queries, every, exact=True, rerank=every, damping=damping, refine=refine)
-            return np.take_along_axis(hits.scores, hits.ids.argsort(axis=1), axis=1)
+            if whole:
+                return unrounded(index, task.queries, damping=damping, refine=refine)
+            return index.scores(task.queries, damping=damping, refine=refine)
 
         multiples = REFINED if refine else SWEEP
         sweep: dict[str, Any] = {"default": None} | {str(m): m for m in multiples} | (rules or {})
@@ -167,8 +190,8 @@ def library(
             if label == "default":
                 seconds = time.perf_counter() - began
         shared = f"{shared_bytes(index):,} bytes are shared by all examples"
-        note = f"{AGAIN} but rows that are not used; {shared}" if unrounded else f"store={index.codec}; {shared}"
-        each = 0.0 if unrounded else float(index.bytes_per_example)
+        note = f"{AGAIN} but rows that are not used; {shared}" if whole else f"store={index.codec}; {shared}"
+        each = 0.0 if whole else float(index.bytes_per_example)
         return Peer(scores, "default", each, built, 1e3 * seconds / size(task.queries), note)
 
 
@@ -202,8 +225,8 @@ METHODS: dict[str, Method] = {
         for b in (512, 1024, 1600, 2048, 4096, 8192, 16384, 32768)
     },
     "library, 8192 bytes, refine": lambda t, m: library(t, m, eigen_bytes=8192, refine=True),
-    "library, unrounded": lambda t, m: library(t, m, unrounded=True),
-    "library, unrounded, refine": lambda t, m: library(t, m, unrounded=True, refine=True),
+    "library, unrounded": lambda t, m: library(t, m, whole=True),
+    "library, unrounded, refine": lambda t, m: library(t, m, whole=True, refine=True),
     "library, without the head": lambda t, m: library(t, m, layers=NO_HEAD),
     "library, pure GGN": lambda t, m: library(t, m, curvature="ggn"),
     "library, empirical curvature": lambda t, m: library(t, m, curvature="empirical"),

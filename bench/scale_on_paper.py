@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lorif_index import BuildConfig
-from lorif_index.build.choice import widened
+from lorif_index.build.choice import widest
 from lorif_index.build.sizes import ENTRY_BYTES, Shapes
 from lorif_index.build.traffic import build_traffic, search_traffic
 from lorif_index.capture import eigenbases
 from lorif_index.capture.gradients import LayerSpec
-from lorif_index.capture.layers import kept_rank
+from lorif_index.capture.layers import TrackedLayer, Use, layer_specs
 from lorif_index.config import LEAST_FLOOR
 from lorif_index.linalg.subspace import grouped
 from lorif_index.search.candidates import most_proposed
@@ -38,15 +39,22 @@ SECONDS_A_CODE = 6.24e-9
 PROBES = 1
 
 
+def _layer(name: str, inputs: int, outputs: int, bias: bool, words: str | None = None) -> TrackedLayer:
+    """A linear map without its weight."""
+    use = Use(name, nn.Identity(), False, inputs, outputs, bias)
+    return TrackedLayer(name, (use,), inputs + bias, outputs, bias, words)
+
+
 @dataclass(frozen=True)
 class Shape:
-    """The linear maps of a model's blocks, which are what is tracked.
+    """The linear maps of a model's blocks and its head, which are what is tracked.
 
     Attributes:
         name, source: of the model.
         blocks: how many.
         maps: (inputs, outputs) of each linear map in a block.
         bias: whether they have one.
+        head: (inputs, words) of the head, which has none.
         parameters: of the whole model.
     """
 
@@ -55,30 +63,25 @@ class Shape:
     blocks: int
     maps: tuple[tuple[int, int], ...]
     bias: bool
+    head: tuple[int, int]
     parameters: float
 
     def index(self, config: BuildConfig) -> Shapes:
         """The shapes of an index of it."""
-        config = self.chosen(config)
-        return Shapes(config, self.specs(config), config.store)
-
-    def chosen(self, config: BuildConfig) -> BuildConfig:
-        """With the widths that a build of eigencodes chooses."""
-        return widened(config, self._specs) if config.projection_dim == "auto" and config.store == "eigen" else config
+        return Shapes(self._with_widths(config), self.specs(config), config.store)
 
     def specs(self, config: BuildConfig) -> dict[str, LayerSpec]:
-        """The layers as `capture.layers.layer_specs` gives them."""
-        return self._specs(self.chosen(config))
+        """The layers as an index of the model has them."""
+        return layer_specs(self._layers, self._with_widths(config))
 
-    def _specs(self, config: BuildConfig) -> dict[str, LayerSpec]:
-        out = {}
-        for number in range(self.blocks * len(self.maps)):
-            inputs, outputs = self.maps[number % len(self.maps)]
-            widths = inputs + self.bias, outputs
-            d_in, d_out = (config.projected_width(width, from_model=True) for width in (inputs, outputs))
-            d_in = widths[0] if d_in >= inputs else d_in
-            out[str(number)] = LayerSpec(str(number), *widths, d_in, d_out, kept_rank(config.rank, d_in, d_out))
-        return out
+    @property
+    def _layers(self) -> list[TrackedLayer]:
+        layers = [_layer(str(i), *sides, self.bias) for i, sides in enumerate(self.blocks * self.maps)]
+        return [*layers, _layer("head", *self.head, False, words="out")]
+
+    def _with_widths(self, config: BuildConfig) -> BuildConfig:
+        given = config.projection_dim != "auto" or config.projection_floor != "auto"
+        return config if given else widest(config, self._layers)
 
 
 GPT2 = Shape(
@@ -87,6 +90,7 @@ GPT2 = Shape(
     12,
     ((768, 2304), (768, 768), (768, 3072), (3072, 768)),
     True,
+    (768, 50257),
     0.124e9,
 )
 SEVEN = Shape(
@@ -95,6 +99,7 @@ SEVEN = Shape(
     32,
     (*4 * ((4096, 4096),), (4096, 11008), (4096, 11008), (11008, 4096)),
     False,
+    (4096, 32000),
     6.74e9,
 )
 SEVENTY = Shape(
@@ -103,11 +108,12 @@ SEVENTY = Shape(
     80,
     ((8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), (8192, 28672), (8192, 28672), (28672, 8192)),
     False,
+    (8192, 32000),
     69.0e9,
 )
 SHAPES = (GPT2, SEVEN, SEVENTY)
 
-DEFAULT = BuildConfig(projection_floor=LEAST_FLOOR, store="eigen")
+DEFAULT = BuildConfig(store="eigen")
 CONFIGS = {
     "default": DEFAULT,
     "projection_dim=64": dataclasses.replace(DEFAULT, projection_dim=64),
@@ -179,7 +185,7 @@ def fits() -> str:
     for shape in SHAPES:
         for name, config in CONFIGS.items():
             specs = shape.specs(config)
-            sample = 4 * _width(specs) * shape.chosen(config).sample.size
+            sample = 4 * _width(specs) * config.sample.size
             index = shape.index(config)
             held = index.memory(COUNTS[0])
             sent = [
@@ -199,9 +205,9 @@ def fits() -> str:
 def rows_on_disk() -> str:
     """Rows, by codec, and the number of shards that they make."""
     ways: list[tuple[str, BuildConfig]] = [
-        ("eigen (default)", DEFAULT),
+        ("eigen (default), at most", DEFAULT),
         ("factors, c=1, projection_dim=64", dataclasses.replace(DEFAULT, projection_dim=64, store="factors")),
-        ("factors, c=1", dataclasses.replace(DEFAULT, store="factors")),
+        ("factors, c=1", dataclasses.replace(DEFAULT, projection_floor=LEAST_FLOOR, store="factors")),
     ]
     rows = [["model", "rows", "bytes a row", *(f"N = {number(n)}" for n in COUNTS), "shards", "manifest", "at 1 GiB"]]
     for shape in SHAPES:
@@ -246,7 +252,7 @@ def passes() -> str:
     rows = [["model", "bfloat16 weights", "fitting", *(f"N = {number(n)}" for n in COUNTS)]]
     for shape in SHAPES:
         specs = shape.specs(DEFAULT)
-        examples = _walks(specs) * eigenbases.SAMPLE + (1 + PROBES) * shape.chosen(DEFAULT).sample.size
+        examples = _walks(specs) * eigenbases.SAMPLE + (1 + PROBES) * DEFAULT.sample.size
         each = _pass_seconds(shape)
         rows.append(
             [shape.name, units(2 * shape.parameters), hours(examples * each), *(hours(n * each) for n in COUNTS)]
@@ -268,7 +274,7 @@ def limits() -> str:
         [
             "a batch's projected gradients, 4 B x sum of D x `batch_size`, in 16 GiB",
             f"sum of D above {number((16 << 30) / (4 * DEFAULT.batch_size))}",
-            "`projection_dim` (a number, not 1/16), `batch_size`",
+            "`projection_dim`, `batch_size`",
         ],
         [
             "the sample's gradients on temporary disk, 16 GiB: beyond, passes over the model take their place",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from torch import nn
 
 from ..capture.data import ExampleSource
 from ..capture.gradients import GradientBlock, LayerSpec
-from ..capture.layers import layer_specs
+from ..capture.layers import TrackedLayer, layer_specs
 from ..capture.losses import PerExample
 from ..capture.sources import ModelCapture, ModelGradients
 from ..codecs.registry import LOSSLESS, PREFERRED, codec_class
@@ -51,24 +51,17 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
         return least
     if config.projection_dim != "auto" or sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:
         return least
-    words = {layer.name for layer in taken.layers if layer.words is not None}
-    return widened(config, lambda wider: layer_specs(taken.layers, wider), words)
+    return widest(config, taken.layers)
 
 
-def widened(
-    config: BuildConfig, specs_of: Callable[[BuildConfig], dict[str, LayerSpec]], words: Collection[str] = ()
-) -> BuildConfig:
-    """The config with the widest floor that there are numbers for, and a sample that temporary disk holds.
-
-    Args:
-        config: the choices, with projection_dim="auto".
-        specs_of: gives the layers by a config.
-        words: layers that have a head's words, which are not counted.
-    """
+def widest(config: BuildConfig, layers: list[TrackedLayer]) -> BuildConfig:
+    """The config with the largest number for projection_floor whose gradients are not too large; at least the smallest.
+    Its sample shrinks where temporary disk would not hold its gradients."""
+    words = {layer.name for layer in layers if layer.words is not None}
     found, each = config, 0
     for floor in _FLOORS:
         wider = dataclasses.replace(config, projection_floor=floor)
-        specs = specs_of(wider)
+        specs = layer_specs(layers, wider)
         if each and sum(spec.dim for spec in specs.values() if spec.name not in words) > _NUMBERS:
             break
         found, each = wider, sum(spec.dim for spec in specs.values())

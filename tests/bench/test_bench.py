@@ -70,9 +70,13 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     """Every part of it is executed; where there is a GPU to measure, the command does so without --device."""
     result, printed = smoke(tmp_path / "result.json", "bench.gpu", "--device", "cpu")
     assert result["bench"] == "gpu" and result["device"] == "cpu"
-    assert {"agreement", "capture", "curvature", "search", "scan"} <= result.keys()
+    assert {"agreement", "asking", "capture", "curvature", "search", "scan"} <= result.keys()
     assert result["agreement"]["factors"] == pytest.approx({"difference": 0, "correlation": 1, "scored there": 0})
-    assert all(rate > 0 for rate in result["scan"]["bytes_a_second"].values()) and "ms a query" in printed
+    for way in ("levels", "largest"):
+        assert all(rate > 0 for rate in result["scan"][way]["bytes_a_second"].values()) and "ms a query" in printed
+        seen = result["asking"][way]["scores"]
+        assert set(seen) == {"rows", "whole gradients", "refined", "refined, whole gradients"}
+        assert all(part == pytest.approx({"difference": 0, "correlation": 1}) for part in seen.values())
     if not torch.cuda.is_available():
         line = [sys.executable, "-m", "bench.gpu"]
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
