@@ -111,7 +111,8 @@ def score_file(task: Task, smoke: bool, method: str) -> Path:
     return CACHE / "lds" / (task.name + ("-smoke" if smoke else "")) / f"{plain}.npz"
 
 
-def _keep(path: Path, found: Peer) -> None:
+def save(path: Path, found: Peer) -> None:
+    """Keeps a method's scores."""
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {k: v for k, v in vars(found).items() if k != "scores"}
     arrays = {f"scores {label}": scores.astype(np.float32) for label, scores in found.scores.items()}
@@ -119,6 +120,7 @@ def _keep(path: Path, found: Peer) -> None:
 
 
 def kept(path: Path) -> Peer | None:
+    """What `save` kept; None where there is none."""
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as file:
@@ -145,7 +147,7 @@ def main() -> None:
             continue
         model = task.full(0, parsed.smoke) if model is None else model
         try:
-            _keep(path, METHODS[name](task, model))
+            save(path, METHODS[name](task, model))
         except Exception as error:
             failed[name] = "".join(traceback.format_exception_only(error)).strip()
             print(f"{name}: {failed[name]}", flush=True)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench import bergson_peer
 from bench.environment import shards
 from bench.peers import PEERS, Peer
 from bench.tasks import Task, batches, size, take
@@ -237,4 +238,7 @@ METHODS: dict[str, Method] = {
     "EK-FAC (kronfluence)": PEERS["ekfac"],
     "EK-FAC (kronfluence), with the head": lambda t, m: PEERS["ekfac"](t, m, head=True),
     "LoGRA (dattri)": PEERS["dattri-logra"],
+    "EK-FAC (bergson)": bergson_peer.ekfac,
+    "EK-FAC and CG (bergson)": lambda t, m: bergson_peer.ekfac(t, m, steps=10, multiples=()),
+    "TrackStar (bergson)": bergson_peer.trackstar,
 }

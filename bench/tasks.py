@@ -68,8 +68,12 @@ class Task:
         self.fit(model, chosen, seed)
         return model
 
-    def fit(self, model: nn.Module, chosen: np.ndarray, seed: int) -> None:
-        """Trains a model on some of the examples, in an order that the seed gives."""
+    def fit(self, model: nn.Module, chosen: np.ndarray, seed: int, without: np.ndarray | None = None) -> None:
+        """Trains a model on some of the examples, in an order that the seed gives.
+
+        What it is to do `without` is left out of the batches that it would be in: all others stay where they are, and
+        so does the number of steps.
+        """
         recipe = self.recipe
         kind, more = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}[recipe.optimizer]
         optimizer = kind(model.parameters(), lr=recipe.rate, weight_decay=recipe.decay, **more)
@@ -82,6 +86,10 @@ class Task:
             for _ in range(recipe.epochs)
             for part in indices[torch.randperm(len(indices), generator=generator)].split(recipe.batch)
         )
+        if without is not None:
+            out = torch.from_numpy(np.asarray(without, dtype=np.int64))
+            left = (part[~torch.isin(part, out)] for part in parts)
+            parts = (part for part in left if len(part))
 
         def loss(part: torch.Tensor) -> torch.Tensor:
             return default_loss(model, take(self.data, part)).mean() / positions(self.data)

@@ -131,7 +131,8 @@ class Sample:
     """What is fitted on.
 
     Attributes:
-        size: of the random sample, in examples.
+        size: of the random sample, in examples; fewer, but at least 2,048, where `Compute.spool_bytes` would not hold
+            their gradients and probes and widths are chosen by the build.
         rows: "sample" fits the curvature on unfactored gradients of the sample; "stored" on all stored rows, after they
             were written (the published order).
         probes: random rows an example of the Gauss-Newton matrix; None: 1 for sequences; for single predictions exact
@@ -235,7 +236,7 @@ class BuildConfig:
         projection_floor: the least width that a fraction may give (small models lose too much below it), and the width
             that "auto" gives. "auto": 32; where rows are eigencodes of a model's gradients in learnt projections, and
             1,600 bytes have no room for all directions of that, the widest from 16 to 128 with which a gradient has no
-            more than a million numbers and the sample's no more than 4 GiB; `index.specs` has what it gave.
+            more than half a million numbers beside the head's; `index.specs` has what it gave.
         projection: "eigen": each side's leading eigenvectors, learnt from a sample; "random": random signs, which need
             no pass over data.
         rank: c, the number of factor pairs kept per example and layer; None keeps the full rank.
@@ -288,7 +289,8 @@ class BuildConfig:
     def __post_init__(self) -> None:
         _check_integers(self, power_iterations=0, seed=0, batch_size=1)
         if self.eigen_bytes != "auto":
-            _check_integers(self, eigen_bytes=1)
+            # A row names at least one coordinate, in three bytes beside its scale: known before anything is fitted.
+            _check_integers(self, eigen_bytes=5)
         if self.projection_floor != "auto":
             _check_integers(self, projection_floor=1)
         for name in ("rank", "curvature_rank"):

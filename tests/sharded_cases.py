@@ -36,7 +36,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
-from lorif_index.capture.data import as_source
+from lorif_index.capture.data import as_source, first_batch
 from lorif_index.capture.gradients import GradientBlock
 from lorif_index.capture.losses import PerExample
 from lorif_index.capture.probes import Probes
@@ -124,7 +124,7 @@ def probed(
     model: nn.Module, data: Any, ids: np.ndarray, examples: int, loss: PerExample | None = None
 ) -> dict[str, torch.Tensor]:
     whole, source = ModelCapture(model, BuildConfig(**PROJECTED)), as_source(data, 2)
-    probes = Probes(head_of(loss, whole, source), 2, 0, examples)
+    probes = Probes(head_of(loss, whole, lambda: first_batch(source)), 2, 0, examples)
     return joined(ProbedGradients(whole.capture(loss), source, probes).sample(ids), whole)
 
 

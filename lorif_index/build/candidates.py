@@ -119,7 +119,7 @@ def make_candidates(making: Making) -> None:
         with making.stage("queries", None):
             ids, gradients = making.queries(making.asks) if making.queries else stored_queries(rows, making.asks)
         making.publish("queries", lambda name: save_queries(making.folder, name, ids, gradients))
-    sketch = load_sketch(making.folder, manifest.fits["sketch"], (spec.name for spec in manifest.layers))
+    sketch = load_sketch(making.folder, manifest.fits["sketch"], {spec.name: spec for spec in manifest.layers})
     if manifest.coarse is None:
         with making.stage("coarse", len(rows.store)) as stage:
             manifest.coarse = _codes(making, sketch, stage)

@@ -18,10 +18,11 @@ from ..codecs.registry import LOSSLESS, PREFERRED, codec_class
 from ..codecs.truncation import factorise
 from ..config import LEAST_FLOOR, BuildConfig
 
-# Widths of eigencodes' projections; most numbers of a gradient, and what the sample's gradients may take on disk
-# meanwhile, once more for probes.
+# Widths of eigencodes' projections, and most numbers of a gradient beside a head's.
 _FLOORS = (16, 24, 32, 48, 64, 96, 128)
-_NUMBERS, _FLOOR_BYTES = 1 << 20, 4 << 30
+_NUMBERS = 1 << 19
+# A sample whose gradients take more temporary disk, once more for probes, is smaller, but not below so many examples.
+_LEAST_SAMPLE = 2048
 # A model whose directions of the least width so many bytes hold all stays there, however many or few are asked for
 # (docs/quality.md: two checkpoints of digits in 340 bytes have .583 at d = 32, and .344 when they were wider).
 _SMALL = 1600
@@ -50,20 +51,24 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
         return least
     if config.projection_dim != "auto" or sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:
         return least
-    return widest(config, taken.layers, examples.count)
+    return widest(config, taken.layers)
 
 
-def widest(config: BuildConfig, layers: list[TrackedLayer], examples: int) -> BuildConfig:
-    """The config with the largest number for projection_floor whose gradients are not too large; at least the
-    smallest."""
-    found, count = dataclasses.replace(config, projection_floor=_FLOORS[0]), min(examples, config.sample.size)
-    for floor in _FLOORS[1:]:
+def widest(config: BuildConfig, layers: list[TrackedLayer]) -> BuildConfig:
+    """The config with the largest number for projection_floor whose gradients are not too large; at least the smallest.
+    Its sample shrinks where temporary disk would not hold its gradients."""
+    words = {layer.name for layer in layers if layer.words is not None}
+    found, each = config, 0
+    for floor in _FLOORS:
         wider = dataclasses.replace(config, projection_floor=floor)
-        each = sum(spec.dim for spec in layer_specs(layers, wider).values())
-        if each > _NUMBERS or 4 * each * count > _FLOOR_BYTES:
+        specs = layer_specs(layers, wider)
+        if each and sum(spec.dim for spec in specs.values() if spec.name not in words) > _NUMBERS:
             break
-        found = wider
-    return found
+        found, each = wider, sum(spec.dim for spec in specs.values())
+    most = max(config.compute.spool_bytes // (8 * each), _LEAST_SAMPLE)
+    if config.sample.size <= most:
+        return found
+    return dataclasses.replace(found, sample=dataclasses.replace(config.sample, size=most))
 
 
 def is_open(config: BuildConfig, specs: dict[str, LayerSpec]) -> bool:

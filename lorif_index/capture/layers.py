@@ -24,7 +24,7 @@ from .sharded import plain_name
 
 HEAD_NUMBERS = 1 << 19
 """Most numbers of a gradient of a head that keeps its words."""
-_LEAST_HEAD = 16
+_LEAST_HEAD = 8
 _HEAD_NAMES = ("lm_head", "embed_out", "output_embeddings")
 
 
@@ -297,7 +297,7 @@ def layer_specs(layers: list[TrackedLayer], config: BuildConfig) -> dict[str, La
 
     Where the config leaves widths open, a head keeps its words: what examples say of rare words is a large part of what
     they do, and a projection mixes it with the others' (`docs/quality.md`). Its other side is then as narrow as
-    `HEAD_NUMBERS` allow, but no narrower than 16; above, the words are projected, too.
+    `HEAD_NUMBERS` allow, but no narrower than 8; above, the words are projected, too.
     """
     specs = {}
     for layer in layers:

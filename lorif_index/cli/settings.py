@@ -58,7 +58,7 @@ def _among(words: Sequence[str]) -> str:
 
 SETTINGS: dict[str, Setting] = {
     "layers": Setting(
-        "Track these layers only: a name or glob pattern; may be repeated.", default="all but embeddings and head"
+        "Track these layers only: a name or glob pattern; may be repeated.", default="all but embeddings"
     ),
     "projection_dim": Setting(
         "Width each side of a gradient is projected to: an integer, a fraction, auto or none.", _fraction
@@ -70,11 +70,11 @@ SETTINGS: dict[str, Setting] = {
     "curvature_rank": Setting("Curvature directions kept per layer, r: an integer, full or auto.", _words(full=None)),
     "power_iterations": Setting("Subspace iterations of the fit."),
     "damping": Setting(
-        "The index's damping: a multiple of trace/D, or RULE:X (see search).", damping_policy, "relative:0.1"
+        "The index's damping: a multiple of trace/D, or RULE:X (see search).", damping_policy, "relative:0.03"
     ),
     "complement": Setting(f"Weight of directions outside of the curvature's: {_among(COMPLEMENTS)}."),
     "store": Setting(f"What is kept of a passage: {_among(stores())}."),
-    "eigen_bytes": Setting("Most bytes of a passage, with store eigen and largest."),
+    "eigen_bytes": Setting("Most bytes of a passage, with store eigen: an integer or auto."),
     "dtype": Setting(f"Of stored factors: {_among(DTYPES)}."),
     "seed": Setting("Of projections and samples."),
     "batch_size": Setting("Passages per pass through the model."),

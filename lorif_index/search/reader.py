@@ -135,15 +135,7 @@ class Reader:
         """The sketch, or None where the index has none."""
         if "sketch" not in self.manifest.fits:
             return None
-        sketch = load_sketch(self.folder, self.manifest.fits["sketch"], self.specs)
-        for name, part in sketch.layers.items():
-            most = int(part.directions.max()) + 1 if len(part.directions) else 0
-            if most > self.specs[name].dim:
-                raise CorruptionError(
-                    f"the sketch weighs {most} coordinates of layer {name!r}, which has {self.specs[name].dim}: "
-                    "restore the index from a copy"
-                )
-        return sketch
+        return load_sketch(self.folder, self.manifest.fits["sketch"], self.specs)
 
     @cached_property
     def queries(self) -> CalibrationQueries | None:

@@ -122,8 +122,8 @@ def missed_by_rows(by_rows: np.ndarray, whole: np.ndarray, k: int, total: int) -
     The T were chosen by their rows' scores, so that the regression of whole scores on them is not biased by the choice:
     w = a + b r, with normal residuals, goes on below the T-th. How many rows there are is not known there; as a tail of
     scores falls exponentially, e^u T of them lie within u h of the T-th, with h from the lower half of the T, until all
-    are counted. Of few candidates the estimate is rather too many; of many, and rows that name few coordinates, too few:
-    examples that a row says little of have larger residuals (a recall of .97 was said where .92 was found).
+    are counted. Of few candidates the estimate is rather too many; of many, and of rows that name few coordinates, too
+    few, as examples that a row says little of have larger residuals (recall .97 was said where .92 was found).
 
     Args:
         by_rows, whole: (T,) scores of one query, such that large is wanted.

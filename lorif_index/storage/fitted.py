@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -215,18 +215,18 @@ def save_sketch(folder: Path, name: str, sketch: Sketch) -> dict[str, Any]:
     }
 
 
-def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
+def load_sketch(folder: Path, facts: Any, specs: Mapping[str, LayerSpec]) -> Sketch:
     """Reads a sketch after checking its digest.
 
     Raises:
         CorruptionError: the file or the manifest's entry is damaged.
     """
-    names, file = list(names), SealedFile.of_entry(folder, facts)
+    file = SealedFile.of_entry(folder, facts)
     with entry_of("the sketch"):
         dim, method, energy = as_count(facts["dim"]), str(facts["method"]), float(facts["energy"])
         lams, counts = [float(v) for v in facts["lams"]], [as_count(v) for v in facts["counts"]]
-        if {len(lams), len(counts)} != {len(names)} or dim < 1:
-            raise ValueError(f"{len(lams)} layers where the index has {len(names)}")
+        if {len(lams), len(counts)} != {len(specs)} or dim < 1:
+            raise ValueError(f"{len(lams)} layers where the index has {len(specs)}")
         # Before memory is taken for what the file cannot hold.
         if 4 * sum(counts) * dim > file.info.size:
             raise ValueError(f"{sum(counts)} x {dim} weights in {file.info.size} bytes")
@@ -234,13 +234,19 @@ def load_sketch(folder: Path, facts: Any, names: Iterable[str]) -> Sketch:
         file.verify()
         layers, at = {}, 0
         room = torch.empty(sum(counts), dim)
-        for i, (name, lam, count) in enumerate(zip(names, lams, counts, strict=True)):
+        for i, (name, lam, count) in enumerate(zip(specs, lams, counts, strict=True)):
             part, directions = room[at : at + count], torch.arange(count)
             file.read_array(f"weights_{i}", (count, dim), "<f4", out=part.numpy())
             if f"directions_{i}" in file.info.offsets:
                 directions = torch.from_numpy(file.read_array(f"directions_{i}", (count,), "<i8").astype(np.int64))
             if bool((directions < 0).any()):
                 raise CorruptionError(f"{file.path} names direction {int(directions.min())}: restore it from a copy")
+            most = int(directions.max()) + 1 if count else 0
+            if most > specs[name].dim:
+                raise CorruptionError(
+                    f"the sketch weighs {most} coordinates of layer {name!r}, which has {specs[name].dim}: "
+                    "restore the index from a copy"
+                )
             layers[name] = LayerSketch(lam, part, directions)
             at += count
         _check_finite(file, room)

@@ -21,6 +21,7 @@ BENCHES = {
     "lds": "",
     "frontier": "",
     "tail_patch": "",
+    "removal": "",
     "mislabelled": "",
     "duplicates": "",
     "other_libraries": "",
@@ -98,6 +99,52 @@ def test_results_that_are_kept_say_where_they_come_from() -> None:
     for path in (ROOT / "bench" / "results").glob("*.json"):
         environment = json.loads(path.read_text())["environment"]
         assert len(environment["commit"]) == 40 and environment["command"].startswith("python -m bench."), path.name
+
+
+def test_what_is_left_out_leaves_all_else_in_place() -> None:
+    pytest.importorskip("sklearn")
+    from bench import tasks
+
+    task, seen = tasks.digits(smoke=True), []
+
+    def trained(without: list[int] | None) -> list[torch.Tensor]:
+        model = task.begin(0)
+        model.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        task.fit(model, np.arange(task.count), 0, None if without is None else np.array(without, dtype=np.int64))
+        batches, seen[:] = list(seen), []
+        return batches
+
+    whole, none, less = trained(None), trained([]), trained([3, 77])
+    assert all(torch.equal(a, b) for a, b in zip(whole, none, strict=True))
+    gone = task.data[0][[3, 77]]
+    for a, b in zip(whole, less, strict=True):
+        kept = ~(a[:, None] == gone[None]).all(dim=2).any(dim=1)
+        assert torch.equal(a[kept], b)
+    assert sum(len(a) - len(b) for a, b in zip(whole, less, strict=True)) == 2 * task.recipe.epochs
+
+
+def test_a_rise_is_over_the_trainings_of_the_other_pools() -> None:
+    from bench.removal import Plan, by_pool, differences, figure, rises
+
+    plan = Plan(questions=6, seeds=2, pool={4: 2})
+    pools = plan.pools(4, 9)
+    assert [len(pool) for pool in pools] == [2, 2, 2] and len(set(np.concatenate(pools))) == 6
+    generator = np.random.default_rng(0)
+    always = np.tile(generator.normal(size=9), (2, 3, 1))
+    mine = always.copy()
+    for number, pool in enumerate(pools):
+        mine[:, number, pool] += 0.5
+    assert rises(mine, pools) == pytest.approx(0.5)
+    assert rises(mine + 1.0, pools) == pytest.approx(0.5)  # What every pool's training lacks is no question's own.
+    assert rises(mine + 1.0, pools, always) == pytest.approx(1.5)
+    mine[1, 2] = np.nan
+    found = rises(mine, pools)
+    assert np.isnan(found[1, 4:]).all() and found[0] == pytest.approx(0.5)
+    # Where one has not all trainings, the other's are those that both have.
+    more = always + generator.normal(size=(2, 3, 9))
+    less = np.where(np.isfinite(mine), more, np.nan)
+    assert np.array_equal(differences(mine, more, pools), found - rises(less, pools), equal_nan=True)
+    assert figure(found) == pytest.approx([0.5, 0.0]) and by_pool(found, pools) == pytest.approx(0.0)
 
 
 def test_windows_of_books_that_tell_stories_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,12 @@ from lorif_index.errors import (
     FingerprintError,
     NonFiniteError,
     QueryError,
-    told,
+    message_of,
 )
 
 N = 80
-STORES = ["factors", "eigen", "largest"]
+# The last is of rows that name their largest coordinates.
+STORES = ["factors", "eigen", "sparse"]
 
 
 def blocks(rows: torch.Tensor, size: int = 32) -> list[dict[str, torch.Tensor]]:
@@ -35,9 +36,9 @@ def blocks(rows: torch.Tensor, size: int = 32) -> list[dict[str, torch.Tensor]]:
 
 def config(store: str = "factors", **changes: Any) -> BuildConfig:
     settings: dict[str, Any] = {"store": store, "rank": 1, "curvature_rank": 8, "coarse": None}
-    if store == "largest":
-        # One direction of each eight.
-        settings |= {"curvature_rank": None, "eigen_bytes": 6}
+    if store == "sparse":
+        # Too few for the scales of levels.
+        settings |= {"store": "eigen", "eigen_bytes": 17}
     return BuildConfig(**(settings | changes))
 
 
@@ -270,11 +271,11 @@ def test_labels_and_tokens_out_of_range(tmp_path: Path) -> None:
     y[40] = -1
     with pytest.raises(DataError, match="label -1 of example 8 ") as found:
         Index.build(tmp_path / "labels", model=model, data=(x, y))
-    assert "examples 32 to 63, counted from 0" in told(found.value)
+    assert "examples 32 to 63, counted from 0" in message_of(found.value)
     embedded = nn.Sequential(nn.Embedding(10, 8), nn.Flatten(), nn.Linear(32, 4)).eval()
     with pytest.raises(IndexError) as raised:
         Index.build(tmp_path / "tokens", model=embedded, data=(torch.full((N, 4), 12), y.clamp_min(0)))
-    assert "examples 0 to 31," in told(raised.value)
+    assert "examples 0 to 31," in message_of(raised.value)
 
 
 def test_errors_of_scattered_examples_name_them(tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_errors_of_scattered_examples_name_them(tmp_path: Path) -> None:
     reopened = Index.open(tmp_path / "i", model=model, data=(x, y))
     with pytest.raises(DataError, match="label 5 of example 2 of the batch") as found:
         reopened.explain((x[:1], y[:1]), [3, 5, 60, 79])
-    assert "a batch of examples 3, 5, 60, 79, counted from 0" in told(found.value)
+    assert "a batch of examples 3, 5, 60, 79, counted from 0" in message_of(found.value)
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         if not len(batch[0]):

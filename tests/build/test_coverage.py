@@ -92,18 +92,20 @@ def test_shares_are_autograds(make: Any, tmp_path: Path, monkeypatch: pytest.Mon
     every = projected(index, every)
     for name in index.specs:
         c = oracle.second_moment(every[name])
-        h = np.linalg.inv(c + oracle.damping("relative", c, value=0.1) * np.eye(len(c)))
+        h = np.linalg.inv(c + oracle.damping("relative", c, value=0.03) * np.eye(len(c)))
         pairs = ((small, small), (kept, kept), (small, kept))
         products += np.stack([np.diag(oracle.scores(a[name], b[name], h)) for a, b in pairs])
     expected = float((np.square(products[2]) / products[1]).sum() / products[0].sum())
     assert found["scores"] == pytest.approx(expected, abs=5e-3)
 
 
-@pytest.mark.parametrize("store", ["eigen", "factors", "largest"])
-def test_rows_are_taken_for_what_they_score(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("store", "row_bytes"), [("eigen", 48), ("eigen", 200), ("factors", 48)])
+def test_rows_are_taken_for_what_they_score(
+    store: str, row_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gradient that a row stands for has the row's score with any query."""
     case = gpt2()
-    config = BuildConfig(store=store, projection_dim=5, eigen_bytes=48, coarse=None)
+    config = BuildConfig(store=store, projection_dim=5, eigen_bytes=row_bytes, coarse=None)
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config, progress=False)
     rows = {name: g.flatten(1) for name, g in index.gradients(index.ids).items()}
     query = {n: torch.randn(3, s.d_in, s.d_out, generator=torch.manual_seed(1)) for n, s in index.specs.items()}

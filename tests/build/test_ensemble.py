@@ -76,8 +76,7 @@ def test_scores_are_the_dense_oracles(tmp_path: Path) -> None:
         for layer, c in ggn(of_member, case.weights).items():
             empirical = oracle.second_moment(rows[layer])
             c = 0.75 * c + 0.25 * empirical * np.trace(c) / np.trace(empirical)
-            v, s = oracle.eigen(c)
-            h = oracle.inverse(v, s, float(np.trace(c)), oracle.damping("relative", c, value=0.1), "truncated")
+            h = np.linalg.inv(c + oracle.damping("relative", c, value=0.03) * np.eye(len(c)))
             expected = expected + oracle.scores(queries[layer], rows[layer], h) / len(models)
             expected_own = expected_own + np.diag(oracle.scores(rows[layer], rows[layer], h)) / len(models)
     index = build(tmp_path / "i", models, case.data, **WHOLE, projection_dim=None)
@@ -85,8 +84,11 @@ def test_scores_are_the_dense_oracles(tmp_path: Path) -> None:
     assert close(index.self_influence(), np.asarray(expected_own), 1e-3)
 
 
-@pytest.mark.parametrize("store", ["eigen", "factors", "largest"])
-def test_every_store(store: str, tmp_path: Path) -> None:
+SIZES = [("eigen", 4000, 0.95), ("eigen", 302, 0.8), ("factors", 4000, 0.95)]
+
+
+@pytest.mark.parametrize(("store", "row_bytes", "alike"), SIZES)
+def test_every_store(store: str, row_bytes: int, alike: float, tmp_path: Path) -> None:
     """Probes of sequences and all kinds of rows: what is stored answers as the unrounded ensemble does."""
     models, case = checkpoints(2, gpt2)
     data = {k: v.repeat(3, 1) for k, v in case.data.items()}
@@ -98,12 +100,12 @@ def test_every_store(store: str, tmp_path: Path) -> None:
         projection_dim=6,
         store=store,
         rank=6,
-        eigen_bytes=4000,
+        eigen_bytes=row_bytes,
         coarse=None,
         curvature="empirical",
     )
     got, expected = index.scores(case.query), whole.scores(case.query)
-    assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.9
+    assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > alike
     assert 0.6 < np.abs(got).mean() / np.abs(expected).mean() < 1.5
     reopened = Index.open(tmp_path / "i", model=tuple(models))
     assert np.array_equal(reopened.scores(case.query), got)
@@ -125,6 +127,8 @@ def test_a_coarse_index_finds_what_a_scan_does(tmp_path: Path) -> None:
 def test_members_have_probes_of_their_own(tmp_path: Path) -> None:
     models, case = checkpoints(2, gpt2)
     for settings in ({"curvature": "ggn"}, {}):
+        # A head's words would be projected at random, by its layer's name.
+        settings |= {"layers": LayerSelection(head=False)}
         together = build(
             tmp_path / f"all{len(settings)}", models, case.data, projection_dim=6, sample={"probes": 2}, **settings
         )

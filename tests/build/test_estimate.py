@@ -30,10 +30,10 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(N, 40), torch.randint(0, 10, (N,))
 
 
-@pytest.mark.parametrize("store", ["factors", "eigen", "largest"])
-def test_bytes_are_those_of_the_index(model: nn.Module, data: Any, tmp_path: Path, store: str) -> None:
+@pytest.mark.parametrize(("store", "row_bytes"), [("factors", 100), ("eigen", 100), ("eigen", 41), ("eigen", "auto")])
+def test_bytes_are_those_of_the_index(model: nn.Module, data: Any, tmp_path: Path, store: str, row_bytes: Any) -> None:
     settings: dict[str, Any] = {"store": store, "curvature": "empirical", "rank": 2, "coarse": {"queries": 16}}
-    config = BuildConfig(**settings, eigen_bytes=100, projection_dim=16, projection_floor=1, sample=600)
+    config = BuildConfig(**settings, eigen_bytes=row_bytes, projection_dim=16, projection_floor=1, sample=600)
     found = Index.estimate(model=model, data=data, config=config, payload_bytes=20.0)
     payloads = [{"number": i, "t": "abc"} for i in range(N)]
     index = Index.build(tmp_path / "i", model=model, data=data, config=config, payloads=payloads)

@@ -110,14 +110,14 @@ ENORMOUS: dict[str, Callable[[dict[str, Any]], None]] = {
     "directions": lambda m: m["fits"]["curvature"]["layers"][0].update(rank=2**40, spectrum=2**40),
     "eigenvalues": lambda m: m["fits"]["curvature"]["layers"][0].update(spectrum=2**40),
     "bits of a codec": lambda m: m["fits"]["codec"].update(bits=2**40),
-    "groups of a codec": lambda m: m["fits"]["codec"].update(group=2**40),
+    "entries of a codec": lambda m: m["fits"]["codec"].update(bits=0, entries=2**40),
     "directions of a codec": lambda m: m["fits"]["codec"].update(counts=[2**40, 2**40]),
     "codes": lambda m: m["coarse"].update(rows=2**40),
     "the sketch": lambda m: m["fits"]["sketch"].update(dim=2**40),
     "weights": lambda m: m["fits"]["sketch"].update(counts=[2**40, 2**40]),
-    "an offset": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(basis_0=2**62),
+    "an offset": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(factor_0=2**62),
     "a size": lambda m: m["fits"]["curvature"]["file"].update(size=2**62),
-    "an offset below nothing": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(basis_0=-8),
+    "an offset below nothing": lambda m: m["fits"]["curvature"]["file"]["offsets"].update(factor_0=-8),
     "payloads": lambda m: m["shards"][0]["sealed"]["offsets"].update(payload_ends=0),
 }
 
@@ -388,12 +388,16 @@ def test_a_config_of_the_wrong_form(folder: Path) -> None:
     refused(folder)
 
 
-def test_a_curvature_of_fewer_directions_than_the_sketch_weighs(folder: Path) -> None:
+def test_a_sketch_of_more_coordinates_than_a_layer_has(folder: Path) -> None:
     data = read_json(folder / "manifest.json")
-    data["fits"]["curvature"]["layers"][1]["rank"] = 0
+    offsets = data["fits"]["sketch"]["file"]["offsets"]
+    # Other bytes of the file as their numbers.
+    offsets["directions_1"] = offsets["weights_0"]
     write_manifest(folder / "manifest.json", data)
-    with pytest.raises(CorruptionError, match="weighs"):
+    with pytest.raises(CorruptionError, match="weighs|names direction"):
         use(folder)
+    with Index.open(folder) as index, pytest.raises(CorruptionError, match="weighs|names direction"):
+        index.rebuild_coarse("flat", progress=False)
 
 
 def test_a_curvature_of_no_directions_answers(tmp_path: Path) -> None:

@@ -90,10 +90,17 @@ def test_scores_predict_real_leave_one_out_refits(tmp_path: Path) -> None:
         store="factors",
         coarse=None,
     )
+    # H itself, and the index's scores by it.
+    each = (torch.softmax(x @ w.T, 1) - functional.one_hot(y, 10))[:, :, None] * x[:, None, :]
+    asks = (torch.softmax(asked @ w.T, 1) - functional.one_hot(answers, 10))[:, :, None] * asked[:, None, :]
+    exact = (asks.flatten(1) @ torch.cholesky_solve(each.flatten(1).T, factor)).numpy()
     figures = {}
     for name, curvature in (("ggn", "ggn"), ("ggn, its rows given", ggn), ("empirical second moment", "empirical")):
         index = Index.build(tmp_path / name, model=model, data=(x, y), curvature=curvature, config=config)
-        predicted = index.scores((asked, answers))[:, removed].astype(np.float64) / N
+        scores = index.scores((asked, answers)).astype(np.float64)
+        if name != "empirical second moment":
+            assert np.abs(scores - exact).max() <= 5e-4 * np.abs(exact).max()
+        predicted = scores[:, removed] / N
         a, b = predicted.ravel(), truth.ravel()
         figures[name] = (np.corrcoef(a, b)[0, 1], (a @ b) / (a @ a))
         print(f"\nleave-one-out, {name}: Pearson {figures[name][0]:.4f}, slope {figures[name][1]:.4f}")

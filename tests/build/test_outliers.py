@@ -25,7 +25,7 @@ def built(path: Path, large: int, **settings: Any) -> Index:
     return Index.build(path, gradients=[{"a": g}], config=BuildConfig(**settings), progress=False)
 
 
-@pytest.mark.parametrize("store", ["eigen", "factors", "largest"])
+@pytest.mark.parametrize("store", ["eigen", "factors"])
 @pytest.mark.parametrize("large", [0, 3])
 def test_share_is_of_the_largest_self_influences(store: str, large: int, tmp_path: Path) -> None:
     index = built(tmp_path / "i", large, store=store)

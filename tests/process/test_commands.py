@@ -221,6 +221,17 @@ def test_settings_are_all_of_build_config():
     ]
 
 
+def test_defaults_that_are_written_are_the_configs():
+    """Where one is not shown as it is, what is shown reads as it."""
+    config = BuildConfig()
+    for name, setting in SETTINGS.items():
+        if setting.default is not None and name not in ("layers", "compute.device"):
+            found = config
+            for part in name.split("."):
+                found = getattr(found, part)
+            assert setting.parse(setting.default) == found, name
+
+
 def test_flags_and_file_spell_the_same(home, tmp_path):
     """Every setting, in a value that is not the default, as a flag and as a line."""
     written = {

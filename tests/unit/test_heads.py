@@ -17,7 +17,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional
 
 from lorif_index import BuildConfig, CrossEntropy, Index, default_loss
-from lorif_index.capture.data import as_source
+from lorif_index.capture.data import as_source, first_batch
 from lorif_index.capture.heads import Bernoulli, Declared, Head, Softmax, Squared
 from lorif_index.capture.probes import Probes
 from lorif_index.capture.seeing import Seen, UnseenLoss
@@ -240,7 +240,7 @@ def test_rounding_is_not_taken_for_another_loss(dtype: torch.dtype) -> None:
 
 def rows(loss: Loss | None, model: nn.Module, data: Any) -> list[dict[str, torch.Tensor]]:
     capture, examples = ModelCapture(model, BuildConfig(projection_dim=None)), as_source(data, 16)
-    probes = Probes(head_of(loss, capture, examples), None, 0, 40)
+    probes = Probes(head_of(loss, capture, lambda: first_batch(examples)), None, 0, 40)
     blocks = ProbedGradients(capture.capture(loss), examples, probes).blocks()
     return [{name: layer.dense() for name, layer in block.layers.items()} for block in blocks]
 
