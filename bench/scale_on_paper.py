@@ -274,7 +274,7 @@ def limits() -> str:
         [
             "a batch's projected gradients, 4 B x sum of D x `batch_size`, in 16 GiB",
             f"sum of D above {number((16 << 30) / (4 * DEFAULT.batch_size))}",
-            "`projection_dim` (a number, not 1/16), `batch_size`",
+            "`projection_dim`, `batch_size`",
         ],
         [
             "the sample's gradients on temporary disk, 16 GiB: beyond, passes over the model take their place",

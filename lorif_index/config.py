@@ -289,7 +289,8 @@ class BuildConfig:
     def __post_init__(self) -> None:
         _check_integers(self, power_iterations=0, seed=0, batch_size=1)
         if self.eigen_bytes != "auto":
-            _check_integers(self, eigen_bytes=1)
+            # A row names at least one coordinate, in three bytes beside its scale: known before anything is fitted.
+            _check_integers(self, eigen_bytes=5)
         if self.projection_floor != "auto":
             _check_integers(self, projection_floor=1)
         for name in ("rank", "curvature_rank"):

@@ -169,18 +169,13 @@ class EigenCodec(RowCodec):
         """Chooses the way, the size and the coordinates by walks over the sample.
 
         Raises:
-            CurvatureError: all gradients of the sample are zero, or not one byte of coordinates fits beside the scales.
+            CurvatureError: all gradients of the sample are zero.
         """
         weights = _mean_squares(fitting)
         if not weights.shares().sum() > 0:
             raise CurvatureError("all gradients of the eigencodes' sample are zero: fit from other data")
         sizes, largest = sizes_of(fitting.config), _largest(weights, fitting)
         tried = [made for size in sizes for made in cls._ways(fitting, weights, largest, size)]
-        if not tried:
-            raise CurvatureError(
-                f"eigen_bytes={sizes[-1]} leaves no room beside the scales of {len(fitting.specs)} layers: pass at "
-                f"least {ENTRY_BYTES + SCALE_BYTES}"
-            )
         return tried[0] if len(tried) == 1 else chosen(tried, fitting, partial(_written, tried, fitting.device))
 
     @classmethod

@@ -23,7 +23,7 @@ from conftest import assert_best, assert_same_hits, dense_inverse, products_of, 
 from lorif_index import BuildConfig, Compute, Index, ProgressEvent
 from lorif_index.codecs.eigencodes import EigenCodec
 from lorif_index.codecs.registry import CODECS, codec_class
-from lorif_index.errors import ConfigError, CorruptionError, CurvatureError, NonFiniteError
+from lorif_index.errors import ConfigError, CorruptionError, NonFiniteError
 
 # What rows may be: coordinates in levels, each row's largest, factors, and the toy's.
 WAYS: dict[str, dict[str, Any]] = {
@@ -294,11 +294,6 @@ def test_one_position_an_example_is_kept_as_factors(tmp_path: Path) -> None:
     assert (index.codec, index.config.store) == ("factors", "auto")
     got = index.gradients([3, 1])["a"]
     assert torch.allclose(got, (left @ right.mT)[[3, 1]], atol=2e-2)
-
-
-def test_too_little_room_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CurvatureError, match="eigen_bytes=4 leaves no room"):
-        build(tmp_path / "i", "levels", eigen_bytes=4)
 
 
 @pytest.mark.parametrize(("scale", "what"), [(1e7, "overflow"), (1e-20, "underflow")])

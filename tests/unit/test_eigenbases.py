@@ -284,7 +284,7 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
     assert floor("ranks", eigen_bytes=32, curvature_rank=8) == 6
     assert floor("random", eigen_bytes=32, projection="random") == 6
     # One position an example: factors lose nothing.
-    assert floor("positions", case=plain, eigen_bytes=1) == 6
+    assert floor("positions", case=plain, eigen_bytes=5) == 6
     # The widest with which a gradient has no more than so many numbers, and the least there is.
     with monkeypatch.context() as patch:
         patch.setattr(choice + "_NUMBERS", 1)
