@@ -78,7 +78,7 @@ class Described:
 
     @property
     def curvature(self) -> Mapping[str, LayerCurvature]:
-        """Layer -> `LayerCurvature`: basis V, eigenvalues S, trace."""
+        """Layer -> `LayerCurvature`: its sides, its diagonal L and its low-rank part B."""
         return self._reader.curvature
 
     @property

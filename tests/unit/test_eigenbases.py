@@ -15,8 +15,10 @@ from conftest import PATIENCE, cnn, gpt2, mlp, reader_of
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
+from lorif_index.build.choice import widest
 from lorif_index.capture import eigenbases
 from lorif_index.capture.data import as_source
+from lorif_index.capture.layers import layer_specs
 from lorif_index.capture.sources import ModelCapture
 from lorif_index.errors import CurvatureError, FingerprintError
 from lorif_index.linalg.projection import Projections, projection_matrix
@@ -289,6 +291,13 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
         assert floor("numbers", eigen_bytes=32) == 7
     # Of a model that is not small, rows that could hold all directions of the least width gain by others.
     assert floor("large rows", eigen_bytes=4000) == 10
-    # What the sample's gradients may take.
-    monkeypatch.setattr(choice + "_FLOOR_BYTES", 1)
-    assert floor("bytes", eigen_bytes=32) == 7
+
+
+def test_a_sample_that_disk_would_not_hold_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorif_index.build.choice._LEAST_SAMPLE", 50)
+    layers = ModelCapture(mlp().model, BuildConfig()).layers
+    one = sum(spec.dim for spec in layer_specs(layers, BuildConfig(projection_floor=128)).values())
+    for room, size in ((8 * one * 300, 300), (8 * one * 10, 50), (8 * one * 2000, 1000)):
+        config = BuildConfig(sample=1000, compute={"spool_bytes": room})
+        found = widest(config, layers)
+        assert (found.sample.size, found.projection_floor) == (size, 128)
