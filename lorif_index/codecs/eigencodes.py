@@ -355,7 +355,12 @@ class EigenCodec(RowCodec):
         for name, part in self.layers.items():
             layer = sketch.layers[name]
             # Both are rising.
-            places = torch.searchsorted(part.directions, layer.directions)
+            places = torch.searchsorted(part.directions, layer.directions).clamp_max(max(len(part.directions) - 1, 0))
+            if not torch.equal(part.directions[places], layer.directions):
+                raise CorruptionError(
+                    f"the sketch weighs coordinates of layer {name!r} that rows do not hold: restore the index from a "
+                    "copy, or rebuild_coarse()"
+                )
             weights = layer.weights / layer.whitening(self.curvature[name])[:, None]
             matrix[places + first] = weights * part.amplitudes[places][:, None]
             first += len(part.directions)

@@ -63,7 +63,8 @@ class FittedProjections(Mapping[tuple[str, str], torch.Tensor]):
 def save_curvature(folder: Path, name: str, fitted: Mapping[str, LayerCurvature]) -> dict[str, Any]:
     """Writes for layer number i its sides `left_<i>` (d_in, d_in) and `right_<i>` (d_out, d_out) float32, which
     one that is not turned has not, `squares_<i>`
-    (D,) float32, `factor_<i>` (D, r) float16 over `scale_<i>` (r,) float32, and `spectrum_<i>` (m,) float64.
+    (D,) float32, `factor_<i>` (D, r) float16 over `scale_<i>` (r,) float32, and `spectrum_<i>` (m,) float64. A factor
+    that is all there is (share 0) is float32, without a scale.
 
     Returns:
         what the manifest keeps: the file, and per layer rank, spectrum length, share, trace, rows and examples.
@@ -79,8 +80,11 @@ def save_curvature(folder: Path, name: str, fitted: Mapping[str, LayerCurvature]
             if matrix is not None:
                 arrays[f"{side}_{i}"] = matrix.numpy()
         arrays[f"squares_{i}"] = layer.squares.numpy()
-        half, scale = halved(layer.factor)
-        arrays[f"factor_{i}"], arrays[f"scale_{i}"] = half.numpy(), scale.numpy()
+        if layer.share:
+            half, scale = halved(layer.factor)
+            arrays[f"factor_{i}"], arrays[f"scale_{i}"] = half.numpy(), scale.numpy()
+        else:
+            arrays[f"factor_{i}"] = layer.factor.numpy()
         arrays[f"spectrum_{i}"] = layer.spectrum.double().numpy()
         told = _CurvatureFacts(layer.rank, len(layer.spectrum), layer.share, layer.trace, layer.rows, layer.examples)
         facts.append(asdict(told))
@@ -100,7 +104,7 @@ def curvature_bytes(shape: CurvatureShape, specs: Mapping[str, LayerSpec], rows:
     for spec in specs.values():
         rank = shape.directions(spec.dim, rows)
         sides = sum(width**2 for width in (spec.d_in, spec.d_out) if turns(width))
-        total += 4 * (sides + spec.dim) + 2 * spec.dim * rank + 4 * rank
+        total += 4 * (sides + spec.dim) + (2 * spec.dim * rank + 4 * rank if shape.share else 4 * spec.dim * rank)
         total += 8 * (rank + OVERSAMPLING)
     return total
 
@@ -176,7 +180,10 @@ class FittedCurvature(Mapping[str, LayerCurvature]):
         )
         sides = Sides((spec.d_in, spec.d_out), left, right)
         squares, spectrum = read("squares", (spec.dim,)), read("spectrum", (facts.spectrum,), "<f8")
-        factor = read("factor", (spec.dim, facts.rank), "<f2").float() * read("scale", (facts.rank,))
+        if facts.share:
+            factor = read("factor", (spec.dim, facts.rank), "<f2").float() * read("scale", (facts.rank,))
+        else:
+            factor = read("factor", (spec.dim, facts.rank))
         turned = [matrix for matrix in (left, right) if matrix is not None]
         _check_finite(self.file, *turned, squares, spectrum, factor)
         return LayerCurvature(sides, squares, factor, facts.share, spectrum, facts.trace, facts.rows, facts.examples)
