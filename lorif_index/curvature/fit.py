@@ -38,7 +38,7 @@ _PIECE_BYTES = 16 << 20
 _NUMBERS, _LEAST_ROWS = 1 << 30, 2048
 # Directions of a layer's low-rank part, where the config says "auto": as many as so many numbers hold in all layers, a
 # part for each, and no fewer than so many.
-_FACTOR_NUMBERS, _LEAST_RANK = 5_000_000, 8
+_FACTOR_NUMBERS, _LEAST_RANK = 4_500_000, 8
 DIAGONAL_SHARE = 0.3
 """a, of the diagonal. Shares from .1 to .6 are alike."""
 # Added to a L before rows are divided by its root, as a multiple of the mean of L.
