@@ -107,9 +107,16 @@ def test_hits_say_how_far_it_came(built: tuple[Case, Index, np.ndarray]) -> None
     assert index.search(case.query, 6).stats.refined is None
     assert index.search(case.query, 6, refine=False).stats.refined is None
     # A few steps come most of the way.
-    few = index.search(case.query, 6, refine=True).stats.refined
+    few = index.search(case.query, 6, refine=Refine(iterations=4, share=0.5)).stats.refined
     assert few is not None and (few.iterations, few.examples, few.share) == (4, len(index), 0.5)
     assert all(len(row) == 5 and row[-1] < 0.2 * row[0] for row in few.residuals), few.residuals
+    # Of single predictions the stored inverse stays, and that is said.
+    stays = index.search(case.query, 6, refine=True)
+    assert stays.stats.refined is not None and (stays.stats.refined.iterations, stays.stats.refined.way) == (
+        0,
+        "stored",
+    )
+    assert np.array_equal(stays.scores, index.search(case.query, 6).scores)
 
 
 def test_computed_again_as_refined(built: tuple[Case, Index, np.ndarray]) -> None:
@@ -237,7 +244,7 @@ def test_examples_are_random_live_ones_and_queries_do_not_matter_to_each_other(
     built: tuple[Case, Index, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, index, _ = built
-    some = Refine(iterations=3, examples=20)
+    some = Refine(iterations=3, examples=20, share=0.5)
     whole = index.scores(case.query, refine=some)
     assert np.abs(index.scores(case.query, refine=some) - whole).max() == 0
     one = index.scores(tuple(t[3:4] for t in case.query), refine=some)
@@ -324,7 +331,7 @@ def test_what_is_refused(built: tuple[Case, Index, np.ndarray], tmp_path: Path) 
     moved = tuple(part.roll(1, 0) for part in case.data)
     other = Index.open(index.path, model=case.model, data=moved)
     with other, pytest.raises(DataError, match="squared gradient norm"):
-        other.groups(case.query, "x", refine=True)
+        other.groups(case.query, "x", refine=Refine(share=0.5))
     config = BuildConfig(**SETTINGS, curvature="empirical", projection_dim=5)
 
     def rooted(model: nn.Module, batch: Any) -> torch.Tensor:
