@@ -17,7 +17,7 @@ from .capture.losses import PerExample
 from .capture.products import Products, has_sequences
 from .capture.seeing import UnseenLoss
 from .capture.sources import ModelCapture, check_block, head_of
-from .curvature.inverse import Preconditioner, transform, transform_precisely
+from .curvature.inverse import transform
 from .curvature.refine import Refine, dots
 from .damping import Damping, as_damping
 from .errors import NonFiniteError, QueryError
@@ -103,7 +103,7 @@ class Questions:
             if reader.ranks.first or self.identity.spread:
                 gradients = self.gradients(query, measure, chosen, some)
                 mid = time.perf_counter()
-                question, inverse, refined = self._question(gradients, policy, normalize, keep, refining, progress)
+                question, inverse, refined = self._question(gradients, policy, normalize, refining, progress)
         question = shared_question(question, reader.ranks)
         inverse = shared_layers(inverse, reader.ranks) if keep else None
         if normalize is not None:
@@ -116,18 +116,18 @@ class Questions:
         gradients: dict[str, torch.Tensor],
         policy: Damping,
         normalize: str | None,
-        keep: bool,
         refining: Refining | None,
         progress: bool | ProgressCallback | None,
-    ) -> tuple[Question, dict[str, torch.Tensor] | None, Refined | None]:
-        """The question; where it is to be kept its inverse x = H^-1 g, both scaled as scores are; and how that was
-        refined."""
+    ) -> tuple[Question, dict[str, torch.Tensor], Refined | None]:
+        """The question; its inverse x = H^-1 g, both scaled as scores are; and how that was refined."""
         reader = self.now.reader
         preconditioners, members = reader.preconditioners(gradients, policy), member_count(reader)
+        refined = None
         if refining is None:
-            x, refined = transform(gradients, preconditioners), None
+            x = transform(gradients, preconditioners)
         else:
-            x, refined = _inverse(gradients, preconditioners, refining, progress)
+            with reporter(progress) as report:
+                x, refined = refining.refined(gradients, preconditioners, report)
         question = reader.ask(x)
         if question.x is not None and not bool(torch.isfinite(question.x).all()):
             raise NonFiniteError(
@@ -138,11 +138,11 @@ class Questions:
             return question, x, refined
         share = torch.full((question.count,), 1.0 / members)
         if normalize == "cosine":
-            if x is None or refined is None:
+            if refined is None:
                 share *= question_roots(gradients, preconditioners, members)
             else:
                 share *= inverse_roots(dots(gradients, x).float() / members)
-        scaled = None if x is None else {name: part * share.reshape(-1, 1, 1) for name, part in x.items()}
+        scaled = {name: part * share.reshape(-1, 1, 1) for name, part in x.items()}
         return question.scaled(share), scaled, refined
 
     def gradients(
@@ -286,19 +286,6 @@ class Questions:
                 block = GradientBlock(block.ids, {name: g.scaled(-1.0) for name, g in block.layers.items()})
             sign = 1.0 if measure is None else -1.0
             yield block, QueryBatch({}, kept, shown_positions(batch), sign / capture.scale, capture)
-
-
-def _inverse(
-    gradients: dict[str, torch.Tensor],
-    preconditioners: Mapping[str, Preconditioner],
-    refining: Refining | None,
-    progress: bool | ProgressCallback | None,
-) -> tuple[dict[str, torch.Tensor], Refined | None]:
-    """x = H^-1 g by the stored curvature, or refined, and how."""
-    if refining is None:
-        return transform_precisely(gradients, preconditioners), None
-    with reporter(progress) as report:
-        return refining.refined(gradients, preconditioners, report)
 
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:
