@@ -272,7 +272,7 @@ class BuildConfig:
     rank: int | None = 1
     curvature: str = "auto"
     curvature_rank: int | str | None = "auto"
-    power_iterations: int = 2
+    power_iterations: int = 1
     damping: Damping | float = field(default_factory=lambda: RelativeDamping(0.03))
     complement: str = "diagonal"
     store: str = "auto"

@@ -40,6 +40,7 @@ from ..capture.sources import (
 from ..capture.spool import Spool
 from ..codecs.registry import CODECS, codec_class
 from ..config import BuildConfig, CurvatureRows
+from ..curvature.fit import thinning
 from ..errors import ConfigError, LorifError
 from ..linalg.projection import Projections
 from ..progress import Reporter, peak_memory
@@ -334,7 +335,7 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
     if not late:
         seconds["sample"] = own(sample) * seen.each
     if seen.probe is not None:
-        seconds["probes"] = own(sample) * seen.probe[1] * seen.probe[0]
+        seconds["probes"] = own(_probed(seen, sample)) * seen.probe[1] * seen.probe[0]
     for stage, n in (("curvature", _curvature_rows(seen, count)), ("codec", sample), ("sketch", sample)):
         if stage in known:
             seconds[stage] = share * known[stage](own(n))
@@ -353,8 +354,16 @@ def _curvature_rows(seen: _Handful, count: int) -> int:
         return count
     sample = min(count, seen.config.sample.size)
     if seen.probe is None:
-        return sample
-    return sample * (seen.probe[1] + (seen.config.curvature != "ggn"))
+        return -(-sample // thinning(sample, seen.specs))
+    return _probed(seen, sample) * (seen.probe[1] + (seen.config.curvature != "ggn"))
+
+
+def _probed(seen: _Handful, sample: int) -> int:
+    """Examples of the sample that probes are computed of."""
+    if seen.probe is None:
+        return 0
+    mixed = seen.config.curvature != "ggn"
+    return -(-sample // thinning(sample * (seen.probe[1] + mixed), seen.specs, 1 + mixed))
 
 
 def _miniatures(seen: _Handful, shapes: Shapes, folder: Path, advance: Callable[[int], None]) -> Lines:
@@ -446,7 +455,7 @@ def _moved(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _temporary(config: BuildConfig, seen: _Handful, count: int, ranks: int = 1) -> int:
     sample = -(-min(count, config.sample.size) // ranks)
-    rows = sample * (1 + (seen.probe[1] if seen.probe is not None else 0))
+    rows = sample + _probed(seen, sample) * (seen.probe[1] if seen.probe is not None else 0)
     if config.sample.rows == "stored":
         return 0
     need = 4 * sum(spec.dim for spec in seen.specs.values())

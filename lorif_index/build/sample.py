@@ -34,6 +34,7 @@ class SampleRows:
     def __init__(self, inputs: Inputs, state: BuildState) -> None:
         self._inputs, self._state = inputs, state
         self._taken: tuple[RowPass, int] | None = None
+        self._kept: Spool | None = None
         self.spool: Spool | None = None
         self.skipped: list[int] = []
 
@@ -47,8 +48,9 @@ class SampleRows:
         """Sorted ids of the sample."""
         return np.sort(self.drawn(self._inputs.config.sample.size))
 
-    def gradients(self) -> tuple[RowPass, int]:
-        """Unfactored gradients of this rank's part, the same at each walk, and how many there are in the whole."""
+    def gradients(self, step: int = 1) -> tuple[RowPass, int]:
+        """Unfactored gradients of this rank's part, the same at each walk, or every step-th of them; and how many there
+        are in the whole."""
         if self._taken is None:
             wanted = self.ids
             everything = len(wanted) == self._inputs.source.count
@@ -56,8 +58,15 @@ class SampleRows:
             rows, count, spool, skipped = self.walkable("sample", source, self._state.own(wanted), everything)
             if everything and spool is not None:
                 self.spool, self.skipped = spool, skipped
-            self._taken = rows, count
-        return self._taken
+            self._taken, self._kept = (rows, count), spool
+        if step == 1:
+            return self._taken
+        kept = self._kept
+        if kept is None:
+            # On all ranks, or on none.
+            some = self._state.own(self.ids[::step])
+            return self.walkable("sample", self._inputs.source, some, False)[:2]
+        return (lambda: kept.sample(kept.ids[::step])), self._state.ranks.count(len(kept.ids[::step]))
 
     def walkable(
         self, stage: str, source: GradientSource, wanted: np.ndarray, everything: bool, *, each: int = 1

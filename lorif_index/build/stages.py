@@ -18,7 +18,7 @@ from ..capture.sharded import evened
 from ..capture.sources import ProbedGradients, curvature_source
 from ..codecs.base import Fitting
 from ..codecs.registry import codec_class
-from ..curvature.fit import CurvatureShape, Part, RowPass, fit_curvature, mix
+from ..curvature.fit import CurvatureShape, Part, RowPass, fit_curvature, mix, thinning
 from ..curvature.inverse import inverses
 from ..errors import DataError
 from ..ranks import share
@@ -95,13 +95,16 @@ def fit_curvature_before(inputs: Inputs, state: BuildState, sample: SampleRows) 
         rows, count, spool, _ = sample.walkable("rows", source, state.own(every), True)
         part = Part(rows, count, count / inputs.curvature.rows_per_example, 1.0)
     elif inputs.head is not None and inputs.capture is not None and inputs.examples is not None:
-        wanted = sample.ids
+        wanted, mixed = sample.ids, inputs.curvature_kind == "mixed"
         probes = Probes(inputs.head, config.sample.probes, config.seed, len(wanted))
         probed = ProbedGradients(inputs.capture.capture(inputs.loss), inputs.examples, probes)
+        # What the fit would leave out is not computed.
+        step = thinning(len(wanted) * (probes.each + mixed), inputs.specs, 1 + mixed)
+        wanted = wanted[::step]
         rows, count, spool, _ = sample.walkable("probes", probed, state.own(wanted), False, each=probes.each)
         part = Part(rows, count, count / probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)
-        if inputs.curvature_kind == "mixed":
-            rows, count = sample.gradients()
+        if mixed:
+            rows, count = sample.gradients(step)
             part = mix([part, Part(rows, count, count, _EMPIRICAL_SHARE)], inputs.specs, state.ranks)
     else:
         rows, count = sample.gradients()

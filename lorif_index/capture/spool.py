@@ -1,12 +1,17 @@
-"""Spool: gradients kept on disk for a while, so that several passes need not compute them again."""
+"""Spool: gradients kept on disk for a while, so that several passes need not compute them again.
+
+A row is all layers' parts, one after the other, so that any rows are a view of the file, mapped: to walk them copies
+nothing, and what several small batches wrote is read as large ones.
+"""
 
 from __future__ import annotations
 
+import math
+import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from io import BufferedReader
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +22,9 @@ from ..errors import StoreError
 from .gradients import GradientBlock, LayerGradient
 
 PREFIX = ".spool-"
+# Of the rows that a walk gives at a time: products with fewer take several times as long. What is made of larger ones
+# would be fresh memory each time, which takes longer than the products.
+_READ_BYTES = 16 << 20
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -25,13 +33,26 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One block on disk: where it begins, its ids, and the shapes of each layer's parts, in order."""
+Widths = dict[str, list[tuple[int, ...]]]
+"""Layer -> the shapes of one row's parts, in order."""
+
+
+@dataclass
+class _Run:
+    """Rows of one kind that follow each other on disk."""
 
     offset: int
-    ids: np.ndarray
-    shapes: dict[str, list[tuple[int, ...]]]
+    widths: Widths
+    blocks: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.concatenate(self.blocks)
+
+    @property
+    def numbers(self) -> int:
+        """Of a row."""
+        return sum(math.prod(shape) for shapes in self.widths.values() for shape in shapes)
 
 
 class Spool:
@@ -40,15 +61,17 @@ class Spool:
     def __init__(self, folder: Path, blocks: Iterable[GradientBlock]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
         self._path = self._folder / "rows.raw"
-        self._entries: list[_Entry] = []
+        self._runs: list[_Run] = []
         try:
-            with self._path.open("wb") as file:
+            with self._path.open("wb", buffering=0) as file:
+                room = np.empty(0, dtype=np.float32)
                 for block in blocks:
-                    self._entries.append(_write(file, block))
+                    room = self._write(file, block, room)
         except BaseException:
             self.close()
             raise
-        self.count = sum(len(entry.ids) for entry in self._entries)
+        self._ids = [run.ids for run in self._runs]
+        self.count = sum(len(ids) for ids in self._ids)
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -56,7 +79,7 @@ class Spool:
     @property
     def ids(self) -> np.ndarray:
         """(count,) int64."""
-        return np.concatenate([e.ids for e in self._entries]) if self._entries else np.empty(0, np.int64)
+        return np.concatenate(self._ids) if self._ids else np.empty(0, np.int64)
 
     def __iter__(self) -> Iterator[dict[str, LayerGradient]]:
         """Blocks as a user hands them over."""
@@ -68,30 +91,64 @@ class Spool:
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         return self._read(lambda there: np.isin(there, ids))
 
+    def _write(self, file: BinaryIO, block: GradientBlock, room: np.ndarray) -> np.ndarray:
+        """Adds a block, by way of some memory that is used again."""
+        widths = {name: [tuple(part.shape[1:]) for part in g.parts] for name, g in block.layers.items()}
+        if not self._runs or self._runs[-1].widths != widths:
+            self._runs.append(_Run(file.tell(), widths))
+        run = self._runs[-1]
+        need = block.count * run.numbers
+        room = room if len(room) >= need else np.empty(need, dtype=np.float32)
+        rows, at = torch.from_numpy(room[:need].reshape(block.count, -1)), 0
+        for gradient in block.layers.values():
+            for part in gradient.parts:
+                flat = part.detach().flatten(1)
+                rows[:, at : at + flat.shape[1]] = flat
+                at += flat.shape[1]
+        left = room[:need].data.cast("B")
+        while len(left):
+            # A raw file may take a part of what it is given.
+            left = left[file.write(left) :]
+        run.blocks.append(block.ids)
+        return room
+
     def _read(self, wanted: Callable[[np.ndarray], np.ndarray]) -> Iterator[GradientBlock]:
-        with self._path.open("rb") as file:
-            for entry in self._entries:
-                rows = np.flatnonzero(wanted(entry.ids))
-                if len(rows):
-                    yield _read(file, entry).select(rows)
+        for run, ids in zip(self._runs, self._ids, strict=True):
+            rows = np.flatnonzero(wanted(ids))
+            if len(rows):
+                yield from self._views(run, ids, rows)
+
+    def _views(self, run: _Run, ids: np.ndarray, rows: np.ndarray) -> Iterator[GradientBlock]:
+        size, each = self._path.stat().st_size, 4 * run.numbers
+        if size < run.offset + len(ids) * each:
+            raise StoreError("temporary rows ended early: did something remove or change the build's folder?")
+        # Private: whoever writes into a block changes nothing on disk.
+        mapped = np.memmap(self._path, np.float32, "c", run.offset, (len(ids), run.numbers))
+        every = torch.from_numpy(mapped)
+        at_once = max(_READ_BYTES // each, 1)
+        for part in np.split(rows, range(at_once, len(rows), at_once)):
+            step = int(part[1] - part[0]) if len(part) > 1 else 1
+            even = bool((np.diff(part) == step).all())
+            taken = every[part[0] : part[-1] + 1 : step] if even else every[torch.from_numpy(part)]
+            yield GradientBlock(ids[part], _layers(taken, run.widths))
+            _forget(mapped)
 
 
-def _write(file: BinaryIO, block: GradientBlock) -> _Entry:
-    offset = file.tell()
-    for gradient in block.layers.values():
-        for part in gradient.parts:
-            file.write(part.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B"))
-    shapes = {name: [tuple(part.shape) for part in gradient.parts] for name, gradient in block.layers.items()}
-    return _Entry(offset, block.ids, shapes)
+def _layers(rows: torch.Tensor, widths: Widths) -> dict[str, LayerGradient]:
+    """Views of rows (n, numbers)."""
+    out, at = {}, 0
+    for name, shapes in widths.items():
+        parts = []
+        for shape in shapes:
+            wide = math.prod(shape)
+            parts.append(rows[:, at : at + wide].unflatten(1, shape))
+            at += wide
+        out[name] = LayerGradient(parts)
+    return out
 
 
-def _read(file: BufferedReader, entry: _Entry) -> GradientBlock:
-    file.seek(entry.offset)
-    layers = {}
-    for name, shapes in entry.shapes.items():
-        parts = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
-        for part in parts:
-            if file.readinto(part.numpy().data.cast("B")) < 4 * part.numel():
-                raise StoreError("temporary rows ended early: did something remove or change the build's folder?")
-        layers[name] = LayerGradient(parts)
-    return GradientBlock(entry.ids, layers)
+def _forget(mapped: np.memmap) -> None:
+    """Pages that were read need not stay in this process's memory; they would come back from the file."""
+    pages = mapped._mmap  # type: ignore[attr-defined]
+    if hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)

@@ -32,7 +32,7 @@ from .sides import Sides, fit_sides, turns
 if TYPE_CHECKING:
     from ..config import BuildConfig
 
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 4 << 20
 # Rows are thinned to so many numbers, but to no fewer rows: each is read several times, and what is fitted of 2,048 is
 # nearly as good as of 4,096.
 _NUMBERS, _LEAST_ROWS = 1 << 30, 2048
@@ -74,14 +74,37 @@ class CurvatureShape:
             whole = dim if self.rank is None else int(self.rank)
         return min(whole, dim) if rows is None else min(whole, dim, rows)
 
-    def fit(self, name: str, dim: int, rows: int, seed: int, device: torch.device) -> SubspaceFit:
+    def fit(
+        self, name: str, dim: int, rows: int, seed: int, device: torch.device, lift: Scaled | None = None
+    ) -> SubspaceFit:
         """Of one layer's directions, by so many rows."""
-        return SubspaceFit(("curvature", name), dim, self.directions(dim), rows, seed, device)
+        return SubspaceFit(("curvature", name), dim, self.directions(dim), rows, seed, device, lift=lift)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The map (see `Lift`) of a layer's gradients to its sides' coordinates, each times a scale.
+
+    Attributes:
+        sides: of the layer.
+        scale: (D,).
+    """
+
+    sides: Sides
+    scale: torch.Tensor
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.sides.turned(rows) * self.scale.to(rows.dtype)
+
+    def back(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.sides.turned_back(rows * self.scale.to(rows.dtype))
 
 
 def fit_bytes(shape: CurvatureShape, specs: Mapping[str, LayerSpec], group_bytes: int) -> int:
     """Memory that fitting the curvature takes at once: blocks or dense matrices, in groups of layers."""
-    fits = [shape.fit(name, spec.dim, spec.dim, 0, torch.device("cpu")) for name, spec in specs.items()]
+    cpu = torch.device("cpu")
+    maps = {name: Scaled(Sides((spec.d_in, spec.d_out), None, None), torch.empty(0)) for name, spec in specs.items()}
+    fits = [shape.fit(name, spec.dim, spec.dim, 0, cpu, maps[name]) for name, spec in specs.items()]
     sides = sum(8 * (sum(w**2 for w in (spec.d_in, spec.d_out) if turns(w)) + spec.dim) for spec in specs.values())
     return min(sum(fit.held_bytes for fit in fits), group_bytes) + max((fit.nbytes for fit in fits), default=0) + sides
 
@@ -225,7 +248,7 @@ def fit_curvature(
     """
     if count == 0:
         raise CurvatureError("there are no rows to fit the curvature from: pass more data, or curvature=")
-    step = _thinning(count, specs)
+    step = thinning(count, specs)
     rows = thinned(rows, step) if step > 1 else rows
     stage.total = (stage.total or 0) + 2 * -(-count // step)
     sides, used = fit_sides(rows, -(-count // step), specs, stage.advance, device, ranks)
@@ -233,7 +256,10 @@ def fit_curvature(
         examples, count = examples * used / count, used
     squares = _squares(rows, count, sides, examples, stage, device, ranks)
     scales = {name: _scale(found, shape.share) for name, found in squares.items()}
-    fits = {name: shape.fit(name, spec.dim, count, seed, device) for name, spec in specs.items()}
+    fits = {
+        name: shape.fit(name, spec.dim, count, seed, device, Scaled(sides[name], scales[name]))
+        for name, spec in specs.items()
+    }
 
     def planned(passes: int) -> None:
         stage.total = (stage.total or 0) + passes * count
@@ -242,8 +268,7 @@ def fit_curvature(
         seen = 0
         for block in rows():
             for name, fit in active.items():
-                for turned in _turned(block.layers[name], sides[name], device):
-                    fit.add(turned.mul_(scales[name]))
+                fit.add(block.layers[name].flat().to(device, torch.float32))
             seen += block.count
             stage.advance(block.count)
         walked.append(seen)
@@ -254,7 +279,6 @@ def fit_curvature(
         _check_counts(walked, count, ranks)
         walked.clear()
         trace = float(squares[name].sum())
-        refuse_overflow(name, torch.tensor(pairs.trace))
         values = pairs.values[: pairs.vectors.shape[1]].double()
         factor = pairs.vectors.double() * values.sqrt() / scales[name].cpu().double()[:, None]
         spectrum = pairs.values if shape.share == 0 else factor.square().sum(dim=0).sort(descending=True).values
@@ -271,10 +295,10 @@ def fit_curvature(
     return fitted
 
 
-def _thinning(count: int, specs: Mapping[str, LayerSpec]) -> int:
-    """Every how many rows one is taken."""
+def thinning(count: int, specs: Mapping[str, LayerSpec], parts: int = 1) -> int:
+    """Every how many rows one is taken: of so many, in parts that are thinned one by one."""
     most = max(_NUMBERS // sum(spec.dim for spec in specs.values()), _LEAST_ROWS)
-    return max(-(-count // most), 1)
+    return 1 if count <= most else -(-count // (most - parts))
 
 
 def thinned(rows: RowPass, step: int) -> RowPass:
@@ -311,7 +335,7 @@ def _squares(
         for block in rows():
             for name, pair in sides.items():
                 for turned in _turned(block.layers[name], pair, device):
-                    sums[name] += turned.square_().sum(dim=0)
+                    sums[name] += turned.square().sum(dim=0)
             seen += block.count
             stage.advance(block.count)
     _check_counts([seen], count, ranks)
@@ -327,13 +351,12 @@ def _squares(
 
 
 def _turned(gradient: LayerGradient, sides: Sides, device: torch.device) -> Iterator[torch.Tensor]:
-    """Pieces (b, D) float32 of gradients in the sides' coordinates, which may be written to. Large ones would be fresh
-    memory each time, which takes longer than the products."""
+    """Pieces (b, D) float32 of gradients in the sides' coordinates. Large ones would be fresh memory each time, which
+    takes longer than the products."""
     step = max(_PIECE_BYTES // (4 * sides.dim), 1)
     for start in range(0, gradient.count, step):
         part = gradient.select(slice(start, start + step)).flat().to(device, torch.float32)
-        turned = sides.turned(part)
-        yield turned.clone() if turned.data_ptr() == part.data_ptr() else turned
+        yield sides.turned(part)
 
 
 def _scale(squares: torch.Tensor, share: float) -> torch.Tensor:

@@ -16,9 +16,9 @@ from ..capture.gradients import GradientBlock, LayerSpec
 from ..linalg.subspace import with_fixed_signs
 from ..ranks import ALONE, Ranks, shared_out
 
-# The sides are taken of about so many rows, evenly spread: they need not be exact, since what is fitted in them is the
-# second moment of all rows.
-_ROWS = 2048
+# The sides are taken of rows of about so many numbers, evenly spread, but of at least so many rows: they need not be
+# exact, since what is fitted in them is the second moment of all rows.
+_NUMBERS, _ROWS = 1 << 28, 512
 
 
 # A wider side, such as a head's words, keeps its own basis: its eigenvectors would be a matrix of its width squared,
@@ -82,7 +82,7 @@ def fit_sides(
         device: where the products are computed.
         ranks: who have the rows.
     """
-    step, at = max(count // _ROWS, 1), 0
+    step, at = max(count // max(_NUMBERS // sum(spec.dim for spec in specs.values()), _ROWS), 1), 0
     sums = {
         name: [_zeros(width, device) if turns(width) else None for width in (spec.d_in, spec.d_out)]
         for name, spec in specs.items()

@@ -4,6 +4,9 @@ Subspace iteration with a Rayleigh-Ritz pass at the end (Halko, Martinsson and T
 r + 10 directions is multiplied by sum g g^T in each pass, O(D r) memory. The curvature of a layer and the principal
 components of a sketch are both found so.
 
+Rows may stand for M g, of a linear map M (`Lift`): the sum of M g (M g)^T B is M (sum g g^T (M^T B)), so that M is
+applied to the block of directions once a pass and never to the rows.
+
 Over several ranks each walks its own rows. A pass's partial sums, D x (r + 10), are reduced to the rank that owns the
 fit, which orthonormalises them and spreads the basis: the bytes of a ring all-reduce, each factorisation done once
 and the fits of different layers side by side, and the same basis to the last bit everywhere. (Giving each rank some
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +44,7 @@ class Eigenpairs:
     Attributes:
         vectors: (D, r) float32, orthonormal columns, in falling order; signs are fixed.
         values: (at least r,) float64, falling: those of the vectors and up to 10 more.
-        trace: the rows' squared norms, summed and divided likewise; exact.
+        trace: the rows' squared norms, summed and divided likewise; exact. Of M g it is 0.
     """
 
     vectors: torch.Tensor
@@ -55,6 +58,18 @@ def with_fixed_signs(vectors: torch.Tensor) -> torch.Tensor:
     return vectors * torch.sign(torch.gather(vectors, 0, largest))
 
 
+class Lift(Protocol):
+    """A linear map M of rows (n, D)."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """M g of each row g, (n, D)."""
+        ...
+
+    def back(self, rows: torch.Tensor) -> torch.Tensor:
+        """M^T g of each row g, (n, D)."""
+        ...
+
+
 class SubspaceFit:
     """The state of one fit: a sketch that becomes an orthonormal block, then Rayleigh-Ritz inside it.
 
@@ -66,9 +81,10 @@ class SubspaceFit:
         seed: of the starting block.
         device: where the products are computed.
         whole_up_to: a D up to which the dense matrix is held, whatever the rank.
+        lift: M, where the sum is of M g of the rows g; None: of the rows.
 
     Attributes:
-        trace: squared norms of the rows seen, summed.
+        trace: squared norms of the rows seen, summed; with M it is not looked at, and 0.
     """
 
     def __init__(
@@ -81,6 +97,7 @@ class SubspaceFit:
         device: torch.device,
         *,
         whole_up_to: int = 0,
+        lift: Lift | None = None,
     ) -> None:
         self.dim = dim
         self.device = device
@@ -90,12 +107,15 @@ class SubspaceFit:
         self.exact = self.block >= dim
         self._key = key
         self._seed = seed
+        self._lift = lift
         self.trace = 0.0
         self._squares = torch.zeros((), dtype=torch.float64)
-        self._last, self._tracing = False, True
+        self._last, self._tracing = False, lift is None
         # Of the rows that wait to be added, the first so many are there.
         self._held = 0
         self._basis: torch.Tensor
+        # What rows are multiplied by: the basis, or M^T times it.
+        self._block: torch.Tensor
         self._sum: torch.Tensor
         self._room: torch.Tensor
         self.forget()
@@ -104,7 +124,8 @@ class SubspaceFit:
     def nbytes(self) -> int:
         """Memory that the fit takes."""
         held = 4 * self.dim * 2 * _TOGETHER if self.exact else 0
-        return 4 * self.dim * self.block * (3 if self.exact else 2) + 8 * self.block**2 + held
+        blocks = 3 if self.exact or self._lift is not None else 2
+        return 4 * self.dim * self.block * blocks + 8 * self.block**2 + held
 
     @property
     def held_bytes(self) -> int:
@@ -134,7 +155,11 @@ class SubspaceFit:
             generator = np.random.Generator(keyed_generator(self._seed, *self._key))
             start = generator.standard_normal((self.dim, self.block), dtype=np.float32)
             self._basis = torch.from_numpy(start).to(self.device)
+            self._block = self._lifted_basis()
         return True
+
+    def _lifted_basis(self) -> torch.Tensor:
+        return self._basis if self._lift is None else self._lift.back(self._basis.T).T.contiguous()
 
     def add(self, g: torch.Tensor) -> None:
         """Takes rows (b, D)."""
@@ -145,10 +170,10 @@ class SubspaceFit:
         if self.exact:
             self._hold(g)
         elif self._last:
-            projected = g @ self._basis
+            projected = g @ self._block
             self._sum += projected.T @ projected
         else:
-            self._sum.addmm_(g.T, g @ self._basis)
+            self._sum.addmm_(g.T, g @ self._block)
 
     def _hold(self, g: torch.Tensor) -> None:
         """Copies rows, whose memory may be used again, until there are enough of them."""
@@ -179,7 +204,8 @@ class SubspaceFit:
         """On the owner, between two passes: the sketch becomes the next basis."""
         if not self._last:
             # Scaled first: sums of squares of very small gradients would leave float32's range in the factorisation.
-            sketch = self._sum.double()
+            lifted = self._sum if self._lift is None else self._lift.forward(self._sum.T).T
+            sketch = lifted.double()
             peak = sketch.abs().amax()
             self._basis = torch.linalg.qr(sketch / torch.where(peak > 0, peak, 1.0)).Q.float().contiguous()
 
@@ -187,11 +213,17 @@ class SubspaceFit:
         """All ranks get the owner's basis."""
         if not self._last:
             self._basis = ranks.spread(self._basis, owner)
+            self._block = self._lifted_basis()
             self._sum = torch.empty(0)
 
     def result(self, divisor: float) -> Eigenpairs:
         """The eigenpairs of the sum divided by `divisor`, on the owner; the fit is used up."""
-        values, vectors = torch.linalg.eigh(self._sum / divisor)
+        moment = self._sum / divisor
+        if self.exact and self._lift is not None:
+            # M C M^T of a symmetric C.
+            moment = self._lift.forward(self._lift.forward(moment).T)
+            moment = (moment + moment.T) / 2
+        values, vectors = torch.linalg.eigh(moment)
         values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)[:, : self.rank]
         basis = vectors if self.exact else self._basis.double() @ vectors
         self.forget()
@@ -203,7 +235,7 @@ class SubspaceFit:
     def forget(self) -> None:
         """Gives its memory back, if it has any yet."""
         # The block that rows are multiplied by, what is summed in a pass, and rows that wait to be added.
-        self._basis = self._sum = self._room = torch.empty(0)
+        self._basis = self._block = self._sum = self._room = torch.empty(0)
 
     def empty(self) -> Eigenpairs:
         """Room for a result that another rank has."""

@@ -54,6 +54,7 @@ def test_main_path(
         projection_dim=projection,
         rank=rank,
         curvature_rank=curvature_rank,
+        power_iterations=2,
         dtype=dtype,
         layers=made.selection,
         batch_size=16,

@@ -33,6 +33,8 @@ CASES = {
 }
 # Of the largest entry, in float32.
 TOLERANCE = 1e-5
+# Scores under a curvature that is fitted in each case's own order of sums.
+SCORES = 1e-4
 EVERYTHING = LayerSelection(embeddings=True, head=True)
 
 
@@ -67,7 +69,8 @@ def test_a_sharded_model_has_the_gradients_of_the_unsharded_one(
         assert found is not None, "a case before it failed"
         assert "raised" not in found, f"rank {rank}: {found['raised']}"
         assert found, "nothing was compared"
-        assert not {what: value for what, value in found.items() if not value <= TOLERANCE}, f"rank {rank}"
+        allowed = {what: SCORES if what == "index" else TOLERANCE for what in found}
+        assert not {what: value for what, value in found.items() if not value <= allowed[what]}, f"rank {rank}"
 
 
 def test_every_case_is_listed(figures: dict[tuple[int, int], dict[str, dict[str, Any]]]) -> None:
