@@ -48,6 +48,11 @@ class SampleRows:
         """Sorted ids of the sample."""
         return np.sort(self.drawn(self._inputs.config.sample.size))
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the gradients, once they were taken, are kept there; the same on all ranks."""
+        return self._kept is not None
+
     def gradients(self, step: int = 1) -> tuple[RowPass, int]:
         """Unfactored gradients of this rank's part, the same at each walk, or every step-th of them; and how many there
         are in the whole."""
@@ -63,7 +68,6 @@ class SampleRows:
             return self._taken
         kept = self._kept
         if kept is None:
-            # On all ranks, or on none.
             some = self._state.own(self.ids[::step])
             return self.walkable("sample", self._inputs.source, some, False)[:2]
         return (lambda: kept.sample(kept.ids[::step])), self._state.ranks.count(len(kept.ids[::step]))

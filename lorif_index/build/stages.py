@@ -41,15 +41,20 @@ _EMPIRICAL_SHARE = 0.25
 def fit_projections(inputs: Inputs, state: BuildState, sample: SampleRows) -> None:
     """Learns the projections, by a first pass over some of the sample, where they are learnt and not known yet."""
     if inputs.config.projection == "eigen" and "projections" not in state.manifest.fits:
-        ids = state.own(np.sort(sample.drawn(min(inputs.config.sample.size, eigenbases.SAMPLE))))
         layers = inputs.capture.layers if inputs.capture is not None else []
         sides = eigenbases.fitted_sides(inputs.specs, layers)
         if sides:
-            given = inputs.walk_sides(ids, sides)
 
-            def walk(sink: eigenbases.Sink) -> None:
-                given(sink if state.data.first else lambda _, rows: None)
+            def walk_of(examples: int) -> eigenbases.Walk:
+                given = inputs.walk_sides(state.own(np.sort(sample.drawn(examples))), sides)
+                return lambda sink: given(sink if state.data.first else lambda _, rows: None)
 
+            size = min(inputs.config.sample.size, inputs.source.count)
+            if size > eigenbases.LEAST:
+                counted = eigenbases.COUNTED
+                enough = eigenbases.enough(walk_of(counted), counted, inputs.specs, sides, state.ranks)
+                size = min(enough, size)
+            walk = walk_of(size)
             with state.stage("projections") as stage:
                 found = eigenbases.fit_eigenbases(
                     walk, inputs.specs, sides, inputs.config.seed, inputs.device, stage, state.ranks
@@ -73,11 +78,16 @@ def choose_codec(inputs: Inputs, state: BuildState, sample: SampleRows) -> None:
     if not is_open(inputs.config, inputs.specs):
         state.manifest.codec = chosen_codec(inputs.config, inputs.specs, ())
     else:
+        rows, _ = sample.gradients()
         found = None
         with state.ranks.jointly():
-            # All ranks take the same gradients: passes of a sharded model are one of all of them.
-            few = inputs.source.sample(sample.ids[:MEASURED])
-            found = chosen_codec(inputs.config, inputs.specs, finite_blocks(few, inputs.config.on_nonfinite, []))
+            if sample.on_disk:
+                few = rows()
+            else:
+                # All ranks take the same gradients: passes of a sharded model are one of all of them.
+                taken = inputs.source.sample(sample.ids[:MEASURED])
+                few = finite_blocks(taken, inputs.config.on_nonfinite, [])
+            found = chosen_codec(inputs.config, inputs.specs, few)
         state.manifest.codec = str(state.ranks.told(found))
     state.note()
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import CurvatureError
 from ..linalg.projection import Projections
-from ..linalg.subspace import SubspaceFit, fit_in_groups
+from ..linalg.subspace import GROUP_BYTES, SubspaceFit, fit_in_groups, together_bytes
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
 from .data import ExampleSource, first_batch
@@ -30,10 +30,14 @@ from .sharded import lockstep
 Side = tuple[str, str]
 """(layer, "in" or "out")."""
 
-# Examples that the second moments are taken of, at most.
-SAMPLE = 4096
-# Widths up to which a second moment is held whole, so that one walk is enough.
-_WHOLE_UP_TO = 4096
+# Examples that the second moments are taken of: as many as give each side so many positions for each of its features,
+# but at least and at most so many.
+POSITIONS, LEAST, SAMPLE = 64, 512, 4096
+# Examples whose positions are counted.
+COUNTED = 32
+# Widths up to which a second moment is held whole, so that one walk is enough: the largest of which all sides have room
+# together.
+_WHOLE_UP_TO = (4096, 2048, 1024, 512, 0)
 POWER_ITERATIONS = 2
 _BATCH_ROWS = 4096
 # The share of an example's largest output gradient from which on a position counts: 256 float32 epsilons. A gradient
@@ -63,12 +67,33 @@ def side_fits(
     specs: dict[str, LayerSpec], sides: Iterable[Side], seed: int, device: torch.device
 ) -> dict[Side, SubspaceFit]:
     """A fit for each side, not begun."""
-    fits = {}
-    for name, side in sides:
-        width, dim = specs[name].side(side)
-        key = ("projection", name, side)
-        fits[name, side] = SubspaceFit(key, width, dim, dim, seed, device, whole_up_to=_WHOLE_UP_TO)
+    sides, fits = list(sides), {}
+    for whole in _WHOLE_UP_TO:
+        for name, side in sides:
+            width, dim = specs[name].side(side)
+            key = ("projection", name, side)
+            fits[name, side] = SubspaceFit(key, width, dim, dim, seed, device, whole_up_to=whole)
+        if together_bytes(fits.values()) <= GROUP_BYTES:
+            break
     return fits
+
+
+def enough(walk: Walk, counted: int, specs: dict[str, LayerSpec], sides: list[Side], ranks: Ranks = ALONE) -> int:
+    """How many examples the second moments are taken of; a walk over some of them, so many of all ranks, counts their
+    positions."""
+    seen = dict.fromkeys(sides, 0)
+
+    def count(side: Side, rows: torch.Tensor) -> None:
+        if side in seen:
+            seen[side] += len(rows)
+
+    with ranks.jointly():
+        walk(count)
+    most = LEAST
+    for (name, side), positions in zip(sides, ranks.sum(torch.tensor(list(seen.values()))).tolist(), strict=True):
+        wanted = POSITIONS * specs[name].side(side)[0] * counted
+        most = max(most, SAMPLE if not positions else -(-wanted // positions))
+    return min(most, SAMPLE)
 
 
 def fit_eigenbases(
@@ -83,8 +108,8 @@ def fit_eigenbases(
     """(width, d) float32 orthonormal columns for each side, in falling order of eigenvalue; signs are fixed. Over
     several ranks, which each walk their own examples, they are rank 0's.
 
-    Eigenvectors are found in float64. A side up to 4,096 wide takes one walk over the data; wider ones are found by
-    subspace iteration in four, as many together as 4 GiB hold.
+    Eigenvectors are found in float64. Sides up to 4,096 wide take one walk over the data, where 4 GiB hold all their
+    second moments; else wide ones are found by subspace iteration in four, as many together as 4 GiB hold.
 
     Raises:
         CurvatureError: a side whose rows are all zero.

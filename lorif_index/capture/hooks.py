@@ -337,11 +337,11 @@ class Capture:
             if self._push is None:
                 return replaced
             with torch.autocast(x.device.type, enabled=False):
-                there = left
+                there = left.to(_working(output.dtype)) if left.is_floating_point() else left
                 if padded is not None:
                     # Padding has no gradient, so that the weight's change does not reach it either.
-                    at, real = padded.reshape(self._n, -1), left.is_floating_point()
-                    there = left.masked_fill(at.unsqueeze(2), 0.0) if real else left.masked_fill(at, _NO_WORD)
+                    at, real = padded.reshape(self._n, -1), there.is_floating_point()
+                    there = there.masked_fill(at.unsqueeze(2), 0.0) if real else there.masked_fill(at, _NO_WORD)
                 return self._push(layer, use, there, target)
 
         return hook
@@ -361,11 +361,11 @@ class Capture:
         if isinstance(use.module, nn.Embedding):
             # Words that keep their own width stay numbers until their gradients are there.
             return x.local if matrix is None else matrix[x.local]
-        x = x.map(lambda own: own.to(work))
         if matrix is None:
+            # In its own number type until its gradient is there: a whole model's inputs are held meanwhile.
             extra, whole = width - use.inputs, x.whole()
             return functional.pad(whole, (0, extra), value=1.0 if use.bias else 0.0) if extra else whole
-        projected = x.times(matrix[: use.inputs])
+        projected = x.map(lambda own: own.to(work)).times(matrix[: use.inputs])
         return projected + matrix[use.inputs] if use.bias else projected
 
     def _project_output(self, layer: str, use: Use, dy: Columns) -> torch.Tensor:
@@ -396,7 +396,8 @@ class Capture:
             return
         self._check_rows(use, dy, "output gradient")
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            work = left.dtype if left.is_floating_point() else _working(dy.dtype)
+            work = _working(dy.dtype)
+            left = left.to(work) if left.is_floating_point() else left
             part = _columns(use, dy.detach(), spread, "output").map(lambda own: own.to(work))
             if padded is not None:
                 part = part.map(lambda own: own.masked_fill(padded.unsqueeze(-1), 0.0))

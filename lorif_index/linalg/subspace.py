@@ -15,7 +15,7 @@ layers' rows instead would move D floats a row and layer: more as soon as a rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -245,14 +245,20 @@ class SubspaceFit:
 
 def grouped(fits: Mapping[Key, SubspaceFit]) -> Iterator[list[tuple[Key, SubspaceFit]]]:
     """Fits that go through their passes together, in order: as many as `GROUP_BYTES` hold, or one that is larger."""
-    pending = list(fits.items())
-    while pending:
-        group = [pending.pop(0)]
-        used = group[0][1].nbytes
-        while pending and used + pending[0][1].nbytes <= GROUP_BYTES:
-            used += pending[0][1].nbytes
-            group.append(pending.pop(0))
+    group: list[tuple[Key, SubspaceFit]] = []
+    for key, fit in fits.items():
+        if group and together_bytes([*(other for _, other in group), fit]) > GROUP_BYTES:
+            yield group
+            group = []
+        group.append((key, fit))
+    if group:
         yield group
+
+
+def together_bytes(fits: Iterable[SubspaceFit]) -> int:
+    """Memory of fits that go through their passes together: what all hold, and the factorisation of one at a time."""
+    fits = list(fits)
+    return sum(fit.held_bytes for fit in fits) + max((fit.nbytes - fit.held_bytes for fit in fits), default=0)
 
 
 def fit_in_groups(

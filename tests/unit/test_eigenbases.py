@@ -61,7 +61,7 @@ def same_space(a: np.ndarray, b: np.ndarray) -> float:
 def test_projections_are_the_leading_eigenvectors(
     make: Any, layer: str, whole_up_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eigenbases, "_WHOLE_UP_TO", whole_up_to)
+    monkeypatch.setattr(eigenbases, "_WHOLE_UP_TO", (whole_up_to,))
     monkeypatch.setattr("lorif_index.linalg.subspace.OVERSAMPLING", 2)
     case = make()
     config = BuildConfig(projection_dim=4, layers=[layer], batch_size=7)
