@@ -264,13 +264,16 @@ class Ranks:
 
     def _meet(self) -> None:
         """A barrier that says who is missing."""
+        if self._group is None:
+            return
         if not self._cpu:
             with self._talking(torch.empty(0), 0.0):
                 dist.barrier(group=self._group, device_ids=[torch.cuda.current_device()])
             return
         try:
-            # Rank 0 hears from each of the others, so that it can say who did not come.
-            dist.monitored_barrier(group=self._group, timeout=_timeout(self._group), wait_all_ranks=True)
+            # Rank 0 hears from each of the others, so that it can say who did not come. The group's own method goes to
+            # its backend for CPUs; torch.distributed's function refuses every group that is not "gloo" by name.
+            self._group.monitored_barrier(_timeout(self._group), wait_all_ranks=True)  # type: ignore[attr-defined]
         except RuntimeError as error:
             raise self._lost(error) from None
 
