@@ -25,6 +25,8 @@ from lorif_index.identity import Identity
 from lorif_index.ranks import Ranks
 from lorif_index.snapshot import Access, Snapshot
 
+# What torch calls the same CPU backend where no other is asked for, and where each device has its own.
+BACKENDS = ["gloo", "cpu:gloo"]
 # Seconds that is waited for processes that work, on a machine ten times slower.
 PATIENCE = 1200
 COUNT, WORDS, LENGTH = 1400, 40, 10
@@ -114,9 +116,9 @@ def finish(processes: list[Any], out: Path, seconds: float = PATIENCE) -> list[d
     return [json.loads(file.read_text()) if file.exists() else {} for file in files]
 
 
-def together(size: int, what: str, out: Path, **given: Any) -> list[Any]:
+def together(size: int, what: str, out: Path, backend: str = BACKENDS[0], **given: Any) -> list[Any]:
     """What each of some ranks finds."""
-    said = finish(start(size, what, out, given=given), out)
+    said = finish(start(size, what, out, backend=backend, given=given), out)
     assert all("result" in one for one in said), said
     return [one["result"] for one in said]
 
@@ -126,7 +128,7 @@ def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": options.get("host", "127.0.0.1"), "MASTER_PORT": str(port)}
     wait = timedelta(seconds=options.get("timeout", 600))
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=wait)
+    dist.init_process_group(options.get("backend", BACKENDS[0]), rank=rank, world_size=size, timeout=wait)
     Path(f"{out}-{rank}.joined").touch()
     said: dict[str, Any] = {}
     try:
