@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lorif_index import BuildConfig, Index
-from lorif_index.errors import DataError, QueryError
+from lorif_index.errors import DataError, QueryError, message_of
 from lorif_index.identity import Identity
 from lorif_index.ranks import Ranks
 from lorif_index.snapshot import Access, Snapshot
@@ -134,7 +134,7 @@ def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out
     try:
         said["result"] = JOBS[what](rank, size, **options.get("given", {}))
     except Exception as error:
-        said["error"] = [type(error).__name__, str(error)]
+        said["error"] = [type(error).__name__, message_of(error)]
     Path(f"{out}-{rank}.json").write_text(json.dumps(said))
     if "error" not in said:
         dist.destroy_process_group()
@@ -297,6 +297,30 @@ def bad_example(rank: int, size: int, folder: str) -> None:
     )
 
 
+def fails_in_a_pass(rank: int, size: int, folder: str, at: int, how: str, seconds: float) -> None:
+    """A build with a sharded model, whose loss fails for one example while it is encoded."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, bad, armed = make_model(), sequences()[at], []
+    fully_shard(model.up)
+    fully_shard(model)
+
+    def own(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        here = (batch == bad).all(dim=1)
+        if armed and how == "raises" and here.any():
+            raise ZeroDivisionError("no loss")
+        return loss(model, batch) * torch.where(here, float("nan") if armed else 1.0, 1.0)
+
+    def arm(event: Any) -> None:
+        if event.stage == "encode" and not armed:
+            # What comes before is waited for as long as it takes.
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+            armed.append(True)
+
+    config = settings(projection="random")
+    Index.build(Path(folder) / "index", model=model, data=sequences(), loss=own, config=config, progress=arm)
+
+
 def disagree(rank: int, size: int, folder: str) -> None:
     Index.build(
         Path(folder) / "index",
@@ -360,6 +384,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "account": account,
     "hang": hang,
     "bad_example": bad_example,
+    "fails_in_a_pass": fails_in_a_pass,
     "disagree": disagree,
     "open_part": open_part,
     "memory": memory,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE
+from distributed_job import finish, start
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection
 from lorif_index.capture.sharded import DataRanks, data_ranks, lockstep, needs_lockstep, unwrapped
 from lorif_index.capture.sources import ModelCapture, model_digest
-from lorif_index.errors import ConfigError, DataError
+from lorif_index.errors import ConfigError, DataError, NotAnIndexError
 
 CASES = {
     2: (
@@ -76,6 +78,28 @@ def test_a_sharded_model_has_the_gradients_of_the_unsharded_one(
 def test_every_case_is_listed(figures: dict[tuple[int, int], dict[str, dict[str, Any]]]) -> None:
     for ranks, cases in CASES.items():
         assert list(figures[ranks, 0]) == cases
+
+
+@pytest.mark.parametrize(
+    ("backend", "how", "rank"), [("gloo", "raises", 0), ("gloo", "is NaN", 1), ("cpu:gloo", "raises", 1)]
+)
+def test_an_error_inside_of_a_pass_ends_all_ranks(backend: str, how: str, rank: int, tmp_path: Path) -> None:
+    """One rank leaves a pass that the other waits in: by the time-out, both have an error."""
+    at, out = (300, 1390)[rank], tmp_path / "said"
+    given = {"folder": str(tmp_path), "at": at, "how": how, "seconds": 3.0}
+    # Until then, no other time-out passes.
+    said = finish(start(2, "fails_in_a_pass", out, backend=backend, given=given), out, seconds=500)
+    kind, text = said[rank]["error"]
+    if how == "raises":
+        assert kind == "ZeroDivisionError" and "examples" in text
+        first, last = (int(word) for word in re.findall(r"examples (\d+) to (\d+)", text)[0])
+        assert first <= at <= last < first + 32
+    else:
+        assert kind == "NonFiniteError" and f"example {at} " in text
+    kind, text = said[1 - rank]["error"]
+    assert kind == "DistributedError" and "while doing 'encode'" in text
+    with pytest.raises(NotAnIndexError, match="interrupted"):
+        Index.open(tmp_path / "index")
 
 
 # -- one process -------------------------------------------------------------------------------------------------------
