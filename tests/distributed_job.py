@@ -258,7 +258,7 @@ def rerank(rank: int, size: int, folder: str) -> list[Any]:
 def leave_at(
     rank: int, size: int, folder: str, kind: str, where: str, apart: bool = False, coarse: dict[str, Any] | None = None
 ) -> int:
-    """A build, which rank 1 leaves without a word at a stage, or before it is finished."""
+    """A build, which rank 1 leaves without a word at a stage, before it is finished, or in place of its own commit."""
 
     def told(event: Any) -> None:
         if rank == 1 and event.stage == where:
@@ -268,6 +268,10 @@ def leave_at(
         from lorif_index.build.state import BuildState
 
         BuildState.commit = lambda self: os._exit(3)  # type: ignore[method-assign]
+    if rank == 1 and where == "commit":
+        from lorif_index.storage.manifest import Manifest
+
+        Manifest.commit = lambda self, folder: os._exit(3)  # type: ignore[method-assign]
     place = Path(folder) / (f"part-{rank}" if apart else "index")
     config = settings(store=kind, coarse={"queries": 8} | (coarse or {}))
     index = Index.build(place, model=make_model(), data=sequences(), loss=loss, config=config, progress=told)

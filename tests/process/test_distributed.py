@@ -270,6 +270,30 @@ def test_builds_in_two_folders_go_on_with_another_coarse_index(
         np.testing.assert_array_equal(hits.ids[:, 0], np.arange(4))
 
 
+def test_a_build_killed_between_the_commits_of_its_folders_goes_on(tmp_path: Path) -> None:
+    given = {"folder": str(tmp_path), "kind": "eigen", "apart": True}
+    parts = [tmp_path / f"part-{rank}" for rank in range(2)]
+    said = finish(start(2, "leave_at", tmp_path / "left", given=given | {"where": "commit"}), tmp_path / "left")
+    assert said[0]["error"][0] == "DistributedError" and not said[1], said
+    assert [(part / "manifest.json").exists() for part in parts] == [True, False]
+    rows = {path: path.stat().st_ino for path in shards_in(tmp_path)}
+    # Of something else, it leaves what is there.
+    given["where"] = ""
+    said = finish(start(2, "leave_at", tmp_path / "other", given=given | {"kind": "factors"}), tmp_path / "other")
+    assert {one["error"][0] for one in said} == {"FingerprintError"}, said
+    assert (parts[0] / "manifest.json").exists()
+    assert together(2, "leave_at", tmp_path / "last", **given) == [COUNT] * 2
+    assert rows == {path: path.stat().st_ino for path in shards_in(tmp_path)}
+    opened = {"folder": str(tmp_path), "parts": [part.name for part in parts]}
+    assert together(2, "open_part", tmp_path / "opened", **opened) == [COUNT] * 2
+    for part in parts:
+        assert not (part / "building.json").exists()
+        with Index.open(part) as index:
+            index.verify()
+    said = finish(start(2, "leave_at", tmp_path / "again", given=given), tmp_path / "again")
+    assert {one["error"][0] for one in said} == {"IndexExistsError"}, said
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_hung_rank_is_named_and_leaves_no_index(backend: str, tmp_path: Path) -> None:
     out = tmp_path / "said"
