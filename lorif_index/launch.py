@@ -42,7 +42,7 @@ def joined(timeout: float) -> Iterator[bool]:
         store, rank, size = next(rendezvous("env://", timeout=wait))
         # An elastic agent's store outlives its ranks: a later attempt must not find the addresses of the last.
         store = PrefixStore(f"lorif/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if gpu else "cpu:gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(

@@ -217,6 +217,8 @@ class Ranks:
     def jointly(self, stage: str | None = None) -> Iterator[None]:
         """Work that each rank does by itself, without talking to the others; if it fails on one, it fails on all.
 
+        Passes of a sharded model are the exception: ranks that wait in one learn of a failure by the time-out.
+
         Raises:
             LorifError: of the class that another rank raised, naming the rank. DistributedError: another rank raised
             something else, or did not come in time.
@@ -230,6 +232,10 @@ class Ranks:
         try:
             yield
         except Exception as raised:
+            if _is_of_network(raised):
+                # A pass of a sharded model talks to the others by itself: one of them has left it, and a wait for them
+                # here would only be the second.
+                raise self._lost(raised) from None
             error = raised
         try:
             self._meet()
@@ -264,13 +270,16 @@ class Ranks:
 
     def _meet(self) -> None:
         """A barrier that says who is missing."""
+        if self._group is None:
+            return
         if not self._cpu:
             with self._talking(torch.empty(0), 0.0):
                 dist.barrier(group=self._group, device_ids=[torch.cuda.current_device()])
             return
         try:
-            # Rank 0 hears from each of the others, so that it can say who did not come.
-            dist.monitored_barrier(group=self._group, timeout=_timeout(self._group), wait_all_ranks=True)
+            # Rank 0 hears from each of the others, so that it can say who did not come. The group's own method goes to
+            # its backend for CPUs; torch.distributed's function refuses every group that is not "gloo" by name.
+            self._group.monitored_barrier(_timeout(self._group), wait_all_ranks=True)  # type: ignore[attr-defined]
         except RuntimeError as error:
             raise self._lost(error) from None
 
@@ -287,7 +296,7 @@ class Ranks:
         except RuntimeError as error:
             raise self._lost(error) from None
 
-    def _lost(self, error: RuntimeError) -> DistributedError:
+    def _lost(self, error: Exception) -> DistributedError:
         text = " ".join(str(error).split())
         return DistributedError(
             f"{self} lost touch with the others while doing {self.stage!r} ({text[:400]}): one of them failed, hangs, "
@@ -300,6 +309,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Whether torch raised it because other ranks do not answer. Gloo has no class of its own, but names its source."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
 
 
 def shared_out(costs: Sequence[float], size: int) -> list[int]:

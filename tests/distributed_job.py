@@ -20,11 +20,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lorif_index import BuildConfig, Index
-from lorif_index.errors import DataError, QueryError
+from lorif_index.errors import DataError, QueryError, message_of
 from lorif_index.identity import Identity
 from lorif_index.ranks import Ranks
 from lorif_index.snapshot import Access, Snapshot
 
+# What torch calls the same CPU backend where no other is asked for, and where each device has its own.
+BACKENDS = ["gloo", "cpu:gloo"]
 # Seconds that is waited for processes that work, on a machine ten times slower.
 PATIENCE = 1200
 COUNT, WORDS, LENGTH = 1400, 40, 10
@@ -114,9 +116,9 @@ def finish(processes: list[Any], out: Path, seconds: float = PATIENCE) -> list[d
     return [json.loads(file.read_text()) if file.exists() else {} for file in files]
 
 
-def together(size: int, what: str, out: Path, **given: Any) -> list[Any]:
+def together(size: int, what: str, out: Path, backend: str = BACKENDS[0], **given: Any) -> list[Any]:
     """What each of some ranks finds."""
-    said = finish(start(size, what, out, given=given), out)
+    said = finish(start(size, what, out, backend=backend, given=given), out)
     assert all("result" in one for one in said), said
     return [one["result"] for one in said]
 
@@ -126,13 +128,13 @@ def run(rank: int, size: int, port: int, what: str, options: dict[str, Any], out
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": options.get("host", "127.0.0.1"), "MASTER_PORT": str(port)}
     wait = timedelta(seconds=options.get("timeout", 600))
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=wait)
+    dist.init_process_group(options.get("backend", BACKENDS[0]), rank=rank, world_size=size, timeout=wait)
     Path(f"{out}-{rank}.joined").touch()
     said: dict[str, Any] = {}
     try:
         said["result"] = JOBS[what](rank, size, **options.get("given", {}))
     except Exception as error:
-        said["error"] = [type(error).__name__, str(error)]
+        said["error"] = [type(error).__name__, message_of(error)]
     Path(f"{out}-{rank}.json").write_text(json.dumps(said))
     if "error" not in said:
         dist.destroy_process_group()
@@ -256,7 +258,7 @@ def rerank(rank: int, size: int, folder: str) -> list[Any]:
 def leave_at(
     rank: int, size: int, folder: str, kind: str, where: str, apart: bool = False, coarse: dict[str, Any] | None = None
 ) -> int:
-    """A build, which rank 1 leaves without a word at a stage, or before it is finished."""
+    """A build, which rank 1 leaves without a word at a stage, before it is finished, or in place of its own commit."""
 
     def told(event: Any) -> None:
         if rank == 1 and event.stage == where:
@@ -266,6 +268,10 @@ def leave_at(
         from lorif_index.build.state import BuildState
 
         BuildState.commit = lambda self: os._exit(3)  # type: ignore[method-assign]
+    if rank == 1 and where == "commit":
+        from lorif_index.storage.manifest import Manifest
+
+        Manifest.commit = lambda self, folder: os._exit(3)  # type: ignore[method-assign]
     place = Path(folder) / (f"part-{rank}" if apart else "index")
     config = settings(store=kind, coarse={"queries": 8} | (coarse or {}))
     index = Index.build(place, model=make_model(), data=sequences(), loss=loss, config=config, progress=told)
@@ -293,6 +299,30 @@ def bad_example(rank: int, size: int, folder: str) -> None:
     Index.build(
         Path(folder) / "index", model=model, data=sequences(), loss=poisoned, config=settings(projection="random")
     )
+
+
+def fails_in_a_pass(rank: int, size: int, folder: str, at: int, how: str, seconds: float) -> None:
+    """A build with a sharded model, whose loss fails for one example while it is encoded."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, bad, armed = make_model(), sequences()[at], []
+    fully_shard(model.up)
+    fully_shard(model)
+
+    def own(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        here = (batch == bad).all(dim=1)
+        if armed and how == "raises" and here.any():
+            raise ZeroDivisionError("no loss")
+        return loss(model, batch) * torch.where(here, float("nan") if armed else 1.0, 1.0)
+
+    def arm(event: Any) -> None:
+        if event.stage == "encode" and not armed:
+            # What comes before is waited for as long as it takes.
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+            armed.append(True)
+
+    config = settings(projection="random")
+    Index.build(Path(folder) / "index", model=model, data=sequences(), loss=own, config=config, progress=arm)
 
 
 def disagree(rank: int, size: int, folder: str) -> None:
@@ -358,6 +388,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "account": account,
     "hang": hang,
     "bad_example": bad_example,
+    "fails_in_a_pass": fails_in_a_pass,
     "disagree": disagree,
     "open_part": open_part,
     "memory": memory,

@@ -2,8 +2,8 @@
 
     python sharded_cases.py FOLDER
 
-Each rank writes FOLDER/WORLD.RANK.json: {case: {what: figure}}, or {case: {"raised": message}}. A figure is a relative
-error against the unsharded model, in units of the largest entry, or a truth as 0 (true) or 1.
+Each rank writes FOLDER/WORLD.BACKEND/RANK.json: {case: {what: figure}}, or {case: {"raised": message}}. A figure is a
+relative error against the unsharded model, in units of the largest entry, or a truth as 0 (true) or 1.
 """
 
 from __future__ import annotations
@@ -466,29 +466,31 @@ def copies_of_tensor_parallel(rank: int, world: int, folder: Path) -> Figures:
 
 
 Case = Callable[[int, int, Path], Figures]
-CASES: dict[int, list[Case]] = {
-    2: [
+CASES: dict[tuple[int, str], list[Case]] = {
+    (2, "gloo"): [
         ddp, fsdp, fsdp_gpt2, fsdp_refused, fsdp_together, tensor_parallel, sequence_parallel, tensor_parallel_llama,
         tied_again, positions_in_plain_tensors, transformers_plan,
     ],
-    4: [uneven, hsdp, two_dimensional, copies_of_tensor_parallel],
+    (2, "cpu:gloo"): [fsdp, fsdp_refused, fsdp_together, tensor_parallel],
+    (4, "cpu:gloo"): [uneven, hsdp, two_dimensional, copies_of_tensor_parallel],
 }  # fmt: skip
 
 
-def run(rank: int, world: int, folder: Path) -> None:
-    """All cases of one size, on one rank."""
+def run(rank: int, world: int, backend: str, folder: Path) -> None:
+    """All cases of one size under one backend, on one rank."""
+    folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    meeting = f"file://{folder}/meeting{world}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=600))
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=600))
     results: dict[str, Any] = {}
-    for case in CASES[world]:
+    for case in CASES[world, backend]:
         try:
             results[case.__name__] = case(rank, world, folder)
         except Exception:
             results[case.__name__] = {"raised": traceback.format_exc()}
         # Ranks that are out of step may be ended from outside.
-        (folder / f"{world}.{rank}.json").write_text(json.dumps(results))
+        (folder / f"{rank}.json").write_text(json.dumps(results))
         if "raised" in results[case.__name__]:
             # What comes after it may wait for a rank that has gone on: the first failure ends them all.
             return
@@ -497,6 +499,7 @@ def run(rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for size in [int(a) for a in sys.argv[2:]] or CASES:
+    for size, backend in CASES:
         # Forked after the imports, which take longer than the cases.
-        mp.start_processes(run, args=(size, Path(sys.argv[1])), nprocs=size, start_method="fork")
+        place = Path(sys.argv[1]) / f"{size}.{backend}"
+        mp.start_processes(run, args=(size, backend, place), nprocs=size, start_method="fork")

@@ -52,7 +52,7 @@ def check_free(path: Path) -> None:
     Raises:
         IndexExistsError: it does.
     """
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).exists() and not _partly_committed(path):
         raise IndexExistsError(f"{path} already holds an index: open it with Index.open, or choose another folder")
     if path.exists() and not path.is_dir():
         raise IndexExistsError(f"{path} exists and is not a folder: choose another path")
@@ -146,6 +146,8 @@ class BuildState:
         fresh.shards = without_overlaps(ranks.gather_values([s.span for s in fresh.shards]), ranks.rank, fresh.shards)
         with ranks.jointly():
             if home.leads:
+                # Of a part whose other folders were not committed: its rows and fits stay, what follows is made anew.
+                (self.path / MANIFEST).unlink(missing_ok=True)
                 fresh.write(self.path, BUILDING)
                 for path in self.path.glob(BUILDING_RANKS):
                     path.unlink()
@@ -230,6 +232,9 @@ class BuildState:
         with self.ranks.jointly("finish"):
             if self.home.leads:
                 self.manifest.commit(self.path)
+        # After all commits: where one fails, every folder is still that of an unfinished build (`_partly_committed`).
+        with self.ranks.jointly():
+            if self.home.leads:
                 (self.path / BUILDING).unlink()
 
     # -- helping stages ------------------------------------------------------------------------------------------
@@ -257,6 +262,11 @@ class BuildState:
         fitted = FittedCurvature(self.path, self.manifest.fits.get("curvature"), specs)
         self.stack.callback(fitted.file.close)
         return fitted
+
+
+def _partly_committed(path: Path) -> bool:
+    """Whether the folder's part of an index is committed, and another folder's perhaps not: the same build goes on."""
+    return (path / BUILDING).is_file() and read_manifest(path).part is not None
 
 
 def _unfinished(folder: Path, fresh: Manifest, *, keep_coarse: bool) -> Manifest | None:

@@ -18,7 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import assert_same_hits, reader_of
-from distributed_job import COUNT, PATIENCE, answers, finish, loss, make_model, sequences, settings, start, together
+from distributed_job import (
+    BACKENDS,
+    COUNT,
+    PATIENCE,
+    answers,
+    finish,
+    loss,
+    make_model,
+    sequences,
+    settings,
+    start,
+    together,
+)
 
 from lorif_index import Index
 from lorif_index.build.spans import some_of, unsealed, without_overlaps
@@ -72,10 +84,11 @@ def exact(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value for name, value in found.items() if "candidate" not in name}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_with_one_fit_ranks_build_and_answer_the_same(size: int, alone: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "backend"), [(1, "cpu:gloo"), (2, "gloo"), (2, "cpu:gloo"), (4, "cpu:gloo")])
+def test_with_one_fit_ranks_build_and_answer_the_same(size: int, backend: str, alone: Any, tmp_path: Path) -> None:
     fits = {kind: str(path) for kind, (path, _) in alone.items()}
-    said = together(size, "build_and_ask", tmp_path / "said", folder=str(tmp_path), kinds=KINDS, fits=fits)
+    given = {"folder": str(tmp_path), "kinds": KINDS, "fits": fits}
+    said = together(size, "build_and_ask", tmp_path / "said", backend, **given)
     for kind, (path, expected) in alone.items():
         found = dict(np.load(tmp_path / f"{kind}.npz"))
         sums = [expected["scores"][:, part::3].sum(axis=1, dtype=np.float64) for part in range(3)]
@@ -95,9 +108,8 @@ def test_with_one_fit_ranks_build_and_answer_the_same(size: int, alone: Any, tmp
 
 
 def test_fits_of_several_ranks_agree(alone: Any, tmp_path: Path) -> None:
-    said = together(
-        3, "build_and_ask", tmp_path / "said", folder=str(tmp_path), kinds=["factors", "eigen"], fits={}, coarse=None
-    )
+    given = {"folder": str(tmp_path), "kinds": ["factors", "eigen"], "fits": {}, "coarse": None}
+    said = together(3, "build_and_ask", tmp_path / "said", "cpu:gloo", **given)
     for kind in ("factors", "eigen"):
         path, expected = alone[kind]
         with Index.open(tmp_path / kind) as built, Index.open(path) as reference:
@@ -114,10 +126,10 @@ def test_fits_of_several_ranks_agree(alone: Any, tmp_path: Path) -> None:
     assert all(sent["curvature"] > 0 for sent in report["sent_bytes"])
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_best_are_computed_again_by_all_ranks(size: int, alone: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "backend"), [(2, "gloo"), (3, "cpu:gloo")])
+def test_the_best_are_computed_again_by_all_ranks(size: int, backend: str, alone: Any, tmp_path: Path) -> None:
     path, _ = alone["eigen"]
-    said = together(size, "rerank", tmp_path / "said", folder=str(path))
+    said = together(size, "rerank", tmp_path / "said", backend, folder=str(path))
     assert all(one[:3] == said[0][:3] for one in said)
     with Index.open(path, model=make_model(), loss=loss, data=sequences()) as index:
         for found, given in zip(
@@ -180,13 +192,14 @@ def test_folders_of_their_own(alone: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_killed_ranks_and_another_number_of_them(apart: bool, alone: Any, tmp_path: Path) -> None:
-    """Whenever a rank is killed, the others end with an error, and the build goes on with fewer or more of them."""
+    """Whenever a rank is killed, the others end with an error, and the build goes on with fewer or more of them, also
+    under another backend."""
     dice = random.Random(7 + apart)
     sealed: list[int] = []
     for number, size in enumerate([3, 3] if apart else [3, 2]):
         out = tmp_path / f"said-{number}"
         given = {"folder": str(tmp_path), "seconds": 0.05, "apart": apart}
-        processes = start(size, "slow_build", out, given=given)
+        processes = start(size, "slow_build", out, backend=BACKENDS[number], given=given)
         limit, enough = time.monotonic() + PATIENCE, len(sealed) + dice.randrange(1, 4)
         while time.monotonic() < limit and len(shards_in(tmp_path)) < enough:
             time.sleep(0.01)
@@ -257,9 +270,34 @@ def test_builds_in_two_folders_go_on_with_another_coarse_index(
         np.testing.assert_array_equal(hits.ids[:, 0], np.arange(4))
 
 
-def test_a_hung_rank_is_named_and_leaves_no_index(tmp_path: Path) -> None:
+def test_a_build_killed_between_the_commits_of_its_folders_goes_on(tmp_path: Path) -> None:
+    given = {"folder": str(tmp_path), "kind": "eigen", "apart": True}
+    parts = [tmp_path / f"part-{rank}" for rank in range(2)]
+    said = finish(start(2, "leave_at", tmp_path / "left", given=given | {"where": "commit"}), tmp_path / "left")
+    assert said[0]["error"][0] == "DistributedError" and not said[1], said
+    assert [(part / "manifest.json").exists() for part in parts] == [True, False]
+    rows = {path: path.stat().st_ino for path in shards_in(tmp_path)}
+    # Of something else, it leaves what is there.
+    given["where"] = ""
+    said = finish(start(2, "leave_at", tmp_path / "other", given=given | {"kind": "factors"}), tmp_path / "other")
+    assert {one["error"][0] for one in said} == {"FingerprintError"}, said
+    assert (parts[0] / "manifest.json").exists()
+    assert together(2, "leave_at", tmp_path / "last", **given) == [COUNT] * 2
+    assert rows == {path: path.stat().st_ino for path in shards_in(tmp_path)}
+    opened = {"folder": str(tmp_path), "parts": [part.name for part in parts]}
+    assert together(2, "open_part", tmp_path / "opened", **opened) == [COUNT] * 2
+    for part in parts:
+        assert not (part / "building.json").exists()
+        with Index.open(part) as index:
+            index.verify()
+    said = finish(start(2, "leave_at", tmp_path / "again", given=given), tmp_path / "again")
+    assert {one["error"][0] for one in said} == {"IndexExistsError"}, said
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hung_rank_is_named_and_leaves_no_index(backend: str, tmp_path: Path) -> None:
     out = tmp_path / "said"
-    processes = start(2, "hang", out, given={"folder": str(tmp_path)})
+    processes = start(2, "hang", out, backend=backend, given={"folder": str(tmp_path)})
     processes[0].join(PATIENCE)
     processes[1].kill()
     said = json.loads(Path(f"{out}-0.json").read_text())
@@ -268,9 +306,10 @@ def test_a_hung_rank_is_named_and_leaves_no_index(tmp_path: Path) -> None:
         Index.open(tmp_path / "index")
 
 
-def test_a_bad_example_is_named_on_all_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_example_is_named_on_all_ranks(backend: str, tmp_path: Path) -> None:
     out = tmp_path / "said"
-    said = finish(start(3, "bad_example", out, given={"folder": str(tmp_path)}), out)
+    said = finish(start(3, "bad_example", out, backend=backend, given={"folder": str(tmp_path)}), out)
     assert all(one["error"][0] == "NonFiniteError" and "1111" in one["error"][1] for one in said), said
     assert "rank 2" in said[0]["error"][1]
 
@@ -335,7 +374,7 @@ def test_killed_at_any_moment(alone: Any, tmp_path: Path) -> None:
             size, out = dice.randrange(2, 5), folder / f"said-{attempt}"
             folder.mkdir(exist_ok=True)
             given = {"folder": str(folder), "seconds": 0.05}
-            processes = start(size, "slow_build", out, given=given)
+            processes = start(size, "slow_build", out, backend=BACKENDS[number % 2], given=given)
             if attempt < 7:
                 # Whoever is killed before all have joined keeps the others in torch's own connecting.
                 limit = time.monotonic() + PATIENCE

@@ -1,6 +1,7 @@
 """Sharded models: over processes, in wrappers, over devices, they have the gradients of the one model that they are.
 
-What runs on several processes is in `sharded_cases`: cases on two ranks, then others on four, from one start of Python.
+What runs on several processes is in `sharded_cases`: cases on two ranks, some of them again under the other backend,
+then others on four, from one start of Python.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,19 +19,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE
+from distributed_job import finish, start
 from torch import nn
 
 from lorif_index import BuildConfig, Index, LayerSelection
 from lorif_index.capture.sharded import DataRanks, data_ranks, lockstep, needs_lockstep, unwrapped
 from lorif_index.capture.sources import ModelCapture, model_digest
-from lorif_index.errors import ConfigError, DataError
+from lorif_index.errors import ConfigError, DataError, NotAnIndexError
 
 CASES = {
-    2: (
+    (2, "gloo"): (
         "ddp fsdp fsdp_gpt2 fsdp_refused fsdp_together tensor_parallel sequence_parallel tensor_parallel_llama "
         "tied_again positions_in_plain_tensors transformers_plan"
     ).split(),
-    4: "uneven hsdp two_dimensional copies_of_tensor_parallel".split(),
+    (2, "cpu:gloo"): "fsdp fsdp_refused fsdp_together tensor_parallel".split(),
+    (4, "cpu:gloo"): "uneven hsdp two_dimensional copies_of_tensor_parallel".split(),
 }
 # Of the largest entry, in float32.
 TOLERANCE = 1e-5
@@ -39,8 +43,8 @@ EVERYTHING = LayerSelection(embeddings=True, head=True)
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, dict[str, Any]]]:
-    """{(ranks, rank): {case: {what: figure}}}."""
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, int], dict[str, dict[str, Any]]]:
+    """{(ranks, backend, rank): {case: {what: figure}}}."""
     folder = tmp_path_factory.mktemp("sharded")
     root = Path(__file__).parents[1]
     environment = os.environ | {
@@ -52,20 +56,22 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], d
     command = [sys.executable, str(root / "sharded_cases.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
     found = {}
-    for ranks in CASES:
+    for ranks, backend in CASES:
         for rank in range(ranks):
-            path = folder / f"{ranks}.{rank}.json"
+            path = folder / f"{ranks}.{backend}" / f"{rank}.json"
             assert path.is_file(), done.stdout + done.stderr
-            found[ranks, rank] = json.loads(path.read_text())
+            found[ranks, backend, rank] = json.loads(path.read_text())
     return found
 
 
-@pytest.mark.parametrize(("ranks", "case"), [(ranks, case) for ranks, cases in CASES.items() for case in cases])
+@pytest.mark.parametrize(
+    ("ranks", "backend", "case"), [(*group, case) for group, cases in CASES.items() for case in cases]
+)
 def test_a_sharded_model_has_the_gradients_of_the_unsharded_one(
-    figures: dict[tuple[int, int], dict[str, dict[str, Any]]], ranks: int, case: str
+    figures: dict[tuple[int, str, int], dict[str, dict[str, Any]]], ranks: int, backend: str, case: str
 ) -> None:
     for rank in range(ranks):
-        found = figures[ranks, rank].get(case)
+        found = figures[ranks, backend, rank].get(case)
         assert found is not None, "a case before it failed"
         assert "raised" not in found, f"rank {rank}: {found['raised']}"
         assert found, "nothing was compared"
@@ -73,9 +79,31 @@ def test_a_sharded_model_has_the_gradients_of_the_unsharded_one(
         assert not {what: value for what, value in found.items() if not value <= allowed[what]}, f"rank {rank}"
 
 
-def test_every_case_is_listed(figures: dict[tuple[int, int], dict[str, dict[str, Any]]]) -> None:
-    for ranks, cases in CASES.items():
-        assert list(figures[ranks, 0]) == cases
+def test_every_case_is_listed(figures: dict[tuple[int, str, int], dict[str, dict[str, Any]]]) -> None:
+    for (ranks, backend), cases in CASES.items():
+        assert list(figures[ranks, backend, 0]) == cases
+
+
+@pytest.mark.parametrize(
+    ("backend", "how", "rank"), [("gloo", "raises", 0), ("gloo", "is NaN", 1), ("cpu:gloo", "raises", 1)]
+)
+def test_an_error_inside_of_a_pass_ends_all_ranks(backend: str, how: str, rank: int, tmp_path: Path) -> None:
+    """One rank leaves a pass that the other waits in: by the time-out, both have an error."""
+    at, out = (300, 1390)[rank], tmp_path / "said"
+    given = {"folder": str(tmp_path), "at": at, "how": how, "seconds": 3.0}
+    # Until then, no other time-out passes.
+    said = finish(start(2, "fails_in_a_pass", out, backend=backend, given=given), out, seconds=500)
+    kind, text = said[rank]["error"]
+    if how == "raises":
+        assert kind == "ZeroDivisionError" and "examples" in text
+        first, last = (int(word) for word in re.findall(r"examples (\d+) to (\d+)", text)[0])
+        assert first <= at <= last < first + 32
+    else:
+        assert kind == "NonFiniteError" and f"example {at} " in text
+    kind, text = said[1 - rank]["error"]
+    assert kind == "DistributedError" and "while doing 'encode'" in text
+    with pytest.raises(NotAnIndexError, match="interrupted"):
+        Index.open(tmp_path / "index")
 
 
 # -- one process -------------------------------------------------------------------------------------------------------
