@@ -155,8 +155,8 @@ class CoarseIndex:
     """What proposes candidates.
 
     Attributes:
-        kind: "auto": 4-bit product quantisation with fast scan, in at most 128 bytes a row, from 1,024 examples on and
-            where faiss is installed; "flat": the coordinates themselves; "none": every search scans.
+        kind: "auto": 4-bit product quantisation with fast scan, in at most 128 bytes a row, above 10,000 examples, up to
+            which searches scan, and where faiss is installed; "flat": the coordinates themselves; "none": every search scans.
         dim: k, the number of coordinates, for all layers together.
         sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
             half-whitened coordinates (layers x r).

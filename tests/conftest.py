@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorif_index import BuildConfig, Index, LayerSelection, default_loss
+from lorif_index.build import candidates
 from lorif_index.capture.data import as_source
 from lorif_index.capture.sources import ModelCapture
 from lorif_index.curvature.fit import LayerCurvature
@@ -33,6 +34,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers side by side, and what they start, take a thread each: more would wait for one another.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+# Small indexes of the tests have a coarse stage, too.
+candidates.COARSE_FROM = 1024
 
 # -- comparisons -------------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from ..progress import Stage
 from ..search.calibration import KS, SIGNS, Calibration, Orders, learn, loss_curve
 from ..search.candidates import CandidateSearch
 from ..search.coarse import TRAIN_ROWS, Coarse, Codes, NormAxis, coarse_fingerprint, faiss_is_installed, load_faiss
+from ..search.planner import SCAN_UP_TO
 from ..search.reader import ask, proposer_of
 from ..search.rows import IndexRows
 from ..search.scoring import Question, TopK, stream_scores
@@ -35,8 +36,8 @@ from ..storage.manifest import Manifest
 from ..storage.sealed import part_name
 from .state import Publish
 
-COARSE_FROM = 1024
-"""Below so many rows a scan is as quick, and "auto" makes no coarse index."""
+COARSE_FROM = SCAN_UP_TO + 1
+"""Below so many rows searches scan all of them, and "auto" makes no coarse index."""
 QUERY_BYTES = 32 << 20
 """Calibration queries of large models are fewer, so that their file takes no more than this."""
 TILT_QUERIES = 32

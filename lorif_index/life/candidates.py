@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..build.candidates import Making, make_candidates, save_codes
+from ..build.candidates import Making, make_candidates, save_codes, wants_coarse
 from ..config import BuildConfig
 from ..errors import ConfigError
 from ..progress import Reporter
@@ -85,10 +85,20 @@ def rebuild_coarse(reader: Reader, kind: str, extra: Mapping[str, torch.Tensor] 
     return manifest
 
 
+def make_wanted(folder: Path, manifest: Manifest, report: Reporter) -> None:
+    """The first coarse index of a manifest's rows, where these have become so many that its config wants one."""
+    removed = 0 if manifest.removed is None else int(manifest.removed["count"])
+    living = sum(shard.rows for shard in manifest.shards) - removed
+    if manifest.coarse is None and wants_coarse(config_of(manifest), living):
+        renew_candidates(folder, manifest, report)
+
+
 def grow_codes(reader: Reader, manifest: Manifest, report: Reporter) -> None:
-    """The codes of an index, with those of the rows that a manifest has beyond the reader's."""
+    """The codes of an index, with those of the rows that a manifest has beyond the reader's; or its first, where these
+    rows make it large enough."""
     codes, sketch = reader.codes(), reader.sketch
     if codes is None or sketch is None:
+        make_wanted(reader.folder, manifest, report)
         return
     rows = rows_of(reader.folder, manifest, reader.config)
     parts = [codes.rows]

@@ -16,7 +16,7 @@ from ..storage.fitted import load_removed, save_removed
 from ..storage.locks import WriterLock
 from ..storage.manifest import BUILDING, Manifest, check_same, collect, open_version
 from ..storage.sealed import copy_sealed
-from .candidates import renew_candidates
+from .candidates import make_wanted, renew_candidates
 
 
 def merge_indexes(path: Path, parts: Sequence[Path], report: Reporter) -> list[int]:
@@ -128,6 +128,8 @@ def _write(path: Path, parts: Sequence[Path], manifests: Sequence[Manifest], rep
         merged.removed = save_removed(path, merged.new_name("removed"), np.concatenate(removed))
     if any(manifest.coarse is not None for manifest in manifests):
         renew_candidates(path, merged, report)
+    else:
+        make_wanted(path, merged, report)
     merged.commit(path)
     (path / BUILDING).unlink(missing_ok=True)
     return shifts

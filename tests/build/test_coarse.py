@@ -17,6 +17,7 @@ from conftest import assert_same_hits, forge, reader_of, share_of_best
 pytest.importorskip("faiss")
 
 from lorif_index import BuildConfig, CoarseIndex, Hits, Index
+from lorif_index.build import candidates
 from lorif_index.build.candidates import COARSE_FROM, TILTS
 from lorif_index.curvature.inverse import transform
 from lorif_index.errors import ConfigError, CorruptionError, FingerprintError, LorifError, QueryError
@@ -455,3 +456,27 @@ def test_a_device_that_is_not_there_is_refused(index: Index) -> None:
     for bad in ("cuda:99", "nonsense"):
         with pytest.raises(ConfigError, match="pass 'cpu'"):
             Index.open(index.path, device=bad)
+
+
+def test_an_index_that_grows_gets_its_first_coarse_stage(
+    train: Any, query: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the size on from which a build makes one; a merge, too."""
+    count = len(next(iter(train.values())))
+    first, rest = ({name: g[part] for name, g in train.items()} for part in (slice(0, 800), slice(800, None)))
+    monkeypatch.setattr(candidates, "COARSE_FROM", count)
+    small = Index.build(tmp_path / "small", gradients=blocks(first), config=config())
+    assert small.coarse is None
+    small.add(gradients=blocks({name: g[:10] for name, g in rest.items()}))
+    assert small.coarse is None and small.search(query).stats.exact
+    small.add(gradients=blocks({name: g[10:] for name, g in rest.items()}))
+    assert small.coarse is not None and len(small) == count
+    hits = small.search(query, k=10, exact=False)
+    assert share_of_best(hits, small.scores(query)) > 0.9
+    small.verify()
+    for number, part in enumerate((first, rest)):
+        Index.build(
+            tmp_path / f"part-{number}", gradients=blocks(part), config=config(), fit=tmp_path / "small"
+        ).close()
+    merged = Index.merge(tmp_path / "merged", [tmp_path / "part-0", tmp_path / "part-1"])
+    assert merged.coarse is not None and not merged.search(query, k=10, exact=False).stats.exact
