@@ -20,10 +20,11 @@ from lorif_index.build.choice import widest
 from lorif_index.build.sizes import ENTRY_BYTES, Shapes
 from lorif_index.build.traffic import build_traffic, search_traffic
 from lorif_index.capture import eigenbases
-from lorif_index.capture.gradients import LayerSpec
+from lorif_index.capture.gradients import SIDES, LayerSpec
 from lorif_index.capture.layers import TrackedLayer, Use, layer_specs
 from lorif_index.config import LEAST_FLOOR
-from lorif_index.linalg.subspace import grouped
+from lorif_index.curvature.fit import thinning
+from lorif_index.linalg.subspace import GROUP_BYTES, grouped, together_bytes
 from lorif_index.search.candidates import most_proposed
 from lorif_index.storage.manifest import LARGEST
 
@@ -37,6 +38,8 @@ RATE = 0.4e15
 SECONDS_A_CODE = 6.24e-9
 # Of the fitting sample, one probe for each example beside its own gradient: the default for language models.
 PROBES = 1
+BATCH = 8
+"""Examples of a batch, where inputs are held."""
 
 
 def _layer(name: str, inputs: int, outputs: int, bias: bool, words: str | None = None) -> TrackedLayer:
@@ -54,7 +57,7 @@ class Shape:
         blocks: how many.
         maps: (inputs, outputs) of each linear map in a block.
         bias: whether they have one.
-        head: (inputs, words) of the head, which has none.
+        head: (inputs, words) of the head, which has none; None: it is not trained.
         parameters: of the whole model.
     """
 
@@ -63,23 +66,24 @@ class Shape:
     blocks: int
     maps: tuple[tuple[int, int], ...]
     bias: bool
-    head: tuple[int, int]
+    head: tuple[int, int] | None
     parameters: float
 
     def index(self, config: BuildConfig) -> Shapes:
         """The shapes of an index of it."""
-        return Shapes(self._with_widths(config), self.specs(config), config.store)
+        return Shapes(self.config(config), self.specs(config), config.store)
 
     def specs(self, config: BuildConfig) -> dict[str, LayerSpec]:
         """The layers as an index of the model has them."""
-        return layer_specs(self._layers, self._with_widths(config))
+        return layer_specs(self._layers, self.config(config))
 
     @property
     def _layers(self) -> list[TrackedLayer]:
         layers = [_layer(str(i), *sides, self.bias) for i, sides in enumerate(self.blocks * self.maps)]
-        return [*layers, _layer("head", *self.head, False, words="out")]
+        return layers if self.head is None else [*layers, _layer("head", *self.head, False, words="out")]
 
-    def _with_widths(self, config: BuildConfig) -> BuildConfig:
+    def config(self, config: BuildConfig) -> BuildConfig:
+        """With what a build of the model chooses: widths, and how large a sample is."""
         given = config.projection_dim != "auto" or config.projection_floor != "auto"
         return config if given else widest(config, self._layers)
 
@@ -111,7 +115,29 @@ SEVENTY = Shape(
     (8192, 32000),
     69.0e9,
 )
+LORA = Shape(
+    "Llama 2 7B, LoRA of rank 16 on every map",
+    "the same, with adapters (Hu et al., arXiv:2106.09685): two small maps for each",
+    32,
+    tuple(pair for inputs, outputs in SEVEN.maps for pair in ((inputs, 16), (16, outputs))),
+    False,
+    None,
+    6.74e9,
+)
+EXPERTS = Shape(
+    "Mixture of experts, 8 x 7B",
+    "Jiang et al., arXiv:2401.04088: 32 blocks, width 4,096, 8 experts of 14,336, each map of each tracked",
+    32,
+    (
+        *((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 8)),
+        *(8 * ((4096, 14336), (4096, 14336), (14336, 4096))),
+    ),
+    False,
+    (4096, 32000),
+    46.7e9,
+)
 SHAPES = (GPT2, SEVEN, SEVENTY)
+"""With other settings, too."""
 
 DEFAULT = BuildConfig(store="eigen")
 CONFIGS = {
@@ -159,6 +185,19 @@ def _walks(specs: dict[str, LayerSpec]) -> int:
     return sum(max(fit.passes(eigenbases.POWER_ITERATIONS) for _, fit in group) for group in grouped(sides))
 
 
+def _fit_passes(shape: Shape) -> int:
+    """Examples that the model is run on before the first row is written, each as often as it is."""
+    specs, sample = shape.specs(DEFAULT), shape.config(DEFAULT).sample.size
+    probed = -(-sample // thinning(2 * sample, specs, 2))
+    return _walks(specs) * min(_learnt_from(specs), sample) + sample + PROBES * probed
+
+
+def _learnt_from(specs: dict[str, LayerSpec]) -> int:
+    """Examples that projections are learnt from."""
+    widest = max(spec.side(side)[0] for spec in specs.values() for side in SIDES if spec.projected(side))
+    return min(max(eigenbases.LEAST, -(-eigenbases.POSITIONS * widest // LENGTH)), eigenbases.SAMPLE)
+
+
 def _pass_seconds(shape: Shape) -> float:
     """Of one example's forward and backward pass without parameters' gradients: 2 operations a parameter, token and
     pass."""
@@ -178,6 +217,25 @@ def shapes() -> str:
     return markdown(rows)
 
 
+def defaults() -> str:
+    """What a build by the default takes of each of 8 ranks, N = 1M."""
+    head = "model|linear maps|sum of D|passes of the fit|memory of a rank|learning projections|sample on disk"
+    rows = [[*head.split("|"), "files", "rows", "sent by a rank", "calibration questions"]]
+    for shape in (*SHAPES, LORA, EXPERTS):
+        index, config, specs = shape.index(DEFAULT), shape.config(DEFAULT), shape.specs(DEFAULT)
+        sides = eigenbases.side_fits(specs, eigenbases.fitted_sides(specs), 0, torch.device("cpu"))
+        # Of every map its inputs in half precision, of a batch, until the gradients are there.
+        held = 2 * BATCH * LENGTH * sum(spec.width_in for spec in specs.values())
+        most = max(size for stage, size in index.memory(COUNTS[0], ranks=8).items() if stage != "search")
+        sizes = [most, held + min(together_bytes(sides.values()), GROUP_BYTES), 8 * _width(specs) * config.sample.size]
+        sent = sum(build_traffic(index, COUNTS[0], 8).most().values())
+        disk = index.disk(COUNTS[0])
+        sizes += [sum(index.fits().values()), disk.rows, sent]
+        texts = [shape.name, str(len(specs)), number(_width(specs)), number(_fit_passes(shape))]
+        rows.append([*texts, *map(units, sizes), str(index.queries(COUNTS[0]))])
+    return markdown(rows)
+
+
 def fits() -> str:
     """What is fitted once, whatever N is."""
     head = "model|settings|sample on disk|walks for projections|held by curvature|held by sketch|files"
@@ -185,7 +243,7 @@ def fits() -> str:
     for shape in SHAPES:
         for name, config in CONFIGS.items():
             specs = shape.specs(config)
-            sample = 4 * _width(specs) * config.sample.size
+            sample = 4 * _width(specs) * shape.config(config).sample.size
             index = shape.index(config)
             held = index.memory(COUNTS[0])
             sent = [
@@ -251,11 +309,10 @@ def passes() -> str:
     """GPU hours of forward and backward passes."""
     rows = [["model", "bfloat16 weights", "fitting", *(f"N = {number(n)}" for n in COUNTS)]]
     for shape in SHAPES:
-        specs = shape.specs(DEFAULT)
-        examples = _walks(specs) * eigenbases.SAMPLE + (1 + PROBES) * DEFAULT.sample.size
         each = _pass_seconds(shape)
         rows.append(
-            [shape.name, units(2 * shape.parameters), hours(examples * each), *(hours(n * each) for n in COUNTS)]
+            [shape.name, units(2 * shape.parameters), hours(_fit_passes(shape) * each)]
+            + [hours(n * each) for n in COUNTS]
         )
     return markdown(rows)
 
@@ -310,6 +367,7 @@ def limits() -> str:
 
 TABLES = {
     "shapes": shapes,
+    "defaults": defaults,
     "fits": fits,
     "rows": rows_on_disk,
     "searches": searches,

@@ -155,8 +155,9 @@ class CoarseIndex:
     """What proposes candidates.
 
     Attributes:
-        kind: "auto": 4-bit product quantisation with fast scan, in at most 128 bytes a row, above 10,000 examples, up to
-            which searches scan, and where faiss is installed; "flat": the coordinates themselves; "none": every search scans.
+        kind: "auto": 4-bit product quantisation with fast scan, in at most 128 bytes a row, where there are more than
+            10,000 examples (fewer are scanned) and faiss is installed; "flat": the coordinates themselves; "none": all
+            searches scan.
         dim: k, the number of coordinates, for all layers together.
         sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
             half-whitened coordinates (layers x r).
