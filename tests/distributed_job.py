@@ -20,10 +20,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lorif_index import BuildConfig, Index
+from lorif_index.build import candidates
 from lorif_index.errors import DataError, QueryError, message_of
 from lorif_index.identity import Identity
 from lorif_index.ranks import Ranks
 from lorif_index.snapshot import Access, Snapshot
+
+# Small indexes of the tests have a coarse stage, too.
+candidates.COARSE_FROM = 1024
 
 # What torch calls the same CPU backend where no other is asked for, and where each device has its own.
 BACKENDS = ["gloo", "cpu:gloo"]
