@@ -1,8 +1,8 @@
 """Estimate: disk, memory and time of a build before it starts, from a handful of batches.
 
 Bytes follow from shapes. Time does not: gradients of a few batches are taken and timed as the build takes them, on its
-device, and miniature indexes are built of rows like them, of some of the layers. What each stage costs is the line
-through two of them, at the number of examples that the stage will see.
+device, and two miniature indexes are built of rows like them, of some of the layers. What each stage costs is the line
+through the two, at the number of examples that the stage will see.
 """
 
 from __future__ import annotations
@@ -56,13 +56,12 @@ from .sizes import Shapes
 from .timing import projections_line, timed
 from .traffic import build_traffic, search_traffic
 
-# Rows of the miniature indexes: above `COARSE_FROM`, and above the default rank of the curvature.
+# Rows of the two miniature indexes: above `COARSE_FROM`, and above the default rank of the curvature.
 _SMALL, _LARGE = 1200, 2400
-# A row's numbers in them; beyond, some layers stand for all, and a third index of twice as many numbers, of few rows,
-# says what grows with the layers.
+# A row's numbers in them; beyond, some layers stand for all. A sketch has all of its coordinates of so many.
 _NUMBERS = 20_000
-# Stages that see a sketch's coordinates alone, as many of few layers as of many.
-_OF_COORDINATES = ("coarse", "calibration")
+# Stages that grow with the layers. The others see a sketch's coordinates, as many of few layers as of many.
+_GROWING = ("curvature", "codec", "encode")
 _JITTER = 0.3
 
 
@@ -319,7 +318,7 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
     seconds["encode"] = lines["encode"](own(count)) + (0.0 if whole and not late else own(count) * seen.each)
     if "coarse" in lines:
         seconds["queries"] = own(query_count(config, query_bytes(seen.specs), count)) * seen.each
-    for stage in _OF_COORDINATES:
+    for stage in ("coarse", "calibration"):
         if stage in lines:
             seconds[stage] = lines[stage](own(count))
     return {stage: round(value, 3) for stage, value in seconds.items()}
@@ -344,12 +343,13 @@ def _probed(seen: _Handful, sample: int) -> int:
 
 
 def _miniatures(seen: _Handful, shapes: Shapes, folder: Path, advance: Callable[[int], None]) -> Lines:
-    few, more = _some_layers(seen.specs, _NUMBERS), _some_layers(seen.specs, 2 * _NUMBERS)
+    specs = _some_layers(seen.specs)
     config = dataclasses.replace(
         seen.config,
         projection_dim=None,
         projection="random",
         curvature="empirical",
+        curvature_rank=_rank(seen, specs),
         sample=dataclasses.replace(seen.config.sample, size=_LARGE),
         layers=None,
         store=shapes.codec,
@@ -361,26 +361,20 @@ def _miniatures(seen: _Handful, shapes: Shapes, folder: Path, advance: Callable[
         compute=dataclasses.replace(seen.config.compute, device=str(seen.device)),
         on_nonfinite="skip",
     )
-
-    def built(rows: Spool, layers: dict[str, LayerSpec], size: int) -> dict[str, float]:
-        path, given = folder / f"miniature-{len(layers)}-{size}", _First(rows, size, layers)
-        own = None if config.sample.rows == "stored" else CurvatureRows(given)
-        ranked = dataclasses.replace(config, curvature_rank=_rank(seen, layers))
-        build_index(path, Given(None, None, given, None, own, ranked, {}, None, None), Reporter(), ALONE)
-        advance(size)
-        return dict(read_manifest(path).report["seconds"])
-
-    with closing(Spool(folder, _alike(seen.rows, more, _LARGE, seen.config.seed))) as rows:
-        small, large = (built(rows, few, size) for size in (_SMALL, _LARGE))
-        wide = built(rows, more, _SMALL) if len(more) > len(few) else None
+    with closing(Spool(folder, _alike(seen.rows, specs, _LARGE, seen.config.seed))) as rows:
+        taken: list[dict[str, float]] = []
+        for size in (_SMALL, _LARGE):
+            path = folder / f"miniature-{size}"
+            own = None if config.sample.rows == "stored" else CurvatureRows(_First(rows, size))
+            given = Given(None, None, _First(rows, size), None, own, config, {}, None, None)
+            build_index(path, given, Reporter(), ALONE)
+            taken.append(read_manifest(path).report["seconds"])
+            advance(size)
     lines = {}
-    for stage in small.keys() & large.keys():
-        size = partial(_products, seen) if stage == "curvature" else _width
-        every, wider = (size(layers) / size(few) for layers in (seen.specs, more))
-        # The share of a stage that grows with the layers.
-        growing = 1.0 if wide is None else (wide[stage] / max(small[stage], 1e-9) - 1.0) / (wider - 1.0)
-        times = 1.0 if stage in _OF_COORDINATES else 1.0 + min(max(growing, 0.0), 1.0) * (every - 1.0)
-        lines[stage] = _line([_SMALL, _LARGE], [times * small[stage], times * large[stage]])
+    for stage in taken[0].keys() & taken[1].keys():
+        size_of = partial(_products, seen) if stage == "curvature" else _width
+        times = size_of(seen.specs) / size_of(specs) if stage in _GROWING else 1.0
+        lines[stage] = _line([_SMALL, _LARGE], [times * seconds[stage] for seconds in taken])
     return lines
 
 
@@ -405,23 +399,24 @@ def _rank(seen: _Handful, some: dict[str, LayerSpec]) -> int | str | None:
 
 
 class _First:
-    """The first rows of a spool, in some layers, as an iterable that can be walked again."""
+    """The first rows of a spool, as an iterable that can be walked again."""
 
-    def __init__(self, spool: Spool, count: int, layers: dict[str, LayerSpec]) -> None:
-        self._spool, self._count, self._layers = spool, count, layers
+    def __init__(self, spool: Spool, count: int) -> None:
+        self._spool, self._count = spool, count
 
     def __iter__(self) -> Iterator[dict[str, LayerGradient]]:
         left = self._count
         for block in self._spool.blocks():
             part = block.select(np.arange(min(block.count, left)))
             left -= part.count
-            yield {name: part.layers[name] for name in self._layers}
+            yield dict(part.layers)
             if not left:
                 return
 
 
-def _some_layers(specs: dict[str, LayerSpec], room: int) -> dict[str, LayerSpec]:
-    """All layers, or as many as have so many numbers together: of each shape in turn, small ones first."""
+def _some_layers(specs: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
+    """All layers, or as many as a miniature's row has room for: of each shape in turn, small ones first."""
+    room = _NUMBERS
     if _width(specs) <= room:
         return specs
     by_shape: dict[tuple[int, int], list[LayerSpec]] = {}
