@@ -46,7 +46,8 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
     if config.store != "auto" and not codec_class(config.store).gains_by_width:
         return least
     taken = ModelCapture(model, least)
-    first = itertools.islice(ModelGradients(taken.capture(loss), examples).blocks(), 1)
+    # That examples do not depend on each other is checked by the pass that follows: a check is a backward pass more.
+    first = itertools.islice(ModelGradients(taken.capture(loss).trust(), examples).blocks(), 1)
     if not codec_class(chosen_codec(least, taken.specs, first)).gains_by_width:
         return least
     if config.projection_dim != "auto" or sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:

@@ -1,18 +1,19 @@
 """Estimate: disk, memory and time of a build before it starts, from a handful of batches.
 
-Bytes follow from shapes. Time does not: gradients of a few batches are taken and timed as the build takes them, and two
-miniature indexes are built of rows like them, with the layers, widths and ranks of the real one; what each stage costs
-is the line through the two, at the number of examples that the stage will see.
+Bytes follow from shapes. Time does not: gradients of a few batches are taken and timed as the build takes them, on its
+device, and two miniature indexes are built of rows like them, of some of the layers. What each stage costs is the line
+through the two, at the number of examples that the stage will see.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from ..capture.heads import HeadOf
 from ..capture.losses import PerExample
 from ..capture.probes import Probes
 from ..capture.seeing import UnseenLoss
-from ..capture.sharded import device_of
 from ..capture.sources import (
     GivenGradients,
     ModelCapture,
     ModelGradients,
     ProbedGradients,
+    asked_device,
     given_specs,
     head_of,
     rewound,
@@ -40,7 +41,7 @@ from ..capture.sources import (
 from ..capture.spool import Spool
 from ..codecs.registry import CODECS, codec_class
 from ..config import BuildConfig, CurvatureRows
-from ..curvature.fit import thinning
+from ..curvature.fit import CurvatureShape, thinning
 from ..errors import ConfigError, LorifError
 from ..linalg.projection import Projections
 from ..progress import Reporter, peak_memory
@@ -52,12 +53,15 @@ from .choice import chosen_codec, with_floor
 from .inputs import Given, check_arguments
 from .pipeline import build_index
 from .sizes import Shapes
+from .timing import projections_line, timed
 from .traffic import build_traffic, search_traffic
 
 # Rows of the two miniature indexes: above `COARSE_FROM`, and above the default rank of the curvature.
 _SMALL, _LARGE = 1200, 2400
-# Their rows' gradients take at most this; beyond, some layers stand for all.
-_MINIATURE_BYTES = 1 << 30
+# A row's numbers in them; beyond, some layers stand for all. A sketch has all of its coordinates of so many.
+_NUMBERS = 20_000
+# Stages that grow with the layers. The others see a sketch's coordinates, as many of few layers as of many.
+_GROWING = ("curvature", "codec", "encode")
 _JITTER = 0.3
 
 
@@ -193,8 +197,8 @@ def estimate_build(
         )
 
 
-Lines = tuple[dict[str, Callable[[int], float]], float]
-"""Stage -> seconds as a function of the examples, and by how much layers that were left out multiply them."""
+Lines = dict[str, Callable[[int], float]]
+"""Stage -> seconds as a function of the examples."""
 
 
 def _of_ranks(
@@ -224,6 +228,7 @@ class _Handful:
     Attributes:
         count: examples in the data.
         specs: the layers.
+        device: where all is timed: the model's, or the config's.
         each: seconds an example, for its gradient.
         probe: seconds an example, for its rows of the Gauss-Newton matrix, and how many those are; or None.
         sides: seconds to learn the projections, as a function of the examples; or None.
@@ -249,40 +254,28 @@ class _Handful:
                 self.specs = given_specs(gradients, config)
                 source: Any = GivenGradients(gradients, Projections(self.specs, config.seed))
                 self.count = source.count
-                self.each, self.rows = _timed(source.blocks(), batches)
+                self.device = asked_device(config) or torch.device("cpu")
+                self.each, self.rows = timed(source.blocks(), batches, self.device)
             return
         examples = as_source(data, config.batch_size)
         config = self.config = with_floor(config, model, loss, examples)  # type: ignore[arg-type]
         capture = ModelCapture(model, config)  # type: ignore[arg-type]
         self.specs, self.count = capture.specs, examples.count
-        self.each, self.rows = _timed(ModelGradients(capture.capture(loss), examples).blocks(), batches)
+        taken = capture.capture(loss)
+        self.device = taken.device
+        self.each, self.rows = timed(ModelGradients(taken, examples).blocks(), batches, self.device)
         head = _head(config, loss, capture, examples)
         if head is not None:
             sample = min(config.sample.size, self.count)
             probes = Probes(head, config.sample.probes, config.seed, sample)
-            probed = ProbedGradients(capture.capture(loss), examples, probes)
-            each, _ = _timed(probed.blocks(), batches * probes.each, keep=False)
+            probed = ProbedGradients(capture.capture(loss).trust(), examples, probes).blocks()
+            each, _ = timed(probed, batches, self.device, each=probes.each, keep=False)
             self.probe = each, probes.each
         sides = eigenbases.fitted_sides(self.specs, capture.layers) if config.projection == "eigen" else []
         if sides:
-            self.sides = self._line_of_sides(capture, loss, examples, sides, batches)
-
-    def _line_of_sides(
-        self, capture: ModelCapture, loss: PerExample | None, examples: Any, sides: list[eigenbases.Side], batches: int
-    ) -> Callable[[int], float]:
-        sizes = sorted({min(self.config.batch_size * n, self.count) for n in (1, max(batches, 2))})
-        taken = []
-        for size in sizes:
-            walk = capture.sides(loss, examples, np.arange(size, dtype=np.int64))
-            began = time.perf_counter()
-            with Reporter().stage("projections") as stage:
-                eigenbases.fit_eigenbases(walk, self.specs, sides, self.config.seed, _device(capture), stage)
-            taken.append(time.perf_counter() - began)
-        return _line(sizes, taken)
-
-
-def _device(capture: ModelCapture) -> torch.device:
-    return device_of(capture.model)
+            some = sum(block.count for block in self.rows[:batches])
+            walk = capture.sides(loss, examples, np.arange(some, dtype=np.int64))
+            self.sides = projections_line(walk, some, self.specs, sides, self.device)
 
 
 def _head(config: BuildConfig, loss: PerExample | None, capture: ModelCapture, examples: Any) -> HeadOf | None:
@@ -292,23 +285,6 @@ def _head(config: BuildConfig, loss: PerExample | None, capture: ModelCapture, e
         return head_of(loss, capture, lambda: first_batch(examples))
     except UnseenLoss:
         return None
-
-
-def _timed(blocks: Iterator[GradientBlock], batches: int, *, keep: bool = True) -> tuple[float, list[GradientBlock]]:
-    """Seconds an example, the first batch left out where there are others: it warms up; and the blocks."""
-    kept, seconds, counts = [], [], []
-    began = time.perf_counter()
-    for block in blocks:
-        seconds.append(time.perf_counter() - began)
-        counts.append(block.count)
-        if keep:
-            kept.append(block)
-        if len(seconds) > batches:
-            break
-        began = time.perf_counter()
-    warm = slice(1, None) if len(seconds) > 1 else slice(None)
-    # Batches differ, above all in length: what they took together is divided, not the fastest one's.
-    return sum(seconds[warm]) / max(sum(counts[warm]), 1), kept
 
 
 def _line(at: list[int], seconds: list[float]) -> Callable[[int], float]:
@@ -324,7 +300,7 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
     """Of one of several ranks: each takes its part of the examples, and what is not of examples is the same for all."""
     config = seen.config
     sample, late = min(count, config.sample.size), config.sample.rows == "stored"
-    (known, share), whole = lines, min(count, config.sample.size) == count
+    whole = sample == count
 
     def own(examples: int) -> int:
         return -(-examples // ranks)
@@ -337,14 +313,14 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
     if seen.probe is not None:
         seconds["probes"] = own(_probed(seen, sample)) * seen.probe[1] * seen.probe[0]
     for stage, n in (("curvature", _curvature_rows(seen, count)), ("codec", sample), ("sketch", sample)):
-        if stage in known:
-            seconds[stage] = share * known[stage](own(n))
-    seconds["encode"] = share * known["encode"](own(count)) + (0.0 if whole and not late else own(count) * seen.each)
-    if "coarse" in known:
+        if stage in lines:
+            seconds[stage] = lines[stage](own(n))
+    seconds["encode"] = lines["encode"](own(count)) + (0.0 if whole and not late else own(count) * seen.each)
+    if "coarse" in lines:
         seconds["queries"] = own(query_count(config, query_bytes(seen.specs), count)) * seen.each
     for stage in ("coarse", "calibration"):
-        if stage in known:
-            seconds[stage] = known[stage](own(count))
+        if stage in lines:
+            seconds[stage] = lines[stage](own(count))
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
 
@@ -368,17 +344,21 @@ def _probed(seen: _Handful, sample: int) -> int:
 
 def _miniatures(seen: _Handful, shapes: Shapes, folder: Path, advance: Callable[[int], None]) -> Lines:
     specs = _some_layers(seen.specs)
-    share = sum(spec.dim for spec in seen.specs.values()) / sum(spec.dim for spec in specs.values())
     config = dataclasses.replace(
         seen.config,
         projection_dim=None,
         projection="random",
         curvature="empirical",
+        curvature_rank=_rank(seen, specs),
         sample=dataclasses.replace(seen.config.sample, size=_LARGE),
         layers=None,
         store=shapes.codec,
-        coarse=dataclasses.replace(seen.config.coarse, kind=seen.config.coarse.kind if shapes.coarse else "none"),
-        compute=dataclasses.replace(seen.config.compute, device=None),
+        coarse=dataclasses.replace(
+            seen.config.coarse,
+            kind=seen.config.coarse.kind if shapes.coarse else "none",
+            queries=shapes.queries(_LARGE),
+        ),
+        compute=dataclasses.replace(seen.config.compute, device=str(seen.device)),
         on_nonfinite="skip",
     )
     with closing(Spool(folder, _alike(seen.rows, specs, _LARGE, seen.config.seed))) as rows:
@@ -390,8 +370,32 @@ def _miniatures(seen: _Handful, shapes: Shapes, folder: Path, advance: Callable[
             build_index(path, given, Reporter(), ALONE)
             taken.append(read_manifest(path).report["seconds"])
             advance(size)
-    stages = taken[0].keys() & taken[1].keys()
-    return {stage: _line([_SMALL, _LARGE], [t[stage] for t in taken]) for stage in stages}, share
+    lines = {}
+    for stage in taken[0].keys() & taken[1].keys():
+        size_of = partial(_products, seen) if stage == "curvature" else _width
+        times = size_of(seen.specs) / size_of(specs) if stage in _GROWING else 1.0
+        lines[stage] = _line([_SMALL, _LARGE], [times * seconds[stage] for seconds in taken])
+    return lines
+
+
+def _products(seen: _Handful, specs: dict[str, LayerSpec]) -> int:
+    """Of a row with the blocks of directions that the curvature of some layers is found by."""
+    shape = CurvatureShape.of(seen.config, len(seen.specs))
+    return sum(spec.dim * shape.fit(name, spec.dim, _LARGE, 0, seen.device).block for name, spec in specs.items())
+
+
+def _width(specs: dict[str, LayerSpec]) -> int:
+    """Numbers of a gradient."""
+    return sum(spec.dim for spec in specs.values())
+
+
+def _rank(seen: _Handful, some: dict[str, LayerSpec]) -> int | str | None:
+    """Of the miniatures' curvature: few layers would be given more directions each than all of them."""
+    asked = seen.config.curvature_rank
+    if asked != "auto" or len(some) == len(seen.specs):
+        return asked
+    shape = CurvatureShape.of(seen.config, len(seen.specs))
+    return -(-sum(shape.directions(spec.dim) * spec.dim for spec in some.values()) // _width(some))
 
 
 class _First:
@@ -411,23 +415,19 @@ class _First:
 
 
 def _some_layers(specs: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
-    """All layers, or as many as the miniature's rows have room for: of each shape in turn."""
-    room = _MINIATURE_BYTES // (4 * _LARGE)
-    if sum(spec.dim for spec in specs.values()) <= room:
+    """All layers, or as many as a miniature's row has room for: of each shape in turn, small ones first."""
+    room = _NUMBERS
+    if _width(specs) <= room:
         return specs
     by_shape: dict[tuple[int, int], list[LayerSpec]] = {}
-    for spec in specs.values():
+    for spec in sorted(specs.values(), key=lambda spec: spec.dim):
         by_shape.setdefault((spec.d_in, spec.d_out), []).append(spec)
+    turns = [spec for of_turn in itertools.zip_longest(*by_shape.values()) for spec in of_turn if spec is not None]
     chosen: dict[str, LayerSpec] = {}
-    taken = 0
-    while any(by_shape.values()):
-        for alike in by_shape.values():
-            if alike and (not chosen or taken + alike[0].dim <= room):
-                spec = alike.pop(0)
-                chosen[spec.name] = spec
-                taken += spec.dim
-            else:
-                alike.clear()
+    for spec in turns:
+        if not chosen or spec.dim <= room:
+            chosen[spec.name] = spec
+            room -= spec.dim
     return chosen
 
 
@@ -458,7 +458,7 @@ def _temporary(config: BuildConfig, seen: _Handful, count: int, ranks: int = 1) 
     rows = sample + _probed(seen, sample) * (seen.probe[1] if seen.probe is not None else 0)
     if config.sample.rows == "stored":
         return 0
-    need = 4 * sum(spec.dim for spec in seen.specs.values())
+    need = 4 * _width(seen.specs)
     return sum(n * need for n in (sample, rows - sample) if n * need <= config.compute.spool_bytes)
 
 

@@ -184,7 +184,8 @@ def walk_model(
     examples: ExampleSource,
     ids: np.ndarray,
 ) -> Walk:
-    """A walk over the inputs and output gradients of a model on some examples."""
+    """A walk over the inputs and output gradients of a model on some examples. That examples do not depend on each
+    other is checked by whoever takes gradients: a check is a backward pass more."""
     sides = set(fitted_sides(specs, layers))
     # Sides that are not wanted are projected to one column, rather than made whole.
     wide = {
@@ -196,6 +197,7 @@ def walk_model(
         for name, spec in specs.items()
     }
     capture = _Sides(model, layers, wide, Projections(wide, 0), loss, autocast)
+    capture.trust()
 
     def walk(sink: Sink) -> None:
         batches = lockstep(model, examples.select(ids), lambda: first_batch(examples))

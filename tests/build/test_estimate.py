@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorif_index import BuildConfig, Estimate, Index
+from lorif_index.build import estimate
 from lorif_index.build.sizes import Shapes
 from lorif_index.codecs.registry import CODECS
 from lorif_index.errors import ConfigError, DataError, StoreError
@@ -66,6 +67,36 @@ def test_gradients_are_estimated_too(tmp_path: Path) -> None:
     assert found.disk_total == pytest.approx(index.nbytes, rel=0.2)
     assert found.bytes_per_example == index.bytes_per_example
     assert Index.estimate(gradients=iter(blocks), config=config).examples == 1280
+
+
+def test_it_takes_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 40))
+    passes = {"forward": 0, "backward": 0}
+    backward = torch.Tensor.backward
+
+    def counted(*given: Any, **more: Any) -> None:
+        passes["backward"] += 1
+        backward(*given, **more)
+
+    model.register_forward_pre_hook(lambda *_: passes.update(forward=passes["forward"] + 1))
+    monkeypatch.setattr(torch.Tensor, "backward", counted)
+    config = BuildConfig(sample={"probes": 1}, coarse={"queries": 8})
+    Index.estimate(model=model, data=(torch.randn(16, 300), torch.randint(0, 40, (16,))), config=config)
+    # The width's choice, gradients (checked, too: twice backward), probes, projections; the head's form forward alone.
+    assert passes["forward"] <= 5 and passes["backward"] <= 5
+
+
+def test_few_layers_stand_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_NUMBERS", 600)
+    blocks = [{"words": torch.randn(16, 100, 60)} | {f"l{i}": torch.randn(16, 15, 20) for i in range(8)}]
+    seen = estimate._Handful(None, None, blocks, None, BuildConfig(store="eigen"), 1, Path())
+    assert list(estimate._some_layers(seen.specs)) == ["l0", "l1"]
+    # Each of all layers would have as many directions as it has numbers.
+    assert estimate._rank(seen, seen.specs) == "auto" and estimate._rank(seen, {"l0": seen.specs["l0"]}) == 300
+    found = Index.estimate(gradients=blocks, config=seen.config, examples=2000)
+    assert {"curvature", "codec", "encode", "sketch", "coarse", "calibration"} <= found.seconds.keys()
+    assert all(seconds >= 0 for seconds in found.seconds.values()) and found.seconds["curvature"] > 0
 
 
 @pytest.mark.parametrize(

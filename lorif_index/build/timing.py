@@ -1,0 +1,107 @@
+"""Timing: what a few batches' gradients take on the device of a build, and what projections will take to be learnt."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..capture.eigenbases import POWER_ITERATIONS, Side, Walk, side_fits
+from ..capture.gradients import GradientBlock, LayerSpec
+from ..linalg.subspace import SubspaceFit, grouped
+from ..ranks import ALONE
+
+# A side's fit is tried up to this width, in so many rows: wider ones take as many times more as their operations. One
+# of 3,072 would take 15 s on one core of a CPU.
+_TRIED_WIDTH, _TRIED_ROWS = 2048, 512
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when the device has done what it was asked to: calls do not wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(
+    blocks: Iterator[GradientBlock], batches: int, device: torch.device, *, each: int = 1, keep: bool = True
+) -> tuple[float, list[GradientBlock]]:
+    """Seconds an example and block, the first batch left out where there are others: it warms up; and the blocks.
+
+    Args:
+        blocks: as many of each batch as `each` says.
+        batches: how many are taken beside the first.
+        device: where they are computed.
+        each: blocks of a batch, which follow each other.
+        keep: the blocks, too.
+    """
+    kept, seconds, counts = [], [], []
+    began = now(device)
+    for block in blocks:
+        seconds.append(now(device) - began)
+        counts.append(block.count)
+        if keep:
+            kept.append(block)
+        if len(seconds) == (batches + 1) * each:
+            break
+        began = now(device)
+    warm = slice(each if len(seconds) > each else 0, None)
+    # Batches differ, above all in length: what they took together is divided, not the fastest one's.
+    return sum(seconds[warm]) / max(sum(counts[warm]), 1), kept
+
+
+def projections_line(
+    walk: Walk, examples: int, specs: dict[str, LayerSpec], sides: list[Side], device: torch.device
+) -> Callable[[int], float]:
+    """Seconds to learn projections (see `eigenbases.fit_eigenbases`), as a function of the examples.
+
+    A walk is timed that adds nothing up, and one fit of each width; sums and factorisations are those of all sides, by
+    their operations.
+
+    Args:
+        walk: over some examples.
+        examples: how many those are.
+        specs, sides: what is learnt.
+        device: where.
+    """
+    fits = side_fits(specs, sides, 0, device)
+    rows: Counter[Side] = Counter()
+    pieces: dict[int, int] = {}
+
+    def count(side: Side, part: torch.Tensor) -> None:
+        if side in fits:
+            rows[side] += len(part)
+            pieces.setdefault(min(fits[side].dim, _TRIED_WIDTH), len(part))
+
+    began = now(device)
+    walk(count)
+    each = (now(device) - began) / examples
+    _trial(8, 8, device)
+    trials = {width: _trial(width, piece, device) for width, piece in pieces.items() if piece}
+    walks = sum(max(fit.passes(POWER_ITERATIONS) for _, fit in group) for group in grouped(fits))
+    slope, fixed = walks * each, 0.0
+    for side, fit in fits.items():
+        add, factorise = trials.get(min(fit.dim, _TRIED_WIDTH), (0.0, 0.0))
+        passes = fit.passes(POWER_ITERATIONS)
+        # A pass has two products with the block, but the last; a dense matrix has one.
+        slope += add * fit.dim * fit.block * (2 * passes - 1) * rows[side] / examples
+        fixed += factorise * fit.cost * max(passes - 1, 1)
+    return lambda n: fixed + slope * n
+
+
+def _trial(width: int, piece: int, device: torch.device) -> tuple[float, float]:
+    """Of a side of such a width, whose rows come in such pieces: seconds a row to add it, divided by width^2, and to
+    find the eigenvectors, by width^3."""
+    fit = SubspaceFit(("trial",), width, width, width, 0, device)
+    fit.begin(0, fit.passes(POWER_ITERATIONS))
+    piece = min(piece, _TRIED_ROWS)
+    part, pieces = torch.randn(piece, width, device=device), -(-_TRIED_ROWS // piece)
+    began = now(device)
+    for _ in range(pieces):
+        fit.add(part)
+    fit.close(ALONE, 0)
+    added = now(device)
+    fit.result(1.0)
+    return (added - began) / (pieces * piece * width**2), (now(device) - added) / width**3
