@@ -231,7 +231,7 @@ class _Handful:
         device: where all is timed: the model's, or the config's.
         each: seconds an example, for its gradient.
         probe: seconds an example, for its rows of the Gauss-Newton matrix, and how many those are; or None.
-        sides: seconds to learn the projections, as a function of the examples; or None.
+        sides: seconds to learn the projections, as a function of the examples, and of how many, at most; or None.
         rows: the gradients that were taken.
     """
 
@@ -247,7 +247,7 @@ class _Handful:
     ) -> None:
         self.config = config
         self.probe: tuple[float, int] | None = None
-        self.sides: Callable[[int], float] | None = None
+        self.sides: tuple[Callable[[int], float], int] | None = None
         if data is None:
             with ExitStack() as stack:
                 gradients = rewound(gradients, lambda: folder, stack)
@@ -307,7 +307,8 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
 
     seconds = {}
     if seen.sides is not None:
-        seconds["projections"] = seen.sides(own(min(sample, eigenbases.SAMPLE)))
+        line, most = seen.sides
+        seconds["projections"] = line(own(min(sample, most)))
     if not late:
         seconds["sample"] = own(sample) * seen.each
     if seen.probe is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..capture.eigenbases import POWER_ITERATIONS, Side, Walk, side_fits
+from ..capture.eigenbases import POWER_ITERATIONS, Side, Walk, needed, side_fits
 from ..capture.gradients import GradientBlock, LayerSpec
 from ..linalg.subspace import SubspaceFit, grouped
 from ..ranks import ALONE
@@ -54,8 +54,9 @@ def timed(
 
 def projections_line(
     walk: Walk, examples: int, specs: dict[str, LayerSpec], sides: list[Side], device: torch.device
-) -> Callable[[int], float]:
-    """Seconds to learn projections (see `eigenbases.fit_eigenbases`), as a function of the examples.
+) -> tuple[Callable[[int], float], int]:
+    """Seconds to learn projections (see `eigenbases.fit_eigenbases`), as a function of the examples; and of how many,
+    at most, they are learnt.
 
     A walk is timed that adds nothing up, and one fit of each width; sums and factorisations are those of all sides, by
     their operations.
@@ -68,33 +69,37 @@ def projections_line(
     """
     fits = side_fits(specs, sides, 0, device)
     rows: Counter[Side] = Counter()
-    pieces: dict[int, int] = {}
+    pieces: dict[tuple[int, int], int] = {}
+
+    def shape(fit: SubspaceFit) -> tuple[int, int]:
+        return min(fit.dim, _TRIED_WIDTH), min(fit.rank, _TRIED_WIDTH)
 
     def count(side: Side, part: torch.Tensor) -> None:
         if side in fits:
             rows[side] += len(part)
-            pieces.setdefault(min(fits[side].dim, _TRIED_WIDTH), len(part))
+            pieces.setdefault(shape(fits[side]), len(part))
 
     began = now(device)
     walk(count)
     each = (now(device) - began) / examples
-    _trial(8, 8, device)
-    trials = {width: _trial(width, piece, device) for width, piece in pieces.items() if piece}
+    _trial((8, 8), 8, device)
+    trials = {tried: _trial(tried, piece, device) for tried, piece in pieces.items() if piece}
     walks = sum(max(fit.passes(POWER_ITERATIONS) for _, fit in group) for group in grouped(fits))
     slope, fixed = walks * each, 0.0
     for side, fit in fits.items():
-        add, factorise = trials.get(min(fit.dim, _TRIED_WIDTH), (0.0, 0.0))
+        add, factorise = trials.get(shape(fit), (0.0, 0.0))
         passes = fit.passes(POWER_ITERATIONS)
         # A pass has two products with the block, but the last; a dense matrix has one.
         slope += add * fit.dim * fit.block * (2 * passes - 1) * rows[side] / examples
         fixed += factorise * fit.cost * max(passes - 1, 1)
-    return lambda n: fixed + slope * n
+    return lambda n: fixed + slope * n, needed({side: rows[side] for side in fits}, examples, specs)
 
 
-def _trial(width: int, piece: int, device: torch.device) -> tuple[float, float]:
-    """Of a side of such a width, whose rows come in such pieces: seconds a row to add it, divided by width^2, and to
-    find the eigenvectors, by width^3."""
-    fit = SubspaceFit(("trial",), width, width, width, 0, device)
+def _trial(tried: tuple[int, int], piece: int, device: torch.device) -> tuple[float, float]:
+    """Of a side of such a width and rank, whose rows come in such pieces: seconds a row to add it, divided by width^2,
+    and to find the eigenvectors, by their cost."""
+    width, rank = tried
+    fit = SubspaceFit(("trial",), width, rank, width, 0, device, whole_up_to=width)
     fit.begin(0, fit.passes(POWER_ITERATIONS))
     piece = min(piece, _TRIED_ROWS)
     part, pieces = torch.randn(piece, width, device=device), -(-_TRIED_ROWS // piece)
@@ -104,4 +109,4 @@ def _trial(width: int, piece: int, device: torch.device) -> tuple[float, float]:
     fit.close(ALONE, 0)
     added = now(device)
     fit.result(1.0)
-    return (added - began) / (pieces * piece * width**2), (now(device) - added) / width**3
+    return (added - began) / (pieces * piece * width**2), (now(device) - added) / fit.cost

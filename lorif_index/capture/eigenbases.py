@@ -89,10 +89,16 @@ def enough(walk: Walk, counted: int, specs: dict[str, LayerSpec], sides: list[Si
 
     with ranks.jointly():
         walk(count)
+    every = ranks.sum(torch.tensor(list(seen.values()))).tolist()
+    return needed(dict(zip(sides, every, strict=True)), counted, specs)
+
+
+def needed(positions: Mapping[Side, int], counted: int, specs: dict[str, LayerSpec]) -> int:
+    """How many examples the second moments are taken of, where so many have these positions."""
     most = LEAST
-    for (name, side), positions in zip(sides, ranks.sum(torch.tensor(list(seen.values()))).tolist(), strict=True):
+    for (name, side), count in positions.items():
         wanted = POSITIONS * specs[name].side(side)[0] * counted
-        most = max(most, SAMPLE if not positions else -(-wanted // positions))
+        most = max(most, -(-wanted // count) if count else SAMPLE)
     return min(most, SAMPLE)
 
 

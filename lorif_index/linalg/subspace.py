@@ -137,7 +137,12 @@ class SubspaceFit:
     @property
     def cost(self) -> float:
         """Of its factorisations, beside other fits'."""
-        return self.dim * self.block**2
+        return self.dim**2 * (self.rank + OVERSAMPLING) if self._few else self.dim * self.block**2
+
+    @property
+    def _few(self) -> bool:
+        """Whether few eigenvectors are wanted of a dense matrix (see `leading`)."""
+        return self.exact and (self.rank + OVERSAMPLING) * _WHOLE_RATIO < self.dim
 
     def passes(self, power_iterations: int) -> int:
         """Walks over the rows that it needs: one where the dense matrix is held."""
@@ -228,9 +233,8 @@ class SubspaceFit:
             # M C M^T of a symmetric C.
             moment = self._lift.forward(self._lift.forward(moment).T)
             moment = (moment + moment.T) / 2
-        few = self.rank + OVERSAMPLING
-        if self.exact and few * _WHOLE_RATIO < self.dim:
-            values, vectors = leading(moment, self._start(few).double())
+        if self._few:
+            values, vectors = leading(moment, self._start(self.rank + OVERSAMPLING).double())
         else:
             values, vectors = torch.linalg.eigh(moment)
             values, vectors = values.flip(0), vectors.flip(1)

@@ -54,15 +54,17 @@ def test_sides_take_the_walks_sums_and_factorisations_of_all(monkeypatch: pytest
         for side in sides:
             sink(side, torch.zeros(8, specs[side[0]].side(side[1])[0]))
 
-    line = timing.projections_line(walk, 2, specs, sides, CPU)
+    line, most = timing.projections_line(walk, 2, specs, sides, CPU)
+    # A side of 6,000 features wants 64 positions for each, and an example has 4.
+    assert most == 4096
     # Sides 3,000 wide are summed whole in one walk; those 6,000 wide take four, with 32 + 10 directions.
     slope = 4 * 4.0 / 2 + 2 * (8 / 2) * (3000**2 + 7 * 6000 * 42)
-    fixed = 2 * 1000 * (3000**3 + 3 * 6000 * 42**2)
+    fixed = 2 * 1000 * (3000**2 * 42 + 3 * 6000 * 42**2)
     assert line(0) == pytest.approx(fixed) and line(10) == pytest.approx(fixed + 10 * slope)
 
 
 def test_a_trial_runs() -> None:
     began = time.perf_counter()
-    add, factorise = timing._trial(48, 10, CPU)
+    add, factorise = timing._trial((48, 48), 10, CPU)
     taken = time.perf_counter() - began
     assert 0 < add * 48**2 < taken and 0 < factorise * 48**3 < taken
