@@ -179,7 +179,10 @@ def main() -> None:
         print(name, {stage: round(s, 1) for stage, s in one["seconds"].items()}, one.get("estimate", ""))
     table(lines)
     for name, one in found.items():
-        keep("widths", one, parsed, name)
+        if "error" not in one:
+            keep("widths", one, parsed, name)
+    if any("error" in one for one in found.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ BENCHES = {
     "other_libraries": "",
     "search_at_scale": "",
     "scan_cost": "",
+    "widths": "",
     "costs build": "build_cost",
     "costs explain": "explain_cost",
     "costs import": "import_cost",
