@@ -16,7 +16,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 PROJECTIONS = ("eigen", "random")
 CURVATURES = ("auto", "mixed", "ggn", "empirical")
 COMPLEMENTS = ("diagonal", "truncated")
-COARSE_KINDS = ("auto", "flat", "none")
+COARSE_KINDS = ("auto", "pq", "flat", "none")
 ADAPTERS = ("auto", "only", "include", "exclude")
 # What projection_floor="auto" is where nothing asks for more.
 LEAST_FLOOR = 32
@@ -155,9 +155,9 @@ class CoarseIndex:
     """What proposes candidates.
 
     Attributes:
-        kind: "auto": 4-bit product quantisation with fast scan, in at most 128 bytes a row, where there are more than
-            10,000 examples (fewer are scanned) and faiss is installed; "flat": the coordinates themselves; "none": all
-            searches scan.
+        kind: "pq": 4-bit product quantisation with fast scan, in at most 128 bytes a row; "auto": that, where there are
+            more than 10,000 examples (fewer are scanned) and faiss is installed; "flat": the coordinates themselves;
+            "none": all searches scan.
         dim: k, the number of coordinates, for all layers together.
         sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
             half-whitened coordinates (layers x r).

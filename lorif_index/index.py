@@ -501,7 +501,7 @@ class Index(Described):
         """Makes the coarse index anew from the stored rows, and learns again how many candidates a recall takes.
 
         Args:
-            kind: "auto" or "flat" (see `CoarseIndex`).
+            kind: "auto", "pq" or "flat" (see `CoarseIndex`).
             query, measure: as in `search`: queries like those that will be asked. It learns from training examples,
                 and from these if given.
             progress: as in `build`.

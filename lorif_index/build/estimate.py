@@ -56,7 +56,7 @@ from .sizes import Shapes
 from .timing import projections_line, timed
 from .traffic import build_traffic, search_traffic
 
-# Rows of the two miniature indexes: above `COARSE_FROM`, and above the default rank of the curvature.
+# Rows of the two miniature indexes: above the default rank of the curvature.
 _SMALL, _LARGE = 1200, 2400
 # A row's numbers in them; beyond, some layers stand for all. A sketch has all of its coordinates of so many.
 _NUMBERS = 20_000
@@ -356,7 +356,7 @@ def _miniatures(seen: _Handful, shapes: Shapes, folder: Path, advance: Callable[
         store=shapes.codec,
         coarse=dataclasses.replace(
             seen.config.coarse,
-            kind=seen.config.coarse.kind if shapes.coarse else "none",
+            kind=_kind(seen.config) if shapes.coarse else "none",
             queries=shapes.queries(_LARGE),
         ),
         compute=dataclasses.replace(seen.config.compute, device=str(seen.device)),
@@ -377,6 +377,11 @@ def _miniatures(seen: _Handful, shapes: Shapes, folder: Path, advance: Callable[
         times = size_of(seen.specs) / size_of(specs) if stage in _GROWING else 1.0
         lines[stage] = _line([_SMALL, _LARGE], [times * seconds[stage] for seconds in taken])
     return lines
+
+
+def _kind(config: BuildConfig) -> str:
+    """Of the miniatures' coarse index: they are too small for "auto" to make one."""
+    return "pq" if config.coarse.kind == "auto" else config.coarse.kind
 
 
 def _products(seen: _Handful, specs: dict[str, LayerSpec]) -> int:

@@ -67,15 +67,15 @@ def rebuild_coarse(reader: Reader, kind: str, extra: Mapping[str, torch.Tensor] 
 
     Args:
         reader: of the newest version; the writer's lock is held.
-        kind: of `CoarseIndex`: "auto" or "flat".
+        kind: of `CoarseIndex`: "auto", "pq" or "flat".
         extra: layer -> gradients of further queries to calibrate with, or None.
         report: is told.
 
     Raises:
         ConfigError: no such kind, or faiss is not installed.
     """
-    if kind not in ("auto", "flat"):
-        raise ConfigError(f"kind={kind!r} makes no coarse index: pass 'auto' or 'flat'")
+    if kind not in ("auto", "pq", "flat"):
+        raise ConfigError(f"kind={kind!r} makes no coarse index: pass 'auto', 'pq' or 'flat'")
     load_faiss()
     manifest = reader.manifest.copy()
     manifest.coarse = manifest.calibration = None

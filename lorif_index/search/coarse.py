@@ -154,7 +154,7 @@ class Codes:
         """Codes of no rows, with codebooks learnt from coordinates (m, k) float32.
 
         Args:
-            kind: "auto" or "flat".
+            kind: "auto", "pq" or "flat".
             sample: some rows' coordinates.
         """
         dim, axis = sample.shape[1], NormAxis.fit(sample)

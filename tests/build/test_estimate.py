@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorif_index import BuildConfig, Estimate, Index
-from lorif_index.build import estimate
+from lorif_index.build import candidates, estimate
 from lorif_index.build.sizes import Shapes
 from lorif_index.codecs.registry import CODECS
 from lorif_index.errors import ConfigError, DataError, StoreError
@@ -129,3 +129,15 @@ def test_more_rows_take_more() -> None:
     for codec in CODECS:
         one, two = (Shapes(BuildConfig(projection_floor=32), specs, codec).disk(n) for n in (10**6, 2 * 10**6))
         assert one.total < two.total < 2 * one.total and one.row == two.row
+
+
+def test_a_coarse_index_is_estimated_where_a_build_makes_one(
+    model: nn.Module, data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The miniatures are too small for one by default."""
+    monkeypatch.setattr(candidates, "COARSE_FROM", 10_001)
+    config, stages = BuildConfig(coarse={"queries": 8}), {"sketch", "coarse", "calibration"}
+    few = Index.estimate(model=model, data=data, config=config, batches=1, examples=10_000)
+    many = Index.estimate(model=model, data=data, config=config, batches=1, examples=10_001)
+    assert not stages & set(few.seconds) and stages <= set(many.seconds)
+    assert few.disk["coarse"] == 0 < many.disk["coarse"]
