@@ -10,6 +10,7 @@ torch's "lazy" device type is borrowed for it: of those that a CPU build has, it
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class Device(TorchDispatchMode):
         self._generator = torch.Generator
         # `torch.tensor` makes its tensor on the CPU, and then sends it.
         torch._C._set_only_lift_cpu_tensors(True)
-        torch.autocast = _no_autocast(self._autocast)  # type: ignore[misc]
+        torch.autocast = no_autocast(self._autocast)  # type: ignore[misc]
         torch.Generator = _of_the_cpu(self._generator)  # type: ignore[misc]
         return super().__enter__()
 
@@ -107,7 +108,9 @@ def here(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.inner if isinstance(tensor, Elsewhere) else tensor
 
 
-def _no_autocast(autocast: Any) -> Any:
+def no_autocast(autocast: Any) -> Any:
+    """`torch.autocast`, which knows nothing of the device's type, for a device that has none."""
+
     class Autocast(autocast):
         """Of a device that has none it can be switched off."""
 
@@ -207,15 +210,15 @@ def _count(func: Any, args: Any, to: bool, reads: Counter[str]) -> None:
                     reads["sent indices"] += 1
 
 
-def moved(model: nn.Module) -> nn.Module:
+def moved(model: nn.Module, to: Callable[[torch.Tensor], torch.Tensor] = lambda t: t.to(DEVICE)) -> nn.Module:
     """The model, in place, with its weights on the device, inside a `Device`. (`Module.to` would untie tied weights:
     it can give a tensor of one kind no data of another.)"""
     there: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                there.setdefault(id(p), nn.Parameter(p.detach().to(DEVICE), p.requires_grad))
+                there.setdefault(id(p), nn.Parameter(to(p).detach(), p.requires_grad))
                 module._parameters[name] = there[id(p)]
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(DEVICE)
+            module._buffers[name] = None if buffer is None else to(buffer)
     return model

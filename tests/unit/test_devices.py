@@ -1,7 +1,7 @@
 """Nothing takes the CPU for the device of its tensors: all that runs on a GPU runs here on a device that is none.
 
 On that device (see `elsewhere`) an operation refuses the CPU's tensors, as on a GPU, and what is read back is counted.
-What forward-mode differentiation computes there is left out: tensors of that kind have no tangents.
+Tensors of that kind have no tangents: forward-mode differentiation is run on torch's fake tensors, without numbers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Case, cnn, gpt2, mlp, reader_of, small_data, small_model
-from elsewhere import DEVICE, Device, Elsewhere, here, moved
+from elsewhere import DEVICE, Device, Elsewhere, here, moved, no_autocast
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from lorif_index import BuildConfig, Index, LayerSelection, Refine, default_loss
-from lorif_index.capture import products
+from lorif_index.capture import losses, products
 from lorif_index.capture.data import as_source
 from lorif_index.capture.eigenbases import fit_eigenbases, fitted_sides
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec, energies, keep_finite
@@ -280,6 +281,27 @@ def test_projections_are_learnt_with_one_read_a_layer_and_batch(device: Device) 
     assert reads == {"nonzero": len(taken.layers)}
     for side, matrix in found[0].items():
         assert close(found[1][side], matrix, 1e-2)
+
+
+@pytest.mark.parametrize("way", products.WAYS)
+def test_products_are_made_elsewhere(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fake tensors: none can be read, and labels are not. The formula of layer_norm's tangent takes real ones."""
+    model, batch = Words(), sentences()
+    model.norm = nn.Identity()
+    monkeypatch.setattr(torch, "autocast", no_autocast(torch.autocast))
+    monkeypatch.setattr(losses, "_check_labels", lambda labels, classes: None)
+    with FakeTensorMode():
+        batch = tuple(torch.zeros(part.shape, dtype=part.dtype) for part in batch)
+        moved(model, lambda t: torch.empty(t.shape, dtype=t.dtype, device=DEVICE))
+        taken = ModelCapture(model, BuildConfig(projection_dim=6, projection="random"))
+        made = products.Products(taken.capture(None).trust(), Declared(default_loss.logits))
+        made.way = way
+        for where in (CPU, DEVICE):
+            vectors = {n: torch.zeros(2, spec.d_in, spec.d_out, device=where) for n, spec in taken.specs.items()}
+            found = made.summed(vectors, batch)
+            assert {n: (v.device, v.shape) for n, v in found.items()} == {
+                n: (v.device, v.shape) for n, v in vectors.items()
+            }
 
 
 # -- what is fitted ----------------------------------------------------------------------------------------------------
