@@ -151,9 +151,10 @@ class _Sides(Capture):
     sink: Sink
 
     def _add(self, layer: str, use: Use, left: torch.Tensor, right: torch.Tensor) -> None:
-        counts = counted(left if use.transposed else right)
-        self.sink((layer, "in"), left[counts])
-        self.sink((layer, "out"), right[counts])
+        # By their places, which a GPU is waited for once, and not for each side.
+        places = counted(left if use.transposed else right).flatten().nonzero()[:, 0]
+        self.sink((layer, "in"), left.flatten(0, 1).index_select(0, places))
+        self.sink((layer, "out"), right.flatten(0, 1).index_select(0, places))
 
     def _add_dense(self, layer: str, gradient: torch.Tensor) -> None:
         sides_of_gradients(layer, gradient, self.sink)

@@ -187,15 +187,19 @@ class GradientBlock:
         if len(rows) == self.count and bool((rows == np.arange(self.count)).all()):
             return self
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-        return GradientBlock(self.ids[rows], {k: g.select(index.to(g.device)) for k, g in self.layers.items()})
+        # Sent to a GPU once, and not for each layer.
+        there = {device: index.to(device) for device in {g.device for g in self.layers.values()}}
+        return GradientBlock(self.ids[rows], {k: g.select(there[g.device]) for k, g in self.layers.items()})
 
 
 def energies(block: GradientBlock) -> np.ndarray:
     """(n,) float32: squared norms of the examples' gradients, over all layers."""
-    total = torch.zeros(block.count, dtype=torch.float64)
-    for gradient in block.layers.values():
-        total += gradient.squared_norms().cpu()
-    return total.clamp(max=torch.finfo(torch.float32).max).float().numpy()
+    first, *others = block.layers.values()
+    total = first.squared_norms()
+    for gradient in others:
+        # Where the first is, so that a GPU is waited for once, and not for each layer.
+        total = total + gradient.squared_norms().to(total.device)
+    return total.clamp(max=torch.finfo(torch.float32).max).float().cpu().numpy()
 
 
 def keep_finite(block: GradientBlock, policy: str, skipped: list[int], what: str = "example") -> GradientBlock:

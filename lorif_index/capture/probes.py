@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import DataError
-from ..linalg.projection import keyed_generator
+from ..linalg.signs import hashed_signs
 from .ensemble import members_of
 from .heads import HeadOf, wide
 
@@ -100,22 +100,14 @@ class Probes:
                 f"shape {tuple(head.outputs.shape)}: pass batches of one form, or BuildConfig(sample=Sample(probes=1))"
             )
         outputs, rows = wide(head.outputs), []
-        # (n, positions, C): a single prediction is one position, an output that is a term of its own one class.
-        signs = None if self.exact else self._signs(ids, outputs.reshape(len(ids), -1, head.width), member)
+        # A single prediction is one position, an output that is a term of its own one class.
+        positions = outputs[0].numel() // head.width if len(ids) else 0
         for number in range(self.each):
             with torch.no_grad():
-                v = head.row(number) if signs is None else head.root(signs[number].reshape(outputs.shape))
+                if self.exact:
+                    v = head.row(number)
+                else:
+                    signs = hashed_signs((self._seed, "ggn", member), ids, number, positions, head.width, outputs)
+                    v = head.root(signs.reshape(outputs.shape))
             rows.append((outputs * v).flatten(1).sum(dim=1))
         return torch.stack(rows)
-
-    def _signs(self, ids: np.ndarray, like: torch.Tensor, member: int = 0) -> torch.Tensor:
-        """(rows, n, positions, C) of +-1, drawn on the CPU; longer padding leaves an example's own as they are."""
-        _, positions, classes = like.shape
-        key = (self._seed, "ggn", member) if member else (self._seed, "ggn")
-        bits = positions * self.each * classes
-        drawn = np.empty((len(ids), bits), dtype=np.uint8)
-        for row, i in zip(drawn, ids.tolist(), strict=True):
-            raw = keyed_generator(*key, i).random_raw(-(-bits // 64)).astype("<u8")
-            row[:] = np.unpackbits(raw.view(np.uint8), count=bits, bitorder="little")
-        signs = torch.from_numpy(drawn).to(like.device).reshape(len(ids), positions, self.each, classes)
-        return signs.permute(2, 0, 1, 3).to(like.dtype).mul_(2.0).sub_(1.0)

@@ -47,10 +47,11 @@ class Products:
 
     Attributes:
         way: one of `WAYS`; None before the first product.
+        device: of the model.
     """
 
     def __init__(self, capture: Capture, head: HeadOf) -> None:
-        self._capture, self._head = capture, head
+        self._capture, self._head, self.device = capture, head, capture.device
         self.way: str | None = None
 
     def summed(self, vectors: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
@@ -80,6 +81,7 @@ class Products:
                 failures.append(f"{way}: {' '.join(str(error).split())[:200]}")
                 continue
             got = sum(float((found[name].double() * v.double()).sum()) for name, v in vectors.items())
+            expected = float(expected)
             apart = _HALF_APART if self._capture.half else _APART
             if abs(got - expected) <= apart * max(abs(expected), abs(got)):
                 self.way = way
@@ -93,7 +95,7 @@ class Products:
 
     def _run(
         self, way: str, vectors: Mapping[str, torch.Tensor], batch: Batch
-    ) -> tuple[dict[str, torch.Tensor], float]:
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | float]:
         """The products, and <J v, M J v> over all examples and vectors."""
         count, each = len(next(iter(vectors.values()))), batch_count(batch)
         batch, ids = repeated(batch, count), np.arange(count)
@@ -129,7 +131,7 @@ class _Pass:
 
     Attributes:
         weights: M J P v at each member's outputs, once they are known.
-        expected: <J P v, M J P v>, summed.
+        expected: <J P v, M J P v>, summed; a tensor, so that a GPU is not waited for where nobody asks.
     """
 
     def __init__(self, capture: Capture, head: HeadOf, vectors: Mapping[str, torch.Tensor], rows: int) -> None:
@@ -138,7 +140,7 @@ class _Pass:
         # Of the examples, where it is differentiated twice.
         self._scalars: torch.Tensor | None = None
         self.weights: list[torch.Tensor] = []
-        self.expected = 0.0
+        self.expected: torch.Tensor | float = 0.0
 
     def push(self, layer: str, use: Use, left: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The output with the layer's part of J P v as its tangent, or times the scalars."""
@@ -181,5 +183,5 @@ class _Pass:
                 return torch.zeros_like(head.outputs.detach())
             tangent = tangent.detach()
             u = head.product(tangent).detach()
-            self.expected += float((tangent.double() * u.double()).sum())
+            self.expected = self.expected + (tangent.double() * u.double()).sum()
             return u

@@ -100,11 +100,14 @@ class Spool:
         need = block.count * run.numbers
         room = room if len(room) >= need else np.empty(need, dtype=np.float32)
         rows, at = torch.from_numpy(room[:need].reshape(block.count, -1)), 0
-        for gradient in block.layers.values():
-            for part in gradient.parts:
-                flat = part.detach().flatten(1)
-                rows[:, at : at + flat.shape[1]] = flat
-                at += flat.shape[1]
+        parts = [part.detach().flatten(1) for gradient in block.layers.values() for part in gradient.parts]
+        device = parts[0].device
+        if device.type != "cpu":
+            # Put together where they are, so that a GPU is waited for once, and not for each layer.
+            parts = [torch.cat([part.to(device, torch.float32) for part in parts], dim=1)]
+        for flat in parts:
+            rows[:, at : at + flat.shape[1]] = flat
+            at += flat.shape[1]
         left = room[:need].data.cast("B")
         while len(left):
             # A raw file may take a part of what it is given.

@@ -7,7 +7,7 @@ needed: it says how much of what the inverse asks for the rows hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -71,6 +71,7 @@ def agreements(tried: Sequence[RowCodec], fitting: Fitting, written: Written) ->
     asked: dict[str, list[torch.Tensor]] = {name: [] for name in fitting.specs}
     rows: list[list[torch.Tensor]] = [[] for _ in tried]
     truth: list[torch.Tensor] = []
+    there: dict[str, torch.Tensor] = {}
     question: Transformed | None = None
     with ranks.jointly():
         for block in some_rows(fitting, _ROWS + _QUESTIONS):
@@ -84,10 +85,11 @@ def agreements(tried: Sequence[RowCodec], fitting: Fitting, written: Written) ->
                 if count < _QUESTIONS:
                     continue
                 question = _question(asked, fitting)
+                there = {name: x.flatten(1).to(fitting.device) for name, x in question.x.items()}
                 block = block.select(torch.arange(took, block.count).numpy())
                 if not block.count:
                     continue
-            truth.append(_scores(question, block))
+            truth.append(_scores(there, block))
             for kept, found in zip(rows, written(block), strict=True):
                 kept.append(found)
         if question is not None and sum(len(part) for part in truth) > 2:
@@ -107,9 +109,10 @@ def _question(asked: dict[str, list[torch.Tensor]], fitting: Fitting) -> Transfo
     return Transformed({n: torch.cat(parts).reshape(shapes[n]) for n, parts in asked.items()}, fitting.curvature)
 
 
-def _scores(question: Transformed, block: GradientBlock) -> torch.Tensor:
-    """(n, q) of whole gradients."""
-    return sum(block.layers[name].flat().float().cpu() @ x.flatten(1).T for name, x in question.x.items())  # type: ignore[return-value]
+def _scores(questions: Mapping[str, torch.Tensor], block: GradientBlock) -> torch.Tensor:
+    """(n, q) of whole gradients, by each layer's questions (q, D), computed where these are."""
+    parts = [block.layers[name].flat().to(x.device) @ x.T for name, x in questions.items()]
+    return torch.stack(parts).sum(dim=0).cpu()
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:

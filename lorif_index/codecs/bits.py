@@ -98,15 +98,16 @@ class CodeLayout:
         return self.packed + SCALE_BYTES * len(self.widths)
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
-        """Codes (n, row_bytes) uint8 of coordinates (n, dim), on the CPU. A piece of zeros comes back as zeros."""
-        z = z.to(device="cpu", dtype=torch.float32)
-        out = torch.zeros(z.shape[0], self.row_bytes, dtype=torch.uint8)
-        scales = torch.zeros(z.shape[0], len(self.pieces))
+        """Codes (n, row_bytes) uint8, on the CPU, of coordinates (n, dim), whose device makes them. A piece of zeros
+        comes back as zeros."""
+        z = z.float()
+        out = torch.zeros(z.shape[0], self.row_bytes, dtype=torch.uint8, device=z.device)
+        scales = torch.zeros(z.shape[0], len(self.pieces), device=z.device)
         for i, piece in enumerate(self.pieces):
             if piece.count:
                 scales[:, i] = self._encode(z[:, piece.coordinates], out[:, piece.bytes])
         out[:, self.packed :] = scales.to(torch.bfloat16).view(torch.uint8).reshape(len(z), -1)
-        return out
+        return out.cpu()
 
     def _encode(self, z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Writes one piece's levels into its bytes of rows; its scales (n,)."""
@@ -120,7 +121,7 @@ class CodeLayout:
         grid = levels - top / 2
         along = (unit * grid).sum(dim=1)
         size = out.shape[1]
-        spread = torch.zeros(count, size * self.per_byte, dtype=torch.uint8)
+        spread = torch.zeros(count, size * self.per_byte, dtype=torch.uint8, device=z.device)
         spread[:, : z.shape[1]] = levels.to(torch.uint8)
         # Byte j holds coordinates j, j + size, j + 2 size, ..., so that unpacking writes contiguous parts.
         parts = spread.unflatten(1, (self.per_byte, size))

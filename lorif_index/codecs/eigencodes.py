@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -30,7 +30,7 @@ from ..curvature.sketch import MOST_DIRECTIONS, Sketch, Whitened, roots
 from ..errors import CorruptionError, CurvatureError
 from ..linalg.scratch import CPU
 from ..storage.sealed import SealedFile, as_count, entry_of, write_sealed
-from .agreement import SIZES, chosen, sizes_of, some_rows
+from .agreement import SIZES, Written, chosen, sizes_of, some_rows
 from .base import SKETCHED_ROWS, CodecSizes, Encoder, Fitting, Parts, RowCodec, Scorer, Transformed
 from .bits import BITS, SCALE_BYTES, CodeLayout
 from .sparse import ENTRY_BYTES, MOST_PLACES, SparseLayout
@@ -176,7 +176,7 @@ class EigenCodec(RowCodec):
             raise CurvatureError("all gradients of the eigencodes' sample are zero: fit from other data")
         sizes, largest = sizes_of(fitting.config), _largest(weights, fitting)
         tried = [made for size in sizes for made in cls._ways(fitting, weights, largest, size)]
-        return tried[0] if len(tried) == 1 else chosen(tried, fitting, partial(_written, tried, fitting.device))
+        return tried[0] if len(tried) == 1 else chosen(tried, fitting, _writer(tried, fitting.device))
 
     @classmethod
     def _ways(cls, fitting: Fitting, weights: Weights, largest: Mapping[str, LayerCode], size: int) -> list[Self]:
@@ -441,21 +441,23 @@ def _largest(weights: Weights, fitting: Fitting) -> dict[str, LayerCode]:
     return {name: LayerCode(d, weights.asked[name][d].rsqrt().float()) for name, d in directions.items()}
 
 
-def _written(tried: Sequence[EigenCodec], device: torch.device, block: GradientBlock) -> list[torch.Tensor]:
-    """Rows of a block by each codec; what they share is computed once."""
-    curvature = tried[0].curvature
-    turned = {
-        n: c.sides.to(device).turned(block.layers[n].flat().to(device, torch.float32)) for n, c in curvature.items()
+def _writer(tried: Sequence[EigenCodec], device: torch.device) -> Written:
+    """Gives a block's rows by each codec; what they share is computed once."""
+    sides = {name: layer.sides.to(device) for name, layer in tried[0].curvature.items()}
+    codes = {
+        id(codec.layers): {n: (p.directions.to(device), p.amplitudes.to(device)) for n, p in codec.layers.items()}
+        for codec in tried
     }
-    taken: dict[int, torch.Tensor] = {}
-    rows = []
-    for codec in tried:
-        key = id(codec.layers)
-        if key not in taken:
-            parts = [turned[n][:, p.directions.to(device)] / p.amplitudes.to(device) for n, p in codec.layers.items()]
-            taken[key] = torch.cat(parts, dim=1)
-        rows.append(codec.layout.encode(taken[key]))
-    return rows
+
+    def written(block: GradientBlock) -> list[torch.Tensor]:
+        turned = {n: pair.turned(block.layers[n].flat().to(device, torch.float32)) for n, pair in sides.items()}
+        taken = {
+            key: torch.cat([turned[n][:, directions] / sizes for n, (directions, sizes) in parts.items()], dim=1)
+            for key, parts in codes.items()
+        }
+        return [codec.layout.encode(taken[id(codec.layers)]) for codec in tried]
+
+    return written
 
 
 def _split(among: torch.Tensor, fitting: Fitting) -> dict[str, torch.Tensor]:
@@ -474,17 +476,19 @@ def _mean_squares(fitting: Fitting) -> Weights:
     """By one walk over some rows of the sample, of all ranks."""
     device, ranks, seen = fitting.device, fitting.ranks, 0
     own, asked = (
-        {name: torch.zeros(spec.dim, dtype=torch.float64) for name, spec in fitting.specs.items()} for _ in range(2)
+        {name: torch.zeros(spec.dim, dtype=torch.float64, device=device) for name, spec in fitting.specs.items()}
+        for _ in range(2)
     )
+    inverses = {name: (one.layer.sides.to(device), one.to(device)) for name, one in fitting.preconditioners.items()}
     with ranks.jointly():
         for block in some_rows(fitting, _WEIGHED_ROWS):
             seen += block.count
-            for name, one in fitting.preconditioners.items():
-                turned = one.layer.sides.turned(block.layers[name].flat().to(device, torch.float32).cpu())
+            for name, (sides, one) in inverses.items():
+                turned = sides.turned(block.layers[name].flat().to(device, torch.float32))
                 own[name] += turned.square().sum(dim=0, dtype=torch.float64)
                 asked[name] += one.divided(turned).square_().sum(dim=0, dtype=torch.float64)
     seen = ranks.count(seen)
-    return Weights(*({n: ranks.sum(total) / seen for n, total in sums.items()} for sums in (own, asked)))
+    return Weights(*({n: ranks.sum(total.cpu()) / seen for n, total in sums.items()} for sums in (own, asked)))
 
 
 def _read_codes(file: SealedFile, specs: Mapping[str, LayerSpec], counts: tuple[int, ...]) -> dict[str, LayerCode]:

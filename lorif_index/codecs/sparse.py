@@ -62,10 +62,11 @@ class SparseLayout:
         return SparseScorer(self, queries)
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
-        """Codes (n, row_bytes) uint8 of coordinates (n, dim), on the CPU. A row of zeros comes back as zeros."""
+        """Codes (n, row_bytes) uint8, on the CPU, of coordinates (n, dim), whose device makes them. A row of zeros
+        comes back as zeros."""
         places = torch.topk(z.abs(), min(self.entries, self.dim), dim=1, sorted=False).indices
-        values = z.gather(1, places).float().cpu()
-        places, sizes = places.cpu(), values.abs()
+        values = z.gather(1, places).float()
+        sizes = values.abs()
         peak = sizes.amax(dim=1)
         least = torch.where(sizes > 0, sizes, torch.inf).amin(dim=1)
         scale = torch.maximum(least, peak / _RATIO ** (_LEVELS - 1)).to(torch.bfloat16)
@@ -80,7 +81,7 @@ class SparseLayout:
         # In rising order of places, so that a scorer reads its table in order.
         codes = codes.sort(dim=1).values
         planes = torch.cat([(codes >> shift) & 255 for shift in (0, 8, 16)], dim=1).to(torch.uint8)
-        return torch.cat([planes, scale.view(torch.uint8).reshape(len(z), -1)], dim=1)
+        return torch.cat([planes, scale.view(torch.uint8).reshape(len(z), -1)], dim=1).cpu()
 
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, 1) float32."""

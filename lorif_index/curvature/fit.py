@@ -184,12 +184,14 @@ def mix(parts: list[Part], names: Iterable[str], ranks: Ranks = ALONE) -> Part:
     first = parts[0]
     traces = []
     for part in parts:
-        squares = dict.fromkeys(names, 0.0)
+        # Summed where the rows are, so that a GPU is not waited for at each block.
+        squares: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
         with ranks.jointly():
             for block in part.rows():
                 for name in names:
-                    squares[name] += float(block.layers[name].squared_norms().sum())
-        summed = _summed(squares, ranks)
+                    squares[name] = squares[name] + block.layers[name].squared_norms().sum()
+            found = {name: float(total) for name, total in squares.items()}
+        summed = _summed(found, ranks)
         traces.append({name: value / part.examples for name, value in summed.items()})
     factors: list[dict[str, float]] = []
     for part, own in zip(parts, traces, strict=True):

@@ -12,7 +12,7 @@ to the query only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +41,11 @@ class Preconditioner:
     vectors: torch.Tensor
     strengths: torch.Tensor
     lam: float
+
+    def to(self, device: torch.device) -> Preconditioner:
+        """The same, with what multiplies rows on a device; the curvature stays where it is."""
+        moved = {name: getattr(self, name).to(device) for name in ("root", "vectors", "strengths")}
+        return replace(self, **moved)
 
     def usable(self, name: str) -> Preconditioner:
         """This one, if float32 can hold it.

@@ -90,12 +90,12 @@ def fit_sides(
     with ranks.jointly():
         for block in rows():
             # Every step-th row of all, whatever the size of the blocks.
-            part = torch.arange(min(-at % step, block.count), block.count, step)
+            part = slice(-at % step, None, step)
+            taken = range(block.count)[part]
             at += block.count
             advance(block.count)
-            for name, (a, b) in sums.items() if len(part) else ():
-                gradient = block.layers[name]
-                dense = gradient.select(part.to(gradient.device)).dense().to(device)
+            for name, (a, b) in sums.items() if taken else ():
+                dense = block.layers[name].select(part).dense().to(device)
                 if a is not None:
                     flat = dense.transpose(0, 1).flatten(1)
                     a += (flat @ flat.T).double()

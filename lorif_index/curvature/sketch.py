@@ -184,6 +184,7 @@ def half_whitened(
     directions = strongest(curvature)
     scales = {n: (1.0 / roots(layer, lams[n])[directions[n]]).to(device) for n, layer in curvature.items()}
     sides = {name: layer.sides.to(device) for name, layer in curvature.items()}
+    there = {name: wanted.to(device) for name, wanted in directions.items()}
 
     def walk() -> Iterator[torch.Tensor]:
         for block in rows():
@@ -192,7 +193,7 @@ def half_whitened(
                 parts = []
                 for name, scale in scales.items():
                     turned = sides[name].turned(flat[name][at : at + _BATCH_ROWS].to(device, torch.float32))
-                    parts.append(turned[:, directions[name].to(device)] * scale)
+                    parts.append(turned[:, there[name]] * scale)
                 yield torch.cat(parts, dim=1)
 
     return Whitened(walk, count, directions, lams)

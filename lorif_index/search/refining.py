@@ -91,15 +91,17 @@ class Refining:
                 some = {name: g[start : start + together] for name, g in gradients.items()}
 
                 def apply(v: Vectors) -> Vectors:
-                    mean, each = {name: torch.zeros_like(part) for name, part in v.items()}, self._each(v)
+                    # Sent to the model's device once, and brought back once, for all batches.
+                    sent, each = {name: part.to(self.products.device) for name, part in v.items()}, self._each(v)
+                    mean = {name: torch.zeros_like(part) for name, part in sent.items()}
                     for batch in batches:
                         for part in parts_of(batch, each):
-                            for name, product in self.products.summed(v, part).items():
+                            for name, product in self.products.summed(sent, part).items():
                                 mean[name] += product
                     stage.advance(len(chosen))
                     kept = multiply(v, preconditioners)
                     lams = {name: preconditioners[name].lam for name in v}
-                    exact = {n: m / len(chosen) + lams[n] * v[n] for n, m in mean.items()}
+                    exact = {n: m.to(v[n].device) / len(chosen) + lams[n] * v[n] for n, m in mean.items()}
                     return {n: (1 - share) * part + share * kept[n] for n, part in exact.items()}
 
                 solved = solve(apply, lambda v: transform(v, preconditioners), some, iterations)

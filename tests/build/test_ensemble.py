@@ -137,8 +137,10 @@ def test_members_have_probes_of_their_own(tmp_path: Path) -> None:
         )
         for layer in first.layers:
             assert together.curvature[f"0.{layer}"].trace == pytest.approx(first.curvature[layer].trace, rel=1e-4)
-    like = torch.zeros(2, 3, 4)
-    same = [Probes(Declared(default_loss.logits), 2, 0, 9)._signs(np.arange(2), like, member) for member in (0, 1)]
+    pair = nn.ModuleList([nn.Identity(), nn.Identity()])
+    x, y = torch.randn(2, 3, 4).requires_grad_(), torch.zeros(2, 3, dtype=torch.int64)
+    probes = Probes(Declared(default_loss.logits), 2, 0, 9)
+    same = [probes._rows(member, (x, y), np.arange(2), number) for number, member in enumerate(pair)]
     assert not torch.equal(*same)
 
 
