@@ -91,7 +91,7 @@ def test_bare_values_stand_for_a_part() -> None:
         ({"sample": {"rows": "all"}}, r"rows must be one of \('sample', 'stored'\), got 'all'"),
         ({"sample": {"probes": 0}}, "probes must be an integer of at least 1, or None"),
         ({"sample": {"sizes": 3}}, r"unknown keys \['sizes'\] of sample: known are \['size', 'rows', 'probes'\]"),
-        ({"coarse": "PQ64x4fs"}, r"kind must be one of \('auto', 'flat', 'none'\), got 'PQ64x4fs'"),
+        ({"coarse": "PQ64x4fs"}, r"kind must be one of \('auto', 'pq', 'flat', 'none'\), got 'PQ64x4fs'"),
         ({"coarse": {"dim": 0}}, "dim must be an integer of at least 1"),
         ({"coarse": {"sketch": "random"}}, "sketch must be one of"),
         ({"coarse": {"queries": -1}}, "queries must be an integer of at least 0"),
