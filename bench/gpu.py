@@ -107,7 +107,7 @@ def asking(device: torch.device, smoke: bool, repeats: int) -> dict[str, Any]:
     ids = tokens(count + 8, length, vocabulary)
     data, query = {"input_ids": ids[:count]}, {"input_ids": ids[count:]}
     model = gpt(1 if smoke else 4, 16 if smoke else 256, vocabulary=vocabulary, length=length, dropout=False).eval()
-    coarse = CoarseIndex(kind="flat", dim=32, queries=4) if smoke else CoarseIndex()
+    coarse = CoarseIndex(kind="flat", dim=32, queries=4) if smoke else CoarseIndex(kind="pq")
     config, k, most, found = BuildConfig(store="eigen", eigen_bytes=size, coarse=coarse), 20, 100, {}
     for way in WAYS:
         scores: dict[str, list[np.ndarray]] = {}

@@ -55,7 +55,7 @@ def asked(queries: int) -> dict[str, torch.Tensor]:
 
 def given_build(count: int, smoke: bool) -> dict[str, Any]:
     """Arguments of a build whose messages are compared with their estimate."""
-    small: dict[str, Any] = {"sample": 600, "coarse": CoarseIndex(queries=16)} if smoke else {}
+    small: dict[str, Any] = {"sample": 600, "coarse": CoarseIndex(kind="pq", queries=16)} if smoke else {}
     config = BuildConfig(store="factors", rank=2, curvature_rank=64, **small)
     return {"gradients": Given(count, pairs=False), "config": config}
 

@@ -52,7 +52,7 @@ STORES: dict[str, dict[str, Any]] = {
 _CODE = ("*.py",)
 _PROSE = ("METADATA", "LICENSE*", "*.md", "*.rst", "NOTICE*", "*.txt")
 _FOLDER = CACHE / "scale"
-_SMOKE = {"curvature_rank": 32, "sample": 600, "coarse": CoarseIndex(dim=64, queries=8), "eigen_bytes": 200}
+_SMOKE = {"curvature_rank": 32, "sample": 600, "coarse": CoarseIndex(kind="pq", dim=64, queries=8), "eigen_bytes": 200}
 Gradients = dict[str, torch.Tensor]
 
 

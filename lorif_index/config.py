@@ -236,7 +236,7 @@ class BuildConfig:
             `capture.layers.layer_specs`), and no projection for gradients handed over by the user.
         projection_floor: the least width that a fraction may give (small models lose too much below it), and the width
             that "auto" gives. "auto": 32; where rows are eigencodes of a model's gradients in learnt projections, and
-            1,600 bytes have no room for all directions of that, the widest from 16 to 128 with which a gradient has no
+            1,600 bytes have no room for all directions of that, the widest from 16 to 64 with which a gradient has no
             more than half a million numbers beside the head's; `index.specs` has what it gave.
         projection: "eigen": each side's leading eigenvectors, learnt from a sample; "random": random signs, which need
             no pass over data.

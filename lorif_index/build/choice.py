@@ -19,7 +19,7 @@ from ..codecs.truncation import factorise
 from ..config import LEAST_FLOOR, BuildConfig
 
 # Widths of eigencodes' projections, and most numbers of a gradient beside a head's.
-_FLOORS = (16, 24, 32, 48, 64, 96, 128)
+_FLOORS = (16, 24, 32, 48, 64)
 _NUMBERS = 1 << 19
 # A sample whose gradients take more temporary disk, once more for probes, is smaller, but not below so many examples.
 _LEAST_SAMPLE = 2048

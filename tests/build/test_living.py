@@ -336,6 +336,7 @@ def test_compaction_takes_the_bytes_away(index: Index, rows: torch.Tensor, query
 
 def test_refit_of_factors_is_a_build_with_their_curvature(rows: torch.Tensor, query: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"sample": {"rows": "stored"}, "store": "factors", "rank": None, "dtype": "float32"}
+    settings |= {"coarse": None}
     index = Index.build(tmp_path / "i", gradients=blocks(rows[:600]), config=config(**settings))
     index.add(gradients=blocks(rows[600:N]))
     gone = np.arange(0, N, 7)
