@@ -95,7 +95,8 @@ ENGINE = [
     ),
     (
         "build",
-        "encode coverage outliers spans choice inputs state sample stages candidates sizes traffic pipeline timing estimate",
+        "encode coverage outliers spans choice inputs state sample stages candidates sizes traffic pipeline timing "
+        "estimate",
     ),
     ("text", "documents packed chat encoding tokenised passages model"),
     ("", "snapshot identity questions describe"),
