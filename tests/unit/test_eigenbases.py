@@ -296,8 +296,8 @@ def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch:
 def test_a_sample_that_disk_would_not_hold_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorif_index.build.choice._LEAST_SAMPLE", 50)
     layers = ModelCapture(mlp().model, BuildConfig()).layers
-    one = sum(spec.dim for spec in layer_specs(layers, BuildConfig(projection_floor=128)).values())
+    one = sum(spec.dim for spec in layer_specs(layers, BuildConfig(projection_floor=64)).values())
     for room, size in ((8 * one * 300, 300), (8 * one * 10, 50), (8 * one * 2000, 1000)):
         config = BuildConfig(sample=1000, compute={"spool_bytes": room})
         found = widest(config, layers)
-        assert (found.sample.size, found.projection_floor) == (size, 128)
+        assert (found.sample.size, found.projection_floor) == (size, 64)
