@@ -276,10 +276,13 @@ def leading(matrix: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, to
 def grouped(fits: Mapping[Key, SubspaceFit]) -> Iterator[list[tuple[Key, SubspaceFit]]]:
     """Fits that go through their passes together, in order: as many as `GROUP_BYTES` hold, or one that is larger."""
     group: list[tuple[Key, SubspaceFit]] = []
+    held = peak = 0
     for key, fit in fits.items():
-        if group and together_bytes([*(other for _, other in group), fit]) > GROUP_BYTES:
+        # As `together_bytes` counts, but each fit once: of experts there are thousands.
+        held, peak = held + fit.held_bytes, max(peak, fit.nbytes - fit.held_bytes)
+        if group and held + peak > GROUP_BYTES:
             yield group
-            group = []
+            group, held, peak = [], fit.held_bytes, fit.nbytes - fit.held_bytes
         group.append((key, fit))
     if group:
         yield group
