@@ -188,7 +188,7 @@ def _walks(specs: dict[str, LayerSpec]) -> int:
 def _fit_passes(shape: Shape) -> int:
     """Examples that the model is run on before the first row is written, each as often as it is."""
     specs, sample = shape.specs(DEFAULT), shape.config(DEFAULT).sample.size
-    probed = -(-sample // thinning(2 * sample, specs, 2))
+    probed = -(-sample // thinning(sample, specs, PROBES + 1))
     return _walks(specs) * min(_learnt_from(specs), sample) + sample + PROBES * probed
 
 

@@ -339,8 +339,7 @@ def _probed(seen: _Handful, sample: int) -> int:
     """Examples of the sample that probes are computed of."""
     if seen.probe is None:
         return 0
-    mixed = seen.config.curvature != "ggn"
-    return -(-sample // thinning(sample * (seen.probe[1] + mixed), seen.specs, 1 + mixed))
+    return -(-sample // thinning(sample, seen.specs, seen.probe[1] + (seen.config.curvature != "ggn")))
 
 
 def _miniatures(seen: _Handful, shapes: Shapes, folder: Path, advance: Callable[[int], None]) -> Lines:

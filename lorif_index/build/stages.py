@@ -109,7 +109,7 @@ def fit_curvature_before(inputs: Inputs, state: BuildState, sample: SampleRows) 
         probes = Probes(inputs.head, config.sample.probes, config.seed, len(wanted))
         probed = ProbedGradients(inputs.capture.capture(inputs.loss), inputs.examples, probes)
         # What the fit would leave out is not computed.
-        step = thinning(len(wanted) * (probes.each + mixed), inputs.specs, 1 + mixed)
+        step = thinning(len(wanted), inputs.specs, probes.each + mixed)
         wanted = wanted[::step]
         rows, count, spool, _ = sample.walkable("probes", probed, state.own(wanted), False, each=probes.each)
         part = Part(rows, count, count / probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)

@@ -297,10 +297,11 @@ def fit_curvature(
     return fitted
 
 
-def thinning(count: int, specs: Mapping[str, LayerSpec], parts: int = 1) -> int:
-    """Every how many rows one is taken: of so many, in parts that are thinned one by one."""
+def thinning(count: int, specs: Mapping[str, LayerSpec], each: int = 1) -> int:
+    """Every how many one is taken, of so many examples with `each` rows, so that the rows that are left are not thinned
+    again."""
     most = max(_NUMBERS // sum(spec.dim for spec in specs.values()), _LEAST_ROWS)
-    return 1 if count <= most else -(-count // (most - parts))
+    return 1 if count * each <= most else -(-count * each // (most - each))
 
 
 def thinned(rows: RowPass, step: int) -> RowPass:

@@ -14,7 +14,7 @@ from conftest import dense_inverse, low_rank_part, products_of
 from lorif_index import AbsoluteDamping, BuildConfig, CurvatureRows, Index, PaperDamping, RelativeDamping
 from lorif_index.capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from lorif_index.curvature import sides
-from lorif_index.curvature.fit import DIAGONAL_SHARE, CurvatureShape, LayerCurvature, fit_curvature
+from lorif_index.curvature.fit import DIAGONAL_SHARE, CurvatureShape, LayerCurvature, fit_curvature, thinning
 from lorif_index.curvature.inverse import Preconditioner, multiply, transform, transform_precisely
 from lorif_index.errors import ConfigError, CurvatureError
 from lorif_index.progress import Stage
@@ -364,3 +364,13 @@ def test_rows_may_lie_in_memory_that_is_used_again() -> None:
     )["a"]
     expected = torch.linalg.eigvalsh(rows.double().T @ rows.double() / 1200).flip(0)
     torch.testing.assert_close(fitted.spectrum[:4], expected[:4], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("each", [1, 2, 5, 33])
+@pytest.mark.parametrize("count", [2000, 2048, 2049, 9999, 10_000])
+def test_rows_that_are_left_are_not_thinned_again(count: int, each: int) -> None:
+    """An example's probes and its gradient are left out together: what is left is a multiple of `each`."""
+    specs = {"x": LayerSpec("x", 1 << 10, 1 << 10, 1 << 10, 1 << 10, 1)}
+    left = -(-count // thinning(count, specs, each)) * each
+    assert left <= 2048 and thinning(left, specs) == 1
+    assert left >= min(count * each, 1000)
