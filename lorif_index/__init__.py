@@ -15,7 +15,7 @@ from .build.estimate import Estimate
 from .capture.losses import CrossEntropy, default_loss
 from .config import BuildConfig, CoarseIndex, Compute, CurvatureRows, LayerSelection, Sample
 from .curvature.refine import Refine
-from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping
+from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping, RowDamping
 from .errors import LorifError
 from .index import Index
 from .progress import ProgressEvent
@@ -47,6 +47,7 @@ __all__ = [
     "Refined",
     "RelativeDamping",
     "Reranked",
+    "RowDamping",
     "Sample",
     "SearchStats",
     "default_loss",

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from .codecs.registry import CODECS, codec_class
-from .damping import Damping, PaperDamping, RelativeDamping, as_damping, damping_from_json
+from .damping import Damping, PaperDamping, as_damping, damping_from_json
 from .errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -247,7 +247,8 @@ class BuildConfig:
         curvature_rank: r, directions of each layer's low-rank curvature; None keeps all, and then
             H is C + lambda; "auto": as many as a few million numbers hold (see `curvature.fit`).
         power_iterations: subspace iterations of the randomised SVD that fits the curvature.
-        damping: the default damping of searches; a number is a multiple of trace / D.
+        damping: the default damping of searches; a number is a multiple of trace / D. "auto": .03 of it for rows of
+            4,096 bytes, more for smaller ones and less for larger (see `RowDamping`).
         complement: what H is beside its low-rank part. "diagonal": a share of the curvature's diagonal in the basis of
             the sides' eigenvectors, and lambda (see `curvature.fit`); "truncated": lambda, as published.
         store: the row codec, what is kept of an example. "eigen": coordinates of the unfactored gradient in the basis
@@ -274,7 +275,7 @@ class BuildConfig:
     curvature: str = "auto"
     curvature_rank: int | str | None = "auto"
     power_iterations: int = 1
-    damping: Damping | float = field(default_factory=lambda: RelativeDamping(0.03))
+    damping: Damping | float | str = "auto"
     complement: str = "diagonal"
     store: str = "auto"
     eigen_bytes: int | str = "auto"
@@ -327,7 +328,7 @@ class BuildConfig:
 
     @property
     def policy(self) -> Damping:
-        """`damping`, as a policy."""
+        """`damping`, as a policy, while rows are not known."""
         return as_damping(self.damping)
 
     def _check_projection(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from .capture.gradients import LayerSpec
 from .config import BuildConfig
 from .curvature.fit import LayerCurvature
+from .damping import Damping
 from .errors import CorruptionError
 from .markup import table
 from .search.reader import Reader
@@ -85,6 +86,11 @@ class Described:
     def config(self) -> BuildConfig:
         """The choices that it was built with."""
         return self._reader.config
+
+    @property
+    def damping(self) -> Damping:
+        """That of searches which name none: the config's, where that is "auto" settled by the size of rows."""
+        return self._reader.policy()
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def _as_text(reader: Reader) -> str:
         f"Index({str(reader.folder)!r}): {reader.live_count:,} examples, {len(reader.specs)} layers, "
         f"{reader.codec.row_bytes:,} bytes per example, {_disk_bytes(reader) / 1e6:,.1f} MB",
         f"  codec={reader.codec.name} dtype={reader.codec.label} rank={config.rank} "
-        f"curvature_rank={config.curvature_rank} damping={config.damping} {config.complement}",
+        f"curvature_rank={config.curvature_rank} damping={reader.policy()} {config.complement}",
     ]
     if coarse is not None:
         each = f"{coarse['bytes_per_example']:.0f} bytes each"
@@ -190,7 +196,7 @@ def _as_html(reader: Reader) -> str:
         ("size", size),
         ("stored", f"{reader.codec.name} ({reader.codec.label})"),
         ("coarse", "none" if coarse is None else f"{coarse['kind']} on {coarse['dim']} coordinates"),
-        ("damping", f"{config.damping}, {config.complement}"),
+        ("damping", f"{reader.policy()}, {config.complement}"),
         ("fingerprint", reader.manifest.digest()),
     ]
     layers = [

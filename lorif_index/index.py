@@ -257,7 +257,7 @@ class Index(Described):
         exact: bool | None = None,
         rerank: int | None = None,
         refine: bool | Refine | None = None,
-        damping: Damping | float | None = None,
+        damping: Damping | float | str | None = None,
         layers: str | Iterable[str] | None = None,
         group_by: By | None = None,
         progress: bool | ProgressCallback | None = False,
@@ -284,7 +284,7 @@ class Index(Described):
             refine: refine the queries' inverse with the model, by conjugate gradients on the exact Gauss-Newton matrix
                 of some training examples: True, or a `Refine`. It takes the model and what the index was built from, as
                 `rerank` does, and a forward and a backward pass of these examples for each query and step.
-            damping: another policy than the build's, or a multiple of trace / D.
+            damping: another policy than the build's, a multiple of trace / D, or "auto".
             layers: names or glob patterns of the layers whose scores are summed; all by default.
             group_by: also gives `hits.groups`, as `groups` does by this field of the payloads; it scans every row.
             progress: as in `build`.
@@ -332,7 +332,7 @@ class Index(Described):
         by: By,
         *,
         measure: PerExample | None = None,
-        damping: Damping | float | None = None,
+        damping: Damping | float | str | None = None,
         layers: str | Iterable[str] | None = None,
         k: int | None = None,
         shrink: bool = False,
@@ -369,7 +369,7 @@ class Index(Described):
         query: Any,
         *,
         measure: PerExample | None = None,
-        damping: Damping | float | None = None,
+        damping: Damping | float | str | None = None,
         layers: str | Iterable[str] | None = None,
         normalize: str | None = None,
         out: np.ndarray | None = None,
@@ -410,7 +410,7 @@ class Index(Described):
         *,
         data: Any = None,
         measure: PerExample | None = None,
-        damping: Damping | float | None = None,
+        damping: Damping | float | str | None = None,
         layers: str | Iterable[str] | None = None,
         query_tokens: bool = True,
         progress: bool | ProgressCallback | None = False,
@@ -448,7 +448,7 @@ class Index(Described):
     def self_influence(
         self,
         *,
-        damping: Damping | float | None = None,
+        damping: Damping | float | str | None = None,
         layers: str | Iterable[str] | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> np.ndarray:

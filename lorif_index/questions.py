@@ -19,7 +19,7 @@ from .capture.seeing import UnseenLoss
 from .capture.sources import ModelCapture, check_block, head_of
 from .curvature.inverse import transform
 from .curvature.refine import Refine, dots
-from .damping import Damping, as_damping
+from .damping import Damping
 from .errors import NonFiniteError, QueryError
 from .identity import Identity
 from .progress import ProgressCallback, reporter
@@ -31,7 +31,6 @@ from .search.named import check_alone
 from .search.normalise import inverse_roots, question_roots
 from .search.refining import Refining
 from .search.scoring import Question, shared_layers, shared_question
-from .search.whole import member_count
 from .snapshot import Snapshot
 
 
@@ -66,9 +65,9 @@ class Questions:
                 raise QueryError(f"layers={pattern!r} matches none of the index's layers {list(specs)}")
         return tuple(n for n in specs if any(n == p or fnmatchcase(n, p) for p in patterns))
 
-    def policy(self, damping: Damping | float | None) -> Damping:
+    def policy(self, damping: Damping | float | str | None) -> Damping:
         """The damping that is asked for; None: the build's."""
-        return as_damping(self.now.reader.config.damping if damping is None else damping)
+        return self.now.reader.policy(damping)
 
     def prepare(
         self,
@@ -121,7 +120,7 @@ class Questions:
     ) -> tuple[Question, dict[str, torch.Tensor], Refined | None]:
         """The question; its inverse x = H^-1 g, both scaled as scores are; and how that was refined."""
         reader = self.now.reader
-        preconditioners, members = reader.preconditioners(gradients, policy), member_count(reader)
+        preconditioners, members = reader.preconditioners(gradients, policy), reader.manifest.members
         refined = None
         if refining is None:
             x = transform(gradients, preconditioners)

@@ -305,7 +305,9 @@ def low_rank_part(layer: LayerCurvature) -> np.ndarray:
     return np.asarray(factor @ factor.T)
 
 
-def lambdas(index: Index, rows: dict[str, np.ndarray], multiple: float) -> dict[str, float]:
+def lambdas(index: Index, rows: dict[str, np.ndarray], multiple: float | None = None) -> dict[str, float]:
+    """Layer -> a multiple of its mean eigenvalue; None: the default for rows of this size."""
+    multiple = 0.03 * (4096 / index.bytes_per_example) ** 0.5 if multiple is None else multiple
     return {n: oracle.damping("relative", oracle.second_moment(rows[n]), value=multiple) for n in index.layers}
 
 

@@ -26,7 +26,7 @@ def dense(layer: LayerCurvature, lam: float) -> np.ndarray:
 
 def relative(index: Index, multiple: float | None = None) -> dict[str, float]:
     """Layer -> lambda, a multiple of trace(C) / D; None: of the index's own."""
-    multiple = index.config.policy.to_json()["multiple"] if multiple is None else multiple
+    multiple = index.damping.to_json()["multiple"] if multiple is None else multiple
     return {name: multiple * index.curvature[name].trace / index.curvature[name].dim for name in index.layers}
 
 

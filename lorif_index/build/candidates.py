@@ -22,13 +22,14 @@ from ..config import BuildConfig
 from ..curvature.fit import LayerCurvature
 from ..curvature.inverse import inverses, lambdas, transform
 from ..curvature.sketch import Sketch, fit_sketch, sketch_method
+from ..damping import Damping
 from ..linalg.scratch import CPU
 from ..progress import Stage
 from ..search.calibration import KS, SIGNS, Calibration, Orders, learn, loss_curve
 from ..search.candidates import CandidateSearch
 from ..search.coarse import TRAIN_ROWS, Coarse, Codes, NormAxis, coarse_fingerprint, faiss_is_installed, load_faiss
 from ..search.planner import SCAN_UP_TO
-from ..search.reader import ask, proposer_of
+from ..search.reader import ask, policy_for, proposer_of
 from ..search.rows import IndexRows
 from ..search.scoring import Question, TopK, stream_scores
 from ..storage.fitted import CalibrationQueries, load_sketch, query_bytes, save_queries, save_sketch
@@ -96,6 +97,11 @@ class Making:
     device: torch.device = CPU
 
     @property
+    def policy(self) -> Damping:
+        """The damping of searches."""
+        return policy_for(self.manifest, self.rows.codec, self.config.damping)
+
+    @property
     def asks(self) -> int:
         """How many calibration queries there are to be."""
         each = query_bytes({spec.name: spec for spec in self.manifest.layers})
@@ -135,7 +141,7 @@ def make_candidates(making: Making) -> None:
 def _sketch(making: Making, stage: Stage) -> Sketch:
     """A sketch fitted on a random sample of the stored rows; over several ranks it is rank 0's."""
     rows, config = making.rows, making.config
-    lams = lambdas(making.curvature, config.policy)
+    lams = lambdas(making.curvature, making.policy)
     chosen, count = rows.drawn("curvature-sample", config.sample.size)
     whitened = rows.codec.whitened(lambda: rows.blocks(chosen), count, lams, making.device)
     return fit_sketch(
@@ -232,7 +238,7 @@ def _calibrate(making: Making, sketch: Sketch, stage: Stage) -> Calibration | No
     One full scan for all queries together; `None` where there are no queries. Over several ranks what is learnt is
     rank 0's.
     """
-    rows, manifest, policy = making.rows, making.manifest, making.config.policy
+    rows, manifest, policy = making.rows, making.manifest, making.policy
     specs = {spec.name: spec for spec in manifest.layers}
     queries = CalibrationQueries(making.folder, manifest.fits["queries"], specs)
     gradients, own = queries.gradients(), rows.positions_of(queries.ids())

@@ -22,6 +22,7 @@ from ..curvature.inverse import Preconditioner, inverses
 from ..errors import StoreError
 from ..progress import Reporter, peak_memory
 from ..ranks import Ranks
+from ..search.reader import policy_for
 from ..search.rows import IndexRows
 from ..storage.damage import folder_bytes
 from ..storage.manifest import Manifest
@@ -141,7 +142,7 @@ def _calibration_queries(inputs: Inputs, state: BuildState, sample: SampleRows, 
 def _report(inputs: Inputs, state: BuildState, sample: SampleRows, rows: IndexRows, vanished: int) -> None:
     """What the manifest says of the build."""
     manifest, ranks = state.manifest, state.ranks
-    preconditioners = inverses(state.curvature(), inputs.config.policy)
+    preconditioners = inverses(state.curvature(), policy_for(manifest, rows.codec, inputs.config.damping))
     seconds = manifest.report.get("seconds", {})
     for stage, value in state.reporter.seconds.items():
         seconds[stage] = round(seconds.get(stage, 0.0) + value, 6)

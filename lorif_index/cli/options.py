@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..damping import Damping, damping_from_json
+from ..damping import Damping, as_damping, damping_from_json
 
 IndexFolder = Annotated[Path, typer.Argument(help="An index.")]
 ModelFolder = Annotated[Path, typer.Option(help="A causal language model's folder, as save_pretrained writes it.")]
@@ -80,17 +80,19 @@ def byte_count(given: str) -> int:
 
 
 def damping_policy(given: str) -> Damping:
-    """A damping of "X", a multiple of trace/D, or "RULE:X".
+    """A damping of "X", a multiple of trace/D, "RULE:X", or "auto".
 
     Raises:
         ValueError: an unknown rule, or no number above 0.
     """
+    if given == "auto":
+        return as_damping(given)
     rule, _, number = given.rpartition(":")
     try:
         value = float(number)
         return damping_from_json({"rule": rule or "relative", "lam" if rule == "absolute" else "multiple": value})
     except ValueError as error:
-        raise ValueError(f"takes X or RULE:X, with X above 0, got {given!r} ({error})") from None
+        raise ValueError(f"takes auto, X or RULE:X, with X above 0, got {given!r} ({error})") from None
 
 
 def search_damping(given: str | None) -> Damping | None:

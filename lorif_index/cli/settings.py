@@ -70,7 +70,9 @@ SETTINGS: dict[str, Setting] = {
     "curvature_rank": Setting("Curvature directions kept per layer, r: an integer, full or auto.", _words(full=None)),
     "power_iterations": Setting("Subspace iterations of the fit."),
     "damping": Setting(
-        "The index's damping: a multiple of trace/D, or RULE:X (see search).", damping_policy, "relative:0.03"
+        "The index's damping: auto, by a row's bytes; a multiple of trace/D; or RULE:X (see search).",
+        damping_policy,
+        "auto",
     ),
     "complement": Setting(f"Weight of directions outside of the curvature's: {_among(COMPLEMENTS)}."),
     "store": Setting(f"What is kept of a passage: {_among(stores())}."),

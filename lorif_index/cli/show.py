@@ -12,7 +12,6 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ..damping import Damping
 from ..index import Index
 from ..results import Hits
 from ..text.passages import described
@@ -121,7 +120,6 @@ def _cell(value: Any, path: str) -> Text:
 
 def index_json(index: Index) -> dict[str, Any]:
     """All that is known of an index."""
-    damping: Damping = index.config.damping  # type: ignore[assignment]
     layers = []
     for spec in index.specs.values():
         curvature = index.curvature[spec.name]
@@ -138,7 +136,7 @@ def index_json(index: Index) -> dict[str, Any]:
                 "curvature_rank": curvature.rank,
                 "trace": curvature.trace,
                 "trace_kept": curvature.energy if curvature.trace > 0 else None,
-                "lambda": damping.value(curvature),
+                "lambda": index.damping.value(curvature),
             }
         )
     return {

@@ -16,7 +16,6 @@ from .examples import TrainingData
 from .explain import Explanation, QueryBatch, explain
 from .named import as_ids, check_alone, found_positions
 from .reader import Reader
-from .whole import member_count
 
 
 def wanted_ids(reader: Reader, ids: Any) -> np.ndarray:
@@ -65,7 +64,7 @@ def explain_pairs(
             if wanted.ndim == 2 and at + asked.count > len(wanted):
                 raise QueryError(f"ids are for {len(wanted)} queries, and there are at least {at + asked.count}")
             part = wanted[at : at + asked.count] if wanted.ndim == 2 else np.tile(wanted, (asked.count, 1))
-            members = member_count(reader)
+            members = reader.manifest.members
             out += explain(reader, asked, part, at, examples, capture, preconditioners, members, stage)
     if wanted.ndim == 2 and len(out) != len(wanted):
         raise QueryError(f"ids are for {len(wanted)} queries, and there are {len(out)}")

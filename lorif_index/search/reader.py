@@ -13,7 +13,7 @@ from ..codecs.registry import CODECS, codec_class
 from ..config import BuildConfig
 from ..curvature.inverse import Preconditioner
 from ..curvature.sketch import Sketch
-from ..damping import Damping
+from ..damping import Damping, as_damping, settled
 from ..errors import CorruptionError, FingerprintError, LorifError
 from ..linalg.scratch import CPU
 from ..ranks import ALONE, Ranks
@@ -71,6 +71,11 @@ def codec_of(folder: Path, manifest: Manifest, curvature: FittedCurvature | None
     return codec_class(manifest.codec).load(folder, manifest.fits["codec"], specs, curvature or {})
 
 
+def policy_for(manifest: Manifest, codec: RowCodec, damping: Damping | float | str) -> Damping:
+    """A damping settled for an index's rows: each model of an ensemble has its share of their bytes."""
+    return settled(as_damping(damping), codec.row_bytes / manifest.members)
+
+
 class Reader:
     """An index's parts.
 
@@ -118,6 +123,10 @@ class Reader:
         )
         self.store = self.rows.store
         self._kept: tuple[Damping, dict[str, Preconditioner]] | None = None
+
+    def policy(self, damping: Damping | float | str | None = None) -> Damping:
+        """The damping that is asked for, settled for the rows; None: the config's."""
+        return policy_for(self.manifest, self.codec, self.config.damping if damping is None else damping)
 
     @property
     def live_count(self) -> int:

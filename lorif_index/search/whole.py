@@ -12,11 +12,6 @@ from .reader import Reader
 from .scoring import Question
 
 
-def member_count(reader: Reader) -> int:
-    """Models of the ensemble that the index was built from: scores are means over them."""
-    return int(reader.manifest.fingerprint.get("members") or 1)
-
-
 def in_order(reader: Reader, values: np.ndarray) -> np.ndarray:
     """(n, ...) of all ranks, in the order of ids, of (m, ...) for the live rows that this rank holds."""
     ranks = reader.ranks
@@ -62,7 +57,7 @@ def all_scores(
 
 def self_influence(reader: Reader, policy: Damping, chosen: tuple[str, ...], report: Reporter) -> np.ndarray:
     """g^T H^-1 g, (m,) float32, of the live rows that this rank holds; of several models the mean over them."""
-    preconditioners, members, store = reader.preconditioners(chosen, policy), member_count(reader), reader.store
+    preconditioners, members, store = reader.preconditioners(chosen, policy), reader.manifest.members, reader.store
     out = np.empty(store.live_count, dtype=np.float32)
     dead, at = store.dead, 0
     with report.stage("scan", store.live_count) as stage, reader.ranks.jointly():

@@ -96,6 +96,11 @@ class Manifest:
         entries = self.fits | {"coarse": self.coarse or {}, "removed": self.removed or {}}
         return {name: SealedInfo.from_json(entry["file"]) for name, entry in entries.items() if "file" in entry}
 
+    @property
+    def members(self) -> int:
+        """Models of the ensemble that the index was built from: scores are means over them, and a row is shared out."""
+        return int(self.fingerprint.get("members") or 1)
+
     def floor(self) -> Any:
         """The least width that projections have: a number where the config says "auto"."""
         return self.fingerprint.get("config", {}).get("projection_floor", self.config.get("projection_floor"))

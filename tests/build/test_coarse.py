@@ -90,9 +90,9 @@ def test_candidates_score_as_a_scan_and_reach_the_recall(index: Index, query: An
         assert_scored(hits, scores)
         assert (np.diff(hits.scores, axis=1) * (-1 if opponents else 1) <= 0).all()
         assert all(len(set(row)) == k for row in hits.ids.tolist())
-        # 60 queries: one miss of a single answer is .017.
+        # 60 queries: one miss of a single answer is .017, three standard errors of ten answers are .05.
         got = share_of_best(hits, scores, opponents=opponents)
-        assert got >= wanted - 0.05 or hits.stats.estimated_recall <= got + 0.03
+        assert got >= wanted - 0.06 or hits.stats.estimated_recall <= got + 0.03
         stats = hits.stats
         assert 0 < stats.candidates <= N and len(stats.recall_by_query) == 60
         assert set(stats.seconds) >= {"gradients", "transform", "coarse", "gather", "rescore", "check"}
@@ -112,7 +112,7 @@ def test_large_batches_are_answered_in_parts(index: Index) -> None:
 
 
 def asked_of(reader: Reader, query: dict[str, torch.Tensor]) -> Question:
-    return reader.ask(transform(query, reader.preconditioners(reader.specs, reader.config.policy)))
+    return reader.ask(transform(query, reader.preconditioners(reader.specs, reader.policy())))
 
 
 def coordinates_of(index: Index) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_a_target_that_is_not_reached_is_gone_on_for(index: Index, query: Any) -
 
 
 def test_another_damping_still_works_and_the_estimate_knows(index: Index, query: Any) -> None:
-    assert "calibrated under" not in index.search(query, k=10, exact=False, damping=0.03).stats.plan
+    assert "calibrated under" not in index.search(query, k=10, exact=False, damping=index.damping).stats.plan
     for damping in (0.01, 3.0):
         scores = index.scores(query, damping=damping)
         hits = index.search(query, k=10, exact=False, damping=damping)

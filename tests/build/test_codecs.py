@@ -94,8 +94,9 @@ def inverses(index: Index, multiple: float) -> dict[str, np.ndarray]:
     return {n: dense_inverse(layer, multiple * layer.trace / layer.dim) for n, layer in index.curvature.items()}
 
 
-def expected(index: Index, multiple: float = 0.03, layers: tuple[str, ...] = ("a", "b")) -> np.ndarray:
+def expected(index: Index, multiple: float | None = None, layers: tuple[str, ...] = ("a", "b")) -> np.ndarray:
     """(q, n) float64: what rows stand for, under H^-1."""
+    multiple = 0.03 * (4096 / index.bytes_per_example) ** 0.5 if multiple is None else multiple
     rows, inverse = index.gradients(index.ids), inverses(index, multiple)
     return sum(
         oracle.scores(QUERY[name].double().numpy(), rows[name].double().numpy(), inverse[name]) for name in layers

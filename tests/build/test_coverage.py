@@ -26,7 +26,7 @@ def measured(index: Index, model: nn.Module, data: Any, count: int, monkeypatch:
     monkeypatch.setattr(coverage, "_ONE_OF", {coverage._WITH_PARAMETERS: 1, coverage._WITH_ROWS: 1})
     now = Snapshot.open(index.path, Access())
     taken = ModelCapture(model, now.query_config(), now.projections)
-    made = now.reader.preconditioners(index.layers, index.config.policy)
+    made = now.reader.preconditioners(index.layers, index.damping)
     found = coverage.measure_coverage(now.reader.rows, made, taken, None, as_source(data, 3), np.arange(count))
     assert found is not None
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -92,7 +92,7 @@ def test_shares_are_autograds(make: Any, tmp_path: Path, monkeypatch: pytest.Mon
     every = projected(index, every)
     for name in index.specs:
         c = oracle.second_moment(every[name])
-        h = np.linalg.inv(c + oracle.damping("relative", c, value=0.03) * np.eye(len(c)))
+        h = np.linalg.inv(c + oracle.damping("auto", c, row_bytes=index.bytes_per_example) * np.eye(len(c)))
         pairs = ((small, small), (kept, kept), (small, kept))
         products += np.stack([np.diag(oracle.scores(a[name], b[name], h)) for a, b in pairs])
     expected = float((np.square(products[2]) / products[1]).sum() / products[0].sum())
@@ -109,7 +109,7 @@ def test_rows_are_taken_for_what_they_score(
     index = Index.build(tmp_path / "i", model=case.model, data=case.data, config=config, progress=False)
     rows = {name: g.flatten(1) for name, g in index.gradients(index.ids).items()}
     query = {n: torch.randn(3, s.d_in, s.d_out, generator=torch.manual_seed(1)) for n, s in index.specs.items()}
-    preconditioners = reader_of(index).preconditioners(index.layers, config.policy)
+    preconditioners = reader_of(index).preconditioners(index.layers, index.damping)
     total = sum(preconditioners[n].apply(g.flatten(1)) @ rows[n].T for n, g in query.items())
     scores = index.scores(query)
     assert np.abs(total.numpy() - scores).max() <= 1e-3 * np.abs(scores).max()

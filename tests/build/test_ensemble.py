@@ -69,6 +69,7 @@ def test_scores_are_the_mean_of_an_index_each(projection: dict[str, Any], tmp_pa
 
 def test_scores_are_the_dense_oracles(tmp_path: Path) -> None:
     models, case = checkpoints(2)
+    index = build(tmp_path / "i", models, case.data, **WHOLE, projection_dim=None)
     expected, expected_own = 0.0, 0.0
     for model in models:
         of_member = Case(model, case.data, case.query, case.weights)
@@ -76,10 +77,9 @@ def test_scores_are_the_dense_oracles(tmp_path: Path) -> None:
         for layer, c in ggn(of_member, case.weights).items():
             empirical = oracle.second_moment(rows[layer])
             c = 0.75 * c + 0.25 * empirical * np.trace(c) / np.trace(empirical)
-            h = np.linalg.inv(c + oracle.damping("relative", c, value=0.03) * np.eye(len(c)))
+            h = np.linalg.inv(c + oracle.damping("auto", c, row_bytes=index.bytes_per_example // 2) * np.eye(len(c)))
             expected = expected + oracle.scores(queries[layer], rows[layer], h) / len(models)
             expected_own = expected_own + np.diag(oracle.scores(rows[layer], rows[layer], h)) / len(models)
-    index = build(tmp_path / "i", models, case.data, **WHOLE, projection_dim=None)
     assert close(index.scores(case.query), np.asarray(expected), 1e-3)
     assert close(index.self_influence(), np.asarray(expected_own), 1e-3)
 
@@ -92,7 +92,7 @@ def test_every_store(store: str, row_bytes: int, alike: float, tmp_path: Path) -
     """Probes of sequences and all kinds of rows: what is stored answers as the unrounded ensemble does."""
     models, case = checkpoints(2, gpt2)
     data = {k: v.repeat(3, 1) for k, v in case.data.items()}
-    whole = build(tmp_path / "whole", models, data, **WHOLE, projection_dim=6, curvature="empirical")
+    whole = build(tmp_path / "whole", models, data, **WHOLE, projection_dim=6, curvature="empirical", damping=0.03)
     index = build(
         tmp_path / "i",
         models,
@@ -103,6 +103,7 @@ def test_every_store(store: str, row_bytes: int, alike: float, tmp_path: Path) -
         eigen_bytes=row_bytes,
         coarse=None,
         curvature="empirical",
+        damping=0.03,
     )
     got, expected = index.scores(case.query), whole.scores(case.query)
     assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > alike
@@ -222,17 +223,18 @@ def test_what_is_no_ensemble_is_refused(tmp_path: Path) -> None:
 
 
 def test_members_may_have_layers_of_their_own(tmp_path: Path) -> None:
-    """The same selection is made of each member; other names and widths are fine."""
+    """The same selection is made of each member; other names and widths are fine. The damping is given: rows of other
+    lengths have another."""
     torch.manual_seed(0)
     data, query = split(digits(130, image=False), 120)
     wide = nn.Sequential(nn.Linear(22, 30), nn.ReLU(), nn.Linear(30, 10))
     deep = nn.Sequential(nn.Linear(22, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 10))
     for model in (wide, deep):
         train(model, data)
-    index = build(tmp_path / "i", [wide, deep], data, **WHOLE, layers=LayerSelection(exclude=("0",)))
+    index = build(tmp_path / "i", [wide, deep], data, **WHOLE, damping=0.03, layers=LayerSelection(exclude=("0",)))
     assert index.layers == ("0.2", "1.2", "1.4")
     apart = [
-        build(tmp_path / str(i), m, data, **WHOLE, layers=LayerSelection(exclude=("0",)))
+        build(tmp_path / str(i), m, data, **WHOLE, damping=0.03, layers=LayerSelection(exclude=("0",)))
         for i, m in enumerate((wide, deep))
     ]
     assert close(index.scores(query), np.mean([i.scores(query) for i in apart], axis=0))

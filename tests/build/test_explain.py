@@ -66,7 +66,7 @@ class Dense:
         self.inverse = {}
         for name, g in case.gradients(case.data).items():
             c = oracle.second_moment(oracle.project(g, *self.sides[name]))
-            lam = oracle.damping("relative", c, value=0.03)
+            lam = oracle.damping("auto", c, row_bytes=index.bytes_per_example)
             self.inverse[name] = np.linalg.inv(c + lam * np.eye(len(c)))
 
     def positions(self, batch: Any) -> dict[str, dict[str, np.ndarray]]:

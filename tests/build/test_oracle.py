@@ -16,6 +16,7 @@ from conftest import (
     assert_best,
     dense_inverse,
     expected_scores,
+    lambdas,
     products_of,
     projected,
     with_gradients,
@@ -89,7 +90,7 @@ def test_main_path(
         whole = np.linalg.norm(inside / np.sqrt(np.outer(d, d)))
         # What stands out against a diagonal falls slowly: iterations leave a little more than they must.
         assert left <= (1.03 if layer.share else 1.01) * must + 1e-3 * whole, name
-        lam[name] = oracle.damping("relative", c, value=0.03)
+        lam[name] = oracle.damping("auto", c, row_bytes=index.bytes_per_example)
     # Scores and search, given the stored curvature and factors.
     expected = expected_scores(index, queries, kept, lam)
     got = index.scores(made.query)
@@ -124,7 +125,7 @@ def test_full_rank_is_the_dense_influence_end_to_end(case: Any, tmp_path: Path) 
     )
     for name, g in train_gradients.items():
         c = oracle.second_moment(g)
-        h = np.linalg.inv(c + oracle.damping("relative", c, value=0.03) * np.eye(len(c)))
+        h = np.linalg.inv(c + oracle.damping("auto", c, row_bytes=index.bytes_per_example) * np.eye(len(c)))
         expected += oracle.scores(query_gradients[name], g, h)
     # The curvature is kept in half precision.
     assert within(index.scores(made.query), expected, 5e-3)
@@ -208,7 +209,7 @@ def test_anything_given_as_gradients(tmp_path_factory: pytest.TempPathFactory, d
         # Per matrix the iteration may stop a little above the optimum (close singular values).
         assert np.linalg.norm(kept[name] - whole[name]) <= 1.05 * floor + rounding * np.linalg.norm(whole[name])
     queries = {k: generator.standard_normal((3, *g.shape[1:])) for k, g in whole.items()}
-    lam = {k: oracle.damping("relative", oracle.second_moment(g), value=0.03) for k, g in whole.items()}
+    lam = lambdas(index, whole)
     got = index.scores({k: q.astype("f4") for k, q in queries.items()})
     assert within(got, expected_scores(index, queries, kept, lam))
     hits = index.search({k: q.astype("f4") for k, q in queries.items()}, k=5)

@@ -53,7 +53,7 @@ def test_a_sample_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     index = built(tmp_path / "i", 3)
     monkeypatch.setattr(outliers, "_EXAMPLES", 200)
     reader = reader_of(index)
-    found = outliers.measure_outliers(reader.rows, reader.preconditioners(index.layers, index.config.policy))
+    found = outliers.measure_outliers(reader.rows, reader.preconditioners(index.layers, index.damping))
     chosen, _ = reader.rows.drawn("outliers", 200)
     own = np.sort(index.self_influence()[chosen].astype(np.float64))[::-1]
     assert found is not None and found["examples"] == 200 == len(np.unique(chosen))

@@ -273,7 +273,7 @@ def test_a_product_with_the_stored_curvature_undoes_its_inverse(tmp_path: Path) 
     for number, settings in enumerate((dict(projection_dim=5), dict(projection_dim=5, curvature_rank=7))):
         config = BuildConfig(**SETTINGS, **settings, store="factors")
         index = Index.build(tmp_path / str(number), model=case.model, data=case.data, config=config, progress=False)
-        made = reader_of(index).preconditioners(index.layers, index.config.policy)
+        made = reader_of(index).preconditioners(index.layers, index.damping)
         g = query_gradients(index, case.model, case.query, 4)
         assert np.abs(flat(multiply(transform(g, made), made)) - flat(g)).max() <= 1e-3 * np.abs(flat(g)).max()
         expected = flat(g) @ dense_stored(index)
@@ -351,5 +351,5 @@ def test_texts_on_a_model_with_fused_attention(tmp_path: Path) -> None:
     hits = index.search(["The cat sat.", "On the hill."], 3, refine=True, rerank=10)
     told = hits.stats.refined
     assert told is not None and told.way.startswith("forward") and told.examples == 30
-    # By the random signs of the probes from .17 to .28 of what it was.
-    assert all(row[-1] < 0.25 * row[0] for row in told.residuals)
+    # By the random signs of the probes, and by the damping, from .17 to .28 of what it was.
+    assert all(row[-1] < 0.35 * row[0] for row in told.residuals), told.residuals

@@ -96,7 +96,7 @@ def test_info_for_people(home):
     code, out, err = lorif("info", home / "index")
     assert (code, err) == (0, "")
     made = json.loads((home / "made.json").read_text())
-    for shown in ("10", made["fingerprint"], "transformer.h.0.mlp.c_fc", "factors", "rule relative, multiple 0.03"):
+    for shown in ("10", made["fingerprint"], "transformer.h.0.mlp.c_fc", "factors", "rule rows, multiple 0.03"):
         assert shown in out
     kept = made["build_report"]["coverage"]
     assert 0 < kept["tracked"] < 1 and 0 < kept["rows"] <= 1

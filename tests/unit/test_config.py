@@ -20,11 +20,12 @@ from lorif_index import (
     LayerSelection,
     PaperDamping,
     RelativeDamping,
+    RowDamping,
     Sample,
 )
 from lorif_index.codecs.registry import CODECS
 from lorif_index.config import PARTS, stores
-from lorif_index.damping import damping_from_json
+from lorif_index.damping import damping_from_json, settled
 from lorif_index.errors import ConfigError
 
 OTHER: dict[str, Any] = dict(
@@ -160,7 +161,7 @@ def test_stores_are_the_codecs() -> None:
 
 def test_the_default_inverse() -> None:
     config = BuildConfig()
-    assert config.damping == RelativeDamping(0.03) and config.complement == "diagonal"
+    assert config.damping == RowDamping() and config.complement == "diagonal"
     assert config.curvature_rank == config.eigen_bytes == config.projection_floor == "auto"
     assert config.layers.head and not config.layers.embeddings
 
@@ -214,3 +215,11 @@ def test_rows_per_example_is_a_count() -> None:
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ConfigError, match="rows_per_example"):
             CurvatureRows([], rows_per_example=wrong)  # type: ignore[arg-type]
+
+
+def test_small_rows_have_more_damping() -> None:
+    auto = BuildConfig().policy
+    assert settled(auto, 4096) == RelativeDamping(0.03)
+    assert settled(auto, 1024) == RelativeDamping(0.06) and settled(auto, 16384) == RelativeDamping(0.015)
+    assert settled(RelativeDamping(0.2), 1024) == RelativeDamping(0.2)
+    assert BuildConfig.from_json(BuildConfig().to_json()).damping == RowDamping()

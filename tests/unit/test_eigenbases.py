@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from conftest import PATIENCE, cnn, gpt2, mlp, reader_of
@@ -89,7 +90,9 @@ def test_scores_use_them_on_both_sides(tmp_path: Path) -> None:
         p_in, p_out = (leading(c, 5) for c in second_moments(case.model, layer, case.data, bias=True))
         g, q = (np.einsum("ia,nij,jb->nab", p_in, v[layer], p_out).reshape(len(v[layer]), -1) for v in (rows, queries))
         c = g.T @ g / len(g)
-        expected += q @ np.linalg.solve(c + 0.03 * np.trace(c) / len(c) * np.eye(len(c)), g.T)
+        expected += q @ np.linalg.solve(
+            c + oracle.damping("auto", c, row_bytes=index.bytes_per_example) * np.eye(len(c)), g.T
+        )
     scores = index.scores(case.query)
     assert np.abs(scores - expected).max() < 2e-3 * np.abs(expected).max()
     # From disk, in another process's place.

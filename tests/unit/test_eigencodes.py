@@ -94,8 +94,8 @@ def test_scores_are_exact_for_what_is_stored(case: Any, tmp_path: Path, size: in
 
 
 def shares_of(index: Index, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Layer -> (D,): rms(x_j) rms(g_j) of coordinates, under the build's damping."""
-    lam, out = lambdas(index, rows, index.config.policy.multiple), {}  # type: ignore[attr-defined]
+    """Layer -> (D,): rms(x_j) rms(g_j) of coordinates, under the damping that rows are fitted with."""
+    lam, out = lambdas(index, rows, 0.03), {}
     for name in index.layers:
         layer, flat = index.curvature[name], rows[name].reshape(len(index), -1)
         basis = products_of(layer)
@@ -145,7 +145,7 @@ def test_coded_coordinates_are_those_of_the_unfactored_gradient(case: Any, tmp_p
     means = stands_for(index)
     for name, g in rows.items():
         assert ((g - means[name]) ** 2).sum() < 2e-3 * (g**2).sum()
-    whole = expected_scores(index, queries, rows, lambdas(index, rows, 0.03))
+    whole = expected_scores(index, queries, rows, lambdas(index, rows))
     assert np.corrcoef(index.scores(made.query).ravel(), whole.ravel())[0, 1] > 0.999
 
 
@@ -180,7 +180,7 @@ def test_more_bytes_are_nearer_to_the_whole_score(case: Any, tmp_path: Path) -> 
     for size in BYTES:
         index = build(made, tmp_path / str(size), eigen_bytes=size)
         rows, queries = projected(index, train_gradients), projected(index, query_gradients)
-        whole = expected_scores(index, queries, rows, lambdas(index, rows, 0.03))
+        whole = expected_scores(index, queries, rows, lambdas(index, rows))
         found.append(np.corrcoef(index.scores(made.query).ravel(), whole.ravel())[0, 1])
     assert found == sorted(found) and found[0] > 0.5
 
@@ -310,7 +310,7 @@ def test_the_way_is_the_one_that_agrees_better(gradients: Any, tmp_path: Path, m
         monkeypatch.setattr(eigencodes, "chosen", lambda tried, fitting, written, at=number: tried[at])
         other = index_of(tmp_path / str(number), g, size)
         queries = {name: part.double().numpy() for name, part in asked.items()}
-        whole = expected_scores(other, queries, rows, lambdas(other, rows, 0.03))
+        whole = expected_scores(other, queries, rows, lambdas(other, rows))
         near[codec_of(other).label] = np.corrcoef(other.scores(asked)[:, 20:].ravel(), whole[:, 20:].ravel())[0, 1]
     assert near[codec_of(index).label] == max(near.values()) > min(near.values()) + 0.02
 
