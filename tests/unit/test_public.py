@@ -66,8 +66,8 @@ INDEX = {
 }
 
 PROPERTIES = (
-    "build_report bytes_per_example coarse codec config curvature curvature_age damping fingerprint generation held_ids "
-    "ids layers metadata nbytes path skipped specs"
+    "build_report bytes_per_example coarse codec config curvature curvature_age damping fingerprint generation "
+    "held_ids ids layers metadata nbytes path skipped specs"
 ).split()
 
 CONFIG = (
