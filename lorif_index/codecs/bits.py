@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 
 from ..linalg.scratch import SCRATCH
+from .planes import KERNEL, Planes
 
 # Best uniform steps for a unit Gaussian and 2^bits levels (Max, 1960, table II; 8 bits by minimising numerically).
 _STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
@@ -27,6 +28,8 @@ _BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 16
 # Up to so many queries, and for up to so many bits, a table of what each byte adds is faster than unpacking the bytes
 # (1,600 bytes of 1 bit, a core: 2.3 us a row against 11 for one query, 24 against 32 for 8).
 _TABLES_UP_TO, _TABLE_BITS = 8, 2
+# Up to so many queries, by bits, the compiled kernel is faster than unpacking (see `planes`); always for few bits.
+_KERNEL_UP_TO = {4: 24, 8: 4}
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,8 @@ class CodeScorer:
         self._layout, self._count = layout, len(queries)
         on_cpu = queries.device.type == "cpu"
         self._step = _BLOCK_ROWS if on_cpu else _GPU_BLOCK_ROWS
+        # The kernel's, once it is there.
+        self._queries, self._suits = queries, on_cpu and self._count <= _KERNEL_UP_TO.get(layout.bits, self._count)
         self._middle = (2**layout.bits - 1) / 2
         # Each piece's queries, in the order in which its levels come out: (per_byte * size, q), padded with zeros.
         self._parts = []
@@ -196,6 +201,14 @@ class CodeScorer:
         self._tables = self._tabulate() if tables else None
         if self._tables is not None:
             self._places = torch.arange(layout.packed, dtype=torch.int32) * 256
+
+    @cached_property
+    def _cut(self) -> Planes:
+        """The queries as the kernel takes them."""
+        pieces = self._layout.pieces
+        firsts, counts = [piece.coordinates.start for piece in pieces], [piece.count for piece in pieces]
+        sizes = [piece.bytes.stop - piece.bytes.start for piece in pieces]
+        return KERNEL.planes(self._queries, firsts, counts, sizes, self._layout.bits)
 
     def _tabulate(self) -> torch.Tensor:
         """(q, packed * 256) float32: what each byte adds to a piece's product, for each of its values."""
@@ -212,6 +225,8 @@ class CodeScorer:
     def score(self, codes: torch.Tensor) -> torch.Tensor:
         """(q, n) float32 of codes (n, row_bytes)."""
         out = torch.empty(self._count, codes.shape[0], device=codes.device)
+        if self._suits and KERNEL.ready(codes.numel() * self._count):
+            return self._cut.score(codes, self._layout.scales(codes), torch.stack(self._offsets, dim=1), out)
         for start in range(0, codes.shape[0], self._step):
             part = codes[start : start + self._step]
             here = out[:, start : start + len(part)]

@@ -1,0 +1,171 @@
+"""Kernel: rows of levels against questions cut into bit planes, compiled by numba for the CPU that it runs on.
+
+A row is bits. A question's number for each bit is an integer of 24 bits, of which plane b holds bit b for all places of
+a row, so that the inner product is sum_b 2^b popcount(row AND plane b), the last plane counting negative. A word of a
+row meets its 24 planes in three vectors. Importing this needs numba; `planes` says when that is worth it.
+"""
+
+# mypy: disable-error-code="no-untyped-call, untyped-decorator, no-untyped-def, call-arg"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES, VECTORS, ROWS = 8, 3, 8
+"""Numbers of a vector, vectors of a word's planes, rows that are worked on together: what the registers hold."""
+PLANES = LANES * VECTORS
+"""b: as many bits as a float32's fraction has."""
+_WORD, _AT_ONCE = 8, 64
+
+
+@intrinsic
+def _products(typing: Any, rows: Any, stride: Any, planes: Any, words: Any, out: Any):
+    """out[r] = sum_b 2^b sum_w popcount(rows[r, w] & planes[w, b]) for `ROWS` rows; the last b counts negative.
+
+    Args:
+        rows: address of the first row's first word, at any byte.
+        stride: bytes from row to row.
+        planes: address of the words' planes, (words, PLANES) uint64.
+        words: how many.
+        out: address of (ROWS,) int64.
+    """
+    signature = types.void(types.uint64, types.int64, types.uint64, types.int64, types.uint64)
+    word, vector = ir.IntType(64), ir.VectorType(ir.IntType(64), LANES)
+    places = ir.VectorType(ir.IntType(32), LANES)
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        rows, stride, planes, words, out = given
+
+        def number(value: int) -> Any:
+            return ir.Constant(word, value)
+
+        def at(base: Any, offset: Any, kind: Any) -> Any:
+            return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
+
+        def known(name: str, result: Any) -> Any:
+            return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [vector]), name)
+
+        zero, none = ir.Constant(vector, [number(0)] * LANES), ir.Constant(vector, ir.Undefined)
+        first = ir.Constant(places, [ir.Constant(ir.IntType(32), 0)] * LANES)
+        popcount, added = known("llvm.ctpop.v8i64", vector), known("llvm.vector.reduce.add.v8i64", word)
+        before = builder.block
+        loop, end = builder.append_basic_block("words"), builder.append_basic_block("end")
+        builder.cbranch(builder.icmp_signed(">", words, number(0)), loop, end)
+
+        builder.position_at_end(loop)
+        w = builder.phi(word)
+        w.add_incoming(number(0), before)
+        sums = [builder.phi(vector) for _ in range(ROWS * VECTORS)]
+        here = builder.mul(w, number(_WORD * PLANES))
+        cut = [
+            builder.load(at(planes, builder.add(here, number(_WORD * LANES * v)), vector), align=_WORD)
+            for v in range(VECTORS)
+        ]
+        after = []
+        for r in range(ROWS):
+            offset = builder.add(builder.mul(stride, number(r)), builder.mul(w, number(_WORD)))
+            read = builder.load(at(rows, offset, word), align=1)
+            everywhere = builder.insert_element(none, read, ir.Constant(ir.IntType(32), 0))
+            everywhere = builder.shuffle_vector(everywhere, none, first)
+            for v in range(VECTORS):
+                found = builder.call(popcount, [builder.and_(everywhere, cut[v])])
+                after.append(builder.add(sums[VECTORS * r + v], found))
+        following = builder.add(w, number(1))
+        w.add_incoming(following, loop)
+        for total, more in zip(sums, after, strict=True):
+            total.add_incoming(zero, before)
+            total.add_incoming(more, loop)
+        builder.cbranch(builder.icmp_signed("<", following, words), loop, end)
+
+        builder.position_at_end(end)
+        results = []
+        for more in after:
+            result = builder.phi(vector)
+            result.add_incoming(zero, before)
+            result.add_incoming(more, loop)
+            results.append(result)
+        weights = [1 << b for b in range(PLANES - 1)] + [-(1 << (PLANES - 1))]
+        for r in range(ROWS):
+            together = zero
+            for v in range(VECTORS):
+                weight = ir.Constant(vector, [number(value) for value in weights[LANES * v : LANES * (v + 1)]])
+                together = builder.add(together, builder.mul(results[VECTORS * r + v], weight))
+            builder.store(builder.call(added, [together]), at(out, number(_WORD * r), word), align=_WORD)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@njit(nogil=True, cache=True)
+def cut(queries, firsts, counts, sizes, words, bits, planes, steps):
+    """Cuts questions into planes.
+
+    Args:
+        queries: (q, dim) float32.
+        firsts, counts, sizes: (pieces,) int64: each piece's first coordinate, coordinates and bytes.
+        words: (pieces + 1,) int64: its first word among all.
+        bits: of a coordinate in a row.
+        planes: (q, words, PLANES) uint64 of zeros, to be filled.
+        steps: (q, pieces) float32, to be filled: what an integer's unit is worth.
+    """
+    most, mask = 2.0 ** (PLANES - 1) - 1, (1 << PLANES) - 1
+    for k in range(queries.shape[0]):
+        for p in range(len(counts)):
+            peak = 0.0
+            for c in range(counts[p]):
+                peak = max(peak, abs(queries[k, firsts[p] + c]))
+            step = peak * 2.0 ** (bits - 1) / most if peak > 0 else 1.0
+            steps[k, p] = step
+            for c in range(counts[p]):
+                # Byte j of a piece holds coordinates j, j + size, j + 2 size, ... (see `bits`).
+                place = (c % sizes[p]) * 8 + c // sizes[p] * bits
+                for t in range(bits):
+                    value = np.int64(np.rint(queries[k, firsts[p] + c] * 2.0**t / step)) & mask
+                    w, shift = words[p] + (place + t) // 64, np.uint64((place + t) % 64)
+                    for b in range(PLANES):
+                        planes[k, w, b] |= np.uint64((value >> b) & 1) << shift
+
+
+@njit(nogil=True, cache=True)
+def score(rows, starts, words, planes, steps, offsets, scales, first, out):
+    """Scores rows.
+
+    Args:
+        rows: (n, row bytes) uint8, contiguous.
+        starts: (pieces,) int64: each piece's first byte in a row.
+        words, planes, steps: as in `cut`.
+        offsets: (q, pieces) float32, taken off a piece's product before its scale.
+        scales: (n, pieces) float32.
+        first: column of `out` for the first row.
+        out: (q, at least first + n) float32, to be filled.
+    """
+    n, wide = rows.shape
+    # The last rows are copied: what is read beyond a piece's end must be there.
+    last, found = np.zeros((ROWS, wide + _WORD), np.uint8), np.zeros(ROWS, np.int64)
+    cuts, there = np.uint64(planes.ctypes.data), np.uint64(found.ctypes.data)
+    each = np.int64(_WORD * PLANES)
+    total = np.zeros(ROWS)
+    # Of a question the planes stay in the cache for some rows, and these for all questions.
+    for begin in range(0, n, _AT_ONCE):
+        for k in range(planes.shape[0]):
+            for r in range(begin, min(begin + _AT_ONCE, n), ROWS):
+                some = min(ROWS, n - r)
+                if r + ROWS >= n:
+                    last[:some, :wide] = rows[r:]
+                    base, stride = np.uint64(last.ctypes.data), wide + _WORD
+                else:
+                    base, stride = np.uint64(rows.ctypes.data) + np.uint64(r * wide), wide
+                total[:] = 0.0
+                for p in range(len(starts)):
+                    here = cuts + np.uint64(each * (k * planes.shape[1] + words[p]))
+                    _products(base + np.uint64(starts[p]), stride, here, words[p + 1] - words[p], there)
+                    for i in range(some):
+                        total[i] += scales[r + i, p] * (found[i] * np.float64(steps[k, p]) - offsets[k, p])
+                for i in range(some):
+                    out[k, first + r + i] = total[i]

@@ -1,0 +1,134 @@
+"""Planes: when and how rows of levels are scored by the compiled kernel, which needs numba.
+
+Loading it takes a second, and compiling it several, once on a machine. So it is loaded in the background when a process
+has scored much; until then, and without numba, torch scores. The two differ by float32's rounding.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import numpy as np
+import torch
+
+WORTH = 1 << 30
+"""Bytes of rows, times questions, that a process scores before the kernel is loaded: a second's work or two."""
+# Rows of one thread, at least.
+_ROWS = 64
+
+
+class Kernel:
+    """The kernel of a process, loaded when there is work for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._scored, self._asked = 0, False
+        self._module: ModuleType | None = None
+        self._pool: ThreadPoolExecutor | None = None
+
+    def ready(self, work: int) -> bool:
+        """Whether it can be used; `work` more bytes of rows, times questions, are to be scored."""
+        if self._module is not None:
+            return True
+        with self._lock:
+            self._scored += work
+            if self._scored < WORTH or self._asked:
+                return False
+            self._asked = True
+        if importlib.util.find_spec("numba") is not None:
+            threading.Thread(target=self._try, name="lorif-kernel", daemon=True).start()
+        return False
+
+    def _try(self) -> None:
+        try:
+            self.load()
+        except Exception as error:
+            warnings.warn(f"numba could not compile the kernel, so that torch scores: {error}", stacklevel=2)
+
+    def load(self) -> None:
+        """Imports and compiles it.
+
+        Raises:
+            ImportError: numba is not installed.
+        """
+        module = importlib.import_module(".kernel", __package__)
+        one = np.zeros(1, np.int64)
+        tiny = Planes(module, torch.zeros(1, 8), one, one + 8, one + 1, 1)
+        tiny.score(torch.zeros(1, 3, dtype=torch.uint8), torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lorif-score")
+        self._module = module
+
+    def planes(
+        self, queries: torch.Tensor, firsts: Sequence[int], counts: Sequence[int], sizes: Sequence[int], bits: int
+    ) -> Planes:
+        """Questions cut for it, once it is ready; the arguments are those of `Planes`."""
+        if self._module is None:
+            raise RuntimeError("the kernel is not loaded: call load() first")
+        first, count, size = (np.array(part, dtype=np.int64) for part in (firsts, counts, sizes))
+        return Planes(self._module, queries, first, count, size, bits, self._pool)
+
+
+class Planes:
+    """Questions, cut into bit planes for rows of one layout.
+
+    Args:
+        kernel: the module `kernel`.
+        queries: (q, dim) float32.
+        firsts, counts, sizes: (pieces,) int64: each piece's first coordinate, coordinates and bytes.
+        bits: of a coordinate in a row.
+        pool: where parts of the rows are scored; None: in this thread.
+    """
+
+    def __init__(
+        self,
+        kernel: ModuleType,
+        queries: torch.Tensor,
+        firsts: np.ndarray,
+        counts: np.ndarray,
+        sizes: np.ndarray,
+        bits: int,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self._kernel, self._pool, self._count = kernel, pool, len(queries)
+        self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        self._words = np.concatenate([[0], np.cumsum(-(-sizes // 8))])
+        self._planes = np.zeros((len(queries), self._words[-1], kernel.PLANES), np.uint64)
+        self._steps = np.zeros((len(queries), len(counts)), np.float32)
+        given = queries.contiguous().numpy()
+        kernel.cut(given, firsts, counts, sizes, self._words, bits, self._planes, self._steps)
+
+    def score(self, rows: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Fills and gives back `out`, by as many threads as torch has.
+
+        Args:
+            rows: (n, row_bytes) uint8.
+            scales: (n, pieces) float32.
+            offsets: (q, pieces) float32, taken off a piece's product before its scale.
+            out: (q, n) float32.
+        """
+        numbers, sizes, to = rows.contiguous().numpy(), scales.contiguous().numpy(), out.numpy()
+        off, n = offsets.contiguous().numpy(), len(rows)
+        each = max(-(-n // torch.get_num_threads()), _ROWS)
+
+        def some(at: int) -> None:
+            part = slice(at, at + each)
+            self._kernel.score(
+                numbers[part], self._starts, self._words, self._planes, self._steps, off, sizes[part], at, to
+            )
+
+        if self._pool is None or each >= n:
+            for at in range(0, n, each):
+                some(at)
+        else:
+            list(self._pool.map(some, range(0, n, each)))
+        return out
+
+
+KERNEL = Kernel()
