@@ -78,10 +78,12 @@ class Device(TorchDispatchMode):
 
     Attributes:
         reads: what made the CPU wait for the device, by kind, since it was cleared.
+        launches: operations that computed something there.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.launches = 0
         self.reads: Counter[str] = Counter()
 
     def __enter__(self) -> Any:
@@ -100,7 +102,9 @@ class Device(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._lifted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {}, self.reads)
+        found = _run(func, args, kwargs or {}, self.reads)
+        self.launches += not func.is_view and any(isinstance(part, Elsewhere) for part in tree_flatten(found)[0])
+        return found
 
 
 def here(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ from .state import Publish
 
 COARSE_FROM = SCAN_UP_TO + 1
 """Below so many rows searches scan all of them, and "auto" makes no coarse index."""
-QUERY_BYTES = 32 << 20
+QUERY_BYTES = 256 << 20
 """Calibration queries of large models are fewer, so that their file takes no more than this."""
 TILT_QUERIES = 32
 """Queries that the tilt is chosen by."""

@@ -19,7 +19,8 @@ import torch
 from ..capture.gradients import finite_blocks
 from ..capture.sharded import DataRanks, data_ranks, is_spread
 from ..curvature.inverse import Preconditioner, inverses
-from ..errors import StoreError
+from ..errors import ConfigError, StoreError
+from ..linalg.scratch import CPU
 from ..progress import Reporter, peak_memory
 from ..ranks import Ranks
 from ..search.reader import policy_for
@@ -31,7 +32,7 @@ from .coverage import EXAMPLES, measure_coverage
 from .inputs import Given, Inputs, take
 from .outliers import measure_outliers
 from .sample import SampleRows
-from .sizes import Shapes
+from .sizes import REMEDIES, Shapes, memory_of
 from .stages import (
     choose_codec,
     encode,
@@ -61,6 +62,7 @@ def build_index(path: Path, given: Given, reporter: Reporter, ranks: Ranks) -> b
         with ranks.jointly():
             inputs = take(given, state.claim, stack)
         ranks.agree("what is built", inputs.fingerprint)
+        _check_memory(inputs, ranks)
         layers = list(inputs.specs.values())
         fresh = Manifest(inputs.fingerprint, inputs.asked.to_json(), layers, metadata=given.metadata)
         fresh.next_id = fresh.fitted_ids = inputs.source.count
@@ -79,6 +81,27 @@ def build_index(path: Path, given: Given, reporter: Reporter, ranks: Ranks) -> b
         _report(inputs, state, sample, rows, vanished)
         state.commit()
         return state.home.folders == 1
+
+
+def _check_memory(inputs: Inputs, ranks: Ranks) -> None:
+    """Refuses, before anything is written, what the memory cannot hold.
+
+    Raises:
+        ConfigError: the stage that takes most, both sizes, and the setting that mends it.
+    """
+    count, config = inputs.source.count, inputs.config
+    # What "auto" gives is found out later; rows of levels take more of the fits.
+    codec = "eigen" if config.store == "auto" else config.store
+    sizes = Shapes(config, inputs.specs, codec, wants_coarse(config, count))
+    taken = sizes.memory(count, ranks=ranks.size)
+    with ranks.jointly():
+        for stage, size in taken.items():
+            room = memory_of(inputs.device if stage in ("gradients", "curvature") else CPU)
+            if size > room:
+                raise ConfigError(
+                    f"the stage {stage!r} would take {size:,} bytes of memory, and there are {room:,}: "
+                    f"{REMEDIES[stage]}"
+                )
 
 
 def _check_disk(inputs: Inputs, state: BuildState) -> None:

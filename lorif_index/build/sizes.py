@@ -5,9 +5,13 @@ The model, its activations and what Python itself takes come on top of what is h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+
+import torch
 
 from ..capture.gradients import LayerSpec
 from ..codecs.base import CodecSizes
@@ -28,6 +32,28 @@ ENTRY_BYTES = 400
 """Of the manifest, for each shard."""
 # Of a proposed row: its position and score. Of an id.
 _PROPOSED, _ID_BYTES = 12, 8
+
+
+REMEDIES = {
+    "gradients": "pass a smaller batch_size=, or projection_floor=16",
+    "curvature": "pass curvature_rank=8, or projection_floor=16",
+    "encode": "pass projection_floor=16, or compute={'shard_bytes': 16 << 20}",
+    "sketch": "pass coarse={'dim': 128}, or coarse='none'",
+    "coarse": "pass coarse={'dim': 128}, coarse='none', or build on more machines",
+    "calibration": "pass coarse={'queries': 16}",
+    "search": "build and open it on more machines, or pass coarse='none'",
+}
+"""Of each stage of `Shapes.memory`: what to pass where it takes too much."""
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has in all; of the CPU what its machine or its container has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    told = limit.read_text().strip() if limit.is_file() else ""
+    return min(there, int(told)) if told.isdigit() else there
 
 
 @dataclass(frozen=True)

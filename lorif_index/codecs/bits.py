@@ -23,8 +23,8 @@ BITS = (1, 2, 4, 8)
 """Widths of coordinates."""
 # Of a piece's scale, a bfloat16: 0.2% of what few bits lose.
 SCALE_BYTES = 2
-# Rows unpacked at once: what stays in a core's cache.
-_BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 16
+# Rows unpacked at once on the CPU: what stays in a core's cache; and on a device, in bytes.
+_BLOCK_ROWS, _UNPACKED_BYTES = 512, 1 << 30
 # Up to so many queries, and for up to so many bits, a table of what each byte adds is faster than unpacking the bytes
 # (1,600 bytes of 1 bit, a core: 2.3 us a row against 11 for one query, 24 against 32 for 8).
 _TABLES_UP_TO, _TABLE_BITS = 8, 2
@@ -73,9 +73,9 @@ class CodeLayout:
         """Memory that a scorer takes for each query that it has a table of."""
         return 4 * 256 * self.packed
 
-    def scorer(self, queries: torch.Tensor) -> CodeScorer:
+    def scorer(self, queries: torch.Tensor) -> CodeScorer | OneProduct:
         """Of fixed queries (q, dim) float32."""
-        return CodeScorer(self, queries)
+        return CodeScorer(self, queries) if queries.device.type == "cpu" else OneProduct(self, queries)
 
     @property
     def per_byte(self) -> int:
@@ -89,6 +89,26 @@ class CodeLayout:
             out.append(Piece(slice(at, at + width), slice(byte, byte + size)))
             at, byte = at + width, byte + size
         return tuple(out)
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """(packed * per_byte,) int64: which coordinate each level of a row's bytes is of, byte after byte; `dim` where
+        there is none."""
+        out = torch.full((self.packed, self.per_byte), self.dim)
+        for piece in self.pieces:
+            size = piece.bytes.stop - piece.bytes.start
+            here = torch.full((size * self.per_byte,), self.dim)
+            here[: piece.count] = torch.arange(piece.coordinates.start, piece.coordinates.stop)
+            out[piece.bytes] = here.unflatten(0, (self.per_byte, size)).T
+        return out.flatten()
+
+    @cached_property
+    def piece_of(self) -> torch.Tensor:
+        """(packed,) int64: the piece of each byte; the first where there is none."""
+        out = torch.zeros(self.packed, dtype=torch.int64)
+        for number, piece in enumerate(self.pieces):
+            out[piece.bytes] = number
+        return out
 
     @property
     def packed(self) -> int:
@@ -173,8 +193,8 @@ def scales_of(stored: torch.Tensor) -> torch.Tensor:
     return apart.copy_(stored).view(torch.bfloat16).float()
 
 
-class CodeScorer:
-    """Inner products of fixed query coordinates with the coordinates in blocks of codes.
+class OneProduct:
+    """As `CodeScorer`, by operations whose number does not grow with the pieces: on a device each is a launch.
 
     Args:
         layout: the codes' layout.
@@ -182,22 +202,48 @@ class CodeScorer:
     """
 
     def __init__(self, layout: CodeLayout, queries: torch.Tensor) -> None:
+        device = queries.device
+        padded = torch.cat([queries, torch.zeros(len(queries), 1, device=device)], dim=1)
+        self._layout, self._queries = layout, padded.index_select(1, layout.order.to(device)).T
+        self._piece_of = layout.piece_of.to(device)
+        self._shifts = (torch.arange(layout.per_byte) * layout.bits).to(torch.uint8).to(device)
+        self._step = max(_UNPACKED_BYTES // (4 * layout.packed * layout.per_byte), 1)
+
+    def score(self, codes: torch.Tensor) -> torch.Tensor:
+        """(q, n) float32 of codes (n, row_bytes)."""
+        layout, parts = self._layout, []
+        mask, middle = 2**layout.bits - 1, (2**layout.bits - 1) / 2
+        for part in codes.split(self._step):
+            levels = (part[:, : layout.packed, None] >> self._shifts) & mask
+            z = SCRATCH.take("unpacked", len(part), layout.packed, layout.per_byte, device=part.device)
+            z.copy_(levels).sub_(middle).mul_(layout.scales(part).index_select(1, self._piece_of)[:, :, None])
+            parts.append((z.flatten(1) @ self._queries).T)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class CodeScorer:
+    """Inner products of fixed query coordinates with the coordinates in blocks of codes, on the CPU.
+
+    Args:
+        layout: the codes' layout.
+        queries: (q, dim) float32.
+    """
+
+    def __init__(self, layout: CodeLayout, queries: torch.Tensor) -> None:
         self._layout, self._count = layout, len(queries)
-        on_cpu = queries.device.type == "cpu"
-        self._step = _BLOCK_ROWS if on_cpu else _GPU_BLOCK_ROWS
         # The kernel's, once it is there.
-        self._queries, self._suits = queries, on_cpu and self._count <= _KERNEL_UP_TO.get(layout.bits, self._count)
+        self._queries, self._suits = queries, self._count <= _KERNEL_UP_TO.get(layout.bits, self._count)
         self._middle = (2**layout.bits - 1) / 2
         # Each piece's queries, in the order in which its levels come out: (per_byte * size, q), padded with zeros.
         self._parts = []
         for piece in layout.pieces:
             size = layout.per_byte * (piece.bytes.stop - piece.bytes.start)
-            part = torch.zeros(size, self._count, device=queries.device)
+            part = torch.zeros(size, self._count)
             part[: piece.count] = queries[:, piece.coordinates].T
             self._parts.append(part)
         # <x, scale (level - middle)> = scale (<x, level> - middle sum x): one product on the raw levels.
         self._offsets = [part.sum(dim=0) * self._middle for part in self._parts]
-        tables = on_cpu and self._count <= _TABLES_UP_TO and layout.bits <= _TABLE_BITS
+        tables = self._count <= _TABLES_UP_TO and layout.bits <= _TABLE_BITS
         self._tables = self._tabulate() if tables else None
         if self._tables is not None:
             self._places = torch.arange(layout.packed, dtype=torch.int32) * 256
@@ -224,11 +270,11 @@ class CodeScorer:
 
     def score(self, codes: torch.Tensor) -> torch.Tensor:
         """(q, n) float32 of codes (n, row_bytes)."""
-        out = torch.empty(self._count, codes.shape[0], device=codes.device)
+        out = torch.empty(self._count, codes.shape[0])
         if self._suits and KERNEL.ready(codes.numel() * self._count):
             return self._cut.score(codes, self._layout.scales(codes), torch.stack(self._offsets, dim=1), out)
-        for start in range(0, codes.shape[0], self._step):
-            part = codes[start : start + self._step]
+        for start in range(0, codes.shape[0], _BLOCK_ROWS):
+            part = codes[start : start + _BLOCK_ROWS]
             here = out[:, start : start + len(part)]
             if self._tables is None:
                 self._by_products(part, here)
@@ -240,7 +286,7 @@ class CodeScorer:
         scales, layout = self._layout.scales(codes), self._layout
         total: torch.Tensor | None = None
         for i, (piece, queries, offset) in enumerate(zip(layout.pieces, self._parts, self._offsets, strict=True)):
-            room = SCRATCH.take("levels", len(codes), queries.shape[0], device=codes.device)
+            room = SCRATCH.take("levels", len(codes), queries.shape[0])
             levels = layout.levels(codes[:, piece.bytes], room)
             scores = (levels @ queries).sub_(offset).mul_(scales[:, i : i + 1])
             total = scores if total is None else total.add_(scores)

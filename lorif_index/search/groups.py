@@ -80,7 +80,7 @@ def sum_groups(reader: Reader, question: Question, by: By, k: int | None, report
             more = len(numbered.values) - len(counts)
             counts = np.pad(counts, (0, more)) + np.bincount(numbers, minlength=len(numbered.values))
             sums = np.pad(sums, ((0, 0), (0, 0), (0, more)))
-            for q, row in enumerate(scores.double().numpy()):
+            for q, row in enumerate(scores.double().cpu().numpy()):
                 for sign, half in enumerate((np.maximum(row, 0), np.minimum(row, 0))):
                     sums[sign, q] += np.bincount(numbers, weights=half, minlength=len(counts))
     if ranks.size > 1:

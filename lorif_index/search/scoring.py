@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ..codecs.base import Parts, Scorer
@@ -76,21 +77,22 @@ def shared_layers(layers: Mapping[str, torch.Tensor] | None, ranks: Ranks) -> di
 def stream_scores(
     rows: Resident, scorer: Scorer, question: Question
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """(positions (m,) int64, scaled scores (q, m) on the CPU, bytes read) of the live rows of every block, in order."""
+    """(positions (m,) int64, scaled scores (q, m) where rows are, bytes read) of every block's live rows, in order."""
     dead, at = rows.store.dead, 0
     for start, block, read in rows.stream():
-        scores, positions = scorer.score(block).cpu(), torch.arange(start, start + len(block))
+        scores, positions = scorer.score(block), torch.arange(start, start + len(block))
         if dead is not None:
-            alive = torch.from_numpy(~dead[start : start + len(block)])
-            scores, positions = scores[:, alive], positions[alive]
+            alive = torch.from_numpy(np.flatnonzero(~dead[start : start + len(block)]))
+            scores, positions = scores.index_select(1, alive.to(scores.device)), positions[alive]
         if question.scale is not None:
-            scores.mul_(question.scale[at : at + len(positions)])
+            scores.mul_(question.scale[at : at + len(positions)].to(scores.device))
         at += len(positions)
         yield positions, scores, read
 
 
 class TopK:
-    """The k best of a stream of scores per query; ties go to the earlier row. Memory O(q k), whatever the stream.
+    """The k best of a stream of scores per query; ties go to the earlier row. Memory O(q k), whatever the stream. They
+    are kept where the scores are.
 
     Args:
         queries: q.
@@ -107,7 +109,8 @@ class TopK:
     def update(self, positions: torch.Tensor, scores: torch.Tensor) -> None:
         """Takes scores (q, n) of rows at positions (n,), which rise from call to call."""
         signed = scores * self._sign
-        positions = positions.expand_as(signed)
+        positions = positions.to(signed.device).expand_as(signed)
+        self._scores, self._positions = self._scores.to(signed.device), self._positions.to(signed.device)
         if signed.shape[1] > self._k:
             # Everything at or above the block's k-th best, so that ties are decided by position below.
             kth = torch.topk(signed, self._k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
@@ -128,5 +131,5 @@ class TopK:
         self._scores, self._positions = torch.gather(signed, 1, order), torch.gather(positions, 1, order)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(positions (q, k) int64, scores (q, k) float32), best first."""
-        return self._positions, self._scores * self._sign
+        """(positions (q, k) int64, scores (q, k) float32), best first, on the CPU."""
+        return self._positions.cpu(), (self._scores * self._sign).cpu()

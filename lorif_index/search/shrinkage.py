@@ -40,7 +40,7 @@ def thresholds(scores: np.ndarray, count: int) -> torch.Tensor:
 def shrink(scores: torch.Tensor, thresholds: torch.Tensor) -> None:
     """Shrinks scores (q, m) float32, in place, by their questions' thresholds (q,)."""
     # Of the ratio, squared: it neither overflows nor vanishes, whatever the scores' units. 0 / 0 leaves all as it is.
-    ratio = (thresholds[:, None] / scores.abs()).nan_to_num_(nan=0.0, posinf=math.inf)
+    ratio = (thresholds.to(scores.device)[:, None] / scores.abs()).nan_to_num_(nan=0.0, posinf=math.inf)
     scores.div_(ratio.square_().add_(1.0))
 
 
@@ -61,7 +61,7 @@ def _some_scores(reader: Reader, question: Question) -> np.ndarray:
         if reader.live_count > SAMPLED:
             out = _sampled(reader, question)
         else:
-            out = np.concatenate([out, *(scores.T.numpy() for _, scores, _ in _scanned(reader, question))])
+            out = np.concatenate([out, *(scores.T.cpu().numpy() for _, scores, _ in _scanned(reader, question))])
     return out
 
 

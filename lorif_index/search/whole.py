@@ -11,6 +11,9 @@ from .planner import scan
 from .reader import Reader
 from .scoring import Question
 
+# Of scores that ranks send each other at once.
+_GATHERED_BYTES = 64 << 20
+
 
 def in_order(reader: Reader, values: np.ndarray) -> np.ndarray:
     """(n, ...) of all ranks, in the order of ids, of (m, ...) for the live rows that this rank holds."""
@@ -48,10 +51,13 @@ def all_scores(
     with reader.ranks.jointly():
         at = 0
         for _, scores, _ in scan(reader, question, report):
-            mine[:, at : at + scores.shape[1]] = scores.numpy()
+            mine[:, at : at + scores.shape[1]] = scores.cpu().numpy()
             at += scores.shape[1]
     if whole:
-        out[:] = in_order(reader, mine.T).T
+        # Some questions at a time: nobody holds the whole twice.
+        step = max(_GATHERED_BYTES // (4 * max(reader.live_count, 1)), 1)
+        for start in range(0, question.count, step):
+            out[start : start + step] = in_order(reader, mine[start : start + step].T).T
     return out
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import small_data, small_model
 from torch import nn
 
 from lorif_index import BuildConfig, Estimate, Index
 from lorif_index.build import candidates, estimate
-from lorif_index.build.sizes import Shapes
+from lorif_index.build.sizes import REMEDIES, Shapes, memory_of
+from lorif_index.capture.gradients import LayerSpec
 from lorif_index.codecs.registry import CODECS
 from lorif_index.errors import ConfigError, DataError, StoreError
 
@@ -112,6 +114,24 @@ def test_bad_questions(arguments: Any, error: type[Exception]) -> None:
         Index.estimate(**arguments)
 
 
+def test_a_build_that_memory_cannot_hold_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = small_model(), small_data(40)
+    config = BuildConfig(coarse="flat")
+    with monkeypatch.context() as patched:
+        patched.setattr("lorif_index.build.pipeline.memory_of", lambda device: 100_000)
+        with pytest.raises(
+            ConfigError, match=r"stage '\w+' would take [\d,]+ bytes .* there are 100,000: pass coarse="
+        ):
+            Index.build(tmp_path / "i", model=model, data=data, config=config)
+        assert not (tmp_path / "i").exists()
+    # Every stage has its setting; and there is memory.
+    sizes = Shapes(BuildConfig(coarse="flat", projection_floor=32), {"a": LayerSpec("a", 64, 64, 32, 32, 1)}, "eigen")
+    assert set(sizes.memory(10)) == set(REMEDIES)
+    assert memory_of(torch.device("cpu")) > 100_000_000
+
+
 def test_a_build_that_the_disk_cannot_hold_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2000))
@@ -123,8 +143,6 @@ def test_a_build_that_the_disk_cannot_hold_is_refused_early(tmp_path: Path, monk
 
 
 def test_more_rows_take_more() -> None:
-    from lorif_index.capture.gradients import LayerSpec
-
     specs = {"a": LayerSpec("a", 64, 64, 32, 32, 1)}
     for codec in CODECS:
         one, two = (Shapes(BuildConfig(projection_floor=32), specs, codec).disk(n) for n in (10**6, 2 * 10**6))

@@ -41,6 +41,7 @@ from lorif_index.linalg.signs import hashed_signs
 from lorif_index.progress import Stage
 from lorif_index.search.proposers import FlatSketch
 from lorif_index.search.rerank import whole_scores
+from lorif_index.search.scoring import TopK, stream_scores
 from lorif_index.storage.resident import Resident
 
 CPU = torch.device("cpu")
@@ -398,6 +399,41 @@ def test_codes_are_made_and_scored_elsewhere(layout: Any, device: Device) -> Non
     for queries in (x, x[:1]):
         assert close(here(layout.scorer(queries.to(DEVICE)).score(sent)), layout.scorer(queries).score(codes))
     assert device.reads == {"to the CPU": 1}
+
+
+def test_launches_do_not_grow_with_layers(device: Device) -> None:
+    counted = []
+    for layers in (3, 200):
+        layout = CodeLayout(16 * layers, 1, (16,) * layers)
+        codes = layout.encode(torch.randn(40, layout.dim)).to(DEVICE)
+        scorer = layout.scorer(torch.randn(2, layout.dim).to(DEVICE))
+        scorer.score(codes)
+        # Memory is there now.
+        device.launches = 0
+        scorer.score(codes)
+        counted.append(device.launches)
+    assert counted[0] == counted[1] <= 16
+
+
+def test_the_best_of_a_scan_stay_elsewhere_until_the_end(device: Device, tmp_path: Path) -> None:
+    index = Index.build(tmp_path / "i", model=small_model(), data=small_data(60))
+    index.remove(index.ids[5:9])
+    reader, k = reader_of(Index.open(tmp_path / "i")), 7
+    x = {name: torch.randn(3, spec.d_in, spec.d_out) for name, spec in reader.specs.items()}
+    question = reader.ask(x)
+    found = []
+    for where in (CPU, DEVICE):
+        top, resident = TopK(3, k), Resident(reader.store, where, 30 * reader.store.row_bytes)
+        device.reads.clear()
+        blocks = 0
+        for positions, scores, _ in stream_scores(resident, reader.codec.scorer(question.parts, where), question):
+            assert scores.device == where
+            top.update(positions, scores)
+            blocks += 1
+        # How many are kept of a block is read, and nothing else.
+        assert where == CPU or device.reads.total() <= blocks
+        found.append(top.result())
+    assert torch.equal(found[0][0], found[1][0]) and close(found[1][1], found[0][1])
 
 
 def test_whole_gradients_are_scored_elsewhere_with_one_read(device: Device) -> None:
