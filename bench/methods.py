@@ -222,7 +222,7 @@ METHODS: dict[str, Method] = {
     "library, d=64": lambda t, m: library(t, m, projection_floor=64),
     **{
         f"library, {b} bytes": (lambda t, m, b=b: library(t, m, eigen_bytes=b))
-        for b in (512, 1024, 1600, 2048, 4096, 8192, 16384, 32768)
+        for b in (256, 512, 1024, 1600, 2048, 4096, 8192, 16384, 32768)
     },
     "library, 8192 bytes, refine": lambda t, m: library(t, m, eigen_bytes=8192, refine=True),
     "library, unrounded": lambda t, m: library(t, m, whole=True),

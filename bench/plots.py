@@ -6,6 +6,7 @@ Nothing is measured here. Each panel names the suite whose JSON it shows; method
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,13 +172,26 @@ def quality(figure: Any) -> None:
 
 
 def frontier(figure: Any) -> None:
+    """What a stored byte buys on the fine-tuned GPT, and where other methods are."""
     figure.set_size_inches(7, 4.5)
-    axes, rows = figure.subplots(), (kept("frontier") or {"rows": []})["rows"]
-    gone = ("both", "coordinates", "eigen", "library, largest of groups")
-    for family in dict.fromkeys(r["family"] for r in rows if not r["family"].startswith(gone)):
-        points = sorted((r["bytes"], *r["lds"]) for r in rows if r["family"] == family)
-        x, y, error = np.array(points).T
-        axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1, label=family)
+    axes, methods = figure.subplots(), (kept("lds_finetuned") or {"methods": {}})["methods"]
+    sized = {"library default", *(name for name in methods if re.fullmatch(r"library, \d+ bytes", name))}
+    rows = sorted(
+        (methods[name] for name in sized if "lds" in methods.get(name, {})), key=lambda f: f["bytes_per_example"]
+    )
+    for label, key, style in (("scores as they are", "lds", "o-"), ("shrunk", "lds_shrunk", "o--")):
+        x = [figures["bytes_per_example"] for figures in rows]
+        y, error = np.array([figures[key] for figures in rows]).T
+        axes.errorbar(x, y, yerr=error, fmt=style, ms=4, lw=1, color=OURS, label=f"this library, {label}")
+    for name in ("LoRIF c=1", "LoRIF c=4", "LoGRA d=32", "LoGRA (dattri)", "TRAK p=2048"):
+        if "lds" in methods.get(name, {}):
+            label, colour, marker = METHODS[name]
+            axes.plot(methods[name]["bytes_per_example"], methods[name]["lds"][0], marker, color=colour, label=label)
+    for name, style in (("EK-FAC (kronfluence)", ":"), ("EK-FAC (kronfluence), with the head", "-.")):
+        if "lds" in methods.get(name, {}):
+            axes.axhline(
+                methods[name]["lds"][0], ls=style, lw=1, color=METHODS[name][1], label=f"{name}: keeps nothing"
+            )
     axes.set(xscale="log", xlabel="bytes per example, without what all share", ylabel="LDS")
 
 

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 # command -> name of the result that it keeps, where that is another.
 BENCHES = {
     "lds": "",
-    "frontier": "",
     "tail_patch": "",
     "removal": "",
     "mislabelled": "",
