@@ -21,6 +21,9 @@ import torch.distributed as dist
 from . import errors
 from .errors import ConfigError, DistributedError, LorifError, shown
 
+# Bytes of a length, and of a message that comes with it.
+_WORD, _AT_ONCE = 8, 1024
+
 
 class Ranks:
     """A process group, or one process.
@@ -32,7 +35,8 @@ class Ranks:
         rank: of this process, from 0.
         size: how many there are.
         sent: stage -> bytes that this rank has sent, by the volume of ring algorithms: 2 (size - 1) / size of a tensor
-            that is summed, size - 1 copies of one that is gathered, one of any other.
+            that is summed, size - 1 copies of one that is gathered, one of any other. What is small travels in room of
+            a fixed size, of which only its own bytes are counted.
         stage: what is being done, for messages and accounts.
     """
 
@@ -134,22 +138,35 @@ class Ranks:
             if isinstance(array, Exception):
                 raise array
             return [array]
-        counts = self._counts(-1 if isinstance(array, Exception) else len(array))
+        rows = np.empty(0, np.uint8) if isinstance(array, Exception) else np.ascontiguousarray(array)
+        raw = rows.reshape(-1).view(np.uint8)
+        # What is small comes with its length, at once: rounds cost more than bytes.
+        head = torch.zeros(_WORD + _AT_ONCE, dtype=torch.uint8)
+        head[:_WORD] = torch.tensor([-1 if isinstance(array, Exception) else len(rows)]).view(torch.uint8)
+        head[_WORD : _WORD + min(len(raw), _AT_ONCE)] = torch.from_numpy(raw[:_AT_ONCE].copy())
+        heads = self._gathered(head, len(raw) if len(raw) <= _AT_ONCE else 0)
+        counts = [int(part[:_WORD].view(torch.int64)) for part in heads]
         if min(counts) < 0 or isinstance(array, Exception):
             self.fail(array if isinstance(array, Exception) else None)
             return []
-        array = np.ascontiguousarray(array)
         each = int(np.prod(array.shape[1:], dtype=np.int64)) * array.itemsize
-        room = torch.zeros(max(counts) * each, dtype=torch.uint8)
-        room[: array.nbytes] = torch.from_numpy(array.reshape(-1).view(np.uint8).copy())
-        with self._talking(room, self.size - 1.0) as here:
-            parts = [torch.empty_like(here) for _ in counts]
-            if len(here):
-                dist.all_gather(parts, here, group=self._group)
+        most = max(counts) * each
+        parts = [part[_WORD:] for part in heads]
+        if most > _AT_ONCE:
+            room = torch.zeros(most, dtype=torch.uint8)
+            room[: len(raw)] = torch.from_numpy(raw.copy())
+            parts = self._gathered(room, most)
         return [
-            part[: n * each].cpu().numpy().view(array.dtype).reshape(n, *array.shape[1:])
+            part[: n * each].clone().numpy().view(array.dtype).reshape(n, *array.shape[1:])
             for part, n in zip(parts, counts, strict=True)
         ]
+
+    def _gathered(self, room: torch.Tensor, counted: int) -> list[torch.Tensor]:
+        """Each rank's bytes, as many on each, on all; so many of them are counted as sent."""
+        with self._talking(room, (self.size - 1.0) * counted / len(room)) as here:
+            parts = [torch.empty_like(here) for _ in range(self.size)]
+            dist.all_gather(parts, here, group=self._group)
+        return [part.cpu() for part in parts]
 
     def collected(self, array: np.ndarray) -> list[np.ndarray]:
         """Each rank's array, on rank 0; nothing elsewhere. They may differ in their first dimension."""
@@ -181,9 +198,18 @@ class Ranks:
         """Rank `source`'s JSON value, on all; what the others pass does not matter."""
         if self.size == 1:
             return value
-        raw = np.frombuffer(json.dumps(value).encode() if self.rank == source else b"", dtype=np.uint8)
-        size = int(self.spread(torch.tensor(len(raw)), source))
-        room = torch.from_numpy(raw.copy()) if self.rank == source else torch.empty(size, dtype=torch.uint8)
+        raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        head = torch.zeros(_WORD + _AT_ONCE, dtype=torch.uint8)
+        if self.rank == source:
+            head[:_WORD] = torch.tensor([len(raw)]).view(torch.uint8)
+            head[_WORD : _WORD + min(len(raw), _AT_ONCE)] = raw[:_AT_ONCE]
+        with self._talking(head, float(self.rank == source) * min(len(raw), _AT_ONCE) / len(head)) as here:
+            dist.broadcast(here, self._global(source), group=self._group)
+        head = here.cpu()
+        size = int(head[:_WORD].view(torch.int64))
+        if size <= _AT_ONCE:
+            return json.loads(head[_WORD : _WORD + size].numpy().tobytes())
+        room = raw if self.rank == source else torch.empty(size, dtype=torch.uint8)
         return json.loads(self.spread(room, source).numpy().tobytes())
 
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
