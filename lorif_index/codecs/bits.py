@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from ..linalg.scratch import SCRATCH
-from .planes import KERNEL, Planes
+from .compiled import KERNEL, Planes
 
 # Best uniform steps for a unit Gaussian and 2^bits levels (Max, 1960, table II; 8 bits by minimising numerically).
 _STEP = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
@@ -28,7 +28,7 @@ _BLOCK_ROWS, _UNPACKED_BYTES = 512, 1 << 30
 # Up to so many queries, and for up to so many bits, a table of what each byte adds is faster than unpacking the bytes
 # (1,600 bytes of 1 bit, a core: 2.3 us a row against 11 for one query, 24 against 32 for 8).
 _TABLES_UP_TO, _TABLE_BITS = 8, 2
-# Up to so many queries, by bits, the compiled kernel is faster than unpacking (see `planes`); always for few bits.
+# Up to so many queries, by bits, the compiled kernel is faster than unpacking (see `compiled`); always for few bits.
 _KERNEL_UP_TO = {4: 24, 8: 4}
 
 

@@ -1,8 +1,9 @@
-"""Kernel: rows of levels against questions cut into bit planes, compiled by numba for the CPU that it runs on.
+"""Kernel: loops over the bytes of rows, compiled by numba for the CPU that they run on.
 
-A row is bits. A question's number for each bit is an integer of 24 bits, of which plane b holds bit b for all places of
-a row, so that the inner product is sum_b 2^b popcount(row AND plane b), the last plane counting negative. A word of a
-row meets its 24 planes in three vectors. Importing this needs numba; `planes` says when that is worth it.
+Rows of levels meet questions cut into bit planes. A row is bits. A question's number for each bit is an integer of 24
+bits, of which plane b holds bit b for all places of a row, so that the inner product is
+sum_b 2^b popcount(row AND plane b), the last plane counting negative. A word of a row meets its 24 planes in three
+vectors. Importing this needs numba; `compiled` says when that is worth it.
 """
 
 # mypy: disable-error-code="no-untyped-call, untyped-decorator, no-untyped-def, call-arg"
@@ -169,3 +170,25 @@ def score(rows, starts, words, planes, steps, offsets, scales, first, out):
                         total[i] += scales[r + i, p] * (found[i] * np.float64(steps[k, p]) - offsets[k, p])
                 for i in range(some):
                     out[k, first + r + i] = total[i]
+
+
+@njit(nogil=True, cache=True)
+def named(rows, entries, query, values, scales, first, out):
+    """Scores rows that name their largest coordinates (see `sparse`).
+
+    Args:
+        rows: (n, row bytes) uint8.
+        entries: how many a row names.
+        query: (dim + 1,) float32, 0 behind the last coordinate.
+        values: (32,) float32: what the low bits of an entry stand for.
+        scales: (n,) float32.
+        first: place in `out` for the first row.
+        out: (at least first + n,) float32, to be filled.
+    """
+    low, middle, high = np.int32(31), np.int32(8), np.int32(16)
+    for r in range(rows.shape[0]):
+        row, total = rows[r], np.float32(0.0)
+        for e in range(entries):
+            entry = np.int32(row[e]) | np.int32(row[entries + e]) << middle | np.int32(row[2 * entries + e]) << high
+            total += query[entry >> np.int32(5)] * values[entry & low]
+        out[first + r] = total * scales[r]

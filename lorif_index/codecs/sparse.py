@@ -15,6 +15,7 @@ from torch.nn.functional import embedding_bag, pad
 
 from ..linalg.scratch import SCRATCH
 from .bits import SCALE_BYTES, scales_of
+from .compiled import KERNEL
 
 ENTRY_BYTES = 3
 MOST_PLACES = (1 << 19) - 1
@@ -24,6 +25,8 @@ _LEVELS, _RATIO = 16, 1.5
 _BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 14
 # Sums of rows of a table are vectorised over its columns.
 _COLUMNS = 8
+# Up to so many queries, one by one, the compiled kernel is faster.
+_KERNEL_UP_TO = 2
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,16 @@ class SparseScorer:
 
     def __init__(self, layout: SparseLayout, queries: torch.Tensor) -> None:
         self._layout, self._count = layout, len(queries)
+        self._suits = queries.device.type == "cpu" and self._count <= _KERNEL_UP_TO
         # And a row of zeros, for entries that name nothing.
         self._columns = pad(queries.T, (0, -len(queries) % _COLUMNS if len(queries) > 1 else 0, 0, 1)).contiguous()
 
     def score(self, codes: torch.Tensor) -> torch.Tensor:
         """(q, n) float32 of codes (n, row_bytes)."""
+        if self._suits and KERNEL.ready(codes.numel() * self._count):
+            layout, out = self._layout, torch.empty(self._count, len(codes))
+            scales = layout.scales(codes)[:, 0]
+            return KERNEL.named(codes, layout.entries, self._columns[:, : self._count].T, _VALUES, scales, out)
         out = torch.empty(len(codes), self._columns.shape[1], device=codes.device)
         step = _BLOCK_ROWS if codes.device.type == "cpu" else _GPU_BLOCK_ROWS
         for start in range(0, len(codes), step):

@@ -88,7 +88,7 @@ ENGINE = [
     ("capture", "sharded losses heads seeing data layers ensemble probes spool hooks products eigenbases sources"),
     ("curvature", "sides fit inverse refine sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
-    ("codecs", "base kernel planes bits sparse agreement truncation factors eigencodes"),
+    ("codecs", "base kernel compiled bits sparse agreement truncation factors eigencodes"),
     (
         "search",
         "scoring rescoring coarse devices calibration missed proposers pursuit candidates rows reader shrinkage "

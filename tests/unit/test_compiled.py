@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from lorif_index.codecs import bits, planes
+from lorif_index.codecs import bits, compiled, sparse
 from lorif_index.codecs.bits import CodeLayout, CodeScorer
-from lorif_index.codecs.planes import Kernel
+from lorif_index.codecs.compiled import Kernel
+from lorif_index.codecs.sparse import SparseLayout
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 
@@ -23,6 +24,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     made.load()
     monkeypatch.setattr(bits, "KERNEL", made)
+    monkeypatch.setattr(sparse, "KERNEL", made)
     return made
 
 
@@ -63,6 +65,19 @@ def test_scores_are_those_of_decoded_rows(
 
 
 @needs_numba
+@pytest.mark.parametrize(("dim", "entries"), [(50, 7), (5, 9), (70_000, 300)])
+def test_named_coordinates_are_scored(dim: int, entries: int, kernel: Kernel, two_threads: None) -> None:
+    layout, generator = SparseLayout(dim, entries), torch.Generator().manual_seed(0)
+    codes = layout.encode(torch.randn(131, dim, generator=generator) ** 3)
+    codes[5] = layout.encode(torch.zeros(1, dim))[0]
+    for queries in (1, 2, 3):
+        asked = torch.randn(queries, dim, generator=generator)
+        expected = asked.double() @ layout.decode(codes).double().T
+        largest = float(asked.abs().sum(dim=1).max() * layout.decode(codes).abs().max())
+        assert (layout.scorer(asked).score(codes).double() - expected).abs().max() <= 1e-6 * largest
+
+
+@needs_numba
 def test_zeros_and_large_numbers(kernel: Kernel) -> None:
     layout, codes, asked = made(1, (40, 40), 20, 3)
     asked[0], asked[1, :40] = 0.0, 1e30
@@ -77,7 +92,7 @@ def test_it_is_loaded_in_the_background_when_there_is_work(monkeypatch: pytest.M
     layout, codes, asked = made(2, (90, 60), 50, 2)
     lazy = Kernel()
     monkeypatch.setattr(bits, "KERNEL", lazy)
-    monkeypatch.setattr(planes, "WORTH", 3 * 2 * codes.numel())
+    monkeypatch.setattr(compiled, "WORTH", 3 * 2 * codes.numel())
     scorer = CodeScorer(layout, asked)
     before = scorer.score(codes)
     assert not lazy._asked and "_cut" not in scorer.__dict__
@@ -92,9 +107,9 @@ def test_it_is_loaded_in_the_background_when_there_is_work(monkeypatch: pytest.M
 
 
 def test_without_numba_torch_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
     lazy = Kernel()
-    assert not any(lazy.ready(planes.WORTH) for _ in range(3))
+    assert not any(lazy.ready(compiled.WORTH) for _ in range(3))
     assert all(thread.name != "lorif-kernel" for thread in threading.enumerate())
 
 

@@ -1,4 +1,4 @@
-"""Planes: when and how rows of levels are scored by the compiled kernel, which needs numba.
+"""Compiled: when and how rows are scored by the kernel, which needs numba.
 
 Loading it takes a second, and compiling it several, once on a machine. So it is loaded in the background when a process
 has scored much; until then, and without numba, torch scores. The two differ by float32's rounding.
@@ -11,7 +11,7 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
@@ -63,6 +63,8 @@ class Kernel:
         tiny = Planes(module, torch.zeros(1, 8), one, one + 8, one + 1, 1)
         tiny.score(torch.zeros(1, 3, dtype=torch.uint8), torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lorif-score")
+        row, numbers = np.zeros((1, 5), np.uint8), np.zeros(32, np.float32)
+        module.named(row, 1, numbers, numbers, numbers, 0, numbers.copy())
         self._module = module
 
     def planes(
@@ -73,6 +75,48 @@ class Kernel:
             raise RuntimeError("the kernel is not loaded: call load() first")
         first, count, size = (np.array(part, dtype=np.int64) for part in (firsts, counts, sizes))
         return Planes(self._module, queries, first, count, size, bits, self._pool)
+
+    def named(
+        self,
+        rows: torch.Tensor,
+        entries: int,
+        queries: torch.Tensor,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Scores rows that name so many coordinates, once it is ready; fills and gives back `out`.
+
+        Args:
+            rows: (n, row_bytes) uint8.
+            entries: how many a row names.
+            queries: (q, dim + 1) float32, the last 0.
+            values: (32,) float32: what the low bits of an entry stand for.
+            scales: (n,) float32.
+            out: (q, n) float32.
+        """
+        if self._module is None:
+            raise RuntimeError("the kernel is not loaded: call load() first")
+        module, low = self._module, values.numpy()
+        numbers, sizes = rows.contiguous().numpy(), scales.contiguous().numpy()
+        for query, to in zip(queries.contiguous().numpy(), out.numpy(), strict=True):
+
+            def some(part: slice, query: np.ndarray = query, to: np.ndarray = to) -> None:
+                module.named(numbers[part], entries, query, low, sizes[part], part.start, to)
+
+            in_parts(self._pool, len(rows), some)
+        return out
+
+
+def in_parts(pool: ThreadPoolExecutor | None, count: int, work: Callable[[slice], None]) -> None:
+    """Shares `count` rows out to as many threads as torch has; without a pool this thread does all."""
+    each = max(-(-count // torch.get_num_threads()), _ROWS)
+    parts = [slice(at, min(at + each, count)) for at in range(0, count, each)]
+    if pool is None or len(parts) == 1:
+        for part in parts:
+            work(part)
+    else:
+        list(pool.map(work, parts))
 
 
 class Planes:
@@ -114,20 +158,14 @@ class Planes:
             out: (q, n) float32.
         """
         numbers, sizes, to = rows.contiguous().numpy(), scales.contiguous().numpy(), out.numpy()
-        off, n = offsets.contiguous().numpy(), len(rows)
-        each = max(-(-n // torch.get_num_threads()), _ROWS)
+        off = offsets.contiguous().numpy()
 
-        def some(at: int) -> None:
-            part = slice(at, at + each)
+        def some(part: slice) -> None:
             self._kernel.score(
-                numbers[part], self._starts, self._words, self._planes, self._steps, off, sizes[part], at, to
+                numbers[part], self._starts, self._words, self._planes, self._steps, off, sizes[part], part.start, to
             )
 
-        if self._pool is None or each >= n:
-            for at in range(0, n, each):
-                some(at)
-        else:
-            list(self._pool.map(some, range(0, n, each)))
+        in_parts(self._pool, len(rows), some)
         return out
 
 
