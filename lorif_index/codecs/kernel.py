@@ -25,6 +25,14 @@ PLANES = LANES * VECTORS
 _WORD, _AT_ONCE = 8, 64
 
 
+def _compiled(function: Any) -> Any:
+    """Compiled at its first call, and kept on disk for the next process, where numba finds a folder to write to."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
 @intrinsic
 def _products(typing: Any, rows: Any, stride: Any, planes: Any, words: Any, out: Any):
     """out[r] = sum_b 2^b sum_w popcount(rows[r, w] & planes[w, b]) for `ROWS` rows; the last b counts negative.
@@ -103,7 +111,7 @@ def _products(typing: Any, rows: Any, stride: Any, planes: Any, words: Any, out:
     return signature, generate
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def cut(queries, firsts, counts, sizes, words, bits, planes, steps):
     """Cuts questions into planes.
 
@@ -133,7 +141,7 @@ def cut(queries, firsts, counts, sizes, words, bits, planes, steps):
                         planes[k, w, b] |= np.uint64((value >> b) & 1) << shift
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def score(rows, starts, words, planes, steps, offsets, scales, first, out):
     """Scores rows.
 
@@ -172,7 +180,7 @@ def score(rows, starts, words, planes, steps, offsets, scales, first, out):
                     out[k, first + r + i] = total[i]
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def named(rows, entries, query, values, scales, first, out):
     """Scores rows that name their largest coordinates (see `sparse`).
 
