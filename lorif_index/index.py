@@ -33,6 +33,7 @@ from .life.refit import refit_index
 from .life.remove import compact_rows, remove_examples
 from .life.repair import repair_index
 from .life.writing import Change, writing
+from .linalg.precision import in_whole_products
 from .progress import ProgressCallback, reporter
 from .questions import Questions
 from .ranks import ALONE, Ranks
@@ -86,6 +87,7 @@ class Index(Described):
     # -- making one ----------------------------------------------------------------------------------------------
 
     @classmethod
+    @in_whole_products
     def build(
         cls,
         path: str | os.PathLike[str],
@@ -153,6 +155,7 @@ class Index(Described):
         return cls(Snapshot.open(folder, access), Identity(asked, loss, tokenizer), data)
 
     @classmethod
+    @in_whole_products
     def estimate(
         cls,
         *,
@@ -244,6 +247,7 @@ class Index(Described):
 
     # -- asking --------------------------------------------------------------------------------------------------
 
+    @in_whole_products
     def search(
         self,
         query: Any,
@@ -326,6 +330,7 @@ class Index(Described):
         )
         return answer(ask.now.reader, wanted, prepare, progress, examples)
 
+    @in_whole_products
     def groups(
         self,
         query: Any,
@@ -364,6 +369,7 @@ class Index(Described):
         with reporter(progress) as report:
             return sum_groups(reader, shrinking(reader, question) if shrink else question, by, k, report)
 
+    @in_whole_products
     def scores(
         self,
         query: Any,
@@ -403,6 +409,7 @@ class Index(Described):
         with reporter(progress) as report:
             return all_scores(reader, shrinking(reader, question) if shrink else question, out, report, gather=gather)
 
+    @in_whole_products
     def explain(
         self,
         query: Any,
@@ -445,6 +452,7 @@ class Index(Described):
         with reporter(progress) as report:
             return explain_pairs(reader, asked, wanted, examples.data, examples.capture, preconditioners, report)
 
+    @in_whole_products
     def self_influence(
         self,
         *,
@@ -490,6 +498,7 @@ class Index(Described):
 
     # -- changing it ---------------------------------------------------------------------------------------------
 
+    @in_whole_products
     def rebuild_coarse(
         self,
         kind: str = "auto",
@@ -514,6 +523,7 @@ class Index(Described):
         with self._writing(progress) as change:
             rebuild_coarse(change.now.reader, kind, extra, change.report)
 
+    @in_whole_products
     def add(
         self,
         data: Any = None,
@@ -585,6 +595,7 @@ class Index(Described):
             compact_rows(change.now.reader, change.report)
         return {"bytes": before - folder_bytes(self.path), "held": change.held}
 
+    @in_whole_products
     def refit(self, *, progress: bool | ProgressCallback | None = None) -> dict[str, Any]:
         """Renews curvature, sketch and coarse index from the stored rows, without the model.
 
@@ -600,6 +611,7 @@ class Index(Described):
             return refit_index(change.now.reader, change.report)
 
     @classmethod
+    @in_whole_products
     def merge(
         cls,
         path: str | os.PathLike[str],

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import CaptureError
+from ..linalg.precision import as_chosen
 from ..linalg.projection import Projections
 from .data import Batch, batch_count, to_device
 from .gradients import GradientBlock, LayerGradient, LayerSpec
@@ -539,7 +540,8 @@ def _columns(use: Use, tensor: torch.Tensor, spread: Spread, what: str) -> Colum
 
 @contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; train flags and requires_grad put back one by one."""
+    """Eval mode, no parameter gradients and the program's precision inside; train flags and requires_grad put back one
+    by one."""
     settle(model)
     flags = [(module, module.training) for module in model.modules()]
     needed = [(p, p.requires_grad) for p in model.parameters()]
@@ -553,7 +555,7 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
         model.eval()
         for p, _ in needed:
             p.requires_grad_(False)
-        with uncompiled(model):
+        with uncompiled(model), as_chosen():
             yield
     except BaseException:
         recover(model)

@@ -84,7 +84,7 @@ ENGINE = [
     ("", "config progress markup results"),
     ("linalg", "scratch"),
     ("capture", "gradients"),
-    ("linalg", "projection sampling signs subspace"),
+    ("linalg", "precision projection sampling signs subspace"),
     ("capture", "sharded losses heads seeing data layers ensemble probes spool hooks products eigenbases sources"),
     ("curvature", "sides fit inverse refine sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
