@@ -22,6 +22,8 @@ Linear = Callable[[Vectors], Vectors]
 _LEAST = 1e-6
 # Of the stored curvature, where examples have several predictions.
 _SEQUENCES = 0.5
+# Of the solution in the answer; chosen on the fine-tuned GPT (`docs/quality.md`).
+_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Refine:
         share: of the stored curvature in the matrix that is solved with, above 0 and at most 1. None: .5 where examples
             are sequences, 1 where each is a single prediction. There the stored curvature is of exact rows, and what
             is new in the matrix, curvature between layers, has made scores worse (`docs/quality.md`).
+        weight: of the solution in the refined question, above 0 and at most 1; the rest is the stored inverse's, made
+            as long. Each errs in its own way: a mixture predicts retraining better than either.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -42,16 +46,19 @@ class Refine:
     iterations: int = 2
     examples: int = 192
     share: float | None = None
+    weight: float = _WEIGHT
 
     def __post_init__(self) -> None:
         for name in ("iterations", "examples"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"Refine({name}=...) must be an integer of at least 1, got {value!r}")
-        if self.share is None:
-            return
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
-            raise ConfigError(f"Refine(share=...) must be above 0 and at most 1, or None, got {self.share!r}")
+        for name in ("share", "weight"):
+            value = getattr(self, name)
+            if value is None and name == "share":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ConfigError(f"Refine({name}=...) must be above 0 and at most 1, got {value!r}")
 
     def share_for(self, sequences: bool) -> float:
         """`share`, as a number."""
@@ -117,6 +124,21 @@ def solve(apply: Linear, precondition: Linear, b: Vectors, iterations: int, leas
         # Where nothing is curved no step was made, and none will be.
         going = going[(after > wanted[going]) & (curved > 0)]
     return Solved(x, residuals)
+
+
+def mixed(solved: Vectors, stored: Vectors, weight: float, multiply: Linear) -> Vectors:
+    """weight x + (1 - weight) y |x| / |y|, in the norm of the stored curvature: that of scores over training examples.
+
+    Args:
+        solved, stored: x and y.
+        weight: of x, which alone is given back at 1.
+        multiply: H v.
+    """
+    if weight == 1:
+        return solved
+    x, y = (dots(part, multiply(part)).clamp_min(0.0) for part in (solved, stored))
+    ratio = (1 - weight) * torch.where(y > 0, x / y, 0.0).sqrt()
+    return {n: weight * part + ratio.to(part).reshape(-1, 1, 1) * stored[n] for n, part in solved.items()}
 
 
 def dots(a: Vectors, b: Vectors) -> torch.Tensor:

@@ -6,6 +6,7 @@ layers together, is not stored, but its products with a few vectors can be had (
     H' x = g_q,    H' = (1 - share) (mean_i P^T J_i^T M_i J_i P + lambda) + share H,
 
 for all queries at once, from x = H^-1 g_q on. H is in it because few examples do not have curvature in all directions.
+What is asked is a mixture of x and H^-1 g_q.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from ..capture.data import parts_of
 from ..capture.products import Products
 from ..curvature.inverse import Preconditioner, multiply, transform
-from ..curvature.refine import Refine, Vectors, solve
+from ..curvature.refine import Refine, Vectors, mixed, solve
 from ..errors import NonFiniteError, QueryError
 from ..linalg.sampling import drawn
 from ..progress import Reporter
@@ -57,7 +58,7 @@ class Refining:
     def refined(
         self, gradients: Vectors, preconditioners: Mapping[str, Preconditioner], report: Reporter
     ) -> tuple[Vectors, Refined]:
-        """x of H' x = g.
+        """x of H' x = g, mixed with H^-1 g.
 
         Memory: the vectors of as many queries at a time as take 1 GiB, of 12 vectors (q, D) float32 each; the chosen
         examples as they come from the data; and a pass of `rows` examples.
@@ -105,7 +106,8 @@ class Refining:
                     return {n: (1 - share) * part + share * kept[n] for n, part in exact.items()}
 
                 solved = solve(apply, lambda v: transform(v, preconditioners), some, iterations)
-                parts.append(solved.x)
+                stored = transform(some, preconditioners)
+                parts.append(mixed(solved.x, stored, self.choice.weight, lambda v: multiply(v, preconditioners)))
                 residuals += solved.residuals
             seconds = stage.seconds
         x = {name: torch.cat([part[name] for part in parts]) for name in gradients}

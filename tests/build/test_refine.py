@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from lorif_index.curvature.refine import solve
 from lorif_index.errors import ConfigError, DataError, QueryError
 from lorif_index.text import Document, build_text_index, load_text_model, open_text_index
 
-EXACT = Refine(iterations=100, examples=10_000, share=0.3)
+EXACT = Refine(iterations=100, examples=10_000, share=0.3, weight=1.0)
 SETTINGS: dict[str, Any] = dict(projection="random", batch_size=16)
 
 
@@ -317,9 +318,29 @@ def test_the_solver_solves() -> None:
     assert np.allclose([row[-1] for row in none.residuals], norms, rtol=1e-3)
 
 
+def test_the_solution_is_mixed_with_the_stored_inverses(built: tuple[Case, Index, np.ndarray]) -> None:
+    """Both as long by H, so that neither drowns the other."""
+    case, index, x = built
+    h = dense_stored(index)
+    asked = flat(query_gradients(index, case.model, case.query, len(x)))
+    y = np.linalg.solve(h, asked.T).T
+    ratio = np.sqrt(np.einsum("qi,ij,qj->q", x, h, x) / np.einsum("qi,ij,qj->q", y, h, y))[:, None]
+    for weight in (0.25, 0.8):
+        expected = (weight * x + (1 - weight) * ratio * y) @ stored_rows(index).T
+        found = index.scores(case.query, refine=replace(EXACT, weight=weight))
+        assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
 def test_what_is_refused(built: tuple[Case, Index, np.ndarray], tmp_path: Path) -> None:
     case, index, _ = built
-    for wrong in (dict(iterations=0), dict(examples=2.5), dict(share=0), dict(share=1.1), dict(iterations=True)):
+    for wrong in (
+        dict(iterations=0),
+        dict(examples=2.5),
+        dict(share=0),
+        dict(share=1.1),
+        dict(weight=0),
+        dict(iterations=True),
+    ):
         with pytest.raises(ConfigError, match=rf"Refine\({next(iter(wrong))}=...\) must be"):
             Refine(**wrong)  # type: ignore[arg-type]
     with pytest.raises(QueryError, match="refine takes True, a Refine or None, got 3: pass refine=True"):
