@@ -61,6 +61,13 @@ class Orders:
         """Recall of the coarse order alone."""
         return float(np.interp(math.log(k), np.log(self.ks), self.alone))
 
+    def at_most(self, k: int, wide: int) -> float:
+        """The least recall that calibration did not reach with so many rows: what an estimate may say at most. What a
+        search sees of its own rows knows nothing of answers that the coarse order hides altogether."""
+        row = next((i for i, known in enumerate(self.ks) if known >= k), len(self.ks) - 1)
+        beyond = (t for t, w in zip(self.targets, self.wide[row], strict=True) if w is None or w > wide)
+        return next(beyond, 1.0)
+
     def corrected(self, estimate: float, k: int) -> float:
         """An estimated recall, by what was really lost where estimates were of that size, at the nearest k."""
         if not self.losses:

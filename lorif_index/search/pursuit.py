@@ -204,7 +204,8 @@ class Pursuit:
             return False
         missed = state.missed(int(best[-1]))
         estimate = k / (k + missed)
-        estimate = self._orders.corrected(estimate, k) if self._orders else estimate
+        if self._orders is not None and not state.complete:
+            estimate = min(self._orders.corrected(estimate, k), self._orders.at_most(k, state.wide))
         found.recall[q] = estimate * len(best) / k
         blind = missed < _LEAST_LOSS * (1.0 - recall) * k and len(best) == k
         if recall == 0 or found.recall[q] >= recall or blind:

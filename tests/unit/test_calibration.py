@@ -54,6 +54,13 @@ def test_corrections_are_those_of_like_estimates() -> None:
     assert Orders((1,), TARGETS, ones, (1.0,)).corrected(0.7, 1) == 0.7
 
 
+def test_an_estimate_says_no_more_than_calibration_has_seen() -> None:
+    wide = ((10, 50, None), (20, 60, 900))
+    orders = Orders((1, 10), (0.5, 0.9, 0.99), wide, (0.1, 0.1))
+    assert [orders.at_most(1, w) for w in (5, 10, 49, 50, 10_000)] == [0.5, 0.9, 0.9, 0.99, 0.99]
+    assert [orders.at_most(k, 900) for k in (1, 2, 10, 500)] == [0.99, 1.0, 1.0, 1.0]
+
+
 def test_one_answer_is_given_what_ten_take() -> None:
     coarse = np.tile(np.r_[0, 50 * np.ones(9, dtype=int)], (30, 1))
     assert learn(coarse, 100).needed(1, 0.99) == learn(coarse, 100).needed(10, 0.99) == 51
