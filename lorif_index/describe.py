@@ -160,6 +160,7 @@ def _coarse_facts(reader: Reader) -> dict[str, Any] | None:
     try:
         facts = {key: sketch[key] for key in ("dim", "method", "energy")}
         kind = f"{entry['pieces']} pieces of 4 bits" if entry["pieces"] else "flat"
+        kind = f"the {entry['entries']} largest that rows name" if "entries" in entry else kind
         return facts | {"kind": kind, "bytes_per_example": entry["file"]["size"] / reader.live_count}
     except KeyError as error:
         raise CorruptionError(f"the manifest's sketch or coarse index lacks {error}: restore it") from None

@@ -21,7 +21,7 @@ from ..codecs.base import Transformed
 from ..config import BuildConfig
 from ..curvature.fit import LayerCurvature
 from ..curvature.inverse import inverses, lambdas, transform
-from ..curvature.sketch import Sketch, fit_sketch, sketch_method
+from ..curvature.sketch import Named, Sketch, fit_sketch, sketch_method
 from ..damping import Damping
 from ..linalg.scratch import CPU
 from ..progress import Stage
@@ -45,6 +45,8 @@ TILT_QUERIES = 32
 """Queries that the tilt is chosen by."""
 TILTS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 """Tilts that calibration chooses from."""
+_LOOKED_AT = 512
+"""Rows by which a shortened one's share of the whole is measured."""
 TRIED_KS, TRIED_RECALLS = (10, 100), (0.5, 0.8, 0.9, 0.95, 0.99)
 """Searches that calibration compares with their estimates."""
 
@@ -97,6 +99,12 @@ class Making:
     device: torch.device = CPU
 
     @property
+    def by_name(self) -> bool:
+        """Whether shortened rows propose candidates, in place of a sketch's coordinates."""
+        asked = self.config.coarse
+        return asked.kind == asked.sketch == "auto" and self.rows.codec.short_entries > 0
+
+    @property
     def policy(self) -> Damping:
         """The damping of searches."""
         return policy_for(self.manifest, self.rows.codec, self.config.damping)
@@ -118,6 +126,10 @@ def make_candidates(making: Making) -> None:
     manifest, rows, ranks = making.manifest, making.rows, making.rows.ranks
     with ranks.jointly():
         load_faiss()
+    if "sketch" in manifest.fits and (manifest.fits["sketch"]["method"] == Named.method) != making.by_name:
+        # Another kind is asked for.
+        del manifest.fits["sketch"]
+        manifest.coarse = manifest.calibration = None
     if "sketch" not in manifest.fits:
         with making.stage("sketch", None) as stage:
             fitted = _sketch(making, stage)
@@ -138,9 +150,13 @@ def make_candidates(making: Making) -> None:
         making.note()
 
 
-def _sketch(making: Making, stage: Stage) -> Sketch:
+def _sketch(making: Making, stage: Stage) -> Sketch | Named:
     """A sketch fitted on a random sample of the stored rows; over several ranks it is rank 0's."""
     rows, config = making.rows, making.config
+    if making.by_name:
+        positions, _ = rows.drawn("coarse-sample", _LOOKED_AT)
+        with rows.ranks.jointly():
+            return rows.codec.named(rows.store.gather(positions))
     lams = lambdas(making.curvature, making.policy)
     chosen, count = rows.drawn("curvature-sample", config.sample.size)
     whitened = rows.codec.whitened(lambda: rows.blocks(chosen), count, lams, making.device)
@@ -163,17 +179,20 @@ def stored_queries(rows: IndexRows, most: int) -> Queries:
     return rows.store.ids[positions], found
 
 
-def _codes(making: Making, sketch: Sketch, stage: Stage) -> dict[str, Any]:
+def _codes(making: Making, sketch: Sketch | Named, stage: Stage) -> dict[str, Any]:
     """Learns codebooks on a random sample, encodes all rows, and seals the file, of each folder if there are several.
 
     Returns:
         the manifest's entry, of this rank's folder.
     """
     rows, ranks = making.rows, making.rows.ranks
-    positions, _ = rows.drawn("coarse-sample", TRAIN_ROWS)
-    with ranks.jointly():
-        mine = rows.codec.sketcher(sketch)(rows.store.gather(positions)).numpy()
-    codes = _trained(making, ranks.collected(mine), sketch.dim)
+    if isinstance(sketch, Named):
+        codes = Codes.named(sketch.dim, sketch.entries)
+    else:
+        positions, _ = rows.drawn("coarse-sample", TRAIN_ROWS)
+        with ranks.jointly():
+            mine = rows.codec.sketcher(sketch)(rows.store.gather(positions)).numpy()
+        codes = _trained(making, ranks.collected(mine), sketch.dim)
     parts = [codes.rows]
     with ranks.jointly():
         for z in rows.coordinates(sketch):
@@ -232,7 +251,7 @@ def _piece(rank: int) -> str:
     return part_name(f"coarse-rank-{rank}")
 
 
-def _calibrate(making: Making, sketch: Sketch, stage: Stage) -> Calibration | None:
+def _calibrate(making: Making, sketch: Sketch | Named, stage: Stage) -> Calibration | None:
     """Learns T(k, recall) from training examples, left out of their own answers, and from further queries if given.
 
     One full scan for all queries together; `None` where there are no queries. Over several ranks what is learnt is

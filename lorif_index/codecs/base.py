@@ -19,7 +19,8 @@ import torch
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from ..curvature.fit import LayerCurvature, RowPass
 from ..curvature.inverse import Preconditioner
-from ..curvature.sketch import Sketch, SketchEncoder, Whitened, half_whitened
+from ..curvature.sketch import Named, Sketch, SketchEncoder, Whitened, half_whitened
+from ..errors import CorruptionError
 from ..linalg.scratch import CPU
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
@@ -235,6 +236,15 @@ class RowCodec(ABC):
         shapes = {name: (-1, spec.d_in, spec.d_out) for name, spec in self.specs.items()}
         return {n: LayerGradient.from_dense(g.reshape(shapes[n])) for n, g in self.decode(rows).items()}
 
+    @property
+    def short_entries(self) -> int:
+        """How many of a row's named coordinates propose it well; 0: rows name none, or few."""
+        return 0
+
+    def named(self, rows: torch.Tensor) -> Named:
+        """What proposes candidates by these, measured on some rows (n, row_bytes)."""
+        raise NotImplementedError
+
     # -- the sketch of rows --------------------------------------------------------------------------------------
 
     def whitened(
@@ -255,8 +265,14 @@ class RowCodec(ABC):
 
         return half_whitened(blocks, count, self.curvature, lams, device)
 
-    def sketcher(self, sketch: Sketch) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function from rows (n, row_bytes) to their coordinates z (n, k) float32."""
+    def sketcher(self, sketch: Sketch | Named) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from rows (n, row_bytes) to their coordinates z (n, k) float32; by `Named` to shortened rows.
+
+        Raises:
+            CorruptionError: by `Named`, where rows name no coordinates.
+        """
+        if isinstance(sketch, Named):
+            raise CorruptionError(f"rows by {self.name!r} name no coordinates: rebuild_coarse()")
         encoder = SketchEncoder(sketch, self.curvature)
 
         def coordinates(rows: torch.Tensor) -> torch.Tensor:

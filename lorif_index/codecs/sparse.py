@@ -86,6 +86,25 @@ class SparseLayout:
         planes = torch.cat([(codes >> shift) & 255 for shift in (0, 8, 16)], dim=1).to(torch.uint8)
         return torch.cat([planes, scale.view(torch.uint8).reshape(len(z), -1)], dim=1).cpu()
 
+    def energy(self, codes: torch.Tensor) -> float:
+        """The sum of all that rows (n, row_bytes) hold, squared."""
+        places, values = self.unpacked(codes)
+        each = torch.where(places < self.dim, values, 0.0) * self.scales(codes)
+        return float(each.double().square().sum())
+
+    def shortened(self, codes: torch.Tensor, entries: int) -> torch.Tensor:
+        """The same of each row's largest entries alone: codes (n, 3 entries + 2) uint8 of a layout that names so many.
+        They are what most of its score is from, so that they propose the row (docs/choosing.md)."""
+        m = self.entries
+        planes = [codes[:, plane * m : (plane + 1) * m].int() for plane in range(ENTRY_BYTES)]
+        every = planes[0] | planes[1] << 8 | planes[2] << 16
+        # By magnitude; what names nothing comes last.
+        levels = torch.where(every >> 5 < self.dim, every & (_LEVELS - 1), -1)
+        kept = every.gather(1, torch.topk(levels, min(entries, m), dim=1, sorted=False).indices)
+        kept = pad(kept, (0, entries - kept.shape[1]), value=self.dim << 5).sort(dim=1).values
+        planes = [((kept >> shift) & 255).to(torch.uint8) for shift in (0, 8, 16)]
+        return torch.cat([*planes, codes[:, ENTRY_BYTES * m :]], dim=1)
+
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, 1) float32."""
         return scales_of(codes[:, ENTRY_BYTES * self.entries :])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -92,6 +93,23 @@ class Sketch:
             if len(part.weights):
                 out.addmm_(of_query[:, part.directions] * part.whitening(curvature[name]), part.weights)
         return out
+
+
+@dataclass(frozen=True)
+class Named:
+    """What stands in a sketch's place where rows name their largest coordinates: the few largest of these, by which
+    candidates are proposed (see `codecs.sparse`). A question's coordinates are those that rows can name.
+
+    Attributes:
+        dim: coordinates that rows can name.
+        entries: how many are kept of a row.
+        energy: share of the rows' squared norm that they hold, on a sample.
+    """
+
+    dim: int
+    entries: int
+    energy: float
+    method: ClassVar[str] = "named"
 
 
 class SketchEncoder:

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..codecs.sparse import SparseLayout
 from ..errors import ConfigError, CorruptionError
 from ..storage.manifest import Manifest
 from ..storage.sealed import SealedFile, entry_of, write_sealed
@@ -35,6 +37,8 @@ _CODEWORDS, _BITS = 16, 4
 _WIDEST = 1 << 31
 # Codes that faiss's fast scan takes together.
 _TOGETHER = 32
+# Scores of shortened rows that are held at once.
+_PAIRS = 1 << 26
 
 
 def faiss_is_installed() -> bool:
@@ -141,13 +145,22 @@ class Codes:
         dim: k, of the coordinates.
         axis: where rows' norms lie, or None where searches cannot be tilted.
         books: (pieces, 16, k / pieces) float32 codebooks; (0, 16, k) where rows are kept as coordinates.
-        rows: (n, bytes) uint8: two pieces a byte, the first in the low bits; or float32 coordinates (n, k).
+        rows: (n, bytes) uint8: two pieces a byte, the first in the low bits; or float32 coordinates (n, k); or
+            shortened rows, which name coordinates (see `codecs.sparse`).
+        entries: how many a shortened row names; 0: rows are none.
     """
 
     dim: int
     axis: NormAxis | None
     books: np.ndarray
     rows: np.ndarray
+    entries: int = 0
+
+    @classmethod
+    def named(cls, dim: int, entries: int) -> Codes:
+        """Codes of no rows, that are to be shortened ones."""
+        width = SparseLayout(dim, entries).row_bytes
+        return cls(dim, None, np.empty((0, _CODEWORDS, dim), np.float32), np.empty((0, width), np.uint8), entries)
 
     @classmethod
     def train(cls, kind: str, sample: np.ndarray) -> Codes:
@@ -173,7 +186,9 @@ class Codes:
         return len(self.rows)
 
     def encode(self, z: np.ndarray) -> np.ndarray:
-        """What is kept of coordinates (n, k) float32."""
+        """What is kept of coordinates (n, k) float32, or of shortened rows."""
+        if self.entries:
+            return z
         turned = np.ascontiguousarray(z if self.axis is None else self.axis.rows(z), dtype=np.float32)
         if not len(self.books) or not len(turned):
             return turned if not len(self.books) else np.empty((0, self.rows.shape[1]), np.uint8)
@@ -188,7 +203,9 @@ class Codes:
         """Seals them as arrays `codes` and, where there are some, `books`; what the manifest keeps."""
         info = write_sealed(folder, name, {"codes": self.rows, "books": self.books})
         axis = None if self.axis is None else self.axis.to_json()
-        return {"file": info.to_json(), "dim": self.dim, "pieces": len(self.books), "rows": len(self), "axis": axis}
+        return {"file": info.to_json(), "dim": self.dim, "pieces": len(self.books), "rows": len(self), "axis": axis} | (
+            {"entries": self.entries} if self.entries else {}
+        )
 
     @classmethod
     def load(cls, folder: Path, entry: Any, some: slice | None = None) -> Codes:
@@ -204,11 +221,13 @@ class Codes:
         file = SealedFile.of_entry(folder, entry)
         with entry_of("the coarse index"):
             dim, pieces, count = (int(entry[key]) for key in ("dim", "pieces", "rows"))
-            axis = NormAxis.from_json(entry["axis"])
-            if not 0 < dim < _WIDEST or count < 0 or not 0 <= pieces <= 2 * _CODE_BYTES or (pieces and dim % pieces):
+            axis, entries = NormAxis.from_json(entry["axis"]), int(entry.get("entries", 0))
+            if not 0 < dim < _WIDEST or count < 0 or not 0 <= entries <= dim:
+                raise ValueError(f"{count} rows of {dim} coordinates, {entries} of which are named")
+            if not 0 <= pieces <= 2 * _CODE_BYTES or (pieces and dim % pieces):
                 raise ValueError(f"{count} rows of {dim} coordinates in {pieces} pieces")
-        width = -(-pieces // 2) or dim
-        kind = np.dtype(np.uint8 if pieces else "<f4")
+        width = SparseLayout(dim, entries).row_bytes if entries else -(-pieces // 2) or dim
+        kind = np.dtype(np.uint8 if pieces or entries else "<f4")
         start, stop, _ = (some or slice(None)).indices(count)
         with closing(file):
             file.verify()
@@ -218,9 +237,9 @@ class Codes:
             offset = file.require("codes", count * width * kind.itemsize)
             rows = np.empty((stop - start, width), kind)
             file.read(offset + start * width * kind.itemsize, rows.reshape(-1).view(np.uint8).data)
-        if not (np.isfinite(books).all() and (pieces or np.isfinite(rows).all())):
+        if not (np.isfinite(books).all() and (kind == np.uint8 or np.isfinite(rows).all())):
             raise CorruptionError(f"{file.path} holds inf or NaN: rebuild_coarse() anew")
-        return cls(dim, axis, books, rows)
+        return cls(dim, axis, books, rows, entries)
 
 
 def _quantiser(books: np.ndarray) -> Any:
@@ -239,8 +258,12 @@ class Coarse:
     """
 
     def __init__(self, codes: Codes) -> None:
-        faiss = load_faiss()
         self.axis, self.dim, self._count = codes.axis, codes.dim, len(codes)
+        self._short: tuple[SparseLayout, torch.Tensor] | None = None
+        if codes.entries:
+            self._short = SparseLayout(codes.dim, codes.entries), torch.from_numpy(np.ascontiguousarray(codes.rows))
+            return
+        faiss = load_faiss()
         if not len(codes.books):
             self._index = faiss.IndexFlatIP(codes.dim)
             self._index.add(np.ascontiguousarray(codes.rows, np.float32))
@@ -267,11 +290,25 @@ class Coarse:
             positions (q, count) int64, -1 where there are no more, and scores (q, count) float32, falling.
         """
         most = min(count, len(self))
+        if self._short is not None:
+            return self._by_entries(np.ascontiguousarray(x, dtype=np.float32), most, *self._short)
         rows = np.ascontiguousarray(x if self.axis is None else self.axis.queries(x, tilt), dtype=np.float32)
         positions, scores = self._search(rows, most)
         if self.axis is not None:
             scores = tilted(scores, x, np.full(most, self.axis.mean), tilt)
         return positions, scores
+
+    def _by_entries(
+        self, x: np.ndarray, most: int, layout: SparseLayout, rows: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """By what the shortened rows name, some queries at a time."""
+        together, found = max(_PAIRS // max(len(rows), 1), 1), []
+        for start in range(0, len(x), together):
+            scores = layout.scorer(torch.from_numpy(x[start : start + together])).score(rows)
+            found.append(torch.topk(scores, most, dim=1))
+        if not found:
+            return np.empty((0, most), np.int64), np.empty((0, most), np.float32)
+        return torch.cat([best.indices for best in found]).numpy(), torch.cat([best.values for best in found]).numpy()
 
     def _search(self, rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         if len(rows) > 1:

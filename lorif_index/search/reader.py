@@ -12,7 +12,7 @@ from ..codecs.base import RowCodec, Transformed
 from ..codecs.registry import CODECS, codec_class
 from ..config import BuildConfig
 from ..curvature.inverse import Preconditioner
-from ..curvature.sketch import Sketch
+from ..curvature.sketch import Named, Sketch
 from ..damping import Damping, as_damping, settled
 from ..errors import CorruptionError, FingerprintError, LorifError
 from ..linalg.scratch import CPU
@@ -140,7 +140,7 @@ class Reader:
         return None if entry is None else FittedProjections(self.folder, entry, self.specs)
 
     @cached_property
-    def sketch(self) -> Sketch | None:
+    def sketch(self) -> Sketch | Named | None:
         """The sketch, or None where the index has none."""
         if "sketch" not in self.manifest.fits:
             return None
@@ -229,17 +229,21 @@ class Reader:
                 getattr(self, name).file.close()
 
 
-def ask(codec: RowCodec, sketch: Sketch | None, asked: Transformed) -> Question:
+def ask(codec: RowCodec, sketch: Sketch | Named | None, asked: Transformed) -> Question:
     """The question that a transformed query puts to rows of a codec, and to coordinates of a sketch if there is one."""
-    x = None if sketch is None else sketch.query(asked.turned, asked.curvature)
-    return Question(codec.question(asked), x, asked.count)
+    parts = codec.question(asked)
+    if isinstance(sketch, Named):
+        # Rows and shortened ones have the same coordinates.
+        (x,) = parts.values()
+        return Question(parts, x, asked.count)
+    return Question(parts, None if sketch is None else sketch.query(asked.turned, asked.curvature), asked.count)
 
 
-def proposer_of(rows: IndexRows, coarse: Coarse, sketch: Sketch) -> Proposer:
+def proposer_of(rows: IndexRows, coarse: Coarse, sketch: Sketch | Named) -> Proposer:
     """What proposes candidates among the rows of all ranks that were not removed: the coarse index, or the coordinates
     themselves on a GPU with room for them."""
     own: Proposer = coarse
-    if 2 * coarse.dim * len(rows.store) <= room_on(rows.device):
+    if isinstance(sketch, Sketch) and 2 * coarse.dim * len(rows.store) <= room_on(rows.device):
         own = FlatSketch(rows.coordinates(sketch), len(rows.store), coarse.dim, rows.device)
     if rows.store.dead is not None:
         own = LivingRows(own, rows.store.dead)

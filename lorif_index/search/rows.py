@@ -15,7 +15,7 @@ import torch
 from ..capture.gradients import GradientBlock
 from ..codecs.base import RowCodec
 from ..curvature.fit import RowPass
-from ..curvature.sketch import Sketch
+from ..curvature.sketch import Named, Sketch
 from ..linalg.sampling import drawn
 from ..linalg.scratch import CPU
 from ..ranks import ALONE, Ranks
@@ -115,8 +115,8 @@ class IndexRows:
             yield GradientBlock(np.arange(at, at + len(block), dtype=np.int64), self.codec.gradients(block))
             at += len(block)
 
-    def coordinates(self, sketch: Sketch, first: int = 0) -> Iterator[torch.Tensor]:
-        """z (n, k) float32 of this rank's rows from position `first` on, a block at a time."""
+    def coordinates(self, sketch: Sketch | Named, first: int = 0) -> Iterator[torch.Tensor]:
+        """z (n, k) float32 of this rank's rows from position `first` on, by blocks; by `Named` shortened rows."""
         sketched = self.codec.sketcher(sketch)
         for _, rows in self.store.stream(first):
             yield sketched(rows)

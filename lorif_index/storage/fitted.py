@@ -16,7 +16,7 @@ import torch
 from ..capture.gradients import SIDES, LayerSpec
 from ..curvature.fit import CurvatureShape, LayerCurvature, refuse_overflow
 from ..curvature.sides import Sides, turns
-from ..curvature.sketch import LayerSketch, Sketch
+from ..curvature.sketch import LayerSketch, Named, Sketch
 from ..errors import CorruptionError
 from ..linalg.subspace import OVERSAMPLING
 from .sealed import SealedFile, as_count, entry_of, write_sealed
@@ -204,9 +204,12 @@ def sketch_bytes(dim: int, directions: int) -> int:
     return (4 * min(dim, max(directions, 1)) + 8) * directions
 
 
-def save_sketch(folder: Path, name: str, sketch: Sketch) -> dict[str, Any]:
+def save_sketch(folder: Path, name: str, sketch: Sketch | Named) -> dict[str, Any]:
     """Writes `weights_<i>` (m, k) float32 for layer number i, and `directions_<i>` (m,) int64 where they are not the
     layer's first; what the manifest keeps."""
+    if isinstance(sketch, Named):
+        # Nothing is learnt.
+        return {"method": sketch.method, "lams": []} | asdict(sketch)
     arrays = {}
     for i, part in enumerate(sketch.layers.values()):
         arrays[f"weights_{i}"] = part.weights.numpy()
@@ -222,12 +225,15 @@ def save_sketch(folder: Path, name: str, sketch: Sketch) -> dict[str, Any]:
     }
 
 
-def load_sketch(folder: Path, facts: Any, specs: Mapping[str, LayerSpec]) -> Sketch:
+def load_sketch(folder: Path, facts: Any, specs: Mapping[str, LayerSpec]) -> Sketch | Named:
     """Reads a sketch after checking its digest.
 
     Raises:
         CorruptionError: the file or the manifest's entry is damaged.
     """
+    with entry_of("the sketch"):
+        if facts["method"] == Named.method:
+            return Named(as_count(facts["dim"]), as_count(facts["entries"]), float(facts["energy"]))
     file = SealedFile.of_entry(folder, facts)
     with entry_of("the sketch"):
         dim, method, energy = as_count(facts["dim"]), str(facts["method"]), float(facts["energy"])

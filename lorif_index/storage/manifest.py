@@ -167,7 +167,7 @@ class Manifest:
             "layers": [_spec_from_json(spec) for spec in _typed(data["layers"], list)],
             "shards": shards,
             "codec": _typed(data["codec"], str, none=True),
-            "fits": {name: _entry(entry, needs_file=name != "codec") or {} for name, entry in fits.items()},
+            "fits": {n: _entry(entry, needs_file=n not in ("codec", "sketch")) or {} for n, entry in fits.items()},
             "skipped": [as_count(i) for i in _typed(data["skipped"], list)],
             "part": _part(data["part"]),
         }
