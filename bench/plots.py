@@ -173,7 +173,7 @@ def quality(figure: Any) -> None:
 
 def frontier(figure: Any) -> None:
     """What a stored byte buys on the fine-tuned GPT, and where other methods are."""
-    figure.set_size_inches(7, 4.5)
+    figure.set_size_inches(9, 4)
     axes, methods = figure.subplots(), (kept("lds_finetuned") or {"methods": {}})["methods"]
     sized = {"library default", *(name for name in methods if re.fullmatch(r"library, \d+ bytes", name))}
     rows = sorted(
@@ -192,7 +192,9 @@ def frontier(figure: Any) -> None:
             axes.axhline(
                 methods[name]["lds"][0], ls=style, lw=1, color=METHODS[name][1], label=f"{name}: keeps nothing"
             )
-    axes.set(xscale="log", xlabel="bytes per example, without what all share", ylabel="LDS")
+    axes.set(xscale="log", xlabel="bytes per example, without what all share", ylabel="LDS", ylim=(0, 0.8))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def search_at_scale(figure: Any) -> None:
@@ -240,7 +242,7 @@ def drawn(path: Path) -> Iterator[Any]:
     figure = pyplot.figure(layout="constrained")
     yield figure
     for axes in figure.axes:
-        if axes.get_legend_handles_labels()[0] and len(figure.axes) < 5:
+        if axes.get_legend_handles_labels()[0] and len(figure.axes) < 5 and axes.get_legend() is None:
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
