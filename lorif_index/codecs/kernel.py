@@ -193,10 +193,11 @@ def named(rows, entries, query, values, scales, first, out):
         first: place in `out` for the first row.
         out: (at least first + n,) float32, to be filled.
     """
-    low, middle, high = np.int32(31), np.int32(8), np.int32(16)
+    low, middle, high, last = np.int32(31), np.int32(8), np.int32(16), np.int32(len(query) - 1)
     for r in range(rows.shape[0]):
         row, total = rows[r], np.float32(0.0)
         for e in range(entries):
             entry = np.int32(row[e]) | np.int32(row[entries + e]) << middle | np.int32(row[2 * entries + e]) << high
-            total += query[entry >> np.int32(5)] * values[entry & low]
+            # A forged place must not be read behind the end.
+            total += query[min(entry >> np.int32(5), last)] * values[entry & low]
         out[first + r] = total * scales[r]

@@ -75,6 +75,11 @@ def test_named_coordinates_are_scored(dim: int, entries: int, kernel: Kernel, tw
         expected = asked.double() @ layout.decode(codes).double().T
         largest = float(asked.abs().sum(dim=1).max() * layout.decode(codes).abs().max())
         assert (layout.scorer(asked).score(codes).double() - expected).abs().max() <= 1e-6 * largest
+    # Forged: a row that names a place far behind the last has nothing there.
+    codes[6, [0, entries, 2 * entries]] = 255
+    asked = torch.randn(1, dim, generator=generator)
+    expected = asked.double() @ layout.decode(codes).double().T
+    assert torch.allclose(layout.scorer(asked).score(codes).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @needs_numba
