@@ -66,7 +66,7 @@ class RowDamping:
     """The default: lambda = multiple * sqrt(4096 / bytes of a row) * trace(C) / D.
 
     A small row holds little of the directions that a strong inverse asks for, so it wants more damping. Measured on
-    rows of 512 to 32,768 bytes (docs/quality.md).
+    rows of 256 to 32,768 bytes (docs/quality.md).
     """
 
     multiple: float = 0.03
@@ -80,7 +80,7 @@ class RowDamping:
 
     def value(self, layer: Spectrum) -> float:
         """While the size of rows is not known: as for rows of 4,096 bytes."""
-        return self.multiple * layer.trace / layer.dim
+        return self.of(_ROW_BYTES).value(layer)
 
     def to_json(self) -> dict[str, Any]:
         return {"rule": "rows", "multiple": self.multiple}

@@ -141,11 +141,9 @@ class Ranks:
         rows = np.empty(0, np.uint8) if isinstance(array, Exception) else np.ascontiguousarray(array)
         raw = rows.reshape(-1).view(np.uint8)
         # What is small comes with its length, at once: rounds cost more than bytes.
-        head = torch.zeros(_WORD + _AT_ONCE, dtype=torch.uint8)
-        head[:_WORD] = torch.tensor([-1 if isinstance(array, Exception) else len(rows)]).view(torch.uint8)
-        head[_WORD : _WORD + min(len(raw), _AT_ONCE)] = torch.from_numpy(raw[:_AT_ONCE].copy())
+        head = _head(-1 if isinstance(array, Exception) else len(rows), torch.from_numpy(raw.copy()))
         heads = self._gathered(head, len(raw) if len(raw) <= _AT_ONCE else 0)
-        counts = [int(part[:_WORD].view(torch.int64)) for part in heads]
+        counts = [_number(part) for part in heads]
         if min(counts) < 0 or isinstance(array, Exception):
             self.fail(array if isinstance(array, Exception) else None)
             return []
@@ -199,14 +197,11 @@ class Ranks:
         if self.size == 1:
             return value
         raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        head = torch.zeros(_WORD + _AT_ONCE, dtype=torch.uint8)
-        if self.rank == source:
-            head[:_WORD] = torch.tensor([len(raw)]).view(torch.uint8)
-            head[_WORD : _WORD + min(len(raw), _AT_ONCE)] = raw[:_AT_ONCE]
+        head = _head(len(raw), raw)
         with self._talking(head, float(self.rank == source) * min(len(raw), _AT_ONCE) / len(head)) as here:
             dist.broadcast(here, self._global(source), group=self._group)
         head = here.cpu()
-        size = int(head[:_WORD].view(torch.int64))
+        size = _number(head)
         if size <= _AT_ONCE:
             return json.loads(head[_WORD : _WORD + size].numpy().tobytes())
         room = raw if self.rank == source else torch.empty(size, dtype=torch.uint8)
@@ -332,6 +327,18 @@ class Ranks:
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self._group, rank)  # type: ignore[arg-type]
+
+
+def _head(number: int, raw: torch.Tensor) -> torch.Tensor:
+    """A number, and the first bytes of a message."""
+    head = torch.zeros(_WORD + _AT_ONCE, dtype=torch.uint8)
+    head[:_WORD] = torch.tensor([number]).view(torch.uint8)
+    head[_WORD : _WORD + min(len(raw), _AT_ONCE)] = raw[:_AT_ONCE]
+    return head
+
+
+def _number(head: torch.Tensor) -> int:
+    return int(head[:_WORD].view(torch.int64))
 
 
 ALONE = Ranks()

@@ -87,10 +87,10 @@ def _check_memory(inputs: Inputs, ranks: Ranks) -> None:
     """Refuses, before anything is written, what the memory cannot hold.
 
     Raises:
-        ConfigError: the stage that takes most, both sizes, and the setting that mends it.
+        ConfigError: a stage that takes more, both sizes, and the setting that mends it.
     """
     count, config = inputs.source.count, inputs.config
-    # What "auto" gives is found out later; rows of levels take more of the fits.
+    # What "auto" gives is found out later, from the sample.
     codec = "eigen" if config.store == "auto" else config.store
     sizes = Shapes(config, inputs.specs, codec, wants_coarse(config, count))
     taken = sizes.memory(count, ranks=ranks.size)

@@ -242,11 +242,8 @@ class CodeScorer:
             part[: piece.count] = queries[:, piece.coordinates].T
             self._parts.append(part)
         # <x, scale (level - middle)> = scale (<x, level> - middle sum x): one product on the raw levels.
-        self._offsets = [part.sum(dim=0) * self._middle for part in self._parts]
-        tables = self._count <= _TABLES_UP_TO and layout.bits <= _TABLE_BITS
-        self._tables = self._tabulate() if tables else None
-        if self._tables is not None:
-            self._places = torch.arange(layout.packed, dtype=torch.int32) * 256
+        self._offsets = torch.stack([part.sum(dim=0) * self._middle for part in self._parts], dim=1)
+        self._by_table = self._count <= _TABLES_UP_TO and layout.bits <= _TABLE_BITS
 
     @cached_property
     def _cut(self) -> Planes:
@@ -256,7 +253,13 @@ class CodeScorer:
         sizes = [piece.bytes.stop - piece.bytes.start for piece in pieces]
         return KERNEL.planes(self._queries, firsts, counts, sizes, self._layout.bits)
 
-    def _tabulate(self) -> torch.Tensor:
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        """(packed,) int32: where each byte's table begins."""
+        return torch.arange(self._layout.packed, dtype=torch.int32) * 256
+
+    @cached_property
+    def _tables(self) -> torch.Tensor:
         """(q, packed * 256) float32: what each byte adds to a piece's product, for each of its values."""
         layout = self._layout
         values = torch.arange(256)
@@ -272,20 +275,20 @@ class CodeScorer:
         """(q, n) float32 of codes (n, row_bytes)."""
         out = torch.empty(self._count, codes.shape[0])
         if self._suits and KERNEL.ready(codes.numel() * self._count):
-            return self._cut.score(codes, self._layout.scales(codes), torch.stack(self._offsets, dim=1), out)
+            return self._cut.score(codes, self._layout.scales(codes), self._offsets, out)
         for start in range(0, codes.shape[0], _BLOCK_ROWS):
             part = codes[start : start + _BLOCK_ROWS]
             here = out[:, start : start + len(part)]
-            if self._tables is None:
-                self._by_products(part, here)
-            else:
+            if self._by_table:
                 self._by_tables(part, here)
+            else:
+                self._by_products(part, here)
         return out
 
     def _by_products(self, codes: torch.Tensor, out: torch.Tensor) -> None:
         scales, layout = self._layout.scales(codes), self._layout
         total: torch.Tensor | None = None
-        for i, (piece, queries, offset) in enumerate(zip(layout.pieces, self._parts, self._offsets, strict=True)):
+        for i, (piece, queries, offset) in enumerate(zip(layout.pieces, self._parts, self._offsets.T, strict=True)):
             room = SCRATCH.take("levels", len(codes), queries.shape[0])
             levels = layout.levels(codes[:, piece.bytes], room)
             scores = (levels @ queries).sub_(offset).mul_(scales[:, i : i + 1])
@@ -298,7 +301,7 @@ class CodeScorer:
         places = SCRATCH.take("places", len(codes), layout.packed, dtype=torch.int32)
         places.copy_(codes[:, : layout.packed]).add_(self._places)
         found = SCRATCH.take("found", len(codes), layout.packed)
-        for q, table in enumerate(self._tables):  # type: ignore[arg-type]
+        for q, table in enumerate(self._tables):
             torch.index_select(table, 0, places.flatten(), out=found.view(-1))
             sums = torch.stack([found[:, piece.bytes].sum(dim=1) for piece in layout.pieces], dim=1)
             out[q] = (sums * scales).sum(dim=1)

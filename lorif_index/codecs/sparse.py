@@ -80,11 +80,15 @@ class SparseLayout:
         levels = (sizes / torch.where(unit > 0, unit, 1.0)).clamp_min_(1e-30).log_().div_(math.log(_RATIO))
         levels = levels.round_().clamp_(0, _LEVELS - 1).long()
         codes = (places.masked_fill_(nothing, self.dim) << 5) | ((values > 0).long() << 4) | levels
-        codes = pad(codes, (0, self.entries - codes.shape[1]), value=self.dim << 5)
+        return self._packed(codes, scale.view(torch.uint8).reshape(len(z), -1)).cpu()
+
+    def _packed(self, entries: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Codes of integers (n, at most m) that name coordinates, and of bytes (n, 2) of the scales."""
+        entries = pad(entries, (0, self.entries - entries.shape[1]), value=self.dim << 5)
         # In rising order of places, so that a scorer reads its table in order.
-        codes = codes.sort(dim=1).values
-        planes = torch.cat([(codes >> shift) & 255 for shift in (0, 8, 16)], dim=1).to(torch.uint8)
-        return torch.cat([planes, scale.view(torch.uint8).reshape(len(z), -1)], dim=1).cpu()
+        entries = entries.sort(dim=1).values
+        planes = torch.cat([(entries >> shift) & 255 for shift in (0, 8, 16)], dim=1).to(torch.uint8)
+        return torch.cat([planes, scales], dim=1)
 
     def energy(self, codes: torch.Tensor) -> float:
         """The sum of all that rows (n, row_bytes) hold, squared."""
@@ -101,9 +105,7 @@ class SparseLayout:
         # By magnitude; what names nothing comes last.
         levels = torch.where(every >> 5 < self.dim, every & (_LEVELS - 1), -1)
         kept = every.gather(1, torch.topk(levels, min(entries, m), dim=1, sorted=False).indices)
-        kept = pad(kept, (0, entries - kept.shape[1]), value=self.dim << 5).sort(dim=1).values
-        planes = [((kept >> shift) & 255).to(torch.uint8) for shift in (0, 8, 16)]
-        return torch.cat([*planes, codes[:, ENTRY_BYTES * m :]], dim=1)
+        return SparseLayout(self.dim, entries)._packed(kept, codes[:, ENTRY_BYTES * m :])
 
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, 1) float32."""

@@ -49,8 +49,12 @@ class _Held:
         with self.lock:
             if self.count == 0:
                 self.theirs = _chosen()
-                _choose("highest" if isinstance(self.theirs, str) else ["ieee"] * len(self.theirs))
+                self.whole()
             self.count += 1
+
+    def whole(self) -> None:
+        """Chooses whole products, for the time that they are held."""
+        _choose("highest" if isinstance(self.theirs, str) else ["ieee"] * len(self.theirs))
 
     def give(self) -> None:
         with self.lock:
@@ -78,12 +82,12 @@ def as_chosen() -> Iterator[None]:
     if _HELD.count == 0:
         yield
         return
-    ours = _chosen()
     _choose(_HELD.theirs)
     try:
         yield
     finally:
-        _choose(ours)
+        # Not what was there before: that may be the choice of another thread's pass.
+        _HELD.whole()
 
 
 def in_whole_products(function: Callable[P, R]) -> Callable[P, R]:

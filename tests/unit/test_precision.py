@@ -84,3 +84,17 @@ def test_it_is_put_back_whoever_ends_first() -> None:
         raise ValueError("x")
     assert chosen() == "bf16"
     torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn.matmul, "fp32_precision"), reason="an older torch")
+def test_a_pass_that_ends_later_leaves_whole_products() -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    with whole_products():
+        first, second = as_chosen(), as_chosen()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        assert chosen() == "ieee"
+    assert chosen() == "bf16"
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
