@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import SENTENCES, Case, cnn, gpt2, mlp, split, tiny_model_folder
+from conftest import SENTENCES, Case, close, cnn, gpt2, mlp, split, tiny_model_folder
 from dense_curvature import relative
 from dense_curvature import scores as dense_scores
 from torch import nn
@@ -190,7 +190,7 @@ def test_gradients_as_a_query_and_batches_do_not_matter(built: tuple[Case, Index
     g = gradients_of(index, case.model, one)
     given = index.explain({name: part.numpy() for name, part in g.items()}, [3, 11])[0]
     assert [e.query_tokens for e in given] == [None, None]
-    assert np.allclose([e.score for e in given], [e.score for e in alone], rtol=1e-4)
+    assert close(np.array([e.score for e in given]), np.array([e.score for e in alone]), 1e-4)
     # Shown positions, and those only.
     assert [len(e.tokens) for e in alone] == [int(case.data["attention_mask"][i].sum()) for i in (3, 11)]
     assert len(alone[0].query_tokens) == int(one["attention_mask"].sum())
@@ -320,7 +320,7 @@ def test_added_examples_and_reopened_indexes(tmp_path: Path) -> None:
     again = reopened.explain(query, [3, int(new[4])], data=everything)
     at_open = Index.open(tmp_path / "i", model=model, data=everything).explain(query, [3, int(new[4])])
     for other in (again, at_open):
-        assert np.allclose([e.score for e in other[0]], [e.score for e in both[0]], rtol=1e-5)
+        assert close(np.array([e.score for e in other[0]]), np.array([e.score for e in both[0]]), 1e-5)
     with pytest.raises(QueryError, match="no row with id 5"):
         index.explain(query, [5])
     with pytest.raises(DataError, match="examples 0 to 29, and example 34"):
