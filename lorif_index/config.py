@@ -155,9 +155,9 @@ class CoarseIndex:
     """What proposes candidates.
 
     Attributes:
-        kind: "pq": 4-bit product quantisation with fast scan, in at most 128 bytes a row; "auto": that, where there are
-            more than 10,000 examples (fewer are scanned) and faiss is installed; "flat": the coordinates themselves;
-            "none": all searches scan.
+        kind: "pq": 4-bit product quantisation with fast scan, in at most 128 bytes a row; "auto": that, or shortened
+            rows where rows name their largest coordinates, where there are more than 10,000 examples (fewer are
+            scanned) and faiss is installed; "flat": the coordinates themselves; "none": all searches scan.
         dim: k, the number of coordinates, for all layers together.
         sketch: "pca" over all layers; "per-layer", each layer's own eigenvectors; "auto": "pca" up to 262,144
             half-whitened coordinates (layers x r).
@@ -172,6 +172,11 @@ class CoarseIndex:
     def __post_init__(self) -> None:
         _check_integers(self, dim=1, queries=0)
         _check_among(self, kind=COARSE_KINDS, sketch=("auto", "pca", "per-layer"))
+
+    @property
+    def by_name(self) -> bool:
+        """Whether rows that name their largest coordinates are proposed by the largest of these."""
+        return self.kind == self.sketch == "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,8 +101,7 @@ class Making:
     @property
     def by_name(self) -> bool:
         """Whether shortened rows propose candidates, in place of a sketch's coordinates."""
-        asked = self.config.coarse
-        return asked.kind == asked.sketch == "auto" and self.rows.codec.short_entries > 0
+        return self.config.coarse.by_name and self.rows.codec.short_entries > 0
 
     @property
     def policy(self) -> Damping:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
+import torch
+
 from ..capture.gradients import GradientBlock, energies
 from ..codecs.base import Encoder
 from ..progress import Stage
@@ -18,10 +21,12 @@ def encode_blocks(
     stage: Stage,
     on_sealed: Callable[[], None],
     *,
+    window: int | None,
     payloads: Payloads | None = None,
     shift: int = 0,
 ) -> None:
-    """Writes the rows of all blocks, and seals them: a shard while the gradients of the next one are taken.
+    """Writes the rows of all blocks by rising ids, and seals them: a shard while the gradients of the next one are
+    taken.
 
     Args:
         blocks: with the examples' places in the data as ids.
@@ -29,13 +34,33 @@ def encode_blocks(
         writer: takes them.
         stage: is told.
         on_sealed: called whenever a shard was sealed.
+        window: of the blocks' source (see `GradientSource`); the rows of so many examples are held until all are there.
         payloads: of the data's examples, or None.
         shift: added to an example's place to give its id.
     """
+    held: list[tuple[np.ndarray, torch.Tensor, np.ndarray]] = []
+
+    def write() -> None:
+        """Hands over what is held."""
+        if held:
+            ids, rows, sizes = (
+                torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*held, strict=True)
+            )
+            order = torch.argsort(ids)
+            there = ids[order].numpy()
+            kept = None if payloads is None else payloads.encode(there.tolist())
+            writer.append(rows[order], there + shift, sizes[order].numpy(), kept)
+            held.clear()
+
+    at = 0
     with writer.aside(on_sealed):
         for block in blocks:
+            if window is None or int(block.ids[0]) // window != at:
+                write()
+                at = 0 if window is None else int(block.ids[0]) // window
             rows = encoder.encode(block)
-            kept = None if payloads is None else payloads.encode(block.ids.tolist())
-            writer.append(rows, block.ids + shift, energies(block), kept)
+            # Copied: the rows' memory may be used again.
+            held.append((block.ids, rows.to("cpu", copy=True), energies(block)))
             stage.advance(block.count, rows.numel())
+        write()
         writer.flush()

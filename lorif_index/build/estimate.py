@@ -411,7 +411,7 @@ class _First:
 
     def __iter__(self) -> Iterator[dict[str, LayerGradient]]:
         left = self._count
-        for block in self._spool.blocks():
+        for block in self._spool.walk():
             part = block.select(np.arange(min(block.count, left)))
             left -= part.count
             yield dict(part.layers)

@@ -105,7 +105,7 @@ class SampleRows:
                 spool = Spool(state.path, _told(walk(), progress.advance))
             state.stack.callback(spool.close)
             count = self._some(ranks.count(spool.count))
-        return spool.blocks, count, spool, list(skipped)
+        return spool.walk, count, spool, list(skipped)
 
     def _some(self, count: int) -> int:
         """The count of rows to fit with, where there are some."""

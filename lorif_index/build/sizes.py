@@ -145,7 +145,9 @@ class Shapes:
         shards, payloads = shard_bytes_of(count, row, self.config.compute.shard_bytes, payload_bytes)
         codes = code = 0
         if self.coarse:
-            code = code_bytes(self.config.coarse.kind, self.dim)
+            # Which of the two the data decides: whether rows name coordinates.
+            short = self.rows.short if self.config.coarse.by_name else 0
+            code = max(code_bytes(self.config.coarse.kind, self.dim), short)
             codes = count * code + codebook_bytes(self.dim) + self.queries(count) * query_bytes(self.specs)
         return DiskSizes(row, shards, sum(self.fits().values()), codes, payloads, code)
 

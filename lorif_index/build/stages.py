@@ -204,7 +204,8 @@ def encode(inputs: Inputs, state: BuildState, sample: SampleRows) -> int:
         for start, stop in mine:
             source: GradientSource = inputs.source if sample.spool is None else sample.spool
             blocks = finite_blocks(source.blocks(start, stop), config.on_nonfinite, skipped)
-            encode_blocks(state.spoken_for(blocks), encoder, writer, stage, on_sealed, payloads=inputs.payloads)
+            spoken = state.spoken_for(blocks)
+            encode_blocks(spoken, encoder, writer, stage, on_sealed, window=source.window, payloads=inputs.payloads)
         on_sealed()
     vanished = ranks.count(encoder.vanished)
     state.bring_together(skipped, base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ Batch = Any
 _PADDING = {"labels": -100}
 # Of a sampler's two walks so many indices, or batches of them, are compared.
 _COMPARED = 10_000
+# Batches whose examples are put in order of length. (Of lengths that are spread as those of texts are, a batch of 32 is
+# 4.8 times as large as its tokens in the order of ids, 1.16 times in that of 32 batches, and 1.07 in that of 64.)
+_BATCHES = 32
 
 
 class ExampleSource(Protocol):
@@ -40,6 +44,20 @@ class ExampleSource(Protocol):
 
     def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
         """(ids, batch) of the given examples (sorted, unique)."""
+        ...
+
+    @property
+    def window(self) -> int | None:
+        """Within so many examples, from a multiple of it on, `walk` is in an order of its own; None: in that of ids."""
+        ...
+
+    def walk(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, Batch]]:
+        """(ids, batch) of all batches that hold an example from `start` to before `stop`, cut as they always are; ids
+        rise within a batch. Examples of like length are together, so that little is padded."""
+        ...
+
+    def draw(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        """As `select`, with examples of like length together."""
         ...
 
 
@@ -64,7 +82,7 @@ def as_source(data: Any, batch_size: int) -> ExampleSource:
     elif isinstance(data, IterableDataset) or _is_streaming(data):
         source = StreamSource(data, batch_size, _collate_of(data))
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, Mapping)):
-        source = _of_items(data, _collate_of(data), batch_size)
+        source = ItemSource(data, _collate_of(data), batch_size)
     else:
         raise DataError(
             "data must be a torch Dataset, a DataLoader, a Hugging Face Dataset, or a tuple or dict of tensors, got "
@@ -107,37 +125,113 @@ def _is_streaming(data: Any) -> bool:
     return not hasattr(data, "__len__") and isinstance(data, Iterable) and iter(data) is not data
 
 
-class IndexedSource:
-    """Data of which any examples are had at once: `fetch` gives the batch of some ids (m,) int64."""
+class _InOrder:
+    """What walks in the order of ids."""
+
+    window: int | None = None
+    count: int
+
+    def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        raise NotImplementedError
+
+    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        raise NotImplementedError
+
+    def walk(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, Batch]]:
+        if start >= stop:
+            return
+        for ids, batch in self.batches(start):
+            yield ids, batch
+            if ids[-1] >= stop - 1 and stop < self.count:
+                return
+
+    def draw(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        return self.select(ids)
+
+
+class IndexedSource(_InOrder):
+    """Data of which any examples are had at once.
+
+    Args:
+        count: of examples.
+        items: gives those of some ids (m,) int64.
+        collate: makes a batch of them.
+        batch_size: examples of a batch.
+    """
 
     random_access = True
 
-    def __init__(self, count: int, fetch: Callable[[np.ndarray], Batch], batch_size: int) -> None:
-        self.count, self._fetch, self._batch_size = count, fetch, batch_size
+    def __init__(
+        self, count: int, items: Callable[[np.ndarray], Any], collate: Callable[[Any], Batch], batch_size: int
+    ) -> None:
+        self.count, self._items, self._collate, self._batch_size = count, items, collate, batch_size
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
         return self.select(np.arange(_aligned(start, self._batch_size), self.count, dtype=np.int64))
 
     def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
-        return ((part, self._fetch(part)) for part in _chunks(ids, self._batch_size))
+        return ((part, self._collate(self._items(part))) for part in _chunks(ids, self._batch_size))
+
+
+class ItemSource(IndexedSource):
+    """A map-style dataset (torch or Hugging Face), and the function that makes a batch of its items. Where these are
+    sequences of tokens, `walk` and `draw` bring those of like length together."""
+
+    def __init__(self, dataset: Any, collate: Callable[[Any], Batch], batch_size: int) -> None:
+        together = getattr(dataset, "__getitems__", None)
+
+        def items(ids: np.ndarray) -> Any:
+            return [dataset[i] for i in ids.tolist()] if together is None else together(ids.tolist())
+
+        super().__init__(len(dataset), items, collate, batch_size)
+
+    @cached_property
+    def window(self) -> int | None:  # type: ignore[override]
+        first = self._items(np.zeros(1, dtype=np.int64))[0]
+        return None if _length(first) is None else _BATCHES * self._batch_size
+
+    def walk(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, Batch]]:
+        if self.window is None:
+            yield from super().walk(start, stop)
+            return
+        for first in range(start - start % self.window, stop, self.window):
+            for ids, items in self._alike(np.arange(first, min(first + self.window, self.count), dtype=np.int64)):
+                if ((ids >= start) & (ids < stop)).any():
+                    yield ids, self._collate(items)
+
+    def draw(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        if self.window is None:
+            yield from super().draw(ids)
+            return
+        for some in _chunks(ids, self.window):
+            for part, items in self._alike(some):
+                yield part, self._collate(items)
+
+    def _alike(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Any]]]:
+        """Batches of items of like length."""
+        items = self._items(ids)
+        lengths = np.array([_length(item) or 0 for item in items])
+        parts = list(_chunks(np.argsort(lengths, kind="stable"), self._batch_size))
+        if lengths.min() < lengths.max():
+            # The first few are of all lengths, so that what they take tells what all will.
+            parts = [parts[i] for i in sorted(range(len(parts)), key=lambda i: f"{i:032b}"[::-1])]
+        for part in parts:
+            part.sort()
+            yield ids[part], [items[i] for i in part.tolist()]
+
+
+def _length(item: Any) -> int | None:
+    """Tokens of an item that is a sequence of some."""
+    tokens: Any = item.get("input_ids") if isinstance(item, Mapping) else None
+    return len(tokens) if hasattr(tokens, "__len__") else None
 
 
 def _of_tensors(data: Any, batch_size: int) -> IndexedSource:
     """A tensor, or a tuple or dict of tensors with examples along the first dimension."""
-    return IndexedSource(batch_count(data), lambda ids: _rows(data, ids), batch_size)
+    return IndexedSource(batch_count(data), lambda ids: _rows(data, ids), lambda rows: rows, batch_size)
 
 
-def _of_items(dataset: Any, collate_fn: Any, batch_size: int) -> IndexedSource:
-    """A map-style dataset (torch or Hugging Face) and the function that makes a batch of its items."""
-    together = getattr(dataset, "__getitems__", None)
-
-    def fetch(ids: np.ndarray) -> Batch:
-        return collate_fn([dataset[i] for i in ids.tolist()] if together is None else together(ids.tolist()))
-
-    return IndexedSource(len(dataset), fetch, batch_size)
-
-
-class StreamSource:
+class StreamSource(_InOrder):
     """An iterable dataset that gives the same items in the same order each time it is walked.
 
     Raises:
@@ -170,7 +264,7 @@ class StreamSource:
             yield part, self._collate(items)
 
 
-class LoaderSource:
+class LoaderSource(_InOrder):
     """A DataLoader that does not shuffle; its batches, workers and collate function are kept.
 
     Raises:
@@ -186,9 +280,9 @@ class LoaderSource:
         self._loader = loader
         ordered = isinstance(loader.sampler, SequentialSampler) and loader.batch_size is not None
         streamed = isinstance(loader.dataset, IterableDataset)
-        self._map: IndexedSource | None = None
+        self._map: ItemSource | None = None
         if ordered and not streamed:
-            self._map = _of_items(loader.dataset, loader.collate_fn, loader.batch_size or 1)
+            self._map = ItemSource(loader.dataset, loader.collate_fn, loader.batch_size or 1)
             full = self._map.count
             self.count = full - full % (loader.batch_size or 1) if loader.drop_last else full
         else:

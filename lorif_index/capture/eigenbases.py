@@ -207,7 +207,7 @@ def walk_model(
     capture.trust()
 
     def walk(sink: Sink) -> None:
-        batches = lockstep(model, examples.select(ids), lambda: first_batch(examples))
+        batches = lockstep(model, examples.draw(ids), lambda: first_batch(examples))
         for (part, batch), counts in batches:
             capture.sink = sink if counts else lambda side, rows: None
             capture.gradients(part, batch)

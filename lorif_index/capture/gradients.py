@@ -240,17 +240,23 @@ def finite_blocks(blocks: Iterable[GradientBlock], policy: str, skipped: list[in
 
 
 class GradientSource(Protocol):
-    """Something that can be walked more than once and gives projected gradients, in the order of their ids."""
+    """Something that can be walked more than once and gives projected gradients, the same blocks in each walk."""
 
     @property
     def count(self) -> int: ...
 
+    @property
+    def window(self) -> int | None:
+        """Within so many examples, from a multiple of it on, `blocks` gives blocks in any order, each of examples of
+        one window; None: all in the order of ids."""
+        ...
+
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
-        """All examples with start <= id < stop, in order."""
+        """All examples with start <= id < stop."""
         ...
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
-        """The examples with these ids (sorted, unique), in order."""
+        """The examples with these ids (sorted, unique), in any order."""
         ...
 
 

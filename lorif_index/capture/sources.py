@@ -42,25 +42,17 @@ class ModelGradients:
         self._capture = capture
         self._examples = examples
         self._reached = False
-        self.count = examples.count
+        self.count, self.window = examples.count, examples.window
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
         stop = self.count if stop is None else stop
-        for ids, block in self._gradients(self._span(start, stop)):
-            # A batch may begin before `start` and end after `stop`: it is computed whole, so that its rows depend
+        for ids, block in self._gradients(self._examples.walk(start, stop)):
+            # A batch may hold examples before `start` and after `stop`: it is computed whole, so that its rows depend
             # neither on where an interrupted build went on nor on how many ranks share the data.
             yield block.select(np.flatnonzero((ids >= start) & (ids < stop)))
 
-    def _span(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, Any]]:
-        if start >= stop:
-            return
-        for ids, batch in self._examples.batches(start):
-            yield ids, batch
-            if ids[-1] >= stop - 1 and stop < self.count:
-                return
-
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
-        return (block for _, block in self._gradients(self._examples.select(ids)))
+        return (block for _, block in self._gradients(self._examples.draw(ids)))
 
     def _gradients(self, batches: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[np.ndarray, GradientBlock]]:
         for (ids, batch), counts in lockstep(self._capture.model, batches, lambda: first_batch(self._examples)):
@@ -78,7 +70,7 @@ class ProbedGradients:
         self._capture = capture
         self._examples = examples
         self.probes = probes
-        self.count = examples.count
+        self.count, self.window = examples.count, examples.window
         capture.look(first_batch(examples)[1], probes.prepare)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
@@ -86,7 +78,7 @@ class ProbedGradients:
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         """The rows of the examples with these ids; blocks of the same examples follow each other."""
-        batches = lockstep(self._capture.model, self._examples.select(ids), lambda: first_batch(self._examples))
+        batches = lockstep(self._capture.model, self._examples.draw(ids), lambda: first_batch(self._examples))
         for (part, batch), counts in batches:
             blocks = self._capture.several(part, batch, lambda model, given: self.probes(model, given, part))  # noqa: B023
             if counts:
@@ -99,6 +91,8 @@ class GivenGradients:
     Attributes:
         digest: XXH3-128, in hex, of each block's first and last example: a cheap sign of content and order.
     """
+
+    window = None
 
     def __init__(self, blocks: Iterable[Any], projections: Projections) -> None:
         self._blocks = blocks

@@ -56,7 +56,10 @@ class _Run:
 
 
 class Spool:
-    """A temporary file of float32 gradient blocks; a `GradientSource` that removes its file when closed."""
+    """A temporary file of float32 gradient blocks, of examples in any order; a `GradientSource` that removes its file
+    when closed."""
+
+    window = 1024
 
     def __init__(self, folder: Path, blocks: Iterable[GradientBlock]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
@@ -83,13 +86,21 @@ class Spool:
 
     def __iter__(self) -> Iterator[dict[str, LayerGradient]]:
         """Blocks as a user hands them over."""
-        return (dict(block.layers) for block in self.blocks())
+        return (dict(block.layers) for block in self.walk())
+
+    def walk(self) -> Iterator[GradientBlock]:
+        """All, in the order of the file."""
+        return self._read(lambda ids: np.arange(len(ids)))
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
-        return self._read(lambda ids: (ids >= start) & (stop is None or ids < stop))
+        every = self.ids
+        last = int(every.max()) + 1 if len(every) else 0
+        for first in range(start - start % self.window, last if stop is None else min(stop, last), self.window):
+            low, high = max(first, start), first + self.window if stop is None else min(first + self.window, stop)
+            yield from self._read(lambda ids: np.flatnonzero((ids >= low) & (ids < high)))  # noqa: B023
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
-        return self._read(lambda there: np.isin(there, ids))
+        return self._read(lambda there: np.flatnonzero(np.isin(there, ids)))
 
     def _write(self, file: BinaryIO, block: GradientBlock, room: np.ndarray) -> np.ndarray:
         """Adds a block, by way of some memory that is used again."""
@@ -116,8 +127,9 @@ class Spool:
         return room
 
     def _read(self, wanted: Callable[[np.ndarray], np.ndarray]) -> Iterator[GradientBlock]:
+        """Of each run the rows, rising, that are wanted of its ids."""
         for run, ids in zip(self._runs, self._ids, strict=True):
-            rows = np.flatnonzero(wanted(ids))
+            rows = wanted(ids)
             if len(rows):
                 yield from self._views(run, ids, rows)
 

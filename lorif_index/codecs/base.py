@@ -73,6 +73,7 @@ class CodecSizes:
         directions: that a sketch of its rows is made of, in all layers.
         question: of a question's parts.
         summed: of what is summed over ranks while it is fitted.
+        short: of a shortened row, where rows may be proposed by one; else 0.
     """
 
     row: int
@@ -80,6 +81,7 @@ class CodecSizes:
     directions: int
     question: int
     summed: int = 0
+    short: int = 0
 
 
 @dataclass(frozen=True)

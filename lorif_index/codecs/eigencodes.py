@@ -159,7 +159,10 @@ class EigenCodec(RowCodec):
         dim, most = sum(spec.dim for spec in specs.values()), sizes_of(config)[-1]
         kept = min(dim, MOST_PLACES)
         whole = next((size for bits in (8, 4) if (size := _level_bytes(dim, bits, len(specs))) <= most), most)
-        return CodecSizes(min(whole, most), _DIRECTION_BYTES * kept, min(kept, MOST_DIRECTIONS), 4 * kept, 16 * dim)
+        row, short = min(whole, most), 0
+        if most >= SparseLayout(dim, _SHORT_FROM).row_bytes:
+            short = SparseLayout(dim, _SHORT).row_bytes
+        return CodecSizes(row, _DIRECTION_BYTES * kept, min(kept, MOST_DIRECTIONS), 4 * kept, 16 * dim, short)
 
     @classmethod
     def choices(cls) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def _append_rows(
     writer = StoreWriter(folder, reader.codec.row_bytes, size, manifest.shards, manifest.naming("shard"))
     with report.stage("encode", source.count - start) as stage:
         blocks = finite_blocks(source.blocks(start), reader.config.on_nonfinite, skipped)
-        encode_blocks(blocks, encoder, writer, stage, on_sealed, payloads=payloads, shift=shift)
+        encode_blocks(blocks, encoder, writer, stage, on_sealed, window=source.window, payloads=payloads, shift=shift)
     note()
     # Whatever comes after this is done again quickly.
     manifest.write(folder, ADDING)

@@ -11,6 +11,7 @@ import torch
 from conftest import reader_of, share_of_best
 
 from lorif_index import BuildConfig, CoarseIndex, Index
+from lorif_index.build.sizes import Shapes
 from lorif_index.codecs import eigencodes
 from lorif_index.codecs.sparse import SparseLayout
 from lorif_index.curvature.sketch import Named
@@ -48,6 +49,15 @@ def index(tmp_path: Path) -> Index:
     every = gradients(N)
     parts = [{name: g[i : i + 400] for name, g in every.items()} for i in range(0, N, 400)]
     return Index.build(tmp_path / "i", gradients=parts, config=config(), progress=False)
+
+
+def test_the_disk_that_is_foretold_has_room_for_shortened_rows(index: Index) -> None:
+    reader = reader_of(index)
+    by_name, by_sketch = (
+        Shapes(config(coarse=CoarseIndex(kind=kind, dim=16)), reader.specs, "eigen").disk(N).code
+        for kind in ("auto", "pq")
+    )
+    assert by_name == SparseLayout(0, SHORT).row_bytes == reader.codes().rows.shape[1] and by_sketch == 4
 
 
 def check_candidates(index: Index, least: float = 0.9) -> None:

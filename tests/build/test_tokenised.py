@@ -274,6 +274,36 @@ def test_text_is_read_as_it_is_needed(gpt2: Any, bpe: Any) -> None:
     assert not any(len(value) > 20 for value in vars(data).values() if isinstance(value, (list, tuple, dict)))
 
 
+def test_rows_of_sequences_of_many_lengths_are_in_order(gpt2: Any, bpe: Any, tmp_path: Path) -> None:
+    """Batches are of like lengths, and rows those of batches in order; so after an interruption and in an addition."""
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(["cat", "sat", "dog", "rain"], n)) for n in generator.integers(2, 20, 150)]
+    data = TokenisedData(texts, bpe, model=gpt2)
+    config = BuildConfig(
+        batch_size=2, coarse=None, eigen_bytes=400, compute={"shard_bytes": 400 * 37}, sample={"size": 100}
+    )
+    loader = DataLoader(data, batch_size=2, collate_fn=data.collate_examples)
+    plain = Index.build(tmp_path / "plain", model=gpt2, data=loader, config=config, progress=False)
+
+    def stop(event: Any) -> None:
+        if event.stage == "encode" and event.done > 80:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Index.build(tmp_path / "i", model=gpt2, data=data, config=config, payloads=texts, progress=stop)
+    index = Index.build(tmp_path / "i", model=gpt2, data=data, config=config, payloads=texts, progress=False)
+    assert index.ids.tolist() == list(range(150)) and index.payloads(index.ids) == texts
+    # Fitted on batches that were padded otherwise: the same but for rounding, and a coordinate at a threshold.
+    asked = data.collate_examples([data[i] for i in range(8)])
+    a, b = index.scores(asked), plain.scores(asked)
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.999
+    own = [np.flatnonzero([text == texts[i] for text in texts]) for i in range(8)]
+    assert all(int(a[i].argmax()) in own[i] for i in range(8))
+    new = index.add(TokenisedData(texts[:70], bpe, model=gpt2), payloads=texts[:70], progress=False)
+    again = index.scores(asked)
+    assert close(again[:, new], again[:, :70], 1e-3) and index.payloads(new) == texts[:70]
+
+
 # -- packed rows -------------------------------------------------------------------------------------------------
 
 

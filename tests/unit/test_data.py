@@ -85,6 +85,50 @@ def test_all_forms_are_one_contract(form: str) -> None:
     assert torch.equal(torch.cat([batch[1] for _, batch in chosen]), torch.from_numpy(wanted))
 
 
+def sentences(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Token sequences of very different lengths."""
+    lengths = np.random.default_rng(seed).lognormal(2, 1, count).astype(int).clip(1, 100)
+    return [{"input_ids": [i, *range(n - 1)]} for i, n in enumerate(lengths.tolist())]
+
+
+def test_walks_bring_sequences_of_like_length_together() -> None:
+    """All windows are cut as ever, wherever a walk begins, and little is padded."""
+    items = sentences(333)
+    source = as_source(items, 4)
+    assert source.window == 128
+    whole = {tuple(ids.tolist()): batch for ids, batch in source.walk(0, 333)}
+    assert sorted(i for ids in whole for i in ids) == list(range(333))
+    tokens = sum(len(item["input_ids"]) for item in items)
+    sizes = [
+        sum(b["input_ids"].numel() for b in batches) for batches in (whole.values(), (b for _, b in source.batches()))
+    ]
+    assert sizes[0] < 1.2 * tokens < 1.8 * tokens < sizes[1]
+    for start, stop in ((0, 1), (5, 140), (127, 129), (300, 333), (7, 7)):
+        part = {tuple(ids.tolist()): batch for ids, batch in source.walk(start, stop)}
+        assert all(torch.equal(whole[ids]["input_ids"], batch["input_ids"]) for ids, batch in part.items())
+        assert set(range(start, stop)) <= {i for ids in part for i in ids}
+        assert all(any(start <= i < stop for i in ids) for ids in part)
+    for ids, batch in whole.items():
+        assert list(ids) == sorted(ids) == batch["input_ids"][:, 0].tolist() and len({i // 128 for i in ids}) == 1
+    some = np.arange(0, 333, 3)
+    drawn = list(source.draw(some))
+    assert sorted(i for ids, _ in drawn for i in ids) == some.tolist()
+    assert all(ids.tolist() == batch["input_ids"][:, 0].tolist() for ids, batch in drawn)
+    # The first few batches of a window are of all lengths.
+    first = [batch["input_ids"].shape[1] for batch in list(whole.values())[:4]]
+    assert min(first) < np.median([len(item["input_ids"]) for item in items]) < max(first)
+
+
+def test_what_has_no_lengths_is_walked_in_order() -> None:
+    like = [{"input_ids": [i, 1, 2]} for i in range(20)]
+    for data in (Pairs(), (X, Y), DataLoader(sentences(20), batch_size=4, collate_fn=collate), Stream(), like):  # type: ignore[arg-type]
+        source = as_source(data, 4)
+        assert source.window is None or data is like
+        ids = [ids.tolist() for ids, _ in source.walk(0, source.count)]
+        assert ids == [ids.tolist() for ids, _ in source.batches()]
+        assert [ids.tolist() for ids, _ in source.draw(np.arange(3, 9))] == [[3, 4, 5, 6], [7, 8]]
+
+
 def test_dict_of_tensors_and_single_tensor() -> None:
     source = as_source({"x": X, "y": Y}, BATCH)
     assert [sorted(b) for _, b in source.batches()] == [["x", "y"]] * 5
