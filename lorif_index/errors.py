@@ -40,7 +40,16 @@ class QueryError(DataError):
 
 
 class CaptureError(LorifError):
-    """A module whose per-example gradient cannot be taken, by name."""
+    """A module whose per-example gradient cannot be taken, by name.
+
+    Args:
+        message: what is wrong.
+        layers: whose gradients cannot be taken, where those of others can.
+    """
+
+    def __init__(self, message: str, layers: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.layers = layers
 
 
 class NonFiniteError(LorifError):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
 
 from ..capture.data import ExampleSource
+from ..capture.ensemble import Ensemble
 from ..capture.gradients import GradientBlock, LayerSpec
 from ..capture.layers import TrackedLayer, layer_specs
 from ..capture.losses import PerExample
@@ -17,6 +20,9 @@ from ..capture.sources import ModelCapture, ModelGradients
 from ..codecs.registry import LOSSLESS, PREFERRED, codec_class
 from ..codecs.truncation import factorise
 from ..config import LEAST_FLOOR, BuildConfig
+from ..errors import CaptureError, ConfigError
+
+T = TypeVar("T")
 
 # Widths of eigencodes' projections, and most numbers of a gradient beside a head's.
 _FLOORS = (16, 24, 32, 48, 64)
@@ -30,6 +36,37 @@ _SMALL = 1600
 MEASURED = 256
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
 _LOSSLESS_SHARE = 0.01
+
+
+def leaving_out(config: BuildConfig, model: Any, body: Callable[[BuildConfig], T]) -> tuple[BuildConfig, T]:
+    """What body(config) gives, which takes a first batch's gradients of the model, and the config that it was given at
+    last: where layers are chosen by default, those whose gradients cannot be taken are left out, with a warning.
+
+    Raises:
+        CaptureError: of layers that were asked for, or of all.
+    """
+    chosen, troubles = config.layers, list[CaptureError]()
+    while True:
+        try:
+            found = body(config)
+        except CaptureError as error:
+            if not error.layers or chosen.include or chosen.types:
+                raise
+            troubles.append(error)
+            names = [name.partition(".")[2] if isinstance(model, Ensemble) else name for name in error.layers]
+            exclude = tuple(dict.fromkeys((*config.layers.exclude, *names)))
+            if exclude == config.layers.exclude:
+                raise
+            config = dataclasses.replace(config, layers=dataclasses.replace(config.layers, exclude=exclude))
+        except ConfigError:
+            # None is left.
+            if troubles:
+                raise troubles[0] from None
+            raise
+        else:
+            for trouble in troubles:
+                warnings.warn(f"left out: {trouble}", stacklevel=5)
+            return config, found
 
 
 def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, examples: ExampleSource) -> BuildConfig:

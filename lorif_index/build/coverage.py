@@ -42,6 +42,8 @@ ALL, SCORES = "", " scores"
 # Relative difference that no rounding of a model in half precision makes; but what a projection leaves of a gradient
 # may be rounding alone, a part of the whole of no more than this.
 _DIFFERS, _ROUNDING = 0.1, 0.01
+# Shares of what is not tracked that are told.
+_SAID_FROM = 0.05
 _ONE_OF = {_WITH_PARAMETERS: 300, _WITH_ROWS: 40}
 
 
@@ -62,11 +64,11 @@ def measure_coverage(
         shuffled: ids in random order.
 
     Returns:
-        shares of the squared norm, as plain JSON values: {"tracked", "projection", "rows", "scores", "layers": {name:
-        {"share": of all parameters', "projection", "rows"}}, "differing": layers whose captured gradients are not
-        autograd's, "parameter_examples", "row_examples", "seconds"}. A
-        share that is not known is None: those of parameters where autograd cannot
-        give their gradients (out of memory, parameters that are quantised).
+        shares of the squared norm, as plain JSON values: {"tracked", "untracked": {class of modules: of parameters that
+        are not tracked, from .05 on}, "projection", "rows", "scores", "layers": {name: {"share": of all parameters',
+        "projection", "rows"}}, "differing": layers whose captured gradients are not autograd's, "parameter_examples",
+        "row_examples", "seconds"}. A share that is not known is None: those of parameters where autograd cannot give
+        their gradients (out of memory, parameters that are quantised).
     """
     if examples is None:
         return None
@@ -86,12 +88,17 @@ def measure_coverage(
         spans.add(block.select(mine))
         for place in mine.tolist() if not norms.failed else ():
             norms.add(capture, one_of(batch, place), block.select(np.array([place])))
-    found: dict[str, Any] = {"tracked": None, "projection": None, "differing": sorted(norms.differing)}
+    found: dict[str, Any] = {"tracked": None, "untracked": {}, "projection": None, "differing": sorted(norms.differing)}
     layers: dict[str, dict[str, float | None]] = {name: {} for name in rows.codec.specs}
     if norms.failed:
         few = few[:0]
     else:
         found["tracked"] = _ratio(sum(norms.layers.values()), norms.total)
+        found["untracked"] = {
+            kind: share
+            for kind, square in sorted(norms.others.items(), key=lambda item: -item[1])
+            if (share := _ratio(square, norms.total) or 0.0) >= _SAID_FROM
+        }
         found["projection"] = _ratio(sum(spans.sums.values()), sum(norms.layers.values()))
         for name in layers:
             layers[name]["share"] = _ratio(norms.layers[name], norms.total)
@@ -118,6 +125,7 @@ class _Norms:
     Attributes:
         total: of all of them, over the examples.
         layers: of each layer's.
+        others: of what is not tracked, by the class of its module.
         differing: layers whose projected gradients are others than those captured.
         failed: autograd could not give them; a diagnosis is not worth the build.
     """
@@ -126,6 +134,9 @@ class _Norms:
         self.total, self.failed = 0.0, False
         self.differing: set[str] = set()
         self._projections = taken.projections
+        # Of what is not tracked, by the class of its module.
+        self.others: dict[str, float] = {}
+        self._class = {id(p): type(m).__name__ for m in taken.model.modules() for p in m.parameters(recurse=False)}
         # Parameter -> its layer, of those that one module alone uses in a known way.
         self._plain: dict[int, tuple[str, Use, bool]] = {}
         self._projected: dict[str, torch.Tensor] = {}
@@ -166,6 +177,9 @@ class _Norms:
                 self.total += square
                 if id(parameter) in self._owner:
                     self.layers[self._owner[id(parameter)]] += square
+                else:
+                    kind = self._class[id(parameter)]
+                    self.others[kind] = self.others.get(kind, 0.0) + square
                 parameter.grad = None
 
         try:

@@ -49,7 +49,7 @@ from ..ranks import ALONE
 from ..storage.fitted import query_bytes
 from ..storage.manifest import read_manifest
 from .candidates import query_count, wants_coarse
-from .choice import chosen_codec, with_floor
+from .choice import chosen_codec, leaving_out, with_floor
 from .inputs import Given, check_arguments
 from .pipeline import build_index
 from .sizes import Shapes
@@ -258,12 +258,17 @@ class _Handful:
                 self.each, self.rows = timed(source.blocks(), batches, self.device)
             return
         examples = as_source(data, config.batch_size)
-        config = self.config = with_floor(config, model, loss, examples)  # type: ignore[arg-type]
-        capture = ModelCapture(model, config)  # type: ignore[arg-type]
-        self.specs, self.count = capture.specs, examples.count
-        taken = capture.capture(loss)
-        self.device = taken.device
-        self.each, self.rows = timed(ModelGradients(taken, examples).blocks(), batches, self.device)
+
+        def timed_by(config: BuildConfig) -> ModelCapture:
+            self.config = with_floor(config, model, loss, examples)  # type: ignore[arg-type]
+            capture = ModelCapture(model, self.config)  # type: ignore[arg-type]
+            taken = capture.capture(loss)
+            self.device = taken.device
+            self.each, self.rows = timed(ModelGradients(taken, examples).blocks(), batches, self.device)
+            return capture
+
+        _, capture = leaving_out(config, model, timed_by)
+        config, self.specs, self.count = self.config, capture.specs, examples.count
         head = _head(config, loss, capture, examples)
         if head is not None:
             sample = min(config.sample.size, self.count)

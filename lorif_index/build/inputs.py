@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from ..linalg.projection import ALGORITHM, Projections
 from ..search.coarse import load_faiss
 from ..storage.manifest import FORMAT_VERSION, read_manifest
 from ..storage.payloads import Payloads, Values
-from .choice import with_floor
+from .choice import leaving_out, with_floor
 
 # Settings that leave every stored number as it is; all others must agree when an interrupted build goes on. autocast
 # is in the fingerprint by itself.
@@ -184,15 +185,15 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
         examples = as_source(given.data, config.batch_size)
         if fitted is not None and config.projection_floor == "auto":
             config = dataclasses.replace(config, projection_floor=fitted.floor())
-        config = with_floor(config, given.model, loss, examples)
-        taken = capture = ModelCapture(given.model, config)
+        plain, (config, taken, source) = leaving_out(
+            config, given.model, partial(_looked_at, model=given.model, loss=loss, examples=examples)
+        )
+        asked, capture = dataclasses.replace(asked, layers=plain.layers), taken
         specs, projections = capture.specs, capture.projections
-        source = ModelGradients(capture.capture(loss), examples)
 
         def walk(ids: np.ndarray, sides: list[eigenbases.Side]) -> eigenbases.Walk:
             return taken.sides(loss, examples, ids)
 
-        next(iter(source.blocks()))
         if wants_head and fitted is None:
             head = _head_for_ggn(config, loss, taken, examples)
         fingerprint = {
@@ -243,6 +244,17 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
         fingerprint,
         given.fit,
     )
+
+
+def _looked_at(
+    config: BuildConfig, *, model: nn.Module, loss: PerExample | None, examples: ExampleSource
+) -> tuple[BuildConfig, ModelCapture, ModelGradients]:
+    """The config with a number for projection_floor, and gradients that can be taken."""
+    config = with_floor(config, model, loss, examples)
+    capture = ModelCapture(model, config)
+    source = ModelGradients(capture.capture(loss), examples)
+    source.look()
+    return config, capture, source
 
 
 def _wants_head(config: BuildConfig, rows: CurvatureRows | None, *, from_model: bool) -> bool:

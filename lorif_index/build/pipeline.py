@@ -44,6 +44,9 @@ from .stages import (
 )
 from .state import BuildState, check_free
 
+# A share of the gradient below which a build warns.
+_HALF = 0.5
+
 
 def build_index(path: Path, given: Given, reporter: Reporter, ranks: Ranks) -> bool:
     """Builds, or goes on building, the index at `path`. See `Index.build`.
@@ -210,6 +213,15 @@ def _coverage(
             f"captured gradients of layers {found['differing'][:4]} are not autograd's: the model uses their "
             "weights without calling the modules, which is not seen, so that their share of scores is wrong. Leave "
             "them out (layers=LayerSelection(exclude=...)), or let the model call a module",
+            stacklevel=6,
+        )
+    chosen = inputs.asked.layers
+    tracked = None if found is None or chosen.include or chosen.types else found["tracked"]
+    if found is not None and tracked is not None and tracked < _HALF:
+        warnings.warn(
+            f"the tracked layers hold {tracked:.2g} of the squared norm of gradients, others, by their modules' class, "
+            f"{found['untracked']}: what these learnt is not seen. Track embeddings with "
+            "layers=LayerSelection(embeddings=True); see `lorif info`",
             stacklevel=6,
         )
     return state.ranks.told(found)

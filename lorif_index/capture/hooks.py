@@ -22,7 +22,7 @@ from ..linalg.precision import as_chosen
 from ..linalg.projection import Projections
 from .data import Batch, batch_count, to_device
 from .gradients import GradientBlock, LayerGradient, LayerSpec
-from .layers import TrackedLayer, Use, output_positions, positions, stored_inputs_first
+from .layers import TrackedLayer, Use, output_positions, positions, stored_inputs_first, torch_forward
 from .losses import PerExample
 from .sharded import (
     Columns,
@@ -45,7 +45,12 @@ T = TypeVar("T")
 
 _REMEDY = "exclude it with LayerSelection(exclude=[...])"
 _HALF_LOSS_SCALE = 2.0**10
+PROVEN_BY = 8
+"""Batches in which it is seen that examples do not depend on each other, where modules have several rows of each; else
+one."""
 _NO_WORD = -1
+# Relative errors of an output that is a multiple of another, by bytes of a number.
+_NEAR = {2: 2e-2, 4: 1e-4, 8: 1e-8}
 
 Watch = Callable[[str, Use, torch.Tensor, torch.Tensor], None]
 """Told of one call of a module in the backward pass: layer, use, projected inputs (n, t, d_in) and projected output
@@ -82,6 +87,7 @@ class Capture:
     Attributes:
         device: that batches are put on, and gradients are gathered on.
         half: whether anything is computed in half precision.
+        regrouped: whether a module has had several rows of each example.
         scale: what losses are multiplied by before they are differentiated; gradients are divided by it again.
     """
 
@@ -100,7 +106,11 @@ class Capture:
         self._projections = projections
         self._function = function
         self._autocast = autocast
-        self._isolated = False
+        self._unproven, self.regrouped = PROVEN_BY, False
+        # Use -> what its module multiplies its linear map by, where its class is not torch's.
+        self._factors: dict[str, float] = {}
+        # Layers whose gradients cannot be taken, and why, in the pass at hand.
+        self._troubles: dict[str, str] = {}
         self._n, self._each = 0, 1
         self._probing: int | None = None
         self._active = False
@@ -139,7 +149,7 @@ class Capture:
 
     def trust(self) -> Capture:
         """Leaves out the check that examples do not depend on each other, for data that has passed it."""
-        self._isolated = True
+        self._unproven = 0
         return self
 
     def lifted(self, layer: str, use: Use, matrix: torch.Tensor) -> torch.Tensor:
@@ -179,8 +189,8 @@ class Capture:
             side, _ = self._side(layer, not use.transposed, left.device, work)
             out = turned[..., : use.outputs] if side is None else turned @ side[: use.outputs].T
         if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
-            out = out.transpose(1, 2)
-        return out.reshape(like.shape).to(like.dtype)
+            out = out.reshape(len(like), -1, out.shape[-1]).transpose(1, 2)
+        return (out * self._factors.get(use.name, 1.0)).reshape(like.shape).to(like.dtype)
 
     def several(
         self, ids: np.ndarray, batch: Batch, functions: PerExample, *, push: Push | None = None, each: int = 1
@@ -200,10 +210,12 @@ class Capture:
         """What function(model, batch) gives where `push` changes the outputs of modules, called as in `several`, but
         without gradients; raises as `gradients` does."""
         batch = to_device(batch, self.device)
-        self._n, self._push, self._forward_only = batch_count(batch), push, True
+        self._n, self._push, self._forward_only, self._troubles = batch_count(batch), push, True, {}
         try:
             with self._hooked(), torch.no_grad(), self._casting():
-                return function(self.model, batch)
+                found = function(self.model, batch)
+            self._check_troubles()
+            return found
         finally:
             self._push, self._forward_only = None, False
 
@@ -238,12 +250,14 @@ class Capture:
             raise CaptureError(f"the batch holds {self._n} examples where {len(ids) * each} were expected")
         blocks = []
         self._called, self._graded, self._watch, self._push = set(), set(), watch, push
+        self._troubles = {}
         try:
             with self._hooked():
                 with self._casting():
                     rows = self._rows(functions, ids, batch)
-                if not self._isolated and (agreed(self.model, self._n > 1) if self._in_step else self._n > 1):
+                if self._unproven and (agreed(self.model, self._n > 1) if self._in_step else self._n > 1):
                     self._check_isolation(rows.sum(dim=0))
+                self._check_troubles()
                 self._active = True
                 for number, row in enumerate(rows):
                     self._sums = {layer.name: _Sum() for layer in self._layers}
@@ -252,6 +266,7 @@ class Capture:
                     self._check_graded()
                     if require_all:
                         self._check_reached(row)
+                    self._check_troubles()
                     results = {layer.name: self._result(layer.name) for layer in self._layers}
                     blocks.append(GradientBlock(ids, results))
             return blocks
@@ -317,8 +332,12 @@ class Capture:
                 self._graded.add(layer)
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
-                raise CaptureError(f"module {use.name!r} was called without a tensor input or output: {_REMEDY}")
-            self._check_rows(use, x, "input")
+                self._troubles[layer] = f"module {use.name!r} was called without a tensor input or output"
+                return None
+            self._check_rows(layer, use, x, "input")
+            factor = 1.0 if layer in self._troubles else self._factor(layer, use, x, output)
+            if layer in self._troubles:
+                return None
             # The first tracked module of the graph: nothing before it needs gradients.
             replaced = fresh(output) if graded and not output.requires_grad else None
             target = output if replaced is None else replaced
@@ -330,11 +349,11 @@ class Capture:
                 if isinstance(module, nn.Embedding):
                     x = full(x)
                     padded = None if module.padding_idx is None else torch.eq(x, module.padding_idx)
-                inputs = _columns(use, x, spread, "input").map(lambda own: positions(use, own))
+                inputs = _columns(use, x, spread, "input").map(lambda own: positions(use, own, self._n))
                 # Projected now: the model may change its input in place later, and the projection is smaller.
                 left = self._project_input(layer, use, inputs, output.dtype)
             if graded:
-                target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, dy))
+                target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, factor, dy))
             if self._push is None:
                 return replaced
             with torch.autocast(x.device.type, enabled=False):
@@ -347,13 +366,42 @@ class Capture:
 
         return hook
 
-    def _check_rows(self, use: Use, tensor: torch.Tensor, what: str) -> None:
+    def _factor(self, layer: str, use: Use, x: torch.Tensor, output: torch.Tensor) -> float:
+        """What a module's class multiplies its linear map by, as scaled embeddings do; seen at its first call."""
+        base = torch_forward(use.module)
+        if base is None or use.name in self._factors:
+            return self._factors.get(use.name, 1.0)
+        if is_dtensor(use.module.weight):
+            return float(getattr(use.module, "embed_scale", 1.0))
+        with torch.no_grad():
+            try:
+                plain, there = (y.detach().double().flatten() for y in (base(use.module, x.detach()), output))
+            except (RuntimeError, TypeError, IndexError):
+                # Another kind of input.
+                plain = there = output.new_zeros(0)
+            size = float(plain @ plain) if plain.shape == there.shape else 0.0
+            factor = float(plain @ there) / size if size else 0.0
+            near = _NEAR[output.dtype.itemsize] * float(there.norm())
+            if not factor or float((there - factor * plain).norm()) > near:
+                self._troubles[layer] = (
+                    f"module {use.name!r} is a {type(use.module).__name__}, whose output is not its weight's linear map"
+                )
+                return 1.0
+        self._factors[use.name] = factor
+        return factor
+
+    def _check_rows(self, layer: str, use: Use, tensor: torch.Tensor, what: str) -> None:
+        """Whether its rows are examples', so many of each one after the other: that they are the right ones is seen by
+        `_check_isolation`."""
         least = 1 if isinstance(use.module, nn.Embedding) and what == "input" else 2
-        if tensor.ndim < least or tensor.shape[0] != self._n:
-            raise CaptureError(
+        rows = tensor.shape[0] if tensor.ndim else 0
+        several = 0 < self._n < rows and rows % self._n == 0
+        if tensor.ndim < least or not (rows == self._n or several):
+            self._troubles[layer] = (
                 f"module {use.name!r} has an {what} of shape {tuple(tensor.shape)} for a batch of {self._n} examples, "
-                f"so its rows cannot be mapped to examples (flattened batch, routed experts, shared input?): {_REMEDY}"
+                "so its rows cannot be mapped to examples (routed experts, shared input?)"
             )
+        self.regrouped |= several
 
     def _project_input(self, layer: str, use: Use, x: Columns, dtype: torch.dtype) -> torch.Tensor:
         """X P as (n, positions, d) or (n, positions, groups, d); on the output side's projection where transposed."""
@@ -389,20 +437,23 @@ class Capture:
         left: torch.Tensor,
         padded: torch.Tensor | None,
         spread: Spread,
+        factor: float,
         dy: torch.Tensor,
     ) -> None:
-        if self._probing is not None:
-            self._check_isolated_rows(use, dy)
-        if not self._active:
+        if layer not in self._troubles:
+            self._check_rows(layer, use, dy, "output gradient")
+            if self._probing is not None and layer not in self._troubles:
+                self._check_isolated_rows(layer, use, dy)
+        if not self._active or layer in self._troubles:
             return
-        self._check_rows(use, dy, "output gradient")
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             work = _working(dy.dtype)
             left = left.to(work) if left.is_floating_point() else left
             part = _columns(use, dy.detach(), spread, "output").map(lambda own: own.to(work))
+            part = part if factor == 1 else part.map(lambda own: own * factor)
             if padded is not None:
                 part = part.map(lambda own: own.masked_fill(padded.unsqueeze(-1), 0.0))
-            part = part.map(lambda own: output_positions(use, own))
+            part = part.map(lambda own: output_positions(use, own, self._n))
             if left.device != part.local.device:
                 left = left.to(part.local.device)
             if left.ndim == 4:
@@ -487,17 +538,29 @@ class Capture:
             losses[self._probing].backward(retain_graph=True)
         finally:
             self._probing = None
-        self._isolated = True
+        # Rows that were mapped by their number alone might, by chance, be as many as they would be.
+        self._unproven = self._unproven - 1 if self.regrouped else 0
 
-    def _check_isolated_rows(self, use: Use, dy: torch.Tensor) -> None:
-        self._check_rows(use, dy, "output gradient")
-        others = full(dy.detach())[: self._probing]
+    def _check_isolated_rows(self, layer: str, use: Use, dy: torch.Tensor) -> None:
+        each = len(dy) // self._n
+        others = full(dy.detach())[: self._n * each - each]
         if others.numel() and bool(others.abs().amax() > 0):
-            raise CaptureError(
+            trouble = (
                 f"module {use.name!r}: the loss of one example has a gradient in rows of others, so its rows cannot be "
                 "mapped to examples (batch not in the first dimension, examples that interact, or a loss that is "
-                f"averaged over the batch?): {_REMEDY}, or mend the loss"
+                "averaged over the batch?)"
             )
+            if each == 1:
+                # Examples that interact do so for all layers before.
+                raise CaptureError(f"{trouble}: {_REMEDY}, or mend the loss")
+            self._troubles[layer] = trouble
+
+    def _check_troubles(self) -> None:
+        """Raises CaptureError where layers' gradients cannot be taken."""
+        if self._troubles:
+            names = tuple(self._troubles)
+            more = f" (and {len(names) - 1} more: {list(names[1:5])})" if len(names) > 1 else ""
+            raise CaptureError(f"{self._troubles[names[0]]}{more}: {_REMEDY}", names)
 
     def _check_graded(self) -> None:
         """Gradients of a layer that was called without them would be zeros, and look like an answer."""
@@ -520,7 +583,7 @@ class Capture:
                 how = (
                     "is called, but the loss does not depend on it" if layer.name in self._called else "is never called"
                 )
-                raise CaptureError(f"layer {layer.name!r} got no gradient: it {how}: {_REMEDY}")
+                self._troubles[layer.name] = f"layer {layer.name!r} got no gradient: it {how}"
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ at, never the weight's values: a quantised linear map is tracked as if its weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -100,6 +100,15 @@ def _packed(module: nn.Module) -> bool:
         return False
     weight = module.weight
     return not weight.is_floating_point() or (weight.shape[-1] == 1 and module.in_features != 1)
+
+
+def torch_forward(module: nn.Module) -> Callable[..., torch.Tensor] | None:
+    """The forward of torch's class, where a module's own class has another one over a weight of numbers."""
+    for base in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d):
+        if isinstance(module, base):
+            plain = type(module).forward is base.forward or not module.weight.is_floating_point() or _packed(module)
+            return None if plain else base.forward
+    return None
 
 
 def stored_inputs_first(module: nn.Module) -> bool:
@@ -324,30 +333,42 @@ def kept_rank(rank: int | None, d_in: int, d_out: int) -> int:
     return full if rank is None else min(rank, full)
 
 
-def positions(use: Use, x: torch.Tensor) -> torch.Tensor:
+def positions(use: Use, x: torch.Tensor, count: int) -> torch.Tensor:
     """A module's input as (n, positions, inputs), or (n, positions, groups, inputs) for a grouped convolution.
 
     Embeddings give their indices, (n, positions) int64.
+
+    Args:
+        use: of the module.
+        x: its input (k n, ...): of each example k rows, one after the other, as where a model takes positions or
+            windows for examples.
+        count: n.
     """
     module = use.module
     if isinstance(module, nn.Embedding):
-        return x.reshape(x.shape[0], -1)
+        return x.reshape(count, -1)
     if isinstance(module, nn.Conv1d):
-        return _unfold(module, x.unsqueeze(2), one_dimensional=True)
+        return _by_example(_unfold(module, x.unsqueeze(2), one_dimensional=True), count)
     if isinstance(module, nn.Conv2d):
-        return _unfold(module, x, one_dimensional=False)
-    return _by_position(x)
+        return _by_example(_unfold(module, x, one_dimensional=False), count)
+    return _by_example(_by_position(x), count)
 
 
-def output_positions(use: Use, dy: torch.Tensor) -> torch.Tensor:
+def output_positions(use: Use, dy: torch.Tensor, count: int) -> torch.Tensor:
     """The gradient at a module's output as (n, positions, outputs), or (n, positions, groups, outputs per group)."""
     module = use.module
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         dy = dy.flatten(2).transpose(1, 2)
         if module.groups > 1:
             dy = dy.reshape(*dy.shape[:2], module.groups, -1)
-        return dy
-    return _by_position(dy)
+        return _by_example(dy, count)
+    return _by_example(_by_position(dy), count)
+
+
+def _by_example(x: torch.Tensor, count: int) -> torch.Tensor:
+    """(k n, positions, ...) as (n, k positions, ...)."""
+    # A batch without examples, of a rank that has none, stays as it is.
+    return x if len(x) == count else x.unflatten(0, (count, -1)).flatten(1, 2)
 
 
 def _by_position(x: torch.Tensor) -> torch.Tensor:

@@ -269,15 +269,28 @@ def _model_inputs(model: nn.Module, batch: Mapping[str, Any], labels: torch.Tens
     given = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
     if _is_encoder_decoder(model) and labels.ndim == 2 and not given:
         make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if make is None:
-            raise DataError(
-                f"{type(model).__name__} does not say what its decoder is given for labels: pass decoder_input_ids in "
-                "the batch"
-            )
-        inputs["decoder_input_ids"] = make(labels=labels)
+        inputs["decoder_input_ids"] = _moved_on(model, labels) if make is None else make(labels=labels)
     if "use_cache" in named:
         inputs["use_cache"] = False
     return inputs
+
+
+def _moved_on(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """Labels moved on by one behind the decoder's first token, as Whisper's kind does it by itself.
+
+    Raises:
+        DataError: the model's config does not name that token, or padding.
+    """
+    config = getattr(model, "config", None)
+    first, padding = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    if not isinstance(first, int) or not isinstance(padding, int):
+        raise DataError(
+            f"{type(model).__name__} does not say what its decoder is given for labels: pass decoder_input_ids in the "
+            "batch"
+        )
+    before = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) == IGNORE, padding)
+    before[:, 0] = first
+    return before
 
 
 def loss_name(loss: PerExample | None) -> str:

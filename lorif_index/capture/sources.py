@@ -20,7 +20,7 @@ from .eigenbases import Walk, walk_model
 from .ensemble import members_of, summed, tracked_layers
 from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
 from .heads import Declared, HeadOf
-from .hooks import Capture
+from .hooks import PROVEN_BY, Capture
 from .layers import TrackedLayer, kept_rank, layer_specs
 from .losses import PerExample, default_loss, logits_of
 from .probes import Probes
@@ -43,6 +43,16 @@ class ModelGradients:
         self._examples = examples
         self._reached = False
         self.count, self.window = examples.count, examples.window
+
+    def look(self) -> None:
+        """Takes the gradients of as many batches as show whether they can be taken.
+
+        Raises:
+            CaptureError: they cannot.
+        """
+        for _ in zip(range(PROVEN_BY), self.blocks(), strict=False):
+            if not self._capture.regrouped:
+                return
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
         stop = self.count if stop is None else stop

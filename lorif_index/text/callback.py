@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..build.choice import leaving_out
 from ..build.state import check_free
 from ..capture.data import as_source
 from ..capture.losses import PerExample
@@ -91,7 +92,11 @@ class IndexCallback(TrainerCallback):
             model, tokenizer = given["model"], self._tokenizer_of(given)
             source = as_source(prepared(self._data_of(given), model, tokenizer), config.batch_size)
             ids, batch = next(iter(source.batches()))
-            ModelCapture(model, config).capture(self._loss).gradients(ids, batch, require_all=True)
+
+            def look(config: BuildConfig) -> None:
+                ModelCapture(model, config).capture(self._loss).gradients(ids, batch, require_all=True)
+
+            leaving_out(config, model, look)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Builds with each checkpoint."""

@@ -65,6 +65,8 @@ def test_shares_are_autograds(make: Any, tmp_path: Path, monkeypatch: pytest.Mon
     whole = {name: float(np.square(part).sum()) for name, part in g.items()}
     tracked = sum(whole.values())
     assert found["tracked"] == pytest.approx(tracked / total, abs=1e-4)
+    assert 1 - found["tracked"] - 0.1 < sum(found["untracked"].values()) <= 1 - found["tracked"] + 1e-5
+    assert all(share >= 0.05 for share in found["untracked"].values())
     assert found["tracked"] < 0.999 and (found["parameter_examples"], found["row_examples"]) == (count, count)
     spans, projections = 0.0, Snapshot.open(index.path, Access()).projections
     for name, spec in index.specs.items():
@@ -214,3 +216,17 @@ def test_examples_are_few_and_skipped_ones_left_out(tmp_path: Path) -> None:
     index = Index.build(tmp_path / "i", model=nn.Linear(6, 3), data=(x, y), config=config, progress=False)
     found = index.build_report["coverage"]
     assert (found["parameter_examples"], found["row_examples"], found["tracked"]) == (2, 8, 1.0)
+    assert found["untracked"] == {}
+
+
+def test_a_build_that_sees_little_says_what_it_does_not_see(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.Linear(24, 3))
+    with torch.no_grad():
+        # Small inputs, large weights: what the embedding would learn is most of the gradient.
+        model[0].weight.mul_(0.01)
+        model[2].weight.mul_(10.0)
+    data = torch.randint(0, 20, (40, 4)), torch.randint(0, 3, (40,))
+    with pytest.warns(UserWarning, match=r"the tracked layers hold 0\.\d+ of .*\{'Embedding': 0\.\d+\}"):
+        index = Index.build(tmp_path / "i", model=model, data=data, progress=False)
+    assert index.build_report["coverage"]["tracked"] < 0.5

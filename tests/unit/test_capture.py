@@ -321,13 +321,22 @@ def test_works_inside_no_grad() -> None:
 
 
 class Flattened(nn.Module):
-    def __init__(self) -> None:
+    """Positions of all examples as rows, in the order of the examples or of the positions; or some of them."""
+
+    def __init__(self, order: str) -> None:
         super().__init__()
         self.first, self.expert, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.order = order
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.first(x)
-        h = self.expert(h.flatten(0, 1)).view_as(h)
+        if self.order == "some":
+            flat = h.flatten(0, 1)
+            h = torch.cat([self.expert(flat[:-1]), flat[-1:]]).view_as(h)
+        elif self.order == "positions":
+            h = self.expert(h.transpose(0, 1).flatten(0, 1)).view(h.shape[1], len(h), -1).transpose(0, 1)
+        else:
+            h = self.expert(h.flatten(0, 1)).view_as(h)
         return self.last(h.mean(dim=1))
 
 
@@ -340,11 +349,27 @@ class TimeFirst(nn.Module):
         return self.last(self.inner(x.transpose(0, 1)).transpose(0, 1).mean(dim=1))
 
 
-def test_flattened_rows_are_refused_by_name() -> None:
+def test_rows_of_positions_are_their_examples() -> None:
     batch = (torch.randn(3, 5, 4), torch.tensor([0, 1, 2]))
-    with pytest.raises(CaptureError, match=r"'expert'.*\(15, 4\).*3 examples.*exclude"):
-        take(Flattened(), batch, 3)
-    assert set(dense(take(Flattened(), batch, 3, layers=LayerSelection(exclude=("expert",))))) == {"first", "last"}
+    model = Flattened("examples")
+    found = dense(take(model, batch, 3))["expert"]
+    for i, (weight, bias) in enumerate(
+        by_autograd(model, default_loss(model, batch), [model.expert.weight, model.expert.bias])
+    ):
+        assert np.allclose(found[i], torch.cat([weight.T, bias[None]]).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [("some", r"'expert'.*\(14, 4\).*3 examples.*exclude"), ("positions", r"'expert'.*rows of others.*exclude")],
+)
+def test_rows_of_no_example_are_refused_by_name(order: str, message: str) -> None:
+    batch = (torch.randn(3, 5, 4), torch.tensor([0, 1, 2]))
+    with pytest.raises(CaptureError, match=message) as raised:
+        take(Flattened(order), batch, 3)
+    assert raised.value.layers == ("expert",)
+    found = take(Flattened(order), batch, 3, layers=LayerSelection(exclude=("expert",)))
+    assert set(dense(found)) == {"first", "last"}
 
 
 def test_rows_in_another_dimension_are_refused_even_where_sizes_agree() -> None:

@@ -1,0 +1,257 @@
+"""Architectures: models of many families are indexed by default; gradients are autograd's, what is left out is said."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import WHOLE, captured, close
+from torch import nn
+
+from lorif_index import BuildConfig, Index, default_loss
+from lorif_index.capture.heads import Declared
+from lorif_index.capture.products import Products
+from lorif_index.capture.sources import ModelCapture
+from lorif_index.errors import CaptureError
+
+t = pytest.importorskip("transformers")
+
+N, WORDS, LENGTH = 12, 60, 10
+NARROW: dict[str, Any] = dict(
+    vocab_size=WORDS, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+)
+LM = NARROW | dict(num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0)
+ENCODER = NARROW | dict(max_position_embeddings=32, num_labels=3, pad_token_id=0)
+IMAGE = {k: v for k, v in NARROW.items() if k != "vocab_size"} | dict(image_size=8, patch_size=4, num_labels=3)
+
+
+def causal(config: Any) -> Callable[[], nn.Module]:
+    return lambda: t.AutoModelForCausalLM.from_config(config)
+
+
+# Name -> how it is made, its batches, parts of the names of layers that the default leaves out with a warning, and the
+# least share of squared gradients that is tracked.
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
+    "Llama": (causal(t.LlamaConfig(**LM)), "text", ()),
+    "Qwen 3": (causal(t.Qwen3Config(**LM, head_dim=8)), "text", ()),
+    "Gemma 3": (causal(t.Gemma3TextConfig(**LM, head_dim=8)), "text", ()),
+    "Mixtral": (causal(t.MixtralConfig(**LM, num_local_experts=2)), "text", ()),
+    "Mamba": (
+        causal(t.MambaConfig(vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0)),
+        "text",
+        ("conv1d", "dt_proj"),
+    ),
+    "OPT": (
+        causal(
+            t.OPTConfig(
+                vocab_size=WORDS,
+                hidden_size=16,
+                ffn_dim=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                word_embed_proj_dim=16,
+                max_position_embeddings=32,
+            )
+        ),
+        "text",
+        (),
+    ),
+    "BERT": (lambda: t.BertForSequenceClassification(t.BertConfig(**ENCODER)), "labelled text", ()),
+    "DeBERTa": (
+        lambda: t.DebertaV2ForSequenceClassification(
+            t.DebertaV2Config(**ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"])
+        ),
+        "labelled text",
+        ("pos_key_proj", "pos_query_proj"),
+    ),
+    "T5": (
+        lambda: t.T5ForConditionalGeneration(
+            t.T5Config(
+                vocab_size=WORDS, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+            )
+        ),
+        "two texts",
+        (),
+    ),
+    "Whisper": (
+        lambda: t.WhisperForConditionalGeneration(
+            t.WhisperConfig(
+                vocab_size=WORDS,
+                d_model=16,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=24,
+                decoder_ffn_dim=24,
+                num_mel_bins=8,
+                max_source_positions=10,
+                max_target_positions=16,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+            )
+        ),
+        "sound",
+        (),
+    ),
+    "ViT": (lambda: t.ViTForImageClassification(t.ViTConfig(**IMAGE)), "images", ()),
+    "Swin": (
+        lambda: t.SwinForImageClassification(
+            t.SwinConfig(
+                image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, num_labels=3
+            )
+        ),
+        "images",
+        (),
+    ),
+}
+
+
+def batch_of(kind: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, WORDS, (N, LENGTH), generator=generator)
+    labels = torch.randint(0, 3, (N,), generator=generator)
+    if kind == "images":
+        return {"pixel_values": torch.randn(N, 3, 8, 8, generator=generator), "labels": labels}
+    if kind == "sound":
+        return {"input_features": torch.randn(N, 8, 20, generator=generator), "labels": words[:, :5]}
+    further = {"text": {}, "labelled text": {"labels": labels}, "two texts": {"labels": words[:, :5].flip(1)}}
+    return {"input_ids": words} | further[kind]
+
+
+def made(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], tuple[str, ...]]:
+    make, kind, left_out = FAMILIES[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        # Initial weights leave gradients tiny.
+        for p in model.parameters():
+            p.mul_(3.0 if p.ndim > 1 else 1.0).add_(0.02 * torch.randn_like(p))
+    return model, batch_of(kind), left_out
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_family_is_indexed_by_default(name: str, tmp_path: Path) -> None:
+    model, data, left_out = made(name)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        index = Index.build(tmp_path / "i", model=model, data=data, progress=False)
+    told = [str(warning.message) for warning in said if str(warning.message).startswith("left out: ")]
+    assert len(told) == bool(left_out) and set(index.config.layers.exclude) == {
+        module for module, _ in model.named_modules() if any(module.endswith(part) for part in left_out)
+    }
+    query = {k: v[:3] for k, v in data.items()}
+    assert index.search(query, k=1).ids[:, 0].tolist() == [0, 1, 2]
+    # Opened again the same layers are tracked, without a word.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(Index.open(index.path, model=model).search(query, k=1).ids[:, 0], [0, 1, 2])
+    gradients = captured(model, data, replace(WHOLE, layers=index.config.layers))
+    assert len(gradients) == len(index.layers)
+    for i in (0, N - 1):
+        losses = default_loss(model, {k: v[i : i + 1] for k, v in data.items()})
+        modules = {layer: model.get_submodule(layer) for layer in gradients}
+        found = torch.autograd.grad(losses.sum(), [module.weight for module in modules.values()])
+        for (layer, module), grad in zip(modules.items(), found, strict=True):
+            wanted = grad if isinstance(module, nn.Embedding) else grad.flatten(1).T
+            assert close(gradients[layer][i][: len(wanted), : wanted.shape[1]], wanted.numpy(), 1e-3), layer
+
+
+class Logits(nn.Module):
+    """A model's logits under the default loss, as an output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return default_loss.logits(self.model, batch)[0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "OPT", "Swin"])
+def test_gauss_newton_products_of_scaled_embeddings_and_several_rows_an_example(name: str) -> None:
+    model, data, _ = made(name)
+    batch = {k: v[:2] for k, v in data.items()}
+    taken = ModelCapture(model, WHOLE)
+    generator = torch.Generator().manual_seed(0)
+    v = {n: torch.randn(1, s.d_in, s.d_out, generator=generator) for n, s in taken.specs.items()}
+    products = Products(taken.capture(None).trust(), Declared(default_loss.logits))  # type: ignore[attr-defined]
+    found = products.summed(v, batch)
+    # The same by torch's own derivatives in the weights.
+    weights, tangents = {}, {}
+    for layer in taken.layers:
+        module, change = layer.uses[0].module, v[layer.name][0]
+        inputs = change[: layer.uses[0].inputs]
+        plain = inputs if isinstance(module, nn.Embedding) else inputs.T.reshape(module.weight.shape)
+        weights[f"model.{layer.name}.weight"], tangents[f"model.{layer.name}.weight"] = module.weight.detach(), plain
+        if layer.bias:
+            weights[f"model.{layer.name}.bias"], tangents[f"model.{layer.name}.bias"] = module.bias.detach(), change[-1]
+
+    def logits(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(Logits(model), given, (batch,), tie_weights=True)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        z, u = torch.func.jvp(logits, (weights,), (tangents,))
+        head = Declared(default_loss.logits)(model, batch)  # type: ignore[attr-defined]
+        (back,) = torch.func.vjp(logits, weights)[1](head.product(u))
+    assert z.shape == u.shape
+    for layer in taken.layers:
+        grad = back[f"model.{layer.name}.weight"]
+        wanted = grad if isinstance(layer.uses[0].module, nn.Embedding) else grad.flatten(1).T
+        got = found[layer.name][0][: len(wanted), : wanted.shape[1]]
+        assert close(got.detach().numpy(), wanted.detach().numpy(), 1e-3), layer.name
+
+
+def test_what_was_asked_for_is_not_left_out(tmp_path: Path) -> None:
+    model, data, _ = made("Mamba")
+    config = BuildConfig(layers=["*conv1d", "*in_proj"])
+    with pytest.raises(CaptureError, match=r"conv1d' got no gradient: it is never called \(and 1 more"):
+        Index.build(tmp_path / "i", model=model, data=data, config=config, progress=False)
+    assert not (tmp_path / "i").exists()
+
+
+class Routed(nn.Module):
+    """Words go to one of two maps, by themselves: how many of an example's do is its own."""
+
+    def __init__(self, shares: int | None) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, 8), nn.Linear(8, 3)
+        self.experts, self.shares = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), shares
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.words(x)
+        chosen = x % 2 if self.shares is None else (torch.arange(x.shape[1]) >= self.shares).expand(x.shape).long()
+        out = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            out[chosen == number] = expert(h[chosen == number])
+        return self.head((h + out).tanh().mean(dim=1))
+
+
+@pytest.mark.parametrize("shares", [None, 4])
+def test_rows_of_several_positions_are_the_examples_own(shares: int | None, tmp_path: Path) -> None:
+    """Where each example has as many, they are its; where that is chance, the layer is left out, or refused."""
+    torch.manual_seed(1)
+    model = Routed(shares).eval()
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randint(0, WORDS, (64, 6), generator=generator), torch.randint(0, 3, (64,), generator=generator)
+    config = BuildConfig(batch_size=2, coarse=None)
+    if shares is None:
+        with pytest.warns(UserWarning, match=r"left out: module 'experts\.\d'"):
+            index = Index.build(tmp_path / "i", model=model, data=(x, y), config=config, progress=False)
+        assert list(index.layers) == ["head"]
+        return
+    index = Index.build(tmp_path / "i", model=model, data=(x, y), config=config, progress=False)
+    assert list(index.layers) == ["head", "experts.0", "experts.1"]
+    found = captured(model, (x, y), WHOLE)
+    for i in (0, 63):
+        loss = default_loss(model, (x[i : i + 1], y[i : i + 1])).sum()
+        for number, grad in enumerate(torch.autograd.grad(loss, [e.weight for e in model.experts])):
+            assert close(found[f"experts.{number}"][i][:8], grad.T.numpy(), 1e-4)
