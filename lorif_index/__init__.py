@@ -19,7 +19,7 @@ from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping, Ro
 from .errors import LorifError
 from .index import Index
 from .progress import ProgressEvent
-from .results import Group, Groups, Hits, Refined, Reranked, SearchStats
+from .results import Group, Groups, Hits, Refined, Reranked, SearchStats, Selection
 from .search.explain import Explanation
 from .version import VERSION
 
@@ -50,5 +50,6 @@ __all__ = [
     "RowDamping",
     "Sample",
     "SearchStats",
+    "Selection",
     "default_loss",
 ]

@@ -37,14 +37,15 @@ from .linalg.precision import in_whole_products
 from .progress import ProgressCallback, reporter
 from .questions import Questions
 from .ranks import ALONE, Ranks
-from .results import Groups, Hits
+from .results import Groups, Hits, Selection
 from .search.answer import Wanted, answer, check_groups
 from .search.devices import search_device
 from .search.explain import Explanation
 from .search.groups import By, sum_groups
-from .search.named import payloads_of, stored_gradients
+from .search.named import check_alone, payloads_at, payloads_of, stored_gradients
 from .search.normalise import check_normalize
 from .search.pairs import explain_pairs, wanted_ids
+from .search.select import check_select, select
 from .search.shrinkage import shrinking
 from .search.whole import all_scores, in_order, self_influence
 from .snapshot import Access, Snapshot
@@ -257,6 +258,7 @@ class Index(Described):
         rescore: bool = True,
         measure: PerExample | None = None,
         opponents: bool = False,
+        contrast: Any = None,
         normalize: str | None = None,
         exact: bool | None = None,
         rerank: int | None = None,
@@ -277,6 +279,8 @@ class Index(Described):
             rescore: False answers from the coarse index alone, with approximate scores.
             measure: measure(model, batch) -> (q,): explain this instead of the loss; positive scores raise it.
             opponents: the most negative scores first instead.
+            contrast: another question, of the query's form: one for all, or one for each. Its gradient is taken off, so
+                that hits are those that lowered the query's loss more than the contrast's.
             normalize: "relatif" divides each score by the root of the example's self-influence (RelatIF,
                 arXiv:2003.11630); "cosine" by the root of the query's, too. Every row is scanned. The first such search
                 under a damping also finds all self-influences and keeps them: 4 bytes a row.
@@ -325,6 +329,7 @@ class Index(Described):
             normalize,
             some=False,
             keep=examples is not None,
+            contrast=contrast,
             refining=ask.refining(refine, self._pieces, wanted.layers),
             progress=progress,
         )
@@ -337,6 +342,7 @@ class Index(Described):
         by: By,
         *,
         measure: PerExample | None = None,
+        contrast: Any = None,
         damping: Damping | float | str | None = None,
         layers: str | Iterable[str] | None = None,
         k: int | None = None,
@@ -347,9 +353,9 @@ class Index(Described):
         """Sums the scores of all examples by a field of their payloads, such as source or label.
 
         Args:
-            query, measure, damping, layers, refine, progress: as in `search`.
-            by: a field of the payloads, or a function of a payload that gives text, a number, True, False or None.
-                Examples without one form the group None.
+            query, measure, contrast, damping, layers, refine, progress: as in `search`.
+            by: a field of the payloads, or a function of a payload that gives text, a number, True, False or None;
+                or a list of them, by whose values together groups are made. Examples without one form the group None.
             k: how many groups to keep of each query, of the largest sums; all by default.
             shrink: as in `scores`: the sums are then of what cannot be chance.
 
@@ -365,7 +371,9 @@ class Index(Described):
         check_groups(by, k)
         chosen, policy = ask.chosen(layers), ask.policy(damping)
         refining = ask.refining(refine, self._pieces, chosen)
-        question = ask.prepare(query, measure, policy, chosen, refining=refining, progress=progress).question
+        question = ask.prepare(
+            query, measure, policy, chosen, contrast=contrast, refining=refining, progress=progress
+        ).question
         with reporter(progress) as report:
             return sum_groups(reader, shrinking(reader, question) if shrink else question, by, k, report)
 
@@ -375,6 +383,7 @@ class Index(Described):
         query: Any,
         *,
         measure: PerExample | None = None,
+        contrast: Any = None,
         damping: Damping | float | str | None = None,
         layers: str | Iterable[str] | None = None,
         normalize: str | None = None,
@@ -387,7 +396,7 @@ class Index(Described):
         """Scores of every training example, exact for what is stored.
 
         Args:
-            query, measure, damping, layers, normalize, refine, progress: as in `search`.
+            query, measure, contrast, damping, layers, normalize, refine, progress: as in `search`.
             out: a (q, n) float32 array to write to, for instance a memory map; (q, m) without `gather`.
             gather: of an index that several ranks have opened together: True gives the whole matrix to each of them;
                 False to each the (q, m) columns of the rows that it holds, `index.held_ids`.
@@ -405,9 +414,57 @@ class Index(Described):
         check_normalize(normalize)
         chosen, policy = ask.chosen(layers), ask.policy(damping)
         refining = ask.refining(refine, self._pieces, chosen)
-        question = ask.prepare(query, measure, policy, chosen, normalize, refining=refining, progress=progress).question
+        question = ask.prepare(
+            query, measure, policy, chosen, normalize, contrast=contrast, refining=refining, progress=progress
+        ).question
         with reporter(progress) as report:
             return all_scores(reader, shrinking(reader, question) if shrink else question, out, report, gather=gather)
+
+    @in_whole_products
+    def select(
+        self,
+        queries: Any,
+        n: int,
+        *,
+        method: str = "round-robin",
+        measure: PerExample | None = None,
+        contrast: Any = None,
+        damping: Damping | float | str | None = None,
+        refine: bool | Refine | None = None,
+        progress: bool | ProgressCallback | None = False,
+    ) -> Selection:
+        """Chooses n training examples for some questions together, such as to train on for what these stand for.
+
+        Args:
+            queries, measure, contrast, damping, refine, progress: as in `search`.
+            n: how many; at most those that the index holds.
+            method: "round-robin": each question in turn takes its best example that is not taken yet
+                (arXiv:2602.14696); "sum": those of the largest scores, summed over the questions; "greedy": of four
+                times as many of these, one after the other, what brings the sum of all that are taken closest to what
+                is asked, so that none says what others have said (see `search.select`). It holds (4n)^2 numbers.
+
+        Returns:
+            `Selection`: ids, scores and the question that took each.
+
+        Raises:
+            QueryError: as in `search`; no such method; an n that cannot be; an index that several ranks have opened.
+        """
+        ask = self._questions
+        reader = ask.now.reader
+        check_alone(reader)
+        check_select(n, method, reader.live_count)
+        chosen, policy = ask.chosen(None), ask.policy(damping)
+        refining = ask.refining(refine, self._pieces, chosen)
+        prepared = ask.prepare(
+            queries, measure, policy, chosen, contrast=contrast, refining=refining, progress=progress
+        )
+        with reporter(progress) as report:
+            picked, scores = select(reader, prepared.question, int(n), method, policy, report)
+        payloads = payloads_at(reader, picked.places) if reader.has_payloads else None
+        ids = reader.rows.ids_at(picked.places)
+        return Selection(
+            ids, scores, picked.question_of, method, picked.exhausted, picked.ties, payloads, tuple(self._pieces)
+        )
 
     @in_whole_products
     def explain(

@@ -79,6 +79,7 @@ class Questions:
         some: bool = True,
         *,
         keep: bool = False,
+        contrast: Any = None,
         refining: Refining | None = None,
         progress: bool | ProgressCallback | None = False,
     ) -> Prepared:
@@ -90,6 +91,7 @@ class Questions:
             normalize: as in `Index.search`.
             some: as in `gradients`.
             keep: also keep the query's inverse.
+            contrast: as in `Index.search`.
             refining: refines it; not where several ranks ask.
             progress: as in `Index.search`.
 
@@ -101,6 +103,8 @@ class Questions:
         with reader.ranks.jointly():
             if reader.ranks.first or self.identity.spread:
                 gradients = self.gradients(query, measure, chosen, some)
+                if contrast is not None:
+                    gradients = _without(gradients, self.gradients(contrast, measure, chosen, some))
                 mid = time.perf_counter()
                 question, inverse, refined = self._question(gradients, policy, normalize, refining, progress)
         question = shared_question(question, reader.ranks)
@@ -285,6 +289,27 @@ class Questions:
                 block = GradientBlock(block.ids, {name: g.scaled(-1.0) for name, g in block.layers.items()})
             sign = 1.0 if measure is None else -1.0
             yield block, QueryBatch({}, kept, shown_positions(batch), sign / capture.scale, capture)
+
+
+def _without(gradients: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is asked less what is contrasted with it.
+
+    Raises:
+        QueryError: they do not fit, or are the same.
+    """
+    asked, taken = (len(next(iter(parts.values()))) for parts in (gradients, others))
+    if taken not in (1, asked):
+        raise QueryError(
+            f"contrast holds {taken} examples and the query {asked}: pass one for all of them, or one for each"
+        )
+    found = {name: part - others[name] for name, part in gradients.items()}
+    there = torch.stack([g.flatten(1).ne(0).any(dim=1) for g in found.values()]).any(dim=0)
+    if not bool(there.all()):
+        raise QueryError(
+            f"example {int((~there).nonzero()[0])} of the query has the gradient that its contrast has, so that "
+            "nothing is left to ask: pass another contrast"
+        )
+    return found
 
 
 def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:

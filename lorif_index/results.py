@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from .errors import ConfigError
 from .markup import table
+from .tables import merged, picked_from, to_dataset, to_parquet
 
 if TYPE_CHECKING:
     import pandas
@@ -112,14 +114,14 @@ class Group:
     """What the training examples with one value do to a query.
 
     Attributes:
-        value: of the payload's field; None also stands for examples that have none.
+        value: of the payload's field, or a tuple of several; None also stands for examples that have none.
         sum: of the scores; sum / N estimates, to first order, the change of the query's loss, in nats, if all of them
             were left out.
         count: examples.
         positive, negative: the sum's two parts, of proponents and of opponents.
     """
 
-    value: str | int | float | bool | None
+    value: str | int | float | bool | tuple[Any, ...] | None
     sum: float
     count: int
     positive: float
@@ -136,13 +138,13 @@ class Groups:
     """The whole training set's scores, summed by a field of the payloads; `groups[0]` are those of the first query.
 
     Attributes:
-        by: the field, or the name of the function.
+        by: the field, or the name of the function; of several fields their names.
         queries: for each query its groups, largest sum first.
         examples: how many were summed.
         found: how many groups there are, where `k` has cut the lists.
     """
 
-    by: str
+    by: str | list[str]
     queries: list[list[Group]]
     examples: int
     found: int
@@ -168,21 +170,113 @@ class Groups:
         Raises:
             ConfigError: pandas is not installed.
         """
-        columns = ("value", "sum", "count", "mean", "positive", "negative")
-        rows = [
-            {"query": q} | {name: getattr(group, name) for name in columns}
-            for q, groups in enumerate(self.queries)
-            for group in groups
-        ]
-        return _pandas().DataFrame(rows, columns=["query", *columns])
+        return _pandas().DataFrame(self.columns())
+
+    def columns(self) -> dict[str, list[Any]]:
+        """query, the field's name (of several fields one column each; of a function "value"), sum, count, mean,
+        positive and negative of every group."""
+        rows = [(q, group) for q, groups in enumerate(self.queries) for group in groups]
+        out: dict[str, list[Any]] = {"query": [q for q, _ in rows]}
+        if isinstance(self.by, str):
+            out["value"] = [group.value for _, group in rows]
+        else:
+            for i, name in enumerate(self.by):
+                out[name] = [group.value[i] for _, group in rows]  # type: ignore[index]
+        sums = ("sum", "count", "mean", "positive", "negative")
+        return out | {name: [getattr(group, name) for _, group in rows] for name in sums}
+
+    def matrix(self) -> tuple[list[Any], np.ndarray]:
+        """The groups' values (g,), in the order of their sums over all queries, and the sums (g, q) float64: what each
+        source does to each question. A group that `k` has cut off a query counts 0 there."""
+        values: dict[Any, Any] = {}
+        sums: dict[Any, np.ndarray] = {}
+        for q, groups in enumerate(self.queries):
+            for group in groups:
+                parts = group.value if isinstance(group.value, tuple) else (group.value,)
+                # 1, 1.0 and True are three groups.
+                key = tuple((type(part), part) for part in parts)
+                values[key] = group.value
+                sums.setdefault(key, np.zeros(len(self)))[q] = group.sum
+        order = sorted(sums, key=lambda key: -float(sums[key].sum()))
+        found = np.stack([sums[key] for key in order]) if order else np.zeros((0, len(self)))
+        return [values[key] for key in order], found
+
+    def to_dataset(self) -> Any:
+        """A Hugging Face `Dataset` of `columns`; ConfigError where datasets is not installed."""
+        return to_dataset(self.columns())
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Writes `columns` to a Parquet file; ConfigError where pyarrow is not installed."""
+        to_parquet(self.columns(), path)
 
     def _repr_html_(self) -> str:
         parts = []
         for q, groups in enumerate(self.queries[:_SHOWN]):
             rows = [(g.value, g.sum, g.count, g.mean, g.positive, g.negative) for g in groups[:_SHOWN]]
-            header = (self.by, "sum", "examples", "mean", "positive", "negative")
+            header = (
+                self.by if isinstance(self.by, str) else ", ".join(self.by),
+                "sum",
+                "examples",
+                "mean",
+                "positive",
+                "negative",
+            )
             parts.append(table(header, rows, f"query {q}: {self.found:,} groups of {self.examples:,} examples"))
         return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Training examples that were chosen for some questions together, in the order in which they were taken.
+
+    Attributes:
+        ids: (n,) int64, the index's row ids.
+        scores: (n,) float32: of "round-robin" that of the question that took the example, else the sum over questions.
+        question_of: (n,) int64: the question that took it, or that it scores best for.
+        method: how they were chosen.
+        exhausted: questions that were given examples which do not lower their loss, for want of others.
+        ties: how often another example had the very score of the one that was taken; the earlier one is.
+        payloads: of the examples, as they were given to `build` or `add`; None where there are none.
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    question_of: np.ndarray
+    method: str
+    exhausted: list[int]
+    ties: int
+    payloads: list[Any] | None = None
+    _pieces: tuple[tuple[int, Any], ...] = field(default=(), repr=False, compare=False)
+
+    def __len__(self) -> int:
+        """n."""
+        return len(self.ids)
+
+    def columns(self, data: Any = None) -> dict[str, list[Any]]:
+        """id, score and question, then the fields of the examples.
+
+        Args:
+            data: what the index was built from, in the same order; by default what `build`, `add` or `open` was given,
+                else the payloads.
+
+        Raises:
+            DataError: data that do not give an example by its number.
+        """
+        pieces = self._pieces if data is None else ((0, data),)
+        fixed = {"id": self.ids.tolist(), "score": self.scores.tolist(), "question": self.question_of.tolist()}
+        return merged(fixed, list(picked_from(pieces, self.ids)) if pieces else self.payloads)
+
+    def to_dataset(self, data: Any = None) -> Any:
+        """A Hugging Face `Dataset` of the examples, to train on: `columns`.
+
+        Raises:
+            ConfigError: datasets is not installed. DataError: as `columns`.
+        """
+        return to_dataset(self.columns(data))
+
+    def to_parquet(self, path: str | os.PathLike[str], data: Any = None) -> None:
+        """Writes `columns` to a Parquet file; ConfigError where pyarrow is not installed."""
+        to_parquet(self.columns(data), path)
 
 
 def _pandas() -> Any:
@@ -235,11 +329,23 @@ class Hits:
         Raises:
             ConfigError: pandas is not installed.
         """
-        fixed = ["query", "rank", "id", "score"]
-        fields = self._fields()
-        names = [f"payload.{key}" if key in fixed else key for key in fields]
-        rows = [(*row[:4], *self._values(row[4], fields)) for row in self._rows(len(self), self.ids.shape[1])]
-        return _pandas().DataFrame(rows, columns=[*fixed, *names])
+        return _pandas().DataFrame(self.columns())
+
+    def columns(self) -> dict[str, list[Any]]:
+        """query, rank (from 1), id and score of every hit, then the fields of the payloads, as in `to_pandas`."""
+        fields, rows = self._fields(), list(self._rows(len(self), self.ids.shape[1]))
+        fixed = ("query", "rank", "id", "score")
+        out: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(fixed)}
+        values = [self._values(row[4], fields) for row in rows]
+        return out | {(f"payload.{f}" if f in fixed else f): [v[i] for v in values] for i, f in enumerate(fields)}
+
+    def to_dataset(self) -> Any:
+        """A Hugging Face `Dataset` of `columns`; ConfigError where datasets is not installed."""
+        return to_dataset(self.columns())
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Writes `columns` to a Parquet file; ConfigError where pyarrow is not installed."""
+        to_parquet(self.columns(), path)
 
     def _repr_html_(self) -> str:
         fields = self._fields()

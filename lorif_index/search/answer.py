@@ -87,8 +87,11 @@ def check_groups(by: Any, k: Any) -> None:
     Raises:
         QueryError: `by` is no field and no function, or k no count.
     """
-    if not isinstance(by, str) and not callable(by):
-        raise QueryError(f"groups are made by a field of the payloads or by function(payload), got {by!r}")
+    several = isinstance(by, (list, tuple)) and bool(by)
+    if not all(isinstance(key, str) or callable(key) for key in (by if several else [by])):
+        raise QueryError(
+            f"groups are made by a field of the payloads, by function(payload), or by a list of these, got {by!r}"
+        )
     if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
         raise QueryError(f"k must be an integer of at least 1, or None for all groups, got {k!r}")
 

@@ -171,6 +171,13 @@ def test_removing_what_harms_helps(run: Any) -> None:
     assert len(names["index"]) == 900
 
 
+def test_what_is_chosen_teaches_more_than_chance(run: Any) -> None:
+    names, printed = run(block(DOCS / "guides" / "select.md", "example"))
+    losses = [float(line.split("loss ")[1].split()[0]) for line in printed.splitlines()[:4]]
+    assert max(losses[1:]) < 0.8 * losses[0]
+    assert set(names["rows"]) == {"id", "score", "question", "x", "y"}
+
+
 # -- notebooks
 
 TINY = {
