@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..capture.eigenbases import POWER_ITERATIONS, Side, Walk, needed, side_fits
+from ..capture.eigenbases import Side, Walk, needed, side_fits
 from ..capture.gradients import GradientBlock, LayerSpec
 from ..linalg.subspace import SubspaceFit, grouped
 from ..ranks import ALONE
@@ -84,14 +84,12 @@ def projections_line(
     each = (now(device) - began) / examples
     _trial((8, 8), 8, device)
     trials = {tried: _trial(tried, piece, device) for tried, piece in pieces.items() if piece}
-    walks = sum(max(fit.passes(POWER_ITERATIONS) for _, fit in group) for group in grouped(fits))
+    walks = len(list(grouped(fits)))
     slope, fixed = walks * each, 0.0
     for side, fit in fits.items():
         add, factorise = trials.get(shape(fit), (0.0, 0.0))
-        passes = fit.passes(POWER_ITERATIONS)
-        # A pass has two products with the block, but the last; a dense matrix has one.
-        slope += add * fit.dim * fit.block * (2 * passes - 1) * rows[side] / examples
-        fixed += factorise * fit.cost * max(passes - 1, 1)
+        slope += add * fit.dim * fit.block * fit.products(0) * rows[side] / examples
+        fixed += factorise * fit.cost
     return lambda n: fixed + slope * n, needed({side: rows[side] for side in fits}, examples, specs)
 
 
@@ -100,7 +98,7 @@ def _trial(tried: tuple[int, int], piece: int, device: torch.device) -> tuple[fl
     and to find the eigenvectors, by their cost."""
     width, rank = tried
     fit = SubspaceFit(("trial",), width, rank, width, 0, device, whole_up_to=width)
-    fit.begin(0, fit.passes(POWER_ITERATIONS))
+    fit.begin(0, 1)
     piece = min(piece, _TRIED_ROWS)
     part, pieces = torch.randn(piece, width, device=device), -(-_TRIED_ROWS // piece)
     began = now(device)

@@ -74,7 +74,7 @@ class Traffic:
                 for _ in range(fit.passes(power_iterations) - 1):
                     self.reduced(stage, 4 * fit.dim * fit.block, owner)
                     self.spread(stage, 4 * fit.dim * fit.block, owner)
-                self.reduced(stage, 8 * fit.block**2, owner)
+                self.reduced(stage, fit.last_bytes, owner)
                 self.moved(stage, 4 * fit.dim * fit.rank + 8 * min(fit.rank + OVERSAMPLING, fit.block), owner, 0)
             self.summed(stage, 8 * len(group))
 
@@ -100,7 +100,7 @@ def build_traffic(shapes: Shapes, count: int, ranks: int) -> Traffic:
     rows = 1 << 62 if shapes.curvature_rows is None else shapes.curvature_rows
     if config.projection == "eigen":
         sides = eigenbases.fitted_sides(dict(specs))
-        out.fitted("projections", eigenbases.side_fits(dict(specs), sides, 0, CPU), eigenbases.POWER_ITERATIONS)
+        out.fitted("projections", eigenbases.side_fits(dict(specs), sides, 0, CPU), 0)
     _sides(out, specs)
     shape = CurvatureShape.of(config, len(specs))
     fits = {name: shape.fit(name, spec.dim, rows, 0, CPU) for name, spec in specs.items()}

@@ -160,7 +160,8 @@ class EigenCodec(RowCodec):
         kept = min(dim, MOST_PLACES)
         whole = next((size for bits in (8, 4) if (size := _level_bytes(dim, bits, len(specs))) <= most), most)
         row, short = min(whole, most), 0
-        if most >= SparseLayout(dim, _SHORT_FROM).row_bytes:
+        # Where all coordinates have room, they are written as levels.
+        if row == most >= SparseLayout(dim, _SHORT_FROM).row_bytes:
             short = SparseLayout(dim, _SHORT).row_bytes
         return CodecSizes(row, _DIRECTION_BYTES * kept, min(kept, MOST_DIRECTIONS), 4 * kept, 16 * dim, short)
 

@@ -33,6 +33,8 @@ GROUP_BYTES = 4 << 30
 _WHOLE_RATIO = 4
 # Of iterations on a dense matrix.
 _MOST_ITERATIONS, _STANDS_STILL = 30, 1e-6
+# Of a Nyström approximation, over the sketch's norm.
+_SHIFT = 1e-8
 # Rows that are added to a dense matrix together: fewer would wait for its memory.
 _TOGETHER = 512
 
@@ -148,6 +150,15 @@ class SubspaceFit:
         """Walks over the rows that it needs: one where the dense matrix is held."""
         return 1 if self.exact else 2 + power_iterations
 
+    def products(self, power_iterations: int) -> int:
+        """Products of the rows with its block, in all its walks: two in each but the last, one with a dense matrix."""
+        return 2 * self.passes(power_iterations) - 1
+
+    @property
+    def last_bytes(self) -> int:
+        """Of what is summed over ranks in the last walk."""
+        return 8 * self.block**2
+
     def begin(self, number: int, passes: int) -> bool:
         """Prepares pass `number` of `passes`; whether this fit takes part in it."""
         self._last = number == passes - 1
@@ -255,6 +266,83 @@ class SubspaceFit:
         """Room for a result that another rank has."""
         values = torch.empty(min(self.rank + OVERSAMPLING, self.block), dtype=torch.float64)
         return Eigenpairs(torch.empty(self.dim, self.rank), values, 0.0)
+
+
+class NystromFit(SubspaceFit):
+    """The same of the rows themselves, in one walk and a wider block W: of Y = A W, A the sum of outer products,
+
+        A ~ Y (W^T Y)^-1 Y^T
+
+    has the eigenvectors (Tropp, Yurtsever, Udell and Cevher, arXiv:1706.05736, algorithm 3, which shifts A by what it
+    is rounded by).
+
+    Args:
+        key, dim, rank, count, seed, device: as for `SubspaceFit`.
+        times: the block's width over that of a `SubspaceFit`.
+    """
+
+    def __init__(
+        self, key: tuple[str, ...], dim: int, rank: int, count: int, seed: int, device: torch.device, *, times: int
+    ) -> None:
+        super().__init__(key, dim, rank, count, seed, device)
+        self.block = min(times * (self.rank + OVERSAMPLING), dim)
+        self.exact = self.block >= dim
+
+    @property
+    def nbytes(self) -> int:
+        # Three of the block's size, in float64, while it is factorised.
+        return super().nbytes + (0 if self.exact else 24 * self.dim * self.block)
+
+    @property
+    def held_bytes(self) -> int:
+        return super().held_bytes if self.exact else 8 * self.dim * self.block
+
+    @property
+    def cost(self) -> float:
+        return super().cost if self.exact else 4.0 * self.dim * self.block**2
+
+    @property
+    def last_bytes(self) -> int:
+        return super().last_bytes if self.exact else 4 * self.dim * self.block
+
+    def passes(self, power_iterations: int) -> int:
+        return 1
+
+    def products(self, power_iterations: int) -> int:
+        return 1 if self.exact else 2
+
+    def begin(self, number: int, passes: int) -> bool:
+        if self.exact:
+            return super().begin(number, passes)
+        self._last = False
+        if number < passes - 1:
+            return False
+        self._sum, self._block = torch.zeros(self.dim, self.block, device=self.device), self._start(self.block)
+        return True
+
+    def orthonormalise(self) -> None:
+        """Nothing: there is no other pass."""
+
+    def share(self, ranks: Ranks, owner: int) -> None:
+        """Nothing: there is no other pass."""
+
+    def result(self, divisor: float) -> Eigenpairs:
+        if self.exact:
+            return super().result(divisor)
+        start, sketch = self._block.double(), self._sum.double() / divisor
+        shift = _SHIFT * sketch.norm()
+        sketch = sketch + shift * start
+        middle = start.T @ sketch
+        values, vectors = torch.linalg.eigh((middle + middle.T) / 2)
+        kept = values > 1e-12 * values[-1]
+        left, sizes, _ = torch.linalg.svd(sketch @ (vectors[:, kept] / values[kept].sqrt()), full_matrices=False)
+        most = min(self.rank + OVERSAMPLING, self.block)
+        found = torch.zeros(most, dtype=torch.float64)
+        found[: min(len(sizes), most)] = (sizes.square() - shift).clamp_min(0.0)[:most].cpu()
+        self.forget()
+        return Eigenpairs(
+            with_fixed_signs(left[:, : self.rank]).float().contiguous().cpu(), found, self.trace / divisor
+        )
 
 
 def leading(matrix: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

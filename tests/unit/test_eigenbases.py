@@ -57,12 +57,13 @@ def same_space(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a @ a.T - b @ b.T, 2))
 
 
-@pytest.mark.parametrize("whole_up_to", [4096, 0])
+@pytest.mark.parametrize("whole_up_to", [1024, 0])
 @pytest.mark.parametrize(("make", "layer"), [(mlp, "0"), (gpt2, "transformer.h.0.mlp.c_fc")])
 def test_projections_are_the_leading_eigenvectors(
     make: Any, layer: str, whole_up_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eigenbases, "_WHOLE_UP_TO", (whole_up_to,))
+    monkeypatch.setattr(eigenbases, "_WHOLE_UP_TO", whole_up_to)
+    monkeypatch.setattr(eigenbases, "_TIMES", (2,))
     monkeypatch.setattr("lorif_index.linalg.subspace.OVERSAMPLING", 2)
     case = make()
     config = BuildConfig(projection_dim=4, layers=[layer], batch_size=7)
@@ -73,7 +74,7 @@ def test_projections_are_the_leading_eigenvectors(
         p = learnt[layer, side].double().numpy()
         assert np.abs(p.T @ p - np.eye(4)).max() < 1e-5
         best = leading(c, 4)
-        assert np.trace(p.T @ c @ p) > (1 - 1e-6 if whole_up_to else 0.99) * np.trace(best.T @ c @ best)
+        assert np.trace(p.T @ c @ p) > (1 - 1e-6 if whole_up_to else 0.97) * np.trace(best.T @ c @ best)
         if whole_up_to:
             assert same_space(p, best) < 1e-3
 

@@ -44,7 +44,7 @@ def test_the_first_batch_warms_up_unless_it_is_alone(
 
 
 def test_sides_take_the_walks_sums_and_factorisations_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = {name: LayerSpec(name, 6000, 3000, 32, 32, 1) for name in "ab"}
+    specs = {name: LayerSpec(name, 6000, 900, 32, 32, 1) for name in "ab"}
     monkeypatch.setattr(timing, "_trial", lambda width, piece, device: (1.0, 1000.0))
     clock = iter((0.0, 4.0))
     monkeypatch.setattr(timing, "now", lambda device: next(clock))
@@ -57,9 +57,9 @@ def test_sides_take_the_walks_sums_and_factorisations_of_all(monkeypatch: pytest
     line, most = timing.projections_line(walk, 2, specs, sides, CPU)
     # A side of 6,000 features wants 64 positions for each, and an example has 4.
     assert most == 4096
-    # Sides 3,000 wide are summed whole in one walk; those 6,000 wide take four, with 32 + 10 directions.
-    slope = 4 * 4.0 / 2 + 2 * (8 / 2) * (3000**2 + 7 * 6000 * 42)
-    fixed = 2 * 1000 * (3000**2 * 42 + 3 * 6000 * 42**2)
+    # Sides 900 wide are summed whole; those 6,000 wide have two products with four times 32 + 10 directions.
+    slope = 4.0 / 2 + 2 * (8 / 2) * (900**2 + 2 * 6000 * 168)
+    fixed = 2 * 1000 * (900**2 * 42 + 4 * 6000 * 168**2)
     assert line(0) == pytest.approx(fixed) and line(10) == pytest.approx(fixed + 10 * slope)
 
 
