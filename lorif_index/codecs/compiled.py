@@ -25,17 +25,22 @@ _ROWS = 64
 
 
 class Kernel:
-    """The kernel of a process, loaded when there is work for it."""
+    """The kernel of a process, loaded when there is work for it.
+
+    Attributes:
+        module: `kernel`, once it is loaded.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._scored, self._asked = 0, False
-        self._module: ModuleType | None = None
+        self.module: ModuleType | None = None
+        self._loading, self._failed = threading.Lock(), False
         self._pool: ThreadPoolExecutor | None = None
 
     def ready(self, work: int) -> bool:
         """Whether it can be used; `work` more bytes of rows, times questions, are to be scored."""
-        if self._module is not None:
+        if self.module is not None:
             return True
         with self._lock:
             self._scored += work
@@ -43,13 +48,14 @@ class Kernel:
                 return False
             self._asked = True
         if importlib.util.find_spec("numba") is not None:
-            threading.Thread(target=self._try, name="lorif-kernel", daemon=True).start()
+            threading.Thread(target=self.load_once, name="lorif-kernel", daemon=True).start()
         return False
 
     def _try(self) -> None:
         try:
             self.load()
         except Exception as error:
+            self._failed = True
             warnings.warn(f"numba could not compile the kernel, so that torch scores: {error}", stacklevel=2)
 
     def load(self) -> None:
@@ -65,16 +71,26 @@ class Kernel:
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lorif-score")
         row, numbers = np.zeros((1, 5), np.uint8), np.zeros(32, np.float32)
         module.named(row, 1, numbers, numbers, numbers, 0, numbers.copy())
-        self._module = module
+        starts, rows, levels = np.zeros(3, np.int32), np.zeros(1, np.uint16), np.zeros(1, np.uint8)
+        module.count_named(row, 1, starts)
+        module.turn_named(row, 1, starts[:-1].copy(), rows, levels)
+        module.add_named(starts, rows, levels, one[:0], numbers[:0], numbers, numbers.copy())
+        self.module = module
+
+    def load_once(self) -> None:
+        """The same, where it is not loaded yet; without it where it cannot be compiled."""
+        with self._loading:
+            if self.module is None and not self._failed:
+                self._try()
 
     def planes(
         self, queries: torch.Tensor, firsts: Sequence[int], counts: Sequence[int], sizes: Sequence[int], bits: int
     ) -> Planes:
         """Questions cut for it, once it is ready; the arguments are those of `Planes`."""
-        if self._module is None:
+        if self.module is None:
             raise RuntimeError("the kernel is not loaded: call load() first")
         first, count, size = (np.array(part, dtype=np.int64) for part in (firsts, counts, sizes))
-        return Planes(self._module, queries, first, count, size, bits, self._pool)
+        return Planes(self.module, queries, first, count, size, bits, self._pool)
 
     def named(
         self,
@@ -95,9 +111,9 @@ class Kernel:
             scales: (n,) float32.
             out: (q, n) float32.
         """
-        if self._module is None:
+        if self.module is None:
             raise RuntimeError("the kernel is not loaded: call load() first")
-        module, low = self._module, values.numpy()
+        module, low = self.module, values.numpy()
         numbers, sizes = rows.contiguous().numpy(), scales.contiguous().numpy()
         for query, to in zip(queries.contiguous().numpy(), out.numpy(), strict=True):
 

@@ -201,3 +201,64 @@ def named(rows, entries, query, values, scales, first, out):
             # A forged place must not be read behind the end.
             total += query[min(entry >> np.int32(5), last)] * values[entry & low]
         out[first + r] = total * scales[r]
+
+
+@_compiled
+def count_named(rows, entries, counts):
+    """Counts how often each coordinate is named.
+
+    Args:
+        rows: (n, row bytes) uint8.
+        entries: how many a row names.
+        counts: (dim + 1,) int32 of zeros, to be filled from its second number on.
+    """
+    low, middle, high = np.int32(5), np.int32(8), np.int32(16)
+    for r in range(rows.shape[0]):
+        row = rows[r]
+        for e in range(entries):
+            entry = np.int32(row[e]) | np.int32(row[entries + e]) << middle | np.int32(row[2 * entries + e]) << high
+            place = entry >> low
+            if place < len(counts) - 1:
+                counts[place + 1] += np.int32(1)
+
+
+@_compiled
+def turn_named(rows, entries, at, numbers, levels):
+    """Puts entries in the order of their coordinates.
+
+    Args:
+        rows, entries: as in `count_named`.
+        at: (dim,) int32: where each coordinate's begin; changed.
+        numbers: (m,) uint16, to be filled with the entries' rows.
+        levels: (m,) uint8, to be filled with their low bits.
+    """
+    low, middle, high = np.int32(5), np.int32(8), np.int32(16)
+    for r in range(rows.shape[0]):
+        row = rows[r]
+        for e in range(entries):
+            entry = np.int32(row[e]) | np.int32(row[entries + e]) << middle | np.int32(row[2 * entries + e]) << high
+            place = entry >> low
+            if place < len(at):
+                k = at[place]
+                at[place] = k + np.int32(1)
+                numbers[k] = r
+                levels[k] = entry & np.int32(31)
+
+
+@_compiled
+def add_named(starts, numbers, levels, places, asked, values, out):
+    """Adds to each row its inner product with a question, before the rows' scales.
+
+    Args:
+        starts, numbers, levels: of a block of `Postings`.
+        places: (q,) int64, where the question is not zero.
+        asked: (q,) float32, its numbers there.
+        values: (32,) float32: what the low bits of an entry stand for.
+        out: (n,) float32.
+    """
+    table = np.empty(32, np.float32)
+    for i in range(len(places)):
+        for level in range(32):
+            table[level] = asked[i] * values[level]
+        for k in range(starts[places[i]], starts[places[i] + 1]):
+            out[numbers[k]] += table[levels[k]]

@@ -132,13 +132,13 @@ class SparseLayout:
         return out.scatter_(1, places.long().clamp_max_(self.dim), values * self.scales(codes))[:, :-1]
 
 
-def _values() -> torch.Tensor:
+def values_of_levels() -> torch.Tensor:
     """(32,) float32: what the low 5 bits of an entry stand for, in units of the row's scale."""
     sizes = _RATIO ** torch.arange(_LEVELS, dtype=torch.float64)
     return torch.cat([-sizes, sizes]).float()
 
 
-_VALUES = _values()
+_VALUES = values_of_levels()
 
 
 class SparseScorer:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..codecs.postings import Shortened
 from ..codecs.sparse import SparseLayout
 from ..errors import ConfigError, CorruptionError
 from ..storage.manifest import Manifest
@@ -37,8 +38,6 @@ _CODEWORDS, _BITS = 16, 4
 _WIDEST = 1 << 31
 # Codes that faiss's fast scan takes together.
 _TOGETHER = 32
-# Scores of shortened rows that are held at once.
-_PAIRS = 1 << 26
 
 
 def faiss_is_installed() -> bool:
@@ -255,13 +254,17 @@ class Coarse:
 
     Args:
         codes: of the rows. faiss makes its index of them here, in memory.
+
+    Attributes:
+        shortened: the rows, where they are shortened ones.
     """
 
     def __init__(self, codes: Codes) -> None:
         self.axis, self.dim, self._count = codes.axis, codes.dim, len(codes)
-        self._short: tuple[SparseLayout, torch.Tensor] | None = None
+        self.shortened: Shortened | None = None
         if codes.entries:
-            self._short = SparseLayout(codes.dim, codes.entries), torch.from_numpy(np.ascontiguousarray(codes.rows))
+            rows = torch.from_numpy(np.ascontiguousarray(codes.rows))
+            self.shortened = Shortened(SparseLayout(codes.dim, codes.entries), rows)
             return
         faiss = load_faiss()
         if not len(codes.books):
@@ -290,25 +293,13 @@ class Coarse:
             positions (q, count) int64, -1 where there are no more, and scores (q, count) float32, falling.
         """
         most = min(count, len(self))
-        if self._short is not None:
-            return self._by_entries(np.ascontiguousarray(x, dtype=np.float32), most, *self._short)
+        if self.shortened is not None:
+            return self.shortened.best(np.ascontiguousarray(x, dtype=np.float32), most)
         rows = np.ascontiguousarray(x if self.axis is None else self.axis.queries(x, tilt), dtype=np.float32)
         positions, scores = self._search(rows, most)
         if self.axis is not None:
             scores = tilted(scores, x, np.full(most, self.axis.mean), tilt)
         return positions, scores
-
-    def _by_entries(
-        self, x: np.ndarray, most: int, layout: SparseLayout, rows: torch.Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """By what the shortened rows name, some queries at a time."""
-        together, found = max(_PAIRS // max(len(rows), 1), 1), []
-        for start in range(0, len(x), together):
-            scores = layout.scorer(torch.from_numpy(x[start : start + together])).score(rows)
-            found.append(torch.topk(scores, most, dim=1))
-        if not found:
-            return np.empty((0, most), np.int64), np.empty((0, most), np.float32)
-        return torch.cat([best.indices for best in found]).numpy(), torch.cat([best.values for best in found]).numpy()
 
     def _search(self, rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         if len(rows) > 1:
