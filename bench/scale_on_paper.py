@@ -34,8 +34,9 @@ COUNTS = (10**6, 10**8, 10**9)
 LENGTH = 512
 # What a GPU is taken to sustain: 40% of an H100's 989e12 dense operations a second in bfloat16.
 RATE = 0.4e15
-# Of the coarse index's codes, by one thread: `bench.search_at_scale`, ten million rows.
-SECONDS_A_CODE = 6.24e-9
+# Of a row in the coarse stage, by one thread: shortened rows that were turned round, a million of them
+# (docs/choosing.md).
+SECONDS_A_CODE = 9.3e-9
 # Of the fitting sample, one probe for each example beside its own gradient: the default for language models.
 PROBES = 1
 BATCH = 8
@@ -355,7 +356,7 @@ def limits() -> str:
             "`CoarseIndex(queries=)`; fewer ranks; 0: searches begin with a guess, and go on by what they see",
         ],
         [
-            "the coarse index in memory, 128 B a row, put together by the leader of a folder, twice, in 256 GiB",
+            f"the coarse index in memory, {code} B a row, put together by the leader of a folder, twice, in 256 GiB",
             f"N above {number((256 << 30) // (2 * code))}",
             "a folder for each rank, or machine; `coarse=None` and scans",
         ],

@@ -181,7 +181,8 @@ class Shapes:
                     + 3 * 4 * kept * queries
                     + _proposals(count, own, ranks, min(queries, TILT_QUERIES))
                 )
-        found["search"] = sizes.fit + own * (_ID_BYTES + sizes.code)
+        # Codes, and once more while they are made ready to be searched.
+        found["search"] = sizes.fit + own * (_ID_BYTES + 2 * sizes.code)
         return found
 
 

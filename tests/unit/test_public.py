@@ -38,6 +38,7 @@ SURFACE = [
     "RowDamping",
     "Sample",
     "SearchStats",
+    "Selection",
     "default_loss",
 ]
 
@@ -46,11 +47,12 @@ INDEX = {
     "open": "path model loss data device verify damaged tokenizer distributed",
     "merge": "path indexes progress",
     "estimate": "model data gradients loss config examples batches disk payload_bytes world_size tokenizer progress",
-    "search": "self query k recall rescore measure opponents normalize exact rerank refine damping layers group_by "
-    "progress",
-    "scores": "self query measure damping layers normalize out gather shrink refine progress",
+    "search": "self query k recall rescore measure opponents contrast normalize exact rerank refine damping layers "
+    "group_by progress",
+    "scores": "self query measure contrast damping layers normalize out gather shrink refine progress",
     "explain": "self query ids data measure damping layers query_tokens progress",
-    "groups": "self query by measure damping layers k shrink refine progress",
+    "groups": "self query by measure contrast damping layers k shrink refine progress",
+    "select": "self queries n method measure contrast damping refine progress",
     "self_influence": "self damping layers progress",
     "gradients": "self ids",
     "rebuild_coarse": "self kind query measure progress",
@@ -81,18 +83,18 @@ CONFIG = (
 ENGINE = [
     ("", "version errors ranks damping"),
     ("codecs", "registry"),
-    ("", "config progress markup results"),
+    ("", "config progress markup tables results"),
     ("linalg", "scratch"),
     ("capture", "gradients"),
     ("linalg", "precision projection sampling signs subspace"),
     ("capture", "sharded losses heads seeing data layers ensemble probes spool hooks products eigenbases sources"),
     ("curvature", "sides fit inverse refine sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
-    ("codecs", "base kernel compiled bits sparse agreement truncation factors eigencodes"),
+    ("codecs", "base kernel compiled bits sparse postings agreement truncation factors eigencodes"),
     (
         "search",
         "scoring rescoring coarse devices calibration missed proposers pursuit candidates rows reader shrinkage "
-        "examples explain planner groups named whole normalise rerank refining answer pairs",
+        "examples explain planner groups named whole select normalise rerank refining answer pairs",
     ),
     (
         "build",
