@@ -55,12 +55,14 @@ def encode_blocks(
     at = 0
     with writer.aside(on_sealed):
         for block in blocks:
-            if window is None or int(block.ids[0]) // window != at:
+            if window is not None and int(block.ids[0]) // window != at:
                 write()
-                at = 0 if window is None else int(block.ids[0]) // window
+                at = int(block.ids[0]) // window
             rows = encoder.encode(block)
             # Copied: the rows' memory may be used again.
             held.append((block.ids, rows.to("cpu", copy=True), energies(block)))
+            if window is None:
+                write()
             stage.advance(block.count, rows.numel())
         write()
         writer.flush()

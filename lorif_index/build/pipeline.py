@@ -216,7 +216,9 @@ def _coverage(
             stacklevel=6,
         )
     chosen = inputs.asked.layers
-    tracked = None if found is None or chosen.include or chosen.types else found["tracked"]
+    # A model that is frozen whole does not say what was trained: adapters alone, perhaps.
+    unsaid = capture is None or not any(p.requires_grad for p in capture.model.parameters())
+    tracked = None if found is None or unsaid or chosen.include or chosen.types else found["tracked"]
     if found is not None and tracked is not None and tracked < _HALF:
         warnings.warn(
             f"the tracked layers hold {tracked:.2g} of the squared norm of gradients, others, by their modules' class, "
