@@ -134,8 +134,9 @@ def scored(method: str, at: str | None = None) -> Ranker:
     return rank
 
 
-def bm25(study: Study, k1: float = 1.2, b: float = 0.75) -> np.ndarray:
-    """Over word numbers, but for the one of all rare words."""
+def bm25_scores(study: Study, k1: float = 1.2, b: float = 0.75, *, among: Any = None) -> np.ndarray:
+    """(q, n) of the questions with the training data, or `among` others; over word numbers, but for the one of all
+    rare words."""
 
     def counts(data: Any) -> np.ndarray:
         ids = data["input_ids"].numpy()
@@ -144,12 +145,16 @@ def bm25(study: Study, k1: float = 1.2, b: float = 0.75) -> np.ndarray:
         out[:, 0] = 0.0
         return out
 
-    documents, asked = counts(study.task.data), counts(study.task.queries)
+    documents, asked = counts(study.task.data if among is None else among), counts(study.task.queries)
     having = (documents > 0).sum(axis=0)
     rarity = np.log1p((len(documents) - having + 0.5) / (having + 0.5))
     lengths = documents.sum(axis=1, keepdims=True)
     weights = documents * (k1 + 1) / (documents + k1 * (1 - b + b * lengths / lengths.mean()))
-    return best((asked * rarity) @ weights.T)
+    return (asked * rarity) @ weights.T
+
+
+def bm25(study: Study) -> np.ndarray:
+    return best(bm25_scores(study))
 
 
 def embedded(study: Study) -> np.ndarray:

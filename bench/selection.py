@@ -1,0 +1,108 @@
+"""Claim: a model trained on what `Index.select` chooses for some questions does better on others of their kind.
+
+A topic is a question drawn at random and the 31 of all questions that share most rare words with it (by BM25). Half of
+them are asked, the others judge: of 4,096 training examples n are chosen for the first half, the base model is tuned on
+these alone, as often as the task tunes on all, and the mean loss of the second half is compared. No training example is
+a question, and no question is both asked and judged.
+
+Beside the library's three methods: the n largest scores of any question ("best of all"), BM25 by turns and by sums, and
+random examples. Losses are in nats an example; errors are over topics and seeds, paired.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.environment import arguments, keep, plus_minus, table
+from bench.lds import summary
+from bench.removal import Study, bm25_scores
+from bench.tasks import TASKS, size, take
+from lorif_index.search.select import METHODS, by_turns
+
+CHANCE = "random"
+TOPIC = 32
+"""Questions of a topic, half of which are asked."""
+
+
+def topics(words: np.ndarray, count: int, seed: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(asked, judged) question numbers of some topics.
+
+    Args:
+        words: (q, q) how alike questions are.
+    """
+    generator, found = np.random.default_rng(seed), []
+    for first in generator.permutation(len(words))[:count]:
+        alike = words[first].copy()
+        alike[first] = np.inf
+        members = generator.permutation(np.argsort(-alike, kind="stable")[: min(TOPIC, len(words))])
+        found.append((np.sort(members[::2]), np.sort(members[1::2])))
+    return found
+
+
+def chosen(study: Study, scores: np.ndarray, asked: np.ndarray, n: int) -> dict[str, np.ndarray]:
+    """Method -> ids of n training examples."""
+    questions = take(study.task.queries, asked)
+    out = {method: study.index.select(questions, n, method=method).ids for method in METHODS}
+    ours = study.index.scores(questions)
+    out["best of all"] = np.unique(np.argsort(-ours.max(axis=0), kind="stable")[:n])
+    words = scores[asked]
+    order = np.argsort(-words, axis=1, kind="stable")
+    out["BM25 by turns"] = by_turns(order, np.take_along_axis(words, order, axis=1), n).places
+    out["BM25 by sums"] = np.argsort(-words.sum(axis=0), kind="stable")[:n]
+    return out
+
+
+def main() -> None:
+    parsed = arguments(
+        __doc__,
+        task={"default": "finetuned", "choices": ["bible", "finetuned"]},
+        n={"type": int, "default": 256},
+        topics={"type": int, "default": 8},
+        seeds={"type": int, "default": 3},
+    )
+    study = Study(TASKS[parsed.task](parsed.smoke), parsed.smoke)
+    task = study.task
+    n, count, seeds = (16, 2, 1) if parsed.smoke else (parsed.n, parsed.topics, parsed.seeds)
+    alike, scores = bm25_scores(study, among=task.queries), bm25_scores(study)
+    found: dict[str, list[float]] = {}
+    began = time.perf_counter()
+    for number, (asked, judged) in enumerate(topics(alike, count)):
+        picked = chosen(study, scores, asked, n)
+        for seed in range(seeds):
+            chance = np.random.default_rng((number, seed)).permutation(task.count)[:n]
+            for method, ids in {**picked, CHANCE: chance}.items():
+                model = task.begin(seed)
+                torch.manual_seed(seed)
+                task.fit(model, np.sort(ids), seed)
+                found.setdefault(method, []).append(float(task.losses(model)[judged].mean()))
+        print(f"topic {number + 1} of {count}: {time.perf_counter() - began:.0f} s", flush=True)
+    start = task.losses(task.begin(0))
+    every = task.losses(study.model)
+    result: dict[str, Any] = {
+        "task": task.name,
+        "questions": size(task.queries),
+        "n": n,
+        "topics": count,
+        "seeds": seeds,
+        "loss_before": round(float(np.mean([start[j].mean() for _, j in topics(alike, count)])), 4),
+        "loss_of_all": round(float(np.mean([every[j].mean() for _, j in topics(alike, count)])), 4),
+        "methods": {},
+    }
+    by_chance = np.array(found[CHANCE])
+    rows = [[f"{n} of {task.count} examples", "loss of what judges, nats", "less than random's"]]
+    for method, losses in found.items():
+        gain = by_chance - np.array(losses)
+        result["methods"][method] = {"loss": summary(np.array(losses)), "gain": summary(gain), "each": losses}
+        less = "" if method == CHANCE else plus_minus(summary(gain), "+.3f")
+        rows.append([method, plus_minus(summary(np.array(losses)), ".3f"), less])
+    table(rows)
+    print(f"before tuning {result['loss_before']}, tuned on all {result['loss_of_all']}")
+    keep("selection", result, parsed, task.name)
+
+
+if __name__ == "__main__":
+    main()
