@@ -11,13 +11,15 @@ random examples. Losses are in nats an example; errors are over topics and seeds
 
 from __future__ import annotations
 
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.environment import arguments, keep, plus_minus, table
+from bench.environment import CACHE, arguments, keep, plus_minus, table
 from bench.lds import summary
 from bench.removal import Study, bm25_scores
 from bench.tasks import TASKS, size, take
@@ -26,6 +28,14 @@ from lorif_index.search.select import METHODS, by_turns
 CHANCE = "random"
 TOPIC = 32
 """Questions of a topic, half of which are asked."""
+
+
+class Choice(Study):
+    """The task and its index, in a folder of this benchmark's own."""
+
+    @property
+    def folder(self) -> Path:
+        return CACHE / "selection" / (self.task.name + ("-smoke" if self.smoke else ""))
 
 
 def topics(words: np.ndarray, count: int, seed: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -64,7 +74,9 @@ def main() -> None:
         topics={"type": int, "default": 8},
         seeds={"type": int, "default": 3},
     )
-    study = Study(TASKS[parsed.task](parsed.smoke), parsed.smoke)
+    study = Choice(TASKS[parsed.task](parsed.smoke), parsed.smoke)
+    if parsed.smoke:
+        shutil.rmtree(study.folder, ignore_errors=True)
     task = study.task
     n, count, seeds = (16, 2, 1) if parsed.smoke else (parsed.n, parsed.topics, parsed.seeds)
     alike, scores = bm25_scores(study, among=task.queries), bm25_scores(study)

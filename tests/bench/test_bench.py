@@ -21,6 +21,7 @@ BENCHES = {
     "lds": "",
     "tail_patch": "",
     "removal": "",
+    "selection": "",
     "mislabelled": "",
     "duplicates": "",
     "other_libraries": "",
