@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import CurvatureError
 from ..linalg.projection import Projections
-from ..linalg.subspace import GROUP_BYTES, NystromFit, SubspaceFit, fit_in_groups, together_bytes
+from ..linalg.subspace import GROUP_BYTES, SubspaceFit, fit_in_groups, together_bytes
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
 from .data import ExampleSource, first_batch
@@ -74,10 +74,7 @@ def side_fits(
         for name, side in sides:
             width, dim = specs[name].side(side)
             key = ("projection", name, side)
-            if width <= _WHOLE_UP_TO:
-                fits[name, side] = SubspaceFit(key, width, dim, dim, seed, device, whole_up_to=_WHOLE_UP_TO)
-            else:
-                fits[name, side] = NystromFit(key, width, dim, dim, seed, device, times=times)
+            fits[name, side] = SubspaceFit(key, width, dim, dim, seed, device, whole_up_to=_WHOLE_UP_TO, times=times)
         if together_bytes(fits.values()) <= GROUP_BYTES:
             break
     return fits

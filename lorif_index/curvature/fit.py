@@ -238,7 +238,7 @@ def fit_curvature(
         count: number of rows of all ranks.
         specs: the layers.
         shape: what is fitted.
-        power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
+        power_iterations: subspace iterations, each a walk beside the last.
         seed: of the starting blocks.
         examples: n, how many examples the rows stand for.
         stage: told of the rows walked.

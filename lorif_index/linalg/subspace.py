@@ -1,8 +1,13 @@
 """Subspace: the leading eigenpairs of a sum of outer products whose rows are walked, never held.
 
-Subspace iteration with a Rayleigh-Ritz pass at the end (Halko, Martinsson and Tropp, arXiv:0909.4061): a block of
-r + 10 directions is multiplied by sum g g^T in each pass, O(D r) memory. The curvature of a layer and the principal
-components of a sketch are both found so.
+Subspace iteration (Halko, Martinsson and Tropp, arXiv:0909.4061): a block Q of directions is multiplied by
+A = sum g g^T in each walk, O(D r) memory, and made orthonormal between two. The last product Y = A Q gives the
+eigenpairs without a further walk, by a Nyström approximation,
+
+    A ~ Y (Q^T Y)^-1 Y^T
+
+(Tropp, Yurtsever, Udell and Cevher, arXiv:1706.05736, algorithm 3, which shifts A by what it is rounded by). The
+curvature of a layer, learnt projections and the principal components of a sketch are found so.
 
 Rows may stand for M g, of a linear map M (`Lift`): the sum of M g (M g)^T B is M (sum g g^T (M^T B)), so that M is
 applied to the block of directions once a pass and never to the rows.
@@ -28,13 +33,13 @@ from .projection import keyed_generator
 OVERSAMPLING = 10
 GROUP_BYTES = 4 << 30
 """Of fits that go through their passes together."""
-# A dense matrix up to so many times as wide as the sketch takes fewer operations than the walks that it saves (with two
-# power iterations seven products with the sketch), and is exact.
+# A dense matrix up to so many times as wide as the block takes no more operations than the walks that it saves (with
+# one power iteration four products with the block), and is exact.
 _WHOLE_RATIO = 4
 # Of iterations on a dense matrix.
 _MOST_ITERATIONS, _STANDS_STILL = 30, 1e-6
-# Of a Nyström approximation, over the sketch's norm.
-_SHIFT = 1e-8
+# Of a Nyström approximation, over the norm of Y; and the least of its middle's eigenvalues, over the largest.
+_SHIFT, _SMALLEST = 1e-8, 1e-12
 # Rows that are added to a dense matrix together: fewer would wait for its memory.
 _TOGETHER = 512
 
@@ -75,7 +80,7 @@ class Lift(Protocol):
 
 
 class SubspaceFit:
-    """The state of one fit: a sketch that becomes an orthonormal block, then Rayleigh-Ritz inside it.
+    """The state of one fit: a block of directions, and what the rows make of it in a walk.
 
     Args:
         key: names the starting block's random numbers, with the seed.
@@ -85,6 +90,7 @@ class SubspaceFit:
         seed: of the starting block.
         device: where the products are computed.
         whole_up_to: a D up to which the dense matrix is held, whatever the rank.
+        times: how many times as wide as r + 10 the block is; with one walk a wider one makes up for others.
         lift: M, where the sum is of M g of the rows g; None: of the rows.
 
     Attributes:
@@ -101,13 +107,15 @@ class SubspaceFit:
         device: torch.device,
         *,
         whole_up_to: int = 0,
+        times: int = 1,
         lift: Lift | None = None,
     ) -> None:
         self.dim = dim
         self.device = device
         self.rank = min(dim if rank is None else rank, dim, count)
-        block = min(self.rank + OVERSAMPLING, dim)
-        self.block = dim if dim <= max(whole_up_to, _WHOLE_RATIO * block) else block
+        narrow = min(self.rank + OVERSAMPLING, dim)
+        whole = dim <= max(whole_up_to, _WHOLE_RATIO * narrow if times == 1 else 0)
+        self.block = dim if whole else min(times * narrow, dim)
         self.exact = self.block >= dim
         self._key = key
         self._seed = seed
@@ -127,19 +135,24 @@ class SubspaceFit:
     @property
     def nbytes(self) -> int:
         """Memory that the fit takes."""
-        held = 4 * self.dim * 2 * _TOGETHER if self.exact else 0
-        blocks = 3 if self.exact or self._lift is not None else 2
-        return 4 * self.dim * self.block * blocks + 8 * self.block**2 + held
+        if self.exact:
+            return 12 * self.dim * self.block + 8 * self.block**2 + 8 * self.dim * _TOGETHER
+        # Three of the block's size, in float64, while it is factorised.
+        return self.held_bytes + 24 * self.dim * self.block
 
     @property
     def held_bytes(self) -> int:
         """What it holds between two blocks of rows; the rest of `nbytes` is taken by one fit at a time."""
-        return 8 * self.block**2 + 4 * self.dim * _TOGETHER if self.exact else self.nbytes
+        if self.exact:
+            return 8 * self.block**2 + 4 * self.dim * _TOGETHER
+        return 4 * self.dim * self.block * (2 if self._lift is None else 3)
 
     @property
     def cost(self) -> float:
         """Of its factorisations, beside other fits'."""
-        return self.dim**2 * (self.rank + OVERSAMPLING) if self._few else self.dim * self.block**2
+        if self._few:
+            return self.dim**2 * (self.rank + OVERSAMPLING)
+        return self.dim**3 if self.exact else 4 * self.dim * self.block**2
 
     @property
     def _few(self) -> bool:
@@ -148,16 +161,16 @@ class SubspaceFit:
 
     def passes(self, power_iterations: int) -> int:
         """Walks over the rows that it needs: one where the dense matrix is held."""
-        return 1 if self.exact else 2 + power_iterations
+        return 1 if self.exact else 1 + power_iterations
 
     def products(self, power_iterations: int) -> int:
-        """Products of the rows with its block, in all its walks: two in each but the last, one with a dense matrix."""
-        return 2 * self.passes(power_iterations) - 1
+        """Products of the rows with its block, in all its walks: two in each, one with a dense matrix."""
+        return 1 if self.exact else 2 * self.passes(power_iterations)
 
     @property
     def last_bytes(self) -> int:
         """Of what is summed over ranks in the last walk."""
-        return 8 * self.block**2
+        return 8 * self.block**2 if self.exact else 4 * self.dim * self.block
 
     def begin(self, number: int, passes: int) -> bool:
         """Prepares pass `number` of `passes`; whether this fit takes part in it."""
@@ -165,10 +178,8 @@ class SubspaceFit:
         if self.exact and not self._last:
             # One pass is enough.
             return False
-        if self._last:
-            self._sum = torch.zeros(self.block, self.block, dtype=torch.float64, device=self.device)
-        else:
-            self._sum = torch.zeros(self.dim, self.block, device=self.device)
+        kind = torch.float64 if self.exact else torch.float32
+        self._sum = torch.zeros(self.dim, self.block, dtype=kind, device=self.device)
         if number == 0 and not self.exact:
             self._basis = self._start(self.block)
             self._block = self._lifted_basis()
@@ -190,9 +201,6 @@ class SubspaceFit:
             self._squares = self._squares.to(g.device) + norms.square().sum()
         if self.exact:
             self._hold(g)
-        elif self._last:
-            projected = g @ self._block
-            self._sum += projected.T @ projected
         else:
             self._sum.addmm_(g.T, g @ self._block)
 
@@ -225,10 +233,12 @@ class SubspaceFit:
         """On the owner, between two passes: the sketch becomes the next basis."""
         if not self._last:
             # Scaled first: sums of squares of very small gradients would leave float32's range in the factorisation.
-            lifted = self._sum if self._lift is None else self._lift.forward(self._sum.T).T
-            sketch = lifted.double()
+            sketch = self._lifted_sum().double()
             peak = sketch.abs().amax()
             self._basis = torch.linalg.qr(sketch / torch.where(peak > 0, peak, 1.0)).Q.float().contiguous()
+
+    def _lifted_sum(self) -> torch.Tensor:
+        return self._sum if self._lift is None else self._lift.forward(self._sum.T).T
 
     def share(self, ranks: Ranks, owner: int) -> None:
         """All ranks get the owner's basis."""
@@ -239,23 +249,39 @@ class SubspaceFit:
 
     def result(self, divisor: float) -> Eigenpairs:
         """The eigenpairs of the sum divided by `divisor`, on the owner; the fit is used up."""
+        values, vectors = self._whole(divisor) if self.exact else self._nystrom(divisor)
+        self.forget()
+        most = min(self.rank + OVERSAMPLING, self.block)
+        found = torch.zeros(most, dtype=torch.float64)
+        found[: min(len(values), most)] = values.clamp_min(0.0)[:most].cpu()
+        basis = with_fixed_signs(vectors[:, : self.rank])
+        return Eigenpairs(basis.float().contiguous().cpu(), found, self.trace / divisor)
+
+    def _whole(self, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the dense matrix."""
         moment = self._sum / divisor
-        if self.exact and self._lift is not None:
+        if self._lift is not None:
             # M C M^T of a symmetric C.
             moment = self._lift.forward(self._lift.forward(moment).T)
             moment = (moment + moment.T) / 2
         if self._few:
-            values, vectors = leading(moment, self._start(self.rank + OVERSAMPLING).double())
-        else:
-            values, vectors = torch.linalg.eigh(moment)
-            values, vectors = values.flip(0), vectors.flip(1)
-        values, vectors = values.clamp_min(0.0), vectors[:, : self.rank]
-        basis = vectors if self.exact else self._basis.double() @ vectors
-        self.forget()
-        basis = with_fixed_signs(basis)
-        return Eigenpairs(
-            basis.float().contiguous().cpu(), values[: self.rank + OVERSAMPLING].cpu(), self.trace / divisor
-        )
+            return leading(moment, self._start(self.rank + OVERSAMPLING).double())
+        values, vectors = torch.linalg.eigh(moment)
+        return values.flip(0), vectors.flip(1)
+
+    def _nystrom(self, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of A ~ Y (Q^T Y)^-1 Y^T, with A + s I in place of A."""
+        start, product = self._basis.double(), self._lifted_sum().double() / divisor
+        shift = float(_SHIFT * product.norm())
+        product += shift * start
+        middle = start.T @ product
+        values, vectors = torch.linalg.eigh((middle + middle.T) / 2)
+        kept = values > _SMALLEST * values[-1]
+        if not bool(kept.any()):
+            return torch.zeros_like(values), torch.linalg.qr(start).Q
+        root = vectors[:, kept] / values[kept].sqrt()
+        left, sizes, _ = torch.linalg.svd(product @ root, full_matrices=False)
+        return sizes.square() - shift, left
 
     def forget(self) -> None:
         """Gives its memory back, if it has any yet."""
@@ -266,83 +292,6 @@ class SubspaceFit:
         """Room for a result that another rank has."""
         values = torch.empty(min(self.rank + OVERSAMPLING, self.block), dtype=torch.float64)
         return Eigenpairs(torch.empty(self.dim, self.rank), values, 0.0)
-
-
-class NystromFit(SubspaceFit):
-    """The same of the rows themselves, in one walk and a wider block W: of Y = A W, A the sum of outer products,
-
-        A ~ Y (W^T Y)^-1 Y^T
-
-    has the eigenvectors (Tropp, Yurtsever, Udell and Cevher, arXiv:1706.05736, algorithm 3, which shifts A by what it
-    is rounded by).
-
-    Args:
-        key, dim, rank, count, seed, device: as for `SubspaceFit`.
-        times: the block's width over that of a `SubspaceFit`.
-    """
-
-    def __init__(
-        self, key: tuple[str, ...], dim: int, rank: int, count: int, seed: int, device: torch.device, *, times: int
-    ) -> None:
-        super().__init__(key, dim, rank, count, seed, device)
-        self.block = min(times * (self.rank + OVERSAMPLING), dim)
-        self.exact = self.block >= dim
-
-    @property
-    def nbytes(self) -> int:
-        # Three of the block's size, in float64, while it is factorised.
-        return super().nbytes + (0 if self.exact else 24 * self.dim * self.block)
-
-    @property
-    def held_bytes(self) -> int:
-        return super().held_bytes if self.exact else 8 * self.dim * self.block
-
-    @property
-    def cost(self) -> float:
-        return super().cost if self.exact else 4.0 * self.dim * self.block**2
-
-    @property
-    def last_bytes(self) -> int:
-        return super().last_bytes if self.exact else 4 * self.dim * self.block
-
-    def passes(self, power_iterations: int) -> int:
-        return 1
-
-    def products(self, power_iterations: int) -> int:
-        return 1 if self.exact else 2
-
-    def begin(self, number: int, passes: int) -> bool:
-        if self.exact:
-            return super().begin(number, passes)
-        self._last = False
-        if number < passes - 1:
-            return False
-        self._sum, self._block = torch.zeros(self.dim, self.block, device=self.device), self._start(self.block)
-        return True
-
-    def orthonormalise(self) -> None:
-        """Nothing: there is no other pass."""
-
-    def share(self, ranks: Ranks, owner: int) -> None:
-        """Nothing: there is no other pass."""
-
-    def result(self, divisor: float) -> Eigenpairs:
-        if self.exact:
-            return super().result(divisor)
-        start, sketch = self._block.double(), self._sum.double() / divisor
-        shift = _SHIFT * sketch.norm()
-        sketch = sketch + shift * start
-        middle = start.T @ sketch
-        values, vectors = torch.linalg.eigh((middle + middle.T) / 2)
-        kept = values > 1e-12 * values[-1]
-        left, sizes, _ = torch.linalg.svd(sketch @ (vectors[:, kept] / values[kept].sqrt()), full_matrices=False)
-        most = min(self.rank + OVERSAMPLING, self.block)
-        found = torch.zeros(most, dtype=torch.float64)
-        found[: min(len(sizes), most)] = (sizes.square() - shift).clamp_min(0.0)[:most].cpu()
-        self.forget()
-        return Eigenpairs(
-            with_fixed_signs(left[:, : self.rank]).float().contiguous().cpu(), found, self.trace / divisor
-        )
 
 
 def leading(matrix: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -394,7 +343,7 @@ def fit_in_groups(
 
     Args:
         fits: key -> a fit that has not begun; the same on all ranks.
-        power_iterations: subspace iterations between the first sketch and the Rayleigh-Ritz pass.
+        power_iterations: walks that a fit takes beside its last.
         divisor: of the sum over the rows.
         walk: walks this rank's rows once and adds them to the fits that it is given, some of `fits`.
         planned: told how many walks a group will take, before its first.
