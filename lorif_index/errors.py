@@ -44,7 +44,7 @@ class CaptureError(LorifError):
 
     Args:
         message: what is wrong.
-        layers: whose gradients cannot be taken, where those of others can.
+        layers: modules whose gradients cannot be taken, where those of others can.
     """
 
     def __init__(self, message: str, layers: tuple[str, ...] = ()) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import ConfigError
 from .markup import table
-from .tables import merged, picked_from, to_dataset, to_parquet
+from .tables import can_be_picked, merged, picked_from, to_dataset, to_parquet
 
 if TYPE_CHECKING:
     import pandas
@@ -173,16 +173,20 @@ class Groups:
         return _pandas().DataFrame(self.columns())
 
     def columns(self) -> dict[str, list[Any]]:
-        """query, the field's name (of several fields one column each; of a function "value"), sum, count, mean,
-        positive and negative of every group."""
+        """query, value, sum, count, mean, positive and negative of every group.
+
+        Of several fields each has a column of its own name, with "group." before it where another has that name, and
+        its number behind it where two have one."""
         rows = [(q, group) for q, groups in enumerate(self.queries) for group in groups]
+        sums = ("sum", "count", "mean", "positive", "negative")
         out: dict[str, list[Any]] = {"query": [q for q, _ in rows]}
         if isinstance(self.by, str):
             out["value"] = [group.value for _, group in rows]
         else:
             for i, name in enumerate(self.by):
+                name = f"group.{name}" if name in ("query", *sums) else name
+                name = f"{name}.{i + 1}" if name in out else name
                 out[name] = [group.value[i] for _, group in rows]  # type: ignore[index]
-        sums = ("sum", "count", "mean", "positive", "negative")
         return out | {name: [getattr(group, name) for _, group in rows] for name in sums}
 
     def matrix(self) -> tuple[list[Any], np.ndarray]:
@@ -263,6 +267,8 @@ class Selection:
             DataError: data that do not give an example by its number.
         """
         pieces = self._pieces if data is None else ((0, data),)
+        if data is None and self.payloads is not None and not all(can_be_picked(piece) for _, piece in pieces):
+            pieces = ()
         fixed = {"id": self.ids.tolist(), "score": self.scores.tolist(), "question": self.question_of.tolist()}
         return merged(fixed, list(picked_from(pieces, self.ids)) if pieces else self.payloads)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .capture.data import as_tensors
 from .errors import ConfigError, DataError
 
 
@@ -31,6 +32,7 @@ def picked_from(pieces: Sequence[tuple[int, Any]], ids: np.ndarray) -> Iterator[
 
 
 def _example(data: Any, at: int, number: int) -> Any:
+    data = as_tensors(tuple(data) if _is_list_of_tensors(data) else data)
     try:
         if isinstance(data, torch.Tensor):
             return {"x": data[at].tolist()}
@@ -44,6 +46,15 @@ def _example(data: Any, at: int, number: int) -> Any:
             f"the data ({type(data).__name__}) do not give example {number} ({type(error).__name__}): pass data=, the "
             "dataset that the index was built from"
         ) from None
+
+
+def _is_list_of_tensors(data: Any) -> bool:
+    return isinstance(data, list) and bool(data) and all(isinstance(part, torch.Tensor) for part in data)
+
+
+def can_be_picked(data: Any) -> bool:
+    """Whether examples are had by their numbers, and not by walking alone."""
+    return hasattr(data, "__getitem__")
 
 
 def merged(columns: Mapping[str, Sequence[Any]], examples: Sequence[Any] | None) -> dict[str, list[Any]]:

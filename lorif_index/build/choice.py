@@ -52,7 +52,8 @@ def leaving_out(config: BuildConfig, model: Any, body: Callable[[BuildConfig], T
         except CaptureError as error:
             if not error.layers or chosen.include or chosen.types:
                 raise
-            troubles.append(error)
+            # Without its traceback, which holds the failed pass.
+            troubles.append(CaptureError(str(error), error.layers))
             names = [name.partition(".")[2] if isinstance(model, Ensemble) else name for name in error.layers]
             exclude = tuple(dict.fromkeys((*config.layers.exclude, *names)))
             if exclude == config.layers.exclude:

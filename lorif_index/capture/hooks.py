@@ -107,6 +107,7 @@ class Capture:
         self._function = function
         self._autocast = autocast
         self._unproven, self.regrouped = PROVEN_BY, False
+        self._trusted = self._proves = False
         # Use -> what its module multiplies its linear map by, where its class is not torch's.
         self._factors: dict[str, float] = {}
         # Layers whose gradients cannot be taken, and why, in the pass at hand.
@@ -149,7 +150,7 @@ class Capture:
 
     def trust(self) -> Capture:
         """Leaves out the check that examples do not depend on each other, for data that has passed it."""
-        self._unproven = 0
+        self._unproven, self._trusted = 0, True
         return self
 
     def lifted(self, layer: str, use: Use, matrix: torch.Tensor) -> torch.Tensor:
@@ -330,12 +331,12 @@ class Capture:
                 return None
             if graded:
                 self._graded.add(layer)
-            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            x = _input_of(args, kwargs)
             if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
                 self._troubles[layer] = f"module {use.name!r} was called without a tensor input or output"
                 return None
             self._check_rows(layer, use, x, "input")
-            factor = 1.0 if layer in self._troubles else self._factor(layer, use, x, output)
+            factor = 1.0 if layer in self._troubles else self._factor(layer, use, args, kwargs, output)
             if layer in self._troubles:
                 return None
             # The first tracked module of the graph: nothing before it needs gradients.
@@ -366,27 +367,41 @@ class Capture:
 
         return hook
 
-    def _factor(self, layer: str, use: Use, x: torch.Tensor, output: torch.Tensor) -> float:
-        """What a module's class multiplies its linear map by, as scaled embeddings do; seen at its first call."""
+    def _factor(
+        self, layer: str, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> float:
+        """What a module's class multiplies its linear map by, as scaled embeddings do; seen at its first call that says
+        something, by the gradient of its weight, or by the output of an embedding."""
         base = torch_forward(use.module)
+        module: Any = use.module
         if base is None or use.name in self._factors:
             return self._factors.get(use.name, 1.0)
-        if is_dtensor(use.module.weight):
-            return float(getattr(use.module, "embed_scale", 1.0))
-        with torch.no_grad():
-            try:
-                plain, there = (y.detach().double().flatten() for y in (base(use.module, x.detach()), output))
-            except (RuntimeError, TypeError, IndexError):
-                # Another kind of input.
-                plain = there = output.new_zeros(0)
-            size = float(plain @ plain) if plain.shape == there.shape else 0.0
-            factor = float(plain @ there) / size if size else 0.0
-            near = _NEAR[output.dtype.itemsize] * float(there.norm())
-            if not factor or float((there - factor * plain).norm()) > near:
-                self._troubles[layer] = (
-                    f"module {use.name!r} is a {type(use.module).__name__}, whose output is not its weight's linear map"
-                )
-                return 1.0
+        if is_dtensor(module.weight):
+            return float(getattr(module, "embed_scale", 1.0))
+        x = _input_of(args, kwargs).detach()
+        ours = theirs = output.new_zeros(0)
+        try:
+            if isinstance(module, nn.Embedding):
+                with torch.no_grad():
+                    ours, theirs = base(module, x), output.detach()
+            else:
+                given = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+                ours, theirs = _weight_gradients(module, (base, (x,), {}), (type(module).forward, given, kwargs))
+        except (RuntimeError, TypeError, IndexError):
+            # Another kind of input, or no gradient.
+            pass
+        plain, there = ours.double().flatten(), theirs.double().flatten()
+        fits, size = len(plain) > 0 and plain.shape == there.shape, float(plain @ plain)
+        if fits and size == 0 and not bool(there.any()):
+            # It says nothing yet.
+            return 1.0
+        factor = float(plain @ there) / size if fits and size else 0.0
+        near = _NEAR[min(output.dtype.itemsize, module.weight.dtype.itemsize)] * float(there.norm())
+        if not factor or float((there - factor * plain).norm()) > near:
+            self._troubles[layer] = (
+                f"module {use.name!r} is a {type(module).__name__}, whose output is not its weight's linear map"
+            )
+            return 1.0
         self._factors[use.name] = factor
         return factor
 
@@ -401,7 +416,10 @@ class Capture:
                 f"module {use.name!r} has an {what} of shape {tuple(tensor.shape)} for a batch of {self._n} examples, "
                 "so its rows cannot be mapped to examples (routed experts, shared input?)"
             )
-        self.regrouped |= several
+        if several and not self.regrouped:
+            # Also where only later batches have such rows.
+            self.regrouped = True
+            self._unproven = self._unproven if self._trusted or self._in_step else PROVEN_BY
 
     def _project_input(self, layer: str, use: Use, x: Columns, dtype: torch.dtype) -> torch.Tensor:
         """X P as (n, positions, d) or (n, positions, groups, d); on the output side's projection where transposed."""
@@ -531,19 +549,26 @@ class Capture:
 
     def _check_isolation(self, losses: torch.Tensor) -> None:
         """One example's loss must reach that example's rows only: else rows would depend on their batch."""
-        if not losses.requires_grad:
-            return
-        self._probing = self._n - 1
-        try:
-            losses[self._probing].backward(retain_graph=True)
-        finally:
-            self._probing = None
-        # Rows that were mapped by their number alone might, by chance, be as many as they would be.
-        self._unproven = self._unproven - 1 if self.regrouped else 0
+        self._proves = False
+        if losses.requires_grad:
+            self._probing = self._n - 1
+            try:
+                losses[self._probing].backward(retain_graph=True)
+            finally:
+                self._probing = None
+        regrouped, proves = self.regrouped, self._proves
+        if self._in_step:
+            regrouped, proves = agreed(self.model, regrouped), agreed(self.model, proves)
+        # A loss without a gradient proves nothing. Rows that were mapped by their number alone might, by chance, be as
+        # many as they would be.
+        if proves:
+            self._unproven = self._unproven - 1 if regrouped else 0
 
     def _check_isolated_rows(self, layer: str, use: Use, dy: torch.Tensor) -> None:
         each = len(dy) // self._n
-        others = full(dy.detach())[: self._n * each - each]
+        whole = full(dy.detach())
+        others, own = whole[: self._n * each - each], whole[self._n * each - each :]
+        self._proves |= bool(own.any())
         if others.numel() and bool(others.abs().amax() > 0):
             trouble = (
                 f"module {use.name!r}: the loss of one example has a gradient in rows of others, so its rows cannot be "
@@ -558,9 +583,10 @@ class Capture:
     def _check_troubles(self) -> None:
         """Raises CaptureError where layers' gradients cannot be taken."""
         if self._troubles:
-            names = tuple(self._troubles)
-            more = f" (and {len(names) - 1} more: {list(names[1:5])})" if len(names) > 1 else ""
-            raise CaptureError(f"{self._troubles[names[0]]}{more}: {_REMEDY}", names)
+            names = list(self._troubles)
+            more = f" (and {len(names) - 1} more: {names[1:5]})" if len(names) > 1 else ""
+            uses = tuple(use.name for layer in self._layers if layer.name in self._troubles for use in layer.uses)
+            raise CaptureError(f"{self._troubles[names[0]]}{more}: {_REMEDY}", uses)
 
     def _check_graded(self) -> None:
         """Gradients of a layer that was called without them would be zeros, and look like an answer."""
@@ -584,6 +610,27 @@ class Capture:
                     "is called, but the loss does not depend on it" if layer.name in self._called else "is never called"
                 )
                 self._troubles[layer.name] = f"layer {layer.name!r} got no gradient: it {how}"
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module was called with."""
+    return args[0] if args else kwargs.get("input", kwargs.get("x"))
+
+
+def _weight_gradients(module: Any, *calls: tuple[Callable[..., Any], Any, dict[str, Any]]) -> list[torch.Tensor]:
+    """The gradients of a module's weight by the same combination of the outputs of several forwards of it."""
+    weight, found = module.weight, []
+    needed = weight.requires_grad
+    try:
+        with torch.enable_grad():
+            weight.requires_grad_(True)
+            for forward, args, kwargs in calls:
+                y = forward(module, *args, **kwargs)
+                v = torch.arange(y.numel(), device=y.device, dtype=torch.float32).cos().reshape(y.shape).to(y.dtype)
+                found.append(torch.autograd.grad(y, weight, v)[0])
+    finally:
+        weight.requires_grad_(needed)
+    return found
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:

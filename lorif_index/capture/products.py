@@ -150,7 +150,9 @@ class _Pass:
             more = self._capture.changed(layer, use, left, self._vectors[layer], output)
         if self._scalars is None:
             return output + forward_ad.make_dual(torch.zeros_like(more), more)
-        return output + more * self._scalars.to(output).reshape(-1, *(1 for _ in output.shape[1:]))
+        # A module may have several rows of each example.
+        scalars = self._scalars.to(output).repeat_interleave(len(output) // self._rows)
+        return output + more * scalars.reshape(-1, *(1 for _ in output.shape[1:]))
 
     def forward(self, model: nn.Module, batch: Batch) -> list[torch.Tensor]:
         """The weights, by forward-mode differentiation."""

@@ -60,9 +60,11 @@ class Postings:
         self._dim, self._count, self._values = layout.dim, len(codes), values_of_levels().numpy()
         if importlib.util.find_spec("numba") is not None:
             KERNEL.load_once()
-        self._blocks = [
-            _turned(layout, codes[start : start + BLOCK].contiguous()) for start in range(0, len(codes), BLOCK)
-        ]
+        self._blocks = []
+        for start in range(0, len(codes), BLOCK):
+            if not threading.main_thread().is_alive():
+                raise SystemExit("the program ends: nobody will ask")
+            self._blocks.append(_turned(layout, codes[start : start + BLOCK].contiguous()))
 
     @property
     def nbytes(self) -> int:
@@ -181,7 +183,9 @@ class Shortened:
         if questions >= _WORTH:
             self._turn()
         elif not self._turning.locked():
-            threading.Thread(target=self._turn, name="lorif-postings", daemon=True).start()
+            # Waited for where the program ends, which it sees after each block: a thread that is cut off in the middle
+            # of compiled code may take the program with it.
+            threading.Thread(target=self._turn, name="lorif-postings").start()
 
     def _turn(self) -> None:
         with self._turning:

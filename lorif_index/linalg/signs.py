@@ -46,7 +46,7 @@ def hashed_signs(
     parts = (words.unsqueeze(3) >> 8 * torch.arange(taken, device=device)).bitwise_and_(255)
     table = (torch.arange(256, device=device)[:, None] >> torch.arange(bits, device=device)) & 1
     signs = (2 * table - 1).to(like.dtype).index_select(0, parts.flatten())
-    return signs.reshape(len(ids), positions, -1)[:, :, :classes]
+    return signs.reshape(len(ids), positions, words.shape[2] * taken * bits)[:, :, :classes]
 
 
 def _absorbed(state: State, part: torch.Tensor) -> State:

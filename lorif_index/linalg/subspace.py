@@ -281,6 +281,9 @@ class SubspaceFit:
             return torch.zeros_like(values), torch.linalg.qr(start).Q
         root = vectors[:, kept] / values[kept].sqrt()
         left, sizes, _ = torch.linalg.svd(product @ root, full_matrices=False)
+        if left.shape[1] < self.rank:
+            # What rounding has left of directions that nothing lies in.
+            left = torch.linalg.qr(torch.cat([left, start], dim=1)).Q
         return sizes.square() - shift, left
 
     def forget(self) -> None:

@@ -176,14 +176,16 @@ class Logits(nn.Module):
         return default_loss.logits(self.model, batch)[0]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("way", ["forward without fused attention", "twice without fused attention"])
 @pytest.mark.parametrize("name", ["Gemma 3", "OPT", "Swin"])
-def test_gauss_newton_products_of_scaled_embeddings_and_several_rows_an_example(name: str) -> None:
+def test_gauss_newton_products_of_scaled_embeddings_and_several_rows_an_example(name: str, way: str) -> None:
     model, data, _ = made(name)
     batch = {k: v[:2] for k, v in data.items()}
     taken = ModelCapture(model, WHOLE)
     generator = torch.Generator().manual_seed(0)
     v = {n: torch.randn(1, s.d_in, s.d_out, generator=generator) for n, s in taken.specs.items()}
     products = Products(taken.capture(None).trust(), Declared(default_loss.logits))  # type: ignore[attr-defined]
+    products.way = way
     found = products.summed(v, batch)
     # The same by torch's own derivatives in the weights.
     weights, tangents = {}, {}
@@ -255,3 +257,101 @@ def test_rows_of_several_positions_are_the_examples_own(shares: int | None, tmp_
         loss = default_loss(model, (x[i : i + 1], y[i : i + 1])).sum()
         for number, grad in enumerate(torch.autograd.grad(loss, [e.weight for e in model.experts])):
             assert close(found[f"experts.{number}"][i][:8], grad.T.numpy(), 1e-4)
+
+
+class Wide(nn.Linear):
+    """It computes in float32, whatever its weight is."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input.float(), self.weight.float(), self.bias.float()).to(input.dtype)
+
+
+class Added(nn.Linear):
+    """It adds a map of its own, as loralib's does."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Parameter(torch.randn(inputs, 2)), nn.Parameter(torch.randn(2, outputs))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + input @ self.a @ self.b
+
+
+class Halved(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super().forward(input)
+
+
+class Squared(nn.Linear):
+    """Its output is no linear map of its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight.square(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(Wide, torch.bfloat16), (Wide, torch.float32), (Added, torch.float32), (Halved, torch.float32)],
+)
+def test_classes_of_their_own_are_tracked_by_what_they_compute(kind: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    data = torch.randn(24, 6).to(dtype), torch.randint(0, 3, (24,))
+    index = Index.build(tmp_path / "i", model=model, data=data, progress=False)
+    assert list(index.layers) == ["0", "2"]
+    found, inner = captured(model, data)["0"], model[0]
+    for i in (0, 23):
+        (grad,) = torch.autograd.grad(
+            default_loss(model, (data[0][i : i + 1], data[1][i : i + 1])).sum(), [inner.weight]
+        )
+        assert close(found[i][:6], grad.float().T.numpy(), 1e-4 if dtype == torch.float32 else 3e-2)
+
+
+def test_a_class_that_computes_something_else_is_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Squared(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = torch.randn(24, 6), torch.randint(0, 3, (24,))
+    with pytest.warns(
+        UserWarning, match="left out: module '0' is a Squared, whose output is not its weight's linear map"
+    ):
+        index = Index.build(tmp_path / "i", model=model, data=data, progress=False)
+    assert list(index.layers) == ["2"]
+
+
+class Tied(nn.Module):
+    """Two modules of one weight, one of which sees rows that are no examples'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.two.weight, self.two.bias = self.one.weight, self.one.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.one(x) + self.two(x.mean(dim=0, keepdim=True).repeat(3, 1)).mean())
+
+
+def test_a_tied_weight_is_left_out_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    with pytest.warns(UserWarning, match="left out: module 'two' has an input of shape"):
+        index = Index.build(tmp_path / "i", model=Tied(), data=data, config=BuildConfig(batch_size=4), progress=False)
+    assert list(index.layers) == ["head"] and set(index.config.layers.exclude) == {"one", "two"}
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_sequences_without_a_loss_are_among_others(short: int, tmp_path: Path) -> None:
+    """Many of them do not make a batch of their own, and a loss that mixes examples is found out beside them."""
+    model, _, _ = made("Llama")
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(3, WORDS, short if i % 8 == 0 else generator.integers(4, 12)) for i in range(160)]
+    data = [{"input_ids": row.tolist()} for row in rows]
+    config = BuildConfig(batch_size=4, coarse=None)
+    index = Index.build(tmp_path / "i", model=model, data=data, config=config, progress=False)
+    assert len(index) == 160
+
+    def mixing(model: nn.Module, batch: Any) -> torch.Tensor:
+        losses = default_loss(model, batch)
+        return losses - 0.5 * losses.mean()
+
+    with pytest.raises(CaptureError, match="rows of others"):
+        Index.build(tmp_path / "j", model=model, data=data, loss=mixing, config=config, progress=False)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import close, small_data, small_model
+from torch.utils.data import DataLoader, TensorDataset
 
 from lorif_index import BuildConfig, Index, Selection
 from lorif_index.errors import DataError, QueryError
@@ -153,6 +154,8 @@ def test_groups_of_several_fields(index: Index, asked: Any, tmp_path: Path) -> N
     frame = found.to_pandas()
     assert list(frame.columns) == ["query", "source", "kind", "even", "sum", "count", "mean", "positive", "negative"]
     assert len(frame) == 24
+    same = index.groups(asked, ["source", even, even]).columns()
+    assert list(same)[:4] == ["query", "source", "even", "even.3"]
     with pytest.raises(QueryError, match=r"no payload has a field 'nothing', but \['id', 'kind', 'source'\]"):
         index.groups(asked, ["source", "nothing"])
     for by in ([], ["source", 3], {}):
@@ -194,3 +197,18 @@ def test_added_examples_are_found_in_their_own_data(asked: Any, tmp_path: Path) 
     (x, _), columns = small_data(30), chosen.columns()
     every = torch.cat([x, asked[0]])
     assert np.allclose(np.array(columns["x"]), every[chosen.ids].numpy())
+
+
+def test_data_of_other_forms(asked: Any, tmp_path: Path) -> None:
+    """Arrays and lists of tensors are as tensors; a loader can only be walked, so that payloads are taken."""
+    x, y = small_data(30)
+    for name, data in (("arrays", (x.numpy(), y.numpy())), ("list", [x, y])):
+        index = Index.build(tmp_path / name, model=small_model(), data=data, progress=False)
+        columns = (chosen := index.select(asked, 5)).columns()
+        assert np.allclose(np.array(columns["x"]), x[chosen.ids].numpy())
+    loader = DataLoader(TensorDataset(x, y), batch_size=5)
+    index = Index.build(
+        tmp_path / "l", model=small_model(), data=loader, payloads=[str(i) for i in range(30)], progress=False
+    )
+    chosen = index.select(asked, 5)
+    assert chosen.columns()["text"] == [str(i) for i in chosen.ids]

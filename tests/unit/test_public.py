@@ -83,11 +83,12 @@ CONFIG = (
 ENGINE = [
     ("", "version errors ranks damping"),
     ("codecs", "registry"),
-    ("", "config progress markup tables results"),
+    ("", "config progress markup"),
     ("linalg", "scratch"),
     ("capture", "gradients"),
     ("linalg", "precision projection sampling signs subspace"),
     ("capture", "sharded losses heads seeing data layers ensemble probes spool hooks products eigenbases sources"),
+    ("", "tables results"),
     ("curvature", "sides fit inverse refine sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
     ("codecs", "base kernel compiled bits sparse postings agreement truncation factors eigencodes"),
