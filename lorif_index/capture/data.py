@@ -213,15 +213,15 @@ class ItemSource(IndexedSource):
         """Batches of items of like length."""
         items = self._items(ids)
         lengths = np.array([_length(item) or 0 for item in items])
-        few, others = np.flatnonzero(lengths < _FEW_TOKENS), np.sort(lengths[lengths >= _FEW_TOKENS])
-        if len(others):
-            # Together these would make batches without any loss.
-            lengths[few] = others[np.linspace(0, len(others) - 1, len(few)).astype(int)]
-        parts = list(_chunks(np.argsort(lengths, kind="stable"), self._batch_size))
+        order = np.argsort(lengths, kind="stable")
+        # Together these would make batches without any loss.
+        few, others = order[lengths[order] < _FEW_TOKENS], order[lengths[order] >= _FEW_TOKENS]
+        order = np.insert(others, np.linspace(0, len(others), len(few)).astype(int), few)
+        parts = list(_chunks(order, self._batch_size))
         if lengths.min() < lengths.max():
             # The first is of middle length, and the first few of all: what they show and take is what all will.
-            order = sorted(range(len(parts)), key=lambda i: f"{i:032b}"[::-1])
-            parts = [parts[(i + len(parts) // 2) % len(parts)] for i in order]
+            turns = sorted(range(len(parts)), key=lambda i: f"{i:032b}"[::-1])
+            parts = [parts[(i + len(parts) // 2) % len(parts)] for i in turns]
         for part in parts:
             part.sort()
             yield ids[part], [items[i] for i in part.tolist()]
