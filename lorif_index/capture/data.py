@@ -216,7 +216,7 @@ class ItemSource(IndexedSource):
         order = np.argsort(lengths, kind="stable")
         # Together these would make batches without any loss.
         few, others = order[lengths[order] < _FEW_TOKENS], order[lengths[order] >= _FEW_TOKENS]
-        order = np.insert(others, np.linspace(0, len(others), len(few)).astype(int), few)
+        order = np.insert(others, np.linspace(0, len(others), len(few) + 2)[1:-1].astype(int), few)
         parts = list(_chunks(order, self._batch_size))
         if lengths.min() < lengths.max():
             # The first is of middle length, and the first few of all: what they show and take is what all will.
