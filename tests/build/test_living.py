@@ -148,7 +148,7 @@ def test_an_interrupted_addition_goes_on(index: Index, whole: Index, rows: torch
     made.add(gradients=blocks(rows[N:]), progress=lambda e: begun.append(e.total or 0) if e.stage == "encode" else None)
     assert min(begun) < MORE, "sealed shards were not encoded again"
     assert not (index.path / "adding.json").exists()
-    np.testing.assert_allclose(made.scores(query), whole.scores(query), rtol=1e-4, atol=1e-5)
+    alike(made.scores(query), whole.scores(query))
     made.verify()
 
 
@@ -247,7 +247,7 @@ def test_an_addition_from_the_model(tmp_path: Path) -> None:
     first = Index.build(tmp_path / "i", model=model, data=(x[:60], y[:60]))
     first.add((x[60:], y[60:]))
     whole = Index.build(tmp_path / "whole", model=model, data=(x, y), fit=first)
-    np.testing.assert_allclose(first.scores((x[:4], y[:4])), whole.scores((x[:4], y[:4])), rtol=1e-5, atol=1e-6)
+    alike(first.scores((x[:4], y[:4])), whole.scores((x[:4], y[:4])))
     with torch.no_grad():
         model[0].weight += 1
     with pytest.raises(FingerprintError, match="model"):
