@@ -282,6 +282,22 @@ class Halved(nn.Linear):
         return 0.5 * super().forward(input)
 
 
+class Eight(nn.Linear):
+    """Its weight, in eight bits, has no gradient."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight.detach().float(), self.bias)
+
+
+def test_weights_of_eight_bits_are_taken_at_their_word(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Eight(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    data = torch.randn(24, 6), torch.randint(0, 3, (24,))
+    index = Index.build(tmp_path / "i", model=model, data=data, progress=False)
+    assert list(index.layers) == ["0", "2"]
+
+
 class Squared(nn.Linear):
     """Its output is no linear map of its weight."""
 
