@@ -398,7 +398,8 @@ class Capture:
             # It says nothing yet.
             return 1.0
         factor = float(plain @ there) / size if fits and size else 0.0
-        near = _NEAR[min(output.dtype.itemsize, module.weight.dtype.itemsize)] * float(there.norm())
+        width = max(min(output.dtype.itemsize, module.weight.dtype.itemsize), 2)
+        near = _NEAR[width] * float(there.norm())
         if not factor or float((there - factor * plain).norm()) > near:
             self._troubles[layer] = (
                 f"module {use.name!r} is a {type(module).__name__}, whose output is not its weight's linear map"
