@@ -459,11 +459,18 @@ class Index(Described):
             queries, measure, policy, chosen, contrast=contrast, refining=refining, progress=progress
         )
         with reporter(progress) as report:
-            picked, scores = select(reader, prepared.question, int(n), method, policy, report)
+            picked = select(reader, prepared.question, int(n), method, policy, report)
         payloads = payloads_at(reader, picked.places) if reader.has_payloads else None
         ids = reader.rows.ids_at(picked.places)
         return Selection(
-            ids, scores, picked.question_of, method, picked.exhausted, picked.ties, payloads, tuple(self._pieces)
+            ids,
+            picked.scores,
+            picked.question_of,
+            method,
+            picked.exhausted,
+            picked.ties,
+            payloads,
+            tuple(self._pieces),
         )
 
     @in_whole_products

@@ -134,7 +134,6 @@ class _Norms:
         self.total, self.failed = 0.0, False
         self.differing: set[str] = set()
         self._projections = taken.projections
-        # Of what is not tracked, by the class of its module.
         self.others: dict[str, float] = {}
         self._class = {id(p): type(m).__name__ for m in taken.model.modules() for p in m.parameters(recurse=False)}
         # Parameter -> its layer, of those that one module alone uses in a known way.

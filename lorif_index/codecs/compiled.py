@@ -51,13 +51,6 @@ class Kernel:
             threading.Thread(target=self.load_once, name="lorif-kernel", daemon=True).start()
         return False
 
-    def _try(self) -> None:
-        try:
-            self.load()
-        except Exception as error:
-            self._failed = True
-            warnings.warn(f"numba could not compile the kernel, so that torch scores: {error}", stacklevel=2)
-
     def load(self) -> None:
         """Imports and compiles it.
 
@@ -80,8 +73,13 @@ class Kernel:
     def load_once(self) -> None:
         """The same, where it is not loaded yet; without it where it cannot be compiled."""
         with self._loading:
-            if self.module is None and not self._failed:
-                self._try()
+            if self.module is not None or self._failed:
+                return
+            try:
+                self.load()
+            except Exception as error:
+                self._failed = True
+                warnings.warn(f"numba could not compile the kernel, so that torch scores: {error}", stacklevel=2)
 
     def planes(
         self, queries: torch.Tensor, firsts: Sequence[int], counts: Sequence[int], sizes: Sequence[int], bits: int

@@ -181,6 +181,13 @@ def score(rows, starts, words, planes, steps, offsets, scales, first, out):
 
 
 @_compiled
+def _entry(row, entries, e):
+    """Entry e of a row that names so many: its place, above 5 bits that stand for its value (see `sparse`)."""
+    middle, high = np.int32(row[entries + e]) << np.int32(8), np.int32(row[2 * entries + e]) << np.int32(16)
+    return np.int32(row[e]) | middle | high
+
+
+@_compiled
 def named(rows, entries, query, values, scales, first, out):
     """Scores rows that name their largest coordinates (see `sparse`).
 
@@ -193,11 +200,11 @@ def named(rows, entries, query, values, scales, first, out):
         first: place in `out` for the first row.
         out: (at least first + n,) float32, to be filled.
     """
-    low, middle, high, last = np.int32(31), np.int32(8), np.int32(16), np.int32(len(query) - 1)
+    low, last = np.int32(31), np.int32(len(query) - 1)
     for r in range(rows.shape[0]):
         row, total = rows[r], np.float32(0.0)
         for e in range(entries):
-            entry = np.int32(row[e]) | np.int32(row[entries + e]) << middle | np.int32(row[2 * entries + e]) << high
+            entry = _entry(row, entries, e)
             # A forged place must not be read behind the end.
             total += query[min(entry >> np.int32(5), last)] * values[entry & low]
         out[first + r] = total * scales[r]
@@ -212,12 +219,11 @@ def count_named(rows, entries, counts):
         entries: how many a row names.
         counts: (dim + 1,) int32 of zeros, to be filled from its second number on.
     """
-    low, middle, high = np.int32(5), np.int32(8), np.int32(16)
     for r in range(rows.shape[0]):
         row = rows[r]
         for e in range(entries):
-            entry = np.int32(row[e]) | np.int32(row[entries + e]) << middle | np.int32(row[2 * entries + e]) << high
-            place = entry >> low
+            entry = _entry(row, entries, e)
+            place = entry >> np.int32(5)
             if place < len(counts) - 1:
                 counts[place + 1] += np.int32(1)
 
@@ -232,12 +238,11 @@ def turn_named(rows, entries, at, numbers, levels):
         numbers: (m,) uint16, to be filled with the entries' rows.
         levels: (m,) uint8, to be filled with their low bits.
     """
-    low, middle, high = np.int32(5), np.int32(8), np.int32(16)
     for r in range(rows.shape[0]):
         row = rows[r]
         for e in range(entries):
-            entry = np.int32(row[e]) | np.int32(row[entries + e]) << middle | np.int32(row[2 * entries + e]) << high
-            place = entry >> low
+            entry = _entry(row, entries, e)
+            place = entry >> np.int32(5)
             if place < len(at):
                 k = at[place]
                 at[place] = k + np.int32(1)

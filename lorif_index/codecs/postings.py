@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .compiled import KERNEL
-from .sparse import ENTRY_BYTES, SparseLayout, values_of_levels
+from .sparse import SparseLayout, values_of_levels
 
 BLOCK = 1 << 16
 """Rows of a block."""
@@ -103,8 +103,7 @@ def _turned(layout: SparseLayout, codes: torch.Tensor) -> _Block:
         rows, levels = np.empty(int(starts[-1]), np.uint16), np.empty(int(starts[-1]), np.uint8)
         KERNEL.module.turn_named(numbers, m, starts[:-1].copy(), rows, levels)
         return _Block(starts, rows, levels, scales)
-    every = numbers[:, : ENTRY_BYTES * m].reshape(len(numbers), ENTRY_BYTES, m).astype(np.int32)
-    entries = (every[:, 0] | every[:, 1] << 8 | every[:, 2] << 16).reshape(-1)
+    entries = layout.joined(codes).numpy().reshape(-1)
     there = np.flatnonzero(entries >> 5 < dim)
     order = there[np.argsort(entries[there] >> 5, kind="stable")]
     starts = np.concatenate([[0], np.cumsum(np.bincount(entries[there] >> 5, minlength=dim))]).astype(np.int32)

@@ -99,13 +99,16 @@ class SparseLayout:
     def shortened(self, codes: torch.Tensor, entries: int) -> torch.Tensor:
         """The same of each row's largest entries alone: codes (n, 3 entries + 2) uint8 of a layout that names so many.
         They are what most of its score is from, so that they propose the row (docs/choosing.md)."""
-        m = self.entries
-        planes = [codes[:, plane * m : (plane + 1) * m].int() for plane in range(ENTRY_BYTES)]
-        every = planes[0] | planes[1] << 8 | planes[2] << 16
+        m, every = self.entries, self.joined(codes)
         # By magnitude; what names nothing comes last.
         levels = torch.where(every >> 5 < self.dim, every & (_LEVELS - 1), -1)
         kept = every.gather(1, torch.topk(levels, min(entries, m), dim=1, sorted=False).indices)
         return SparseLayout(self.dim, entries)._packed(kept, codes[:, ENTRY_BYTES * m :])
+
+    def joined(self, codes: torch.Tensor) -> torch.Tensor:
+        """(n, m) int32: entries, put together of their planes."""
+        low, middle, high = codes[:, : ENTRY_BYTES * self.entries].int().unflatten(1, (ENTRY_BYTES, -1)).unbind(1)
+        return low | middle << 8 | high << 16
 
     def scales(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, 1) float32."""

@@ -37,12 +37,14 @@ class Picked:
 
     Attributes:
         places: (n,) int64 into the rows that there were, in the order in which they were taken.
+        scores: (n,) float32: of the question that took each, or their sums.
         question_of: (n,) int64: which question took each.
         exhausted: questions that had no example left that lowers their loss when it was their turn.
         ties: how often another example had the very score of the one that was taken.
     """
 
     places: np.ndarray
+    scores: np.ndarray
     question_of: np.ndarray
     exhausted: list[int]
     ties: int
@@ -69,7 +71,7 @@ def by_turns(positions: np.ndarray, scores: np.ndarray, n: int) -> Picked:
     """
     queries = len(positions)
     at, taken = [0] * queries, set[int]()
-    found: list[tuple[int, int]] = []
+    found: list[tuple[int, float, int]] = []
     exhausted, ties = dict[int, None](), 0
     while len(found) < n:
         for q in range(queries):
@@ -82,18 +84,15 @@ def by_turns(positions: np.ndarray, scores: np.ndarray, n: int) -> Picked:
             after = next((i for i in range(place + 1, len(row)) if int(row[i]) not in taken), place)
             ties += int(after > place and scores[q, after] == scores[q, place])
             taken.add(int(row[place]))
-            found.append((int(row[place]), q))
+            found.append((int(row[place]), float(scores[q, place]), q))
             if len(found) == n:
                 break
-    places, question_of = (np.array(column, dtype=np.int64) for column in zip(*found, strict=True))
-    return Picked(places, question_of, sorted(exhausted), ties)
+    places, its, question_of = (np.array(column) for column in zip(*found, strict=True))
+    return Picked(places, its.astype(np.float32), question_of, sorted(exhausted), ties)
 
 
-def select(
-    reader: Reader, question: Question, n: int, method: str, policy: Damping, report: Reporter
-) -> tuple[Picked, np.ndarray]:
-    """What a method takes of an index's rows, and their scores (n,) float32: of "round-robin" those of the question
-    that took each, else their sums.
+def select(reader: Reader, question: Question, n: int, method: str, policy: Damping, report: Reporter) -> Picked:
+    """What a method takes of an index's rows.
 
     Args:
         reader: the index; one process holds all of it.
@@ -107,11 +106,8 @@ def select(
         for at, scores, _ in scan(reader, question, report):
             top.update(at, scores)
         positions, best = (part.numpy() for part in top.result())
-        picked = by_turns(positions, best, n)
-        row = {(q, int(p)): s for q in range(len(positions)) for p, s in zip(positions[q], best[q], strict=True)}
-        taken = zip(picked.question_of.tolist(), picked.places.tolist(), strict=True)
-        return picked, np.array([row[pair] for pair in taken], dtype=np.float32)
-    wide = n if method == "sum" else pool_size(n, reader.live_count)
+        return by_turns(positions, best, n)
+    wide = n if method == "sum" else min(_POOL * n, reader.live_count)
     # One more, by which ties with what is left are seen.
     top = TopK(1, min(wide + 1, reader.live_count))
     for at, scores, _ in scan(reader, question, report):
@@ -125,17 +121,12 @@ def select(
         positions, sums, rows = positions[order], sums[order], rows[torch.from_numpy(order)]
     each = scores_of(reader, question, rows)
     exhausted = list(range(question.count)) if float(sums.min()) <= 0 else []
-    return Picked(positions, each.argmax(axis=0), exhausted, ties), sums.astype(np.float32)
+    return Picked(positions, sums.astype(np.float32), each.argmax(axis=0), exhausted, ties)
 
 
 def scores_of(reader: Reader, question: Question, rows: torch.Tensor) -> np.ndarray:
     """(q, m) float32 of some stored rows (m, row_bytes)."""
     return reader.codec.scorer(question.parts, torch.device("cpu")).score(rows).cpu().numpy().copy()
-
-
-def pool_size(n: int, live: int) -> int:
-    """Examples of the largest sums that a greedy selection is made of."""
-    return min(_POOL * n, live)
 
 
 def against_redundancy(
