@@ -127,11 +127,11 @@ LORA = Shape(
 )
 EXPERTS = Shape(
     "Mixture of experts, 8 x 7B",
-    "Jiang et al., arXiv:2401.04088: 32 blocks, width 4,096, 8 experts of 14,336, each map of each tracked",
+    "Jiang et al., arXiv:2401.04088: 32 blocks, width 4,096, 8 experts of 14,336, the gate and what it gates in one map, as transformers have them",
     32,
     (
         *((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 8)),
-        *(8 * ((4096, 14336), (4096, 14336), (14336, 4096))),
+        *(8 * ((4096, 28672), (14336, 4096))),
     ),
     False,
     (4096, 32000),

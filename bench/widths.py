@@ -6,6 +6,7 @@ Models of real shapes with random weights, random tokens, the default config; ea
     llama       two blocks of Llama 2 7B: 4,096 x 11,008, bfloat16, sequences of 128
     lora        80 blocks, 64 wide, LoRA on every map: 1,120 layers
     vocabulary  two blocks, 256 wide, 128,000 words
+    experts     4 blocks of Mixtral, 256 wide, 8 experts: 85 layers
 
 Reported are seconds over one plain pass of all N examples (forward and backward, weights' gradients included), peak
 memory over that of the process once it has made a plain pass, bytes on disk, and what `Index.estimate` said of these
@@ -23,7 +24,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from bench.environment import arguments, in_child, keep, peak_rss, table
 from lorif_index import Index, default_loss
@@ -89,11 +97,26 @@ def vocabulary(smoke: bool) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=2, n_head=4, vocab_size=words))
 
 
+def experts(smoke: bool) -> nn.Module:
+    width, blocks = (32, 2) if smoke else (256, 4)
+    config = MixtralConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=blocks,
+        num_local_experts=8,
+        vocab_size=500,
+    )
+    return MixtralForCausalLM(config)
+
+
 CASES = {
     "gpt2": Case(gpt2, 50_257, 512, 128),
     "llama": Case(llama, 32_000, 64, 128),
     "lora": Case(lora, 500, 512, 64),
     "vocabulary": Case(vocabulary, 128_000, 512, 64),
+    "experts": Case(experts, 500, 512, 128),
 }
 BATCH = 8
 """Sequences of a plain pass at a time."""

@@ -57,7 +57,16 @@ class NonFiniteError(LorifError):
 
 
 class CurvatureError(LorifError):
-    """A curvature that cannot be fitted, or that the chosen damping leaves singular."""
+    """A curvature that cannot be fitted, or that the chosen damping leaves singular.
+
+    Args:
+        message: what is wrong.
+        idle: layers that have no gradient in any example of what is fitted on, where others have.
+    """
+
+    def __init__(self, message: str, idle: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.idle = idle
 
 
 class DistributedError(LorifError):

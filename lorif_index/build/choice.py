@@ -54,11 +54,10 @@ def leaving_out(config: BuildConfig, model: Any, body: Callable[[BuildConfig], T
                 raise
             # Without its traceback, which holds the failed pass.
             troubles.append(CaptureError(str(error), error.layers))
-            names = [name.partition(".")[2] if isinstance(model, Ensemble) else name for name in error.layers]
-            exclude = tuple(dict.fromkeys((*config.layers.exclude, *names)))
-            if exclude == config.layers.exclude:
+            fewer = excluding(config, model, error.layers)
+            if fewer == config:
                 raise
-            config = dataclasses.replace(config, layers=dataclasses.replace(config.layers, exclude=exclude))
+            config = fewer
         except ConfigError:
             # None is left.
             if troubles:
@@ -68,6 +67,13 @@ def leaving_out(config: BuildConfig, model: Any, body: Callable[[BuildConfig], T
             for trouble in troubles:
                 warnings.warn(f"left out: {trouble}", stacklevel=5)
             return config, found
+
+
+def excluding(config: BuildConfig, model: Any, modules: Iterable[str]) -> BuildConfig:
+    """The config without some modules; of an ensemble without those of any member."""
+    names = [name.partition(".")[2] if isinstance(model, Ensemble) else name for name in modules]
+    exclude = tuple(dict.fromkeys((*config.layers.exclude, *names)))
+    return dataclasses.replace(config, layers=dataclasses.replace(config.layers, exclude=exclude))
 
 
 def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, examples: ExampleSource) -> BuildConfig:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..capture.data import Batch, ExampleSource, one_of
+from ..capture.experts import ExpertMap
 from ..capture.gradients import GradientBlock
 from ..capture.hooks import Capture
 from ..capture.layers import Use
@@ -131,34 +132,36 @@ class _Norms:
     """
 
     def __init__(self, taken: ModelCapture) -> None:
-        self.total, self.failed = 0.0, False
+        self.total, self.failed, self._scale = 0.0, False, 1.0
         self.differing: set[str] = set()
         self._projections = taken.projections
         self.others: dict[str, float] = {}
         self._class = {id(p): type(m).__name__ for m in taken.model.modules() for p in m.parameters(recurse=False)}
-        # Parameter -> its layer, of those that one module alone uses in a known way.
-        self._plain: dict[int, tuple[str, Use, bool]] = {}
+        # Parameter -> its layers, of those that one module alone uses in a known way.
+        self._plain: dict[int, list[tuple[str, Use, bool]]] = {}
         self._projected: dict[str, torch.Tensor] = {}
         self._whole: dict[str, float] = {}
         self.layers = {layer.name: 0.0 for layer in taken.layers}
-        self._owner: dict[int, str] = {}
+        self._owner: dict[int, list[tuple[str, Use]]] = {}
         # A tied weight may be tracked in some of its modules alone, by choice.
         holders = Counter(id(p) for m in taken.model.modules() for p in m.parameters(recurse=False))
         for layer in taken.layers:
             for use in layer.uses:
-                weight = getattr(use.module, "weight", None)
+                weight, biases = getattr(use.module, "weight", None), getattr(use.module, "bias", None)
+                if experts := isinstance(use.module, ExpertMap):
+                    weight, biases = use.module.held, getattr(use.module.parent, str(use.module.biases), None)
                 if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
                     # Quantised: its gradient is no parameter's.
                     self.failed = True
                     continue
-                self._owner[id(weight)] = layer.name
-                plain = type(use.module) in (nn.Linear, nn.Embedding) and holders[id(weight)] == 1
+                self._owner.setdefault(id(weight), []).append((layer.name, use))
+                plain = experts or (type(use.module) in (nn.Linear, nn.Embedding) and holders[id(weight)] == 1)
                 if plain and not is_dtensor(weight):
-                    self._plain[id(weight)] = layer.name, use, False
+                    self._plain.setdefault(id(weight), []).append((layer.name, use, False))
                 if use.bias:
-                    self._owner[id(use.module.bias)] = layer.name
+                    self._owner.setdefault(id(biases), []).append((layer.name, use))
                     if id(weight) in self._plain:
-                        self._plain[id(use.module.bias)] = layer.name, use, True
+                        self._plain.setdefault(id(biases), []).append((layer.name, use, True))
         parameters = [p for p in taken.model.parameters() if p.is_floating_point()]
         trained = [p for p in parameters if p.requires_grad or id(p) in self._owner]
         # A model that was frozen to be asked says nothing of what was trained.
@@ -168,17 +171,21 @@ class _Norms:
         """Adds a batch of one, whose captured gradients are compared."""
         self._projected.clear()
         self._whole.clear()
+        self._scale = capture.scale
 
         def on_gradient(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 square = float(torch.linalg.vector_norm(parameter.grad.float()).double().square()) / capture.scale**2
-                self._project(parameter, parameter.grad, square)
                 self.total += square
-                if id(parameter) in self._owner:
-                    self.layers[self._owner[id(parameter)]] += square
-                else:
+                for name, use, bias in self._plain.get(id(parameter), ()):
+                    self._project(parameter.grad, name, use, bias=bias)
+                left = square
+                for name, its in self._shares(parameter, square).items():
+                    self.layers[name] += its
+                    left -= its
+                if id(parameter) not in self._owner or left > _ROUNDING * square:
                     kind = self._class[id(parameter)]
-                    self.others[kind] = self.others.get(kind, 0.0) + square
+                    self.others[kind] = self.others.get(kind, 0.0) + left
                 parameter.grad = None
 
         try:
@@ -193,12 +200,22 @@ class _Norms:
             if float((theirs - ours).norm()) > max(_DIFFERS * float(torch.maximum(theirs.norm(), ours.norm())), least):
                 self.differing.add(name)
 
-    def _project(self, parameter: torch.Tensor, grad: torch.Tensor, square: float) -> None:
-        """Adds P_in^T dW P_out of one parameter's gradient to its layer's, and its squared norm."""
-        if id(parameter) not in self._plain:
-            return
-        name, use, bias = self._plain[id(parameter)]
+    def _shares(self, parameter: torch.Tensor, square: float) -> dict[str, float]:
+        """Layer -> its squared norm of a parameter's gradient."""
+        found: dict[str, float] = {}
+        for name, use in self._owner.get(id(parameter), ()):
+            if isinstance(use.module, ExpertMap) and parameter.grad is not None:
+                part = use.module.part(parameter.grad).float()
+                found[name] = float(torch.linalg.vector_norm(part).double().square()) / self._scale**2
+            else:
+                found[name] = square
+        return found
+
+    def _project(self, grad: torch.Tensor, name: str, use: Use, *, bias: bool) -> None:
+        """Adds P_in^T dW P_out of one parameter's gradient to a layer's, and its squared norm."""
         left, right = (self._projections.side(name, side, grad.device, torch.float32) for side in ("in", "out"))
+        grad = use.module.part(grad) if isinstance(use.module, ExpertMap) else grad
+        square = float(torch.linalg.vector_norm(grad.float()).double().square()) / self._scale**2
         rows = grad.float()[None] if bias else grad.float() if isinstance(use.module, nn.Embedding) else grad.float().T
         rows = rows if right is None else rows @ right
         # The bias is one more input, the last.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from ..linalg.projection import ALGORITHM, Projections
 from ..search.coarse import load_faiss
 from ..storage.manifest import FORMAT_VERSION, read_manifest
 from ..storage.payloads import Payloads, Values
-from .choice import leaving_out, with_floor
+from .choice import excluding, leaving_out, with_floor
 
 # Settings that leave every stored number as it is; all others must agree when an interrupted build goes on. autocast
 # is in the fingerprint by itself.
@@ -244,6 +244,16 @@ def take(given: Given, claim: Callable[[], Path], stack: ExitStack) -> Inputs:
         fingerprint,
         given.fit,
     )
+
+
+def without(given: Given, inputs: Inputs, idle: Collection[str]) -> Inputs:
+    """The same inputs without some layers."""
+    uses = [use for name in idle for use in (inputs.specs[name].uses or (name,))]
+    asked = dataclasses.replace(given.config, layers=inputs.asked.layers)
+    fewer = dataclasses.replace(given, config=excluding(asked, given.model, uses))
+    with ExitStack() as stack:
+        # Nothing is opened for a model's data.
+        return take(fewer, lambda: Path(), stack)
 
 
 def _looked_at(

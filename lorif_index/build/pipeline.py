@@ -19,7 +19,7 @@ import torch
 from ..capture.gradients import finite_blocks
 from ..capture.sharded import DataRanks, data_ranks, is_spread
 from ..curvature.inverse import Preconditioner, inverses
-from ..errors import ConfigError, StoreError
+from ..errors import ConfigError, CurvatureError, StoreError
 from ..linalg.scratch import CPU
 from ..progress import Reporter, peak_memory
 from ..ranks import Ranks
@@ -29,7 +29,7 @@ from ..storage.damage import folder_bytes
 from ..storage.manifest import Manifest
 from .candidates import Making, Queries, make_candidates, wants_coarse
 from .coverage import EXAMPLES, measure_coverage
-from .inputs import Given, Inputs, take
+from .inputs import Given, Inputs, take, without
 from .outliers import measure_outliers
 from .sample import SampleRows
 from .sizes import REMEDIES, Shapes, memory_of
@@ -70,11 +70,7 @@ def build_index(path: Path, given: Given, reporter: Reporter, ranks: Ranks) -> b
         fresh = Manifest(inputs.fingerprint, inputs.asked.to_json(), layers, metadata=given.metadata)
         fresh.next_id = fresh.fitted_ids = inputs.source.count
         state.begin(fresh, inputs.fit)
-        sample = SampleRows(inputs, state)
-        fit_projections(inputs, state, sample)
-        choose_codec(inputs, state, sample)
-        _check_disk(inputs, state)
-        fit_curvature_before(inputs, state, sample)
+        inputs, sample = _fit(given, inputs, state)
         fit_codec(inputs, state, sample)
         vanished = encode(inputs, state, sample)
         fit_curvature_after(inputs, state)
@@ -82,8 +78,39 @@ def build_index(path: Path, given: Given, reporter: Reporter, ranks: Ranks) -> b
         if wants_coarse(inputs.config, state.row_count()):
             _make_candidates(inputs, state, sample, rows)
         _report(inputs, state, sample, rows, vanished)
+        # Until now that of what was asked for, by which the same call finds an unfinished build.
+        state.manifest.fingerprint = inputs.fingerprint
         state.commit()
         return state.home.folders == 1
+
+
+def _fit(given: Given, inputs: Inputs, state: BuildState) -> tuple[Inputs, SampleRows]:
+    """Projections, the codec's choice and the curvature. Layers that were chosen by default and have no gradient in the
+    whole sample, as experts that no token is routed to, are left out, with a warning."""
+    there = {spec.name for spec in state.manifest.layers}
+    idle = tuple(name for name in inputs.specs if name not in there)
+    while True:
+        if idle:
+            inputs = without(given, inputs, idle)
+            state.manifest.layers, state.manifest.config = list(inputs.specs.values()), inputs.asked.to_json()
+        sample = SampleRows(inputs, state)
+        try:
+            fit_projections(inputs, state, sample)
+            choose_codec(inputs, state, sample)
+            _check_disk(inputs, state)
+            fit_curvature_before(inputs, state, sample)
+            return inputs, sample
+        except CurvatureError as error:
+            chosen, idle = inputs.asked.layers, error.idle
+            by_default = (
+                inputs.capture is not None and inputs.curvature is None and not (chosen.include or chosen.types)
+            )
+            if not by_default or not set(idle) < set(inputs.specs):
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=5)
+            # These are by the layers' numbers.
+            state.manifest.fits.pop("projections", None)
+            state.manifest.codec = None
 
 
 def _check_memory(inputs: Inputs, ranks: Ranks) -> None:

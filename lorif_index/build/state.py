@@ -39,7 +39,7 @@ from ..storage.sealed import SealedInfo, copy_sealed, part_name
 from ..storage.shards import ShardInfo
 from .spans import without_overlaps
 
-_COMMON = ("codec", "fits", "report")
+_COMMON = ("codec", "fits", "layers", "report")
 """A manifest's fields that are the same in all folders, and that are kept when a build goes on."""
 
 Publish = Callable[[str, Callable[[str], dict[str, Any]]], None]

@@ -21,7 +21,7 @@ from ..linalg.subspace import GROUP_BYTES, SubspaceFit, fit_in_groups, together_
 from ..progress import Stage
 from ..ranks import ALONE, Ranks
 from .data import ExampleSource, first_batch
-from .gradients import SIDES, GradientBlock, LayerGradient, LayerSpec
+from .gradients import SIDES, GradientBlock, LayerGradient, LayerSpec, layers_named
 from .hooks import Capture
 from .layers import TrackedLayer, Use
 from .losses import PerExample
@@ -137,13 +137,18 @@ def fit_eigenbases(
         stage.advance(1)
 
     found: dict[Side, torch.Tensor] = {}
+    idle: list[str] = []
     for (name, side), pairs in fit_in_groups(fits, 0, 1.0, once, planned, ranks):
         if not pairs.trace > 0:
-            raise CurvatureError(
-                f"layer {name!r} has zero gradients in all examples of the sample, so that no projection can be "
-                "learnt: exclude it with LayerSelection(exclude=[...]), or build with projection='random'"
-            )
+            idle.append(name)
         found[name, side] = pairs.vectors
+    if idle:
+        idle = list(dict.fromkeys(idle))
+        raise CurvatureError(
+            f"{layers_named(idle)} zero gradients in all examples of the sample, so that no projection can be "
+            "learnt: exclude with LayerSelection(exclude=[...]), or build with projection='random'",
+            tuple(idle),
+        )
     return found
 
 

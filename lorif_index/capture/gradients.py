@@ -57,6 +57,14 @@ class LayerSpec:
         return self.rank >= min(self.d_in, self.d_out)
 
 
+def layers_named(names: Sequence[str]) -> str:
+    """Some layers as the subject of a message: "layer 'a' has", "layers 'a', 'b' and 7 more have"."""
+    if len(names) == 1:
+        return f"layer {names[0]!r} has"
+    shown = ", ".join(repr(name) for name in names[:4])
+    return f"layers {shown}{f' and {len(names) - 4} more' if len(names) > 4 else ''} have"
+
+
 class LayerGradient:
     """Gradients of n examples in one layer, (n, a, b), dense or as a pair with G = left right^T.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..errors import CaptureError
 from ..linalg.precision import as_chosen
 from ..linalg.projection import Projections
 from .data import Batch, batch_count, to_device
+from .experts import ExpertMap, routed
 from .gradients import GradientBlock, LayerGradient, LayerSpec
 from .layers import TrackedLayer, Use, output_positions, positions, stored_inputs_first, torch_forward
 from .losses import PerExample
@@ -106,6 +108,12 @@ class Capture:
         self._projections = projections
         self._function = function
         self._autocast = autocast
+        # Holder of experts -> map -> its layer and use.
+        self._experts: dict[int, dict[ExpertMap, tuple[str, Use]]] = {}
+        for layer in layers:
+            for use in layer.uses:
+                if isinstance(use.module, ExpertMap):
+                    self._experts.setdefault(id(use.module.parent), {})[use.module] = layer.name, use
         self._unproven, self.regrouped = PROVEN_BY, False
         self._trusted = self._proves = False
         # Use -> what its module multiplies its linear map by, where its class is not torch's.
@@ -302,6 +310,8 @@ class Capture:
                         with_kwargs=True,
                     )
                     stack.callback(handle.remove)
+            for maps in self._experts.values():
+                stack.enter_context(routed(list(maps), lambda: self._n, partial(self._not_routed, maps)))
             yield
 
     def _casting(self) -> AbstractContextManager[Any]:
@@ -408,18 +418,24 @@ class Capture:
         self._factors[use.name] = factor
         return factor
 
+    def _not_routed(self, maps: dict[ExpertMap, tuple[str, Use]], its: ExpertMap, why: str) -> None:
+        layer, use = maps[its]
+        self._troubles[layer] = f"module {use.name!r}: {why}"
+
     def _check_rows(self, layer: str, use: Use, tensor: torch.Tensor, what: str) -> None:
         """Whether its rows are examples', so many of each one after the other: that they are the right ones is seen by
         `_check_isolation`."""
         least = 1 if isinstance(use.module, nn.Embedding) and what == "input" else 2
         rows = tensor.shape[0] if tensor.ndim else 0
         several = 0 < self._n < rows and rows % self._n == 0
+        # That an expert's rows are put together rightly is to be proven as well.
+        mapped = several or isinstance(use.module, ExpertMap)
         if tensor.ndim < least or not (rows == self._n or several):
             self._troubles[layer] = (
                 f"module {use.name!r} has an {what} of shape {tuple(tensor.shape)} for a batch of {self._n} examples, "
                 "so its rows cannot be mapped to examples (routed experts, shared input?)"
             )
-        if several and not self.regrouped:
+        if mapped and not self.regrouped:
             # Also where only later batches have such rows.
             self.regrouped = True
             self._unproven = self._unproven if self._trusted or self._in_step else PROVEN_BY
@@ -578,7 +594,7 @@ class Capture:
                 "mapped to examples (batch not in the first dimension, examples that interact, or a loss that is "
                 "averaged over the batch?)"
             )
-            if each == 1:
+            if each == 1 and not isinstance(use.module, ExpertMap):
                 # Examples that interact do so for all layers before.
                 raise CaptureError(f"{trouble}: {_REMEDY}, or mend the loss")
             self._troubles[layer] = trouble
@@ -608,7 +624,9 @@ class Capture:
             )
         for layer in self._layers:
             total = self._sums[layer.name]
-            if total.dense is None and not total.pairs:
+            # No token may be routed to an expert.
+            may_rest = any(isinstance(use.module, ExpertMap) and use.module.expert is not None for use in layer.uses)
+            if total.dense is None and not total.pairs and not may_rest:
                 how = (
                     "is called, but the loss does not depend on it" if layer.name in self._called else "is never called"
                 )

@@ -1,9 +1,9 @@
 """Layers: which linear maps of a model are tracked, and how a module's call becomes positions x features.
 
-Every supported module is a linear map applied at each position t of an example: the gradient of its weight is
-sum_t x_t dy_t^T, shape (inputs, outputs). Convolutions are unfolded (Grosse and Martens, arXiv:1602.01407),
-embeddings have one-hot inputs, a bias is one more input that is always one. Only inputs and output gradients are looked
-at, never the weight's values: a quantised linear map is tracked as if its weight were not.
+Every supported module is a linear map applied at each position t of an example, or stands for one (see `experts`): the
+gradient of its weight is sum_t x_t dy_t^T, shape (inputs, outputs). Convolutions are unfolded (Grosse and Martens,
+arXiv:1602.01407), embeddings have one-hot inputs, a bias is one more input that is always one. Only inputs and output
+gradients are looked at, never the weight's values: a quantised linear map is tracked as if its weight were not.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ..config import BuildConfig, LayerSelection
 from ..errors import CaptureError, ConfigError
+from .experts import ExpertMap, expert_maps
 from .gradients import LayerSpec
 from .sharded import plain_name
 
@@ -83,8 +84,19 @@ def is_quantised_linear(module: nn.Module) -> bool:
 
 
 def supported(module: nn.Module) -> bool:
-    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding))
+    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, ExpertMap))
     return plain or is_conv1d_of_transformers(module) or is_quantised_linear(module)
+
+
+def named_maps(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, of all modules of a model, and of the linear maps that some hold without a module of their
+    own."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        name = plain_name(name)
+        found[name] = module
+        found.update(expert_maps(name, module))
+    return found
 
 
 def _key(module: nn.Module) -> int:
@@ -118,7 +130,9 @@ def stored_inputs_first(module: nn.Module) -> bool:
 
 def _describe(name: str, module: nn.Module, bias: bool) -> Use:
     weight: Any = getattr(module, "weight", None)
-    if is_quantised_linear(module) or _packed(module):
+    if isinstance(module, ExpertMap):
+        inputs, outputs = module.inputs, module.outputs
+    elif is_quantised_linear(module) or _packed(module):
         # By name: a weight in four bits has another shape.
         inputs, outputs = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     elif stored_inputs_first(module):
@@ -138,10 +152,11 @@ def _refuse_unsupported_settings(use: Use) -> None:
             )
 
 
-def _default_exclusions(model: nn.Module, selection: LayerSelection, adapters: set[int], idle: set[int]) -> set[int]:
+def _default_exclusions(
+    model: nn.Module, modules: dict[str, nn.Module], selection: LayerSelection, adapters: set[int], idle: set[int]
+) -> set[int]:
     """ids of modules that the default leaves out: embeddings, a language model's head, and what bypasses hooks."""
     out: set[int] = set()
-    modules = {plain_name(name): m for name, m in model.named_modules()}
     embedding_weights = {_key(m) for m in modules.values() if isinstance(m, nn.Embedding)}
     head = _output_embeddings(model)
     only = selection.adapters == "auto" and bool(adapters)
@@ -224,7 +239,8 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
         ConfigError: a pattern or type that matches nothing; the message lists the candidates.
         CaptureError: a selected module with settings that cannot be honoured, or tied weights with unlike biases.
     """
-    candidates = {plain_name(name): m for name, m in model.named_modules() if supported(m)}
+    modules = named_maps(model)
+    candidates = {name: m for name, m in modules.items() if supported(m)}
     for pattern in selection.include:
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise ConfigError(f"layer pattern {pattern!r} matches none of the supported modules {_listed(candidates)}")
@@ -233,7 +249,7 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
         if not any(wanted in names for names in bases.values()):
             raise ConfigError(f"layer type {wanted!r} matches none of the supported modules {_listed(candidates)}")
     adapters, idle = _adapters(model)
-    excluded = _default_exclusions(model, selection, adapters, idle)
+    excluded = _default_exclusions(model, modules, selection, adapters, idle)
     if selection.adapters == "only" and not adapters:
         raise ConfigError(
             "LayerSelection(adapters='only'), but the model has no active adapters of peft: leave adapters out, or "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
+from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec, layers_named
 from ..errors import CurvatureError, NonFiniteError
 from ..linalg.subspace import SubspaceFit, fit_in_groups
 from ..progress import Stage
@@ -345,11 +345,13 @@ def _squares(
     found = {name: ranks.sum(total.cpu()).to(device) / examples for name, total in sums.items()}
     for name, squares in found.items():
         refuse_overflow(name, squares.float())
-        if not bool(squares.sum() > 0):
-            raise CurvatureError(
-                f"layer {name!r} has zero gradients in all {count} curvature rows, so its curvature is singular: "
-                "exclude it with LayerSelection(exclude=[...]), or fit from other rows"
-            )
+    idle = tuple(name for name, squares in found.items() if not bool(squares.sum() > 0))
+    if idle:
+        raise CurvatureError(
+            f"{layers_named(idle)} zero gradients in all {count} curvature rows, so that the curvature is singular: "
+            "exclude with LayerSelection(exclude=[...]), or fit from other rows",
+            idle,
+        )
     return found
 
 

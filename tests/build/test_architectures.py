@@ -14,11 +14,11 @@ import torch
 from conftest import WHOLE, captured, close
 from torch import nn
 
-from lorif_index import BuildConfig, Index, default_loss
+from lorif_index import BuildConfig, Index, LayerSelection, default_loss
 from lorif_index.capture.heads import Declared
 from lorif_index.capture.products import Products
 from lorif_index.capture.sources import ModelCapture
-from lorif_index.errors import CaptureError
+from lorif_index.errors import CaptureError, CurvatureError
 
 t = pytest.importorskip("transformers")
 
@@ -41,7 +41,24 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
     "Llama": (causal(t.LlamaConfig(**LM)), "text", ()),
     "Qwen 3": (causal(t.Qwen3Config(**LM, head_dim=8)), "text", ()),
     "Gemma 3": (causal(t.Gemma3TextConfig(**LM, head_dim=8)), "text", ()),
-    "Mixtral": (causal(t.MixtralConfig(**LM, num_local_experts=2)), "text", ()),
+    "Mixtral": (causal(t.MixtralConfig(**LM, num_local_experts=4)), "text", ()),
+    "Qwen 3 of experts": (
+        causal(t.Qwen3MoeConfig(**LM, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)),
+        "text",
+        (),
+    ),
+    "gpt-oss": (
+        causal(t.GptOssConfig(**LM, head_dim=8, num_local_experts=4, layer_types=["full_attention"] * 2)),
+        "text",
+        (),
+    ),
+    # Its routers answer with two tensors.
+    "Llama 4": (
+        causal(t.Llama4TextConfig(**LM, head_dim=8, num_local_experts=4, intermediate_size_mlp=24)),
+        "text",
+        ("router",),
+    ),
+    "Granite of experts": (causal(t.GraniteMoeConfig(**LM, num_local_experts=4)), "text", ()),
     "Mamba": (
         causal(t.MambaConfig(vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0)),
         "text",
@@ -145,6 +162,10 @@ def test_a_family_is_indexed_by_default(name: str, tmp_path: Path) -> None:
         warnings.simplefilter("always")
         index = Index.build(tmp_path / "i", model=model, data=data, progress=False)
     told = [str(warning.message) for warning in said if str(warning.message).startswith("left out: ")]
+    if "experts" in name or name in ("Mixtral", "gpt-oss", "Llama 4"):
+        share = index.build_report["coverage"]
+        assert share["tracked"] + share["untracked"].get("Embedding", 0.0) > 0.95
+        assert sum(".experts." in layer for layer in index.layers) == 16, list(index.layers)
     assert len(told) == bool(left_out) and set(index.config.layers.exclude) == {
         module for module, _ in model.named_modules() if any(module.endswith(part) for part in left_out)
     }
@@ -158,11 +179,33 @@ def test_a_family_is_indexed_by_default(name: str, tmp_path: Path) -> None:
     assert len(gradients) == len(index.layers)
     for i in (0, N - 1):
         losses = default_loss(model, {k: v[i : i + 1] for k, v in data.items()})
-        modules = {layer: model.get_submodule(layer) for layer in gradients}
-        found = torch.autograd.grad(losses.sum(), [module.weight for module in modules.values()])
-        for (layer, module), grad in zip(modules.items(), found, strict=True):
-            wanted = grad if isinstance(module, nn.Embedding) else grad.flatten(1).T
-            assert close(gradients[layer][i][: len(wanted), : wanted.shape[1]], wanted.numpy(), 1e-3), layer
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+        grads = dict(zip(trained, found, strict=True))
+        for layer in gradients:
+            wanted, bias = its_gradient(model, layer, grads)
+            got, scale = gradients[layer][i], max(float(np.abs(g[i]).max()) for g in gradients.values())
+            # An expert may have no word of an example, or one of hardly any weight.
+            limit = 1e-3 * max(float(wanted.abs().max()), 1e-4 * scale)
+            assert np.abs(got[: len(wanted), : wanted.shape[1]] - wanted.numpy()).max() <= limit, layer
+            assert bias is None or np.abs(got[-1] - bias.numpy()).max() <= limit, layer
+
+
+def its_gradient(
+    model: nn.Module, layer: str, grads: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(inputs, outputs) of a layer's weight, and (outputs,) of its bias, of the parameters' gradients."""
+    holder, _, number = layer.rpartition(".")
+    if number.isdigit() and holder in grads:
+        grad, bias = grads[holder][int(number)], grads.get(f"{holder}_bias")
+        hidden, first = model.config.hidden_size, "gate_up" in layer  # type: ignore[union-attr]
+        inputs_first = grad.shape[0 if first else 1] == hidden
+        assert inputs_first != (grad.shape[1 if first else 0] == hidden)
+        return grad if inputs_first else grad.T, None if bias is None else bias[int(number)]
+    if layer in grads:
+        return grads[layer].T, grads.get(f"{holder}.bias")
+    grad, bias = grads[f"{layer}.weight"], grads.get(f"{layer}.bias")
+    return grad if isinstance(model.get_submodule(layer), nn.Embedding) else grad.flatten(1).T, bias
 
 
 class Logits(nn.Module):
@@ -177,39 +220,46 @@ class Logits(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["forward without fused attention", "twice without fused attention"])
-@pytest.mark.parametrize("name", ["Gemma 3", "OPT", "Swin"])
-def test_gauss_newton_products_of_scaled_embeddings_and_several_rows_an_example(name: str, way: str) -> None:
-    model, data, _ = made(name)
+@pytest.mark.parametrize("name", ["Gemma 3", "OPT", "Swin", "Mixtral", "gpt-oss", "Llama 4"])
+def test_gauss_newton_products(name: str, way: str) -> None:
+    """Of scaled embeddings, of several rows an example, and of experts."""
+    model, data, left_out = made(name)
     batch = {k: v[:2] for k, v in data.items()}
-    taken = ModelCapture(model, WHOLE)
+    layers = LayerSelection(exclude=tuple(f"*{part}" for part in left_out))
+    taken = ModelCapture(model, replace(WHOLE, layers=layers))
     generator = torch.Generator().manual_seed(0)
     v = {n: torch.randn(1, s.d_in, s.d_out, generator=generator) for n, s in taken.specs.items()}
     products = Products(taken.capture(None).trust(), Declared(default_loss.logits))  # type: ignore[attr-defined]
     products.way = way
     found = products.summed(v, batch)
-    # The same by torch's own derivatives in the weights.
-    weights, tangents = {}, {}
+    # The same by torch's own derivatives in the weights: those that a layer's gradient is a part of change with it.
+    weights = {f"model.{key}": p.detach() for key, p in model.named_parameters()}
+    tangents = {key: torch.zeros_like(p) for key, p in weights.items()}
     for layer in taken.layers:
-        module, change = layer.uses[0].module, v[layer.name][0]
-        inputs = change[: layer.uses[0].inputs]
-        plain = inputs if isinstance(module, nn.Embedding) else inputs.T.reshape(module.weight.shape)
-        weights[f"model.{layer.name}.weight"], tangents[f"model.{layer.name}.weight"] = module.weight.detach(), plain
+        change, inputs = v[layer.name][0], layer.uses[0].inputs
+        weight, bias = its_gradient(model, layer.name, {key[6:]: p for key, p in tangents.items()})
+        # Views of what is to change.
+        weight.copy_(change[:inputs].reshape(weight.shape))
         if layer.bias:
-            weights[f"model.{layer.name}.bias"], tangents[f"model.{layer.name}.bias"] = module.bias.detach(), change[-1]
+            assert bias is not None
+            bias.copy_(change[-1])
 
     def logits(given: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.func.functional_call(Logits(model), given, (batch,), tie_weights=True)
 
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         z, u = torch.func.jvp(logits, (weights,), (tangents,))
         head = Declared(default_loss.logits)(model, batch)  # type: ignore[attr-defined]
         (back,) = torch.func.vjp(logits, weights)[1](head.product(u))
     assert z.shape == u.shape
+    largest = max(float(g.abs().max()) for g in back.values())
     for layer in taken.layers:
-        grad = back[f"model.{layer.name}.weight"]
-        wanted = grad if isinstance(layer.uses[0].module, nn.Embedding) else grad.flatten(1).T
-        got = found[layer.name][0][: len(wanted), : wanted.shape[1]]
-        assert close(got.detach().numpy(), wanted.detach().numpy(), 1e-3), layer.name
+        wanted, bias = its_gradient(model, layer.name, {key[6:]: p for key, p in back.items()})
+        got = found[layer.name][0]
+        assert float((got[: len(wanted), : wanted.shape[1]] - wanted).abs().max()) < 1e-3 * largest, layer.name
+        assert bias is None or not layer.bias or float((got[-1] - bias).abs().max()) < 1e-3 * largest, layer.name
 
 
 def test_what_was_asked_for_is_not_left_out(tmp_path: Path) -> None:
@@ -218,6 +268,80 @@ def test_what_was_asked_for_is_not_left_out(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match=r"conv1d' got no gradient: it is never called \(and 1 more"):
         Index.build(tmp_path / "i", model=model, data=data, config=config, progress=False)
     assert not (tmp_path / "i").exists()
+
+
+def test_an_expert_that_no_word_is_routed_to_is_left_out(tmp_path: Path) -> None:
+    model, data, _ = made("gpt-oss")
+    with torch.no_grad():
+        for block in model.model.layers:  # type: ignore[union-attr]
+            block.mlp.router.bias[2] = -1e4
+    idle = {
+        f"model.layers.{block}.mlp.experts.{name}.2" for block in range(2) for name in ("gate_up_proj", "down_proj")
+    }
+
+    def stop(event: Any) -> None:
+        if event.stage == "encode":
+            raise KeyboardInterrupt
+
+    arguments: dict[str, Any] = {"model": model, "data": data}
+    # Learnt projections and the curvature, each of some of the layers, find it out.
+    with pytest.warns(UserWarning, match="left out: layers .* have zero gradients in all"):
+        index = Index.build(tmp_path / "straight", **arguments, progress=False)
+    assert set(index.config.layers.exclude) == idle and not idle & set(index.layers) and len(index.layers) == 23
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(KeyboardInterrupt):
+        Index.build(tmp_path / "resumed", **arguments, progress=stop)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = Index.build(tmp_path / "resumed", **arguments, progress=False)
+        opened = Index.open(tmp_path / "straight", model=model, data=data)
+    assert np.array_equal(resumed.scores(data), index.scores(data)) and resumed.layers == index.layers
+    query = {k: v[:3] for k, v in data.items()}
+    assert opened.search(query, k=1, refine=True).ids[:, 0].tolist() == [0, 1, 2]
+    # What was asked for is not left out.
+    with pytest.raises(CurvatureError, match="zero gradients"):
+        Index.build(tmp_path / "asked", **arguments, config=BuildConfig(layers=["*experts*"]), progress=False)
+
+
+class Hidden(nn.Module):
+    """Experts that are used in a way that is not followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.weight = 2, nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("tl,elo->to", x, self.weight)
+
+
+class Shuffled(Hidden):
+    """Its rows are gathered elsewhere, so that they are not known to be examples'."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(len(x))
+        rows = x.index_select(0, order).split(len(x) // 2)
+        out = torch.cat([nn.functional.linear(rows[e], self.weight[e]) for e in range(2)])
+        return out[torch.argsort(order)]
+
+
+class Mixed(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.words, self.experts, self.head = nn.Embedding(WORDS, 8), experts, nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.words(x)
+        return self.head((h + self.experts(h.flatten(0, 1)).view_as(h)).tanh().mean(dim=1))
+
+
+@pytest.mark.filterwarnings("ignore:captured gradients")
+@pytest.mark.parametrize("experts", [Hidden, Shuffled])
+def test_experts_that_cannot_be_followed_are_left_out_with_a_warning(experts: Any, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randint(0, WORDS, (64, 6), generator=generator), torch.randint(0, 3, (64,), generator=generator)
+    with pytest.warns(UserWarning, match=r"left out: module 'experts\.weight\.0'"):
+        index = Index.build(tmp_path / "i", model=Mixed(experts()), data=(x, y), progress=False)
+    assert list(index.layers) == ["head"]
 
 
 class Routed(nn.Module):

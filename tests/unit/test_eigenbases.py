@@ -259,7 +259,10 @@ def test_zero_gradients_are_named(tmp_path: Path) -> None:
         model[0].bias.fill_(-1e3)
     data = (torch.rand(20, 6), torch.randint(0, 3, (20,)))
     with pytest.raises(CurvatureError, match=r"'0'.*exclude"):
-        Index.build(tmp_path / "i", model=model, data=data, config=BuildConfig(projection_dim=2))
+        Index.build(tmp_path / "i", model=model, data=data, config=BuildConfig(projection_dim=2, layers=["0", "2"]))
+    with pytest.warns(UserWarning, match=r"left out: layer '0' has zero gradients"):
+        index = Index.build(tmp_path / "j", model=model, data=data, config=BuildConfig(projection_dim=2))
+    assert list(index.layers) == ["2"]
 
 
 def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

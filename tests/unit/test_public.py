@@ -87,7 +87,7 @@ ENGINE = [
     ("linalg", "scratch"),
     ("capture", "gradients"),
     ("linalg", "precision projection sampling signs subspace"),
-    ("capture", "sharded losses heads seeing data layers ensemble probes spool hooks products eigenbases sources"),
+    ("capture", "sharded losses heads seeing data experts layers ensemble probes spool hooks products eigenbases sources"),
     ("", "tables results"),
     ("curvature", "sides fit inverse refine sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
