@@ -127,7 +127,7 @@ LORA = Shape(
 )
 EXPERTS = Shape(
     "Mixture of experts, 8 x 7B",
-    "Jiang et al., arXiv:2401.04088: 32 blocks, width 4,096, 8 experts of 14,336, the gate and what it gates in one map, as transformers have them",
+    "Jiang et al., arXiv:2401.04088: 32 blocks, width 4,096, 8 experts of 14,336, gate and up in one map",
     32,
     (
         *((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 8)),

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from ..index import Index
-from ..text.model import question
 from ..text.passages import described
 from ..text.textindex import open_text_index
 from .app import app, reported_errors
@@ -20,23 +19,26 @@ from .options import (
     MovedModel,
     Normalize,
     Prompt,
+    QuestionFile,
     Recall,
     RefineQuestion,
     Rerank,
     SearchDamping,
     SearchLayers,
     TextArguments,
+    asked_about,
     search_damping,
 )
 from .shares import show_explanations
-from .show import answers_json, console, show_answers, unit_of_scores, write_index, write_json
+from .show import answers_json, console, question_json, show_answers, unit_of_scores, write_index, write_json
 
 
 @app.command()
 def search(
     index: Annotated[Path, typer.Argument(help="An index that `lorif build` or `lorif demo` made.")],
-    texts: TextArguments,
+    texts: TextArguments = None,
     prompt: Prompt = None,
+    questions: QuestionFile = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Passages to find.")] = 10,
     opponents: Annotated[
         bool, typer.Option("--opponents", help="Passages that worked against the text, most harmful first.")
@@ -54,9 +56,10 @@ def search(
     """Find the training passages that made the model expect a text."""
     policy = search_damping(damping)
     with reported_errors():
+        wanted = asked_about(texts, prompt, questions)
         opened, text_model = open_text_index(index, model=model, device=device)
         with opened:
-            asked = [question(text, prompt) for text in texts]
+            asked = [one.row for one in wanted]
             hits = opened.search(
                 asked,
                 k,
@@ -69,9 +72,9 @@ def search(
                 refine=refine,
                 progress=None,
             )
-            answers, stats = answers_json(texts, text_model.losses(asked), hits), hits.stats
+            answers, stats = answers_json(wanted, text_model.losses(asked), hits), hits.stats
             if json:
-                facts: dict[str, Any] = {"index": str(index), "fingerprint": opened.fingerprint, "prompt": prompt}
+                facts: dict[str, Any] = {"index": str(index), "fingerprint": opened.fingerprint}
                 facts |= {"opponents": opponents, "normalize": normalize}
                 write_json(facts | {"answers": answers, "stats": asdict(stats)})
                 return
@@ -90,12 +93,13 @@ def search(
 @app.command()
 def explain(
     index: Annotated[Path, typer.Argument(help="An index that `lorif build` or `lorif demo` made.")],
-    texts: TextArguments,
+    texts: TextArguments = None,
     ids: Annotated[
         list[int] | None,
         typer.Option("--id", min=0, help="A passage, as search shows it; may be repeated. Default: the best ones."),
     ] = None,
     prompt: Prompt = None,
+    questions: QuestionFile = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Passages to find, where no --id names them.")] = 3,
     opponents: Annotated[
         bool, typer.Option("--opponents", help="Find those that worked against the text, most harmful first.")
@@ -109,22 +113,23 @@ def explain(
     """Take the scores of passages apart: which of their tokens, and of the text's, and which layers they come from."""
     policy = search_damping(damping)
     with reported_errors():
+        wanted = asked_about(texts, prompt, questions)
         opened, text_model = open_text_index(index, model=model, device=device)
         with opened:
-            asked = [question(text, prompt) for text in texts]
+            asked = [one.row for one in wanted]
             common: dict[str, Any] = {"damping": policy, "layers": layers or None, "progress": None}
             chosen = ids or opened.search(asked, k, opponents=opponents, **common)
             found, words = opened.explain(asked, chosen, **common), text_model.token_texts(asked)
             answers = []
-            for text, row, query_texts in zip(texts, found, words, strict=True):
+            for one, row, query_texts in zip(wanted, found, words, strict=True):
                 payloads, told = opened.payloads([e.id for e in row]), []
                 for e, payload, tokens in zip(row, payloads, text_model.token_texts(payloads), strict=True):
                     passage, source = described(payload)
                     more = {"source": source, "text": passage, "texts": tokens, "query_texts": query_texts}
                     told.append(e.to_json() | more)
-                answers.append({"text": text, "explanations": told})
+                answers.append(question_json(one) | {"explanations": told})
             if json:
-                facts = {"index": str(index), "fingerprint": opened.fingerprint, "prompt": prompt}
+                facts = {"index": str(index), "fingerprint": opened.fingerprint}
                 write_json(facts | {"opponents": opponents and not ids, "answers": answers})
                 return
             screen = console()

@@ -14,6 +14,7 @@ from ..text.demo_model import DemoSettings
 from ..text.documents import read_documents
 from ..text.model import load_text_model
 from ..text.textindex import build_text_index
+from ..text.textquestions import TextQuestion
 from .app import app, reported_errors
 from .options import Json, MaxLength, ModelFolder, SourceField, TextField, Texts, byte_count
 from .settings import Settings, configured
@@ -37,7 +38,9 @@ def demo(
     with reported_errors():
         result = run_demo(out, question or [QUESTION], DemoSettings(seconds=seconds, seed=seed, k=k))
         facts = result.to_json()
-        answers = facts["answers"] = answers_json(result.questions, result.losses, result.hits)
+        answers = facts["answers"] = answers_json(
+            [TextQuestion(text) for text in result.questions], result.losses, result.hits
+        )
         if json:
             write_json(facts)
             return

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..damping import Damping, as_damping, damping_from_json
+from ..text.textquestions import TextQuestion, read_questions
 
 IndexFolder = Annotated[Path, typer.Argument(help="An index.")]
 ModelFolder = Annotated[Path, typer.Option(help="A causal language model's folder, as save_pretrained writes it.")]
@@ -19,7 +20,17 @@ Texts = Annotated[
         "--max-length tokens across its lines), a folder of them, or a saved dataset (each row is one text)."
     ),
 ]
-TextArguments = Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to explain: one or more texts.")]
+TextArguments = Annotated[
+    list[str] | None, typer.Argument(metavar="TEXT...", help="What to explain: one or more texts.", show_default=False)
+]
+QuestionFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--questions",
+        metavar="FILE",
+        help="A .jsonl or .yaml file of texts, or of prompts and answers, in place of TEXT.",
+    ),
+]
 TextField = Annotated[str, typer.Option(help="The field that holds the text (.jsonl, dataset).")]
 SourceField = Annotated[
     str | None, typer.Option(help="The field that says where a text is from; default: file and line.")
@@ -28,6 +39,23 @@ MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a passage; default: the model's context, at most 1024.")
 ]
 Prompt = Annotated[str | None, typer.Option(help="Text that comes before, and is not itself to be explained.")]
+
+
+def asked_about(texts: list[str] | None, prompt: str | None, file: Path | None) -> list[TextQuestion]:
+    """The questions of a command.
+
+    Raises:
+        BadParameter: none, or some of both kinds. Else as `read_questions`.
+    """
+    if file is None and texts:
+        return [TextQuestion(text, prompt) for text in texts]
+    if file is None:
+        raise typer.BadParameter("no question: write a TEXT, or pass a file of them by --questions")
+    if texts or prompt is not None:
+        raise typer.BadParameter("--questions takes the place of TEXT and --prompt: pass one of them")
+    return read_questions(file)
+
+
 Recall = Annotated[float, typer.Option(help="Share of the best passages to be found, above 0; 1 scans every passage.")]
 SearchDamping = Annotated[
     str | None,

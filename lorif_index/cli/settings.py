@@ -18,6 +18,7 @@ import typer
 
 from ..config import COARSE_KINDS, COMPLEMENTS, CURVATURES, DTYPES, PARTS, PROJECTIONS, BuildConfig, stores
 from ..errors import ConfigError
+from ..text.yamlfile import read_yaml
 from .options import byte_count, damping_policy
 
 _PANEL = "Settings of the index, by the names of BuildConfig"
@@ -151,18 +152,7 @@ def _written(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: not a YAML mapping, or a key twice. OSError: the file cannot be read.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise ConfigError(
-            "--config needs PyYAML, which is not installed: install the extra text of lorif-index"
-        ) from None
-
-    try:
-        _refuse_repeated(yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader), str(file))
-        found = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from None
+    found = read_yaml(file, "--config")
     if not isinstance(found, dict | None):
         raise ConfigError(f"{file} holds a {type(found).__name__}, and settings are a mapping: write lines as rank: 4")
     written: dict[str, Any] = {}
@@ -174,17 +164,6 @@ def _written(file: Path) -> dict[str, Any]:
         else:
             written[f"{name}.{PARTS[name][1]}"] = "none" if name == "coarse" and value is None else value
     return written
-
-
-def _refuse_repeated(node: Any, where: str) -> None:
-    """Refuses a key that is there twice, of which YAML's loader would drop the first without a word."""
-    if node is None or node.id != "mapping":
-        return
-    keys = [key.value for key, _ in node.value]
-    for key, (_, value) in zip(keys, node.value, strict=True):
-        if keys.count(key) > 1:
-            raise ConfigError(f"{where}: {key} is there twice: keep one of them")
-        _refuse_repeated(value, f"{where}: {key}")
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,6 +15,7 @@ from rich.text import Text
 from ..index import Index
 from ..results import Hits
 from ..text.passages import described
+from ..text.textquestions import TextQuestion
 from ..web.page import plain_json
 from ..web.visible import on_one_line
 
@@ -186,11 +187,19 @@ def show_index(out: Console, facts: Mapping[str, Any]) -> None:
         )
 
 
-def answers_json(questions: Sequence[str], losses: Sequence[tuple[int, float]], hits: Hits) -> list[dict[str, Any]]:
+def question_json(question: TextQuestion) -> dict[str, str | None]:
+    """What was asked about."""
+    place = {} if question.place is None else {"place": question.place}
+    return {"text": question.text, "prompt": question.prompt} | place
+
+
+def answers_json(
+    questions: Sequence[TextQuestion], losses: Sequence[tuple[int, float]], hits: Hits
+) -> list[dict[str, Any]]:
     """What was found for each question.
 
     Args:
-        questions: texts.
+        questions: in words.
         losses: of each, (tokens that have a loss, nats).
         hits: of them all.
     """
@@ -203,14 +212,17 @@ def answers_json(questions: Sequence[str], losses: Sequence[tuple[int, float]], 
             text, source = described(payload)
             answer.append({"rank": rank, "id": row, "score": score, "source": source, "text": text})
         mean = loss / max(tokens, 1)
-        out.append({"text": question, "tokens": tokens, "loss": loss, "loss_per_token": mean, "hits": answer})
+        told = {"tokens": tokens, "loss": loss, "loss_per_token": mean, "hits": answer}
+        out.append(question_json(question) | told)
     return out
 
 
 def show_answers(out: Console, answers: Sequence[Mapping[str, Any]]) -> None:
     """Of each answer what was asked about, the model's loss on it, and what was found."""
     for answer in answers:
-        out.print(Text.assemble("“", excerpt(answer["text"], 1000), "”"), style="bold")
+        prompt = excerpt(answer["prompt"], 1000).append(" ") if answer["prompt"] else Text()
+        prompt.stylize("not bold dim")
+        out.print(Text.assemble("“", prompt, excerpt(answer["text"], 1000), "”"), style="bold")
         out.print(f"loss {answer['loss_per_token']:.2f} nats a token, of {answer['tokens']:,}", style="dim")
         table = Table(box=None, header_style="bold", padding=(0, 1))
         table.add_column("", justify="right", style="dim")

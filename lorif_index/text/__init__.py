@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .documents import Document, read_documents
 from .model import TextModel, load_text_model
 from .packed import UnpackedDocuments
+from .textquestions import TextQuestion, read_questions
 from .tokenised import TokenisedData
 
 if TYPE_CHECKING:
@@ -21,12 +22,14 @@ __all__ = [
     "Document",
     "IndexCallback",
     "TextModel",
+    "TextQuestion",
     "TokenisedData",
     "UnpackedDocuments",
     "build_text_index",
     "load_text_model",
     "open_text_index",
     "read_documents",
+    "read_questions",
 ]
 
 

@@ -41,8 +41,7 @@ def read_documents(
         DataError: nothing there, of another kind, not UTF-8, not JSON, or without the field; the message names the
             file and line.
     """
-    path = Path(path)
-    for place, found in _found(path):
+    for place, found in read_rows(path):
         if isinstance(found, Document):
             yield found
             continue
@@ -60,8 +59,9 @@ def _field(row: Any, field: str, place: str) -> Any:
     return row[field]
 
 
-def _found(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, document or row) of all that is at a path."""
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """(place, document or row) of all that is at a path; raises as `read_documents`."""
+    path = Path(path)
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if (p / "state.json").is_file())
         raise DataError(f"{path} holds several datasets, {splits}: pass the folder of one of them")

@@ -96,11 +96,6 @@ class TextModel:
         return [token_strings(data[i]["input_ids"], self.tokenizer) for i in range(len(data))]
 
 
-def question(text: str, prompt: str | None = None) -> dict[str, str]:
-    """A text as a query for `Index.search`; a prompt comes before it, and is not itself asked about."""
-    return {"prompt": prompt, "completion": text} if prompt else {"text": text}
-
-
 def token_strings(ids: list[int], tokenizer: Any) -> list[str]:
     """What each token adds to the text, so that they join to it; a token that ends within a character adds nothing, and
     the one that completes it all of it.

@@ -20,9 +20,9 @@ from ..results import SearchStats
 from ..text.demo import ORIGIN as DEMO
 from ..text.demo import QUESTION
 from ..text.model import TextModel
-from ..text.model import question as in_words
 from ..text.passages import described, is_text
 from ..text.textindex import open_text_index, remembered_model, text_facts
+from ..text.textquestions import TextQuestion
 
 MOST_HITS = 1000
 """Of one side of an answer."""
@@ -168,7 +168,7 @@ class Explorer:
         if self.text_model is None or text is None:
             return None
         with self._lock:
-            return self.text_model.losses(in_words(text, question.prompt))[0]
+            return self.text_model.losses(TextQuestion(text, question.prompt).row)[0]
 
     def explain(
         self, question: WrittenQuestion, ids: Sequence[int], *, asked_tokens: bool = False
@@ -219,7 +219,7 @@ class Explorer:
             return self.index.gradients([question.row])
         if self.text_model is None:
             raise QueryError(f"a text needs the model, and {self.why}: name it with --model, or ask by a row's id")
-        return in_words(question.text or "", question.prompt)
+        return TextQuestion(question.text or "", question.prompt).row
 
     def _search(self, question: WrittenQuestion, k: int, opponents: bool, recall: float, rerank: int | None) -> Side:
         extra = 0 if question.row is None else 1
@@ -236,7 +236,7 @@ class Explorer:
     def _explain(
         self, text_model: TextModel, text: str, prompt: str | None, ids: tuple[int, ...], asked_tokens: bool
     ) -> dict[int, Shading]:
-        query, out = in_words(text, prompt), {}
+        query, out = TextQuestion(text, prompt).row, {}
         theirs = text_model.token_texts(query)[0] if asked_tokens else None
         found = self.index.explain(query, ids, query_tokens=asked_tokens)[0]
         for one, tokens in zip(found, text_model.token_texts(self.index.payloads(ids)), strict=True):

@@ -22,8 +22,8 @@ from lorif_index.linalg.projection import projection_matrix
 from lorif_index.questions import Questions
 from lorif_index.search.explain import Explanation
 from lorif_index.snapshot import Access, Snapshot
-from lorif_index.text import Document, build_text_index, load_text_model, open_text_index
-from lorif_index.text.model import question, token_strings
+from lorif_index.text import Document, TextQuestion, build_text_index, load_text_model, open_text_index
+from lorif_index.text.model import token_strings
 
 WHOLE: dict[str, Any] = dict(
     rank=None, curvature_rank=None, dtype="float32", store="factors", curvature="empirical", projection="random"
@@ -356,7 +356,7 @@ def test_texts_with_their_tokens(tmp_path: Path) -> None:
     built = build_text_index(tmp_path / "i", text_model, documents, max_length=7, progress=False)
     index, text_model = open_text_index(tmp_path / "i")
     assert any("input_ids" in p for p in index.payloads()), "none of the windows begins within a word"
-    questions = [question(text, "Now: ") for text in ("The dog ran over the moon.", "An owl")]
+    questions = [TextQuestion(text, "Now: ").row for text in ("The dog ran over the moon.", "An owl")]
     hits = index.search(questions, k=5)
     found = index.explain(questions, hits)
     check_sums(found)

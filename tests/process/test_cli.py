@@ -200,6 +200,24 @@ def test_several_texts_are_several_answers(home):
         assert [hit["id"] for hit in answer["hits"]] == [hit["id"] for hit in alone["hits"]]
 
 
+def test_questions_of_a_file_are_asked_together(home, tmp_path):
+    asked = [("The dog looked", " at the moon."), ("An owl", " sang.")]
+    file = write_jsonl(tmp_path / "q.jsonl", [{"prompt": prompt, "answer": answer} for prompt, answer in asked])
+    found = document("search", home / "index", "--questions", file, "-k", "3")["answers"]
+    told = document("explain", home / "index", "--questions", file, "-k", "1")["answers"]
+    for number, (prompt, text) in enumerate(asked):
+        (alone,) = document("search", home / "index", "--prompt", prompt, text, "-k", "3")["answers"]
+        assert found[number].pop("place") == f"q.jsonl:{number + 1}"
+        assert [hit["id"] for hit in found[number]["hits"]] == [hit["id"] for hit in alone["hits"]]
+        assert found[number]["prompt"] == prompt and found[number]["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert told[number]["explanations"][0]["id"] == alone["hits"][0]["id"]
+    code, out, _ = lorif("search", home / "index", "--questions", file, "-k", "1")
+    assert code == 0 and "“The dog looked at the moon.”" in out
+    for wrong in ((), (ASKED, "--questions", file), ("--questions", file, "--prompt", "x")):
+        code, _, err = lorif("search", home / "index", *wrong)
+        assert code == 2 and "--questions" in err, err
+
+
 def test_search_for_people(home):
     code, out, err = lorif("search", home / "index", SENTENCES[2], "-k", "3")
     assert (code, err) == (0, "")

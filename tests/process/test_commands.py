@@ -107,6 +107,22 @@ def test_the_commands_of_the_page_do_what_their_settings_say(home):
     assert printed["search"].count("texts.jsonl") == 5 and printed["explain"].count("texts.jsonl") == 3
 
 
+def test_questions_of_a_task_are_asked(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "capitals.yaml").write_text(fenced(PAGE.read_text(), "task"))
+    write_jsonl(home / "lands.jsonl", [{"land": "France", "city": "Paris"}, {"land": "Italy", "city": "Rome"}])
+    code, out, err = lorif(*shlex.split(fenced(PAGE.read_text(), "task command"))[1:])
+    assert (code, err) == (0, "")
+    paris, rome = json.loads(out)["answers"]
+    assert paris["prompt"] == "The capital of France is" and paris["text"] == " Paris"
+    assert rome["place"] == "lands.jsonl:2" and len(rome["hits"]) == 3
+    rows = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(rows) == 2
+    for row in rows:
+        (home / "one.jsonl").write_text(row)
+        assert lorif("search", "runs/idx", "--questions", "one.jsonl")[0] == 0
+
+
 def test_an_index_from_python_is_opened_by_the_commands(home, monkeypatch):
     pytest.importorskip("jinja2")
     monkeypatch.chdir(home)

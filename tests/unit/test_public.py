@@ -87,7 +87,8 @@ ENGINE = [
     ("linalg", "scratch"),
     ("capture", "gradients"),
     ("linalg", "precision projection sampling signs subspace"),
-    ("capture", "sharded losses heads seeing data experts layers ensemble probes spool hooks products eigenbases sources"),
+    ("capture", "sharded losses heads seeing data experts layers ensemble probes spool hooks"),
+    ("capture", "products eigenbases sources"),
     ("", "tables results"),
     ("curvature", "sides fit inverse refine sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
@@ -102,7 +103,7 @@ ENGINE = [
         "encode coverage outliers spans choice inputs state sample stages candidates sizes traffic pipeline timing "
         "estimate",
     ),
-    ("text", "documents packed chat encoding tokenised passages model"),
+    ("text", "documents yamlfile textquestions packed chat encoding tokenised passages model"),
     ("", "snapshot identity questions describe"),
     ("life", "candidates add remove refit merge repair writing incoming"),
     ("", "index launch"),
@@ -118,12 +119,14 @@ TEXT = [
     "Document",
     "IndexCallback",
     "TextModel",
+    "TextQuestion",
     "TokenisedData",
     "UnpackedDocuments",
     "build_text_index",
     "load_text_model",
     "open_text_index",
     "read_documents",
+    "read_questions",
 ]
 
 
