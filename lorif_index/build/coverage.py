@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from ..capture.data import Batch, ExampleSource, one_of
-from ..capture.experts import ExpertMap
 from ..capture.gradients import GradientBlock
+from ..capture.held import HeldMap
 from ..capture.hooks import Capture
 from ..capture.layers import Use
 from ..capture.losses import PerExample
@@ -148,7 +148,7 @@ class _Norms:
         for layer in taken.layers:
             for use in layer.uses:
                 weight, biases = getattr(use.module, "weight", None), getattr(use.module, "bias", None)
-                if experts := isinstance(use.module, ExpertMap):
+                if experts := isinstance(use.module, HeldMap):
                     weight, biases = use.module.held, getattr(use.module.parent, str(use.module.biases), None)
                 if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
                     # Quantised: its gradient is no parameter's.
@@ -204,8 +204,8 @@ class _Norms:
         """Layer -> its squared norm of a parameter's gradient."""
         found: dict[str, float] = {}
         for name, use in self._owner.get(id(parameter), ()):
-            if isinstance(use.module, ExpertMap) and parameter.grad is not None:
-                part = use.module.part(parameter.grad).float()
+            if isinstance(use.module, HeldMap) and parameter.grad is not None:
+                part = use.module.part(parameter.grad, bias=parameter is not use.module.held).float()
                 found[name] = float(torch.linalg.vector_norm(part).double().square()) / self._scale**2
             else:
                 found[name] = square
@@ -214,7 +214,7 @@ class _Norms:
     def _project(self, grad: torch.Tensor, name: str, use: Use, *, bias: bool) -> None:
         """Adds P_in^T dW P_out of one parameter's gradient to a layer's, and its squared norm."""
         left, right = (self._projections.side(name, side, grad.device, torch.float32) for side in ("in", "out"))
-        grad = use.module.part(grad) if isinstance(use.module, ExpertMap) else grad
+        grad = use.module.part(grad, bias=bias) if isinstance(use.module, HeldMap) else grad
         square = float(torch.linalg.vector_norm(grad.float()).double().square()) / self._scale**2
         rows = grad.float()[None] if bias else grad.float() if isinstance(use.module, nn.Embedding) else grad.float().T
         rows = rows if right is None else rows @ right

@@ -21,9 +21,10 @@ from torch.nn import functional
 from ..errors import CaptureError
 from ..linalg.precision import as_chosen
 from ..linalg.projection import Projections
+from .attention import attending
 from .data import Batch, batch_count, to_device
-from .experts import ExpertMap, routed
 from .gradients import GradientBlock, LayerGradient, LayerSpec
+from .held import HeldMap, routed
 from .layers import TrackedLayer, Use, output_positions, positions, stored_inputs_first, torch_forward
 from .losses import PerExample
 from .sharded import (
@@ -108,12 +109,14 @@ class Capture:
         self._projections = projections
         self._function = function
         self._autocast = autocast
-        # Holder of experts -> map -> its layer and use.
-        self._experts: dict[int, dict[ExpertMap, tuple[str, Use]]] = {}
+        # Holder of weights -> map -> its layer and use.
+        self._held: dict[int, dict[HeldMap, tuple[str, Use]]] = {}
         for layer in layers:
             for use in layer.uses:
-                if isinstance(use.module, ExpertMap):
-                    self._experts.setdefault(id(use.module.parent), {})[use.module] = layer.name, use
+                if isinstance(use.module, HeldMap):
+                    self._held.setdefault(id(use.module.parent), {})[use.module] = layer.name, use
+        # ids of attention modules whose forward here was compared with torch's.
+        self._attended: set[int] = set()
         self._unproven, self.regrouped = PROVEN_BY, False
         self._trusted = self._proves = False
         # Use -> what its module multiplies its linear map by, where its class is not torch's.
@@ -310,8 +313,12 @@ class Capture:
                         with_kwargs=True,
                     )
                     stack.callback(handle.remove)
-            for maps in self._experts.values():
-                stack.enter_context(routed(list(maps), lambda: self._n, partial(self._not_routed, maps)))
+            for maps in self._held.values():
+                parent, trouble = next(iter(maps)).parent, partial(self._not_followed, maps)
+                if isinstance(parent, nn.MultiheadAttention):
+                    stack.enter_context(attending(parent, list(maps), trouble, self._attended))
+                else:
+                    stack.enter_context(routed(list(maps), lambda: self._n, trouble))
             yield
 
     def _casting(self) -> AbstractContextManager[Any]:
@@ -418,7 +425,7 @@ class Capture:
         self._factors[use.name] = factor
         return factor
 
-    def _not_routed(self, maps: dict[ExpertMap, tuple[str, Use]], its: ExpertMap, why: str) -> None:
+    def _not_followed(self, maps: dict[HeldMap, tuple[str, Use]], its: HeldMap, why: str) -> None:
         layer, use = maps[its]
         self._troubles[layer] = f"module {use.name!r}: {why}"
 
@@ -429,7 +436,7 @@ class Capture:
         rows = tensor.shape[0] if tensor.ndim else 0
         several = 0 < self._n < rows and rows % self._n == 0
         # That an expert's rows are put together rightly is to be proven as well.
-        mapped = several or isinstance(use.module, ExpertMap)
+        mapped = several or _may_rest(use)
         if tensor.ndim < least or not (rows == self._n or several):
             self._troubles[layer] = (
                 f"module {use.name!r} has an {what} of shape {tuple(tensor.shape)} for a batch of {self._n} examples, "
@@ -594,7 +601,7 @@ class Capture:
                 "mapped to examples (batch not in the first dimension, examples that interact, or a loss that is "
                 "averaged over the batch?)"
             )
-            if each == 1 and not isinstance(use.module, ExpertMap):
+            if each == 1 and not _may_rest(use):
                 # Examples that interact do so for all layers before.
                 raise CaptureError(f"{trouble}: {_REMEDY}, or mend the loss")
             self._troubles[layer] = trouble
@@ -625,12 +632,16 @@ class Capture:
         for layer in self._layers:
             total = self._sums[layer.name]
             # No token may be routed to an expert.
-            may_rest = any(isinstance(use.module, ExpertMap) and use.module.expert is not None for use in layer.uses)
-            if total.dense is None and not total.pairs and not may_rest:
+            if total.dense is None and not total.pairs and not any(map(_may_rest, layer.uses)):
                 how = (
                     "is called, but the loss does not depend on it" if layer.name in self._called else "is never called"
                 )
                 self._troubles[layer.name] = f"layer {layer.name!r} got no gradient: it {how}"
+
+
+def _may_rest(use: Use) -> bool:
+    """Whether a batch may have no row for a module, as for an expert."""
+    return isinstance(use.module, HeldMap) and use.module.may_rest
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

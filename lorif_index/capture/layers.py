@@ -19,8 +19,9 @@ from torch.nn import functional
 
 from ..config import BuildConfig, LayerSelection
 from ..errors import CaptureError, ConfigError
-from .experts import ExpertMap, expert_maps
+from .attention import attention_maps, followed
 from .gradients import LayerSpec
+from .held import HeldMap, expert_maps
 from .sharded import plain_name
 
 HEAD_NUMBERS = 1 << 19
@@ -84,7 +85,7 @@ def is_quantised_linear(module: nn.Module) -> bool:
 
 
 def supported(module: nn.Module) -> bool:
-    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, ExpertMap))
+    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, HeldMap))
     return plain or is_conv1d_of_transformers(module) or is_quantised_linear(module)
 
 
@@ -95,7 +96,7 @@ def named_maps(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         name = plain_name(name)
         found[name] = module
-        found.update(expert_maps(name, module))
+        found |= expert_maps(name, module) | attention_maps(name, module)
     return found
 
 
@@ -130,7 +131,7 @@ def stored_inputs_first(module: nn.Module) -> bool:
 
 def _describe(name: str, module: nn.Module, bias: bool) -> Use:
     weight: Any = getattr(module, "weight", None)
-    if isinstance(module, ExpertMap):
+    if isinstance(module, HeldMap):
         inputs, outputs = module.inputs, module.outputs
     elif is_quantised_linear(module) or _packed(module):
         # By name: a weight in four bits has another shape.
@@ -171,7 +172,7 @@ def _default_exclusions(
         elif isinstance(module, nn.Embedding):
             if not selection.embeddings and nn.Embedding.__name__ not in selection.types:
                 out.add(id(module))
-        elif isinstance(module, nn.MultiheadAttention):
+        elif isinstance(module, nn.MultiheadAttention) and not followed(module):
             # Its forward uses the projections' weights without calling the modules.
             out.update(id(child) for child in module.modules())
         elif supported(module):

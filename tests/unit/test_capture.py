@@ -414,12 +414,92 @@ def test_a_layer_without_gradient_is_named() -> None:
         take(Unused(), batch, 3, layers=LayerSelection(exclude=("never",)))
 
 
-def test_attention_that_bypasses_modules_is_left_out_and_its_layer_is_not_fused() -> None:
+def test_a_layer_of_attention_is_not_fused() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(32, 3)).eval()
     got = take(model, (torch.randn(2, 4, 8), torch.tensor([0, 1])), 2)
-    assert set(got.layers) == {"0.linear1", "0.linear2", "2"}
+    assert set(got.layers) == {f"0.self_attn.{part}_proj" for part in ("q", "k", "v", "out")} | {
+        "0.linear1",
+        "0.linear2",
+        "2",
+    }
+    assert "forward" not in layer.self_attn.__dict__
+
+
+def test_attention_of_other_forms_is_left_out() -> None:
+    class Other(nn.MultiheadAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out, weights = super().forward(*args, **kwargs)
+            return 2 * out, weights
+
+    class Attends(nn.Module):
+        def __init__(self, attention: nn.Module) -> None:
+            super().__init__()
+            self.attention, self.head = attention, nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.attention(x, x, x)[0].mean(dim=1))
+
+    for attention in (
+        nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True),
+        nn.MultiheadAttention(8, 2, batch_first=True, add_zero_attn=True),
+        Other(8, 2, batch_first=True),
+    ):
+        assert set(take(Attends(attention), (torch.randn(2, 4, 8), torch.tensor([0, 1])), 2).layers) == {"head"}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kdim", [None, 6])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "heads", "padding"])
+def test_attention_without_modules_is_autograds(batch_first: bool, kdim: int | None, mask: str) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=kdim, vdim=kdim)
+            self.keys, self.head = nn.Linear(8, kdim or 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            given: dict[str, Any] = {}
+            n, length = x.shape[:2]
+            if mask == "causal":
+                given = {"attn_mask": nn.Transformer.generate_square_subsequent_mask(length).to(x), "is_causal": True}
+            elif mask == "bool":
+                given = {"attn_mask": torch.eye(length).roll(1, 0).bool(), "average_attn_weights": False}
+            elif mask == "heads":
+                its = torch.arange(2 * length * length).reshape(2, length, length).to(x).sin()
+                given = {"attn_mask": its.repeat(n, 1, 1)}
+            elif mask == "padding":
+                given = {"key_padding_mask": torch.arange(length).expand(n, -1) > 2, "need_weights": False}
+            keys = self.keys(x)
+            h, k = (x, keys) if batch_first else (x.transpose(0, 1), keys.transpose(0, 1))
+            out, weights = self.attention(h, k, k.sin(), **given)
+            out = out if batch_first else out.transpose(0, 1)
+            return self.head(out.mean(dim=1)) + (0 if weights is None else weights.square().flatten(1).sum(1)[:, None])
+
+    torch.manual_seed(0)
+    model = Attends().double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x, y = torch.randn(3, 4, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
+    got = take(model, (x, y), 3)
+    parts = ("q", "k", "v")
+    for i in range(3):
+        loss = default_loss(model, (x[i : i + 1], y[i : i + 1])).sum()
+        names = ["in_proj_weight"] if kdim is None else [f"{part}_proj_weight" for part in parts]
+        held = [getattr(model.attention, name) for name in names]
+        *grads, bias, out = torch.autograd.grad(
+            loss, [*held, model.attention.in_proj_bias, model.attention.out_proj.weight]
+        )
+        blocks = grads[0].chunk(3) if kdim is None else grads
+        for number, part in enumerate(parts):
+            its = got.layers[f"attention.{part}_proj"].dense()[i].double()
+            wanted = blocks[number].T
+            torch.testing.assert_close(its[: len(wanted)], wanted, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(its[-1], bias.chunk(3)[number], rtol=1e-4, atol=1e-6)
+        its = got.layers["attention.out_proj"].dense()[i].double()
+        torch.testing.assert_close(its[:-1], out.T, rtol=1e-4, atol=1e-6)
 
 
 def test_embedding_settings_that_depend_on_the_batch_are_refused() -> None:

@@ -1,15 +1,17 @@
-"""Experts: linear maps whose weights are slices of one parameter, seen in the calls of the module that holds them.
+"""Held: linear maps whose weights are parameters, or slices of one, of a module that has no module for each of them.
 
-A module of fused experts keeps a weight (experts, ., .) and multiplies the tokens that are routed to an expert by its
-slice, without a module of its own. While a pass runs, such products go through an `ExpertMap` for each expert, which is
-hooked as any linear map is. Rows are followed from the module's input to the product, so that an expert's rows are put
-together by example, with zeros where an example has fewer: they add nothing to its gradient.
+Fused experts keep a weight (experts, ., .), and multiply the tokens that are routed to an expert by its slice; routers
+and `nn.MultiheadAttention` (see `attention`) multiply by parameters of their own. While a pass runs, each such product
+is shown to a `HeldMap`, which is hooked as any linear map is. Experts' rows are followed from the module's input to
+the product, so that an expert's rows are put together by example, with zeros where an example has fewer: they add
+nothing to its gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,39 +26,50 @@ _CASTS = (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type, torch.Tensor.c
 _GATHERS = (torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select)
 
 
-class ExpertMap(nn.Module):
-    """One expert's linear map, or that of a router, as a module that can be hooked. It holds nothing.
+class HeldMap(nn.Module):
+    """One linear map of a module that holds its weight, as a module that can be hooked. It holds nothing itself.
 
     Attributes:
         parent: who holds the parameter.
         parameter: its name there.
-        expert: which slice; None: all of it.
+        number: which slice along the first dimension, or block where it is `packed`; None: all of it.
+        packed: how many blocks of rows the parameter has; None: its first dimension is that of the slices.
         inputs_first: whether the slice is (inputs, outputs).
         inputs, outputs: its widths.
-        biases: name of the parameter (experts, outputs) that is added to the product, if there is one.
+        biases: name of the parameter that is added to the product, in slices alike, if there is one.
+        bias_block: (number, blocks) of it, where it is in blocks and the weight is not.
+        may_rest: whether a batch may have no row for it.
     """
 
     parent: nn.Module
 
-    def __init__(self, parent: nn.Module, parameter: str, expert: int | None, *, inputs_first: bool) -> None:
+    def __init__(
+        self,
+        parent: nn.Module,
+        parameter: str,
+        number: int | None,
+        *,
+        inputs_first: bool = False,
+        packed: int | None = None,
+        biases: str | None = None,
+        bias_block: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         # Not as a child: this module is none of the model's.
         object.__setattr__(self, "parent", parent)
-        self.parameter, self.expert, self.inputs_first = parameter, expert, inputs_first
-        first, second = getattr(parent, parameter).shape[-2:]
-        self.inputs, self.outputs = (first, second) if self.inputs_first else (second, first)
-        name = "bias" if expert is None else f"{parameter}_bias"
-        bias, wanted = (
-            parent._parameters.get(name),
-            (*getattr(parent, parameter).shape[: expert is not None], self.outputs),
-        )
-        self.biases = name if bias is not None and tuple(bias.shape) == wanted else None
+        self.parameter, self.number, self.packed, self.inputs_first = parameter, number, packed, inputs_first
+        self.may_rest = number is not None and packed is None
+        first, second = self._slice(self.held).shape
+        self.inputs, self.outputs = (first, second) if inputs_first else (second, first)
+        self.bias_block = bias_block
+        added = None if biases is None else parent._parameters.get(biases)
+        fits = added is not None and tuple(self._slice(added, bias=True).shape) == (self.outputs,)
+        self.biases = biases if fits else None
 
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """(outputs,)"""
-        whole = None if self.biases is None else getattr(self.parent, self.biases)
-        return whole if whole is None or self.expert is None else whole[self.expert]
+    def _slice(self, whole: torch.Tensor, *, bias: bool = False) -> torch.Tensor:
+        number, packed = self.bias_block if bias and self.bias_block else (self.number, self.packed)
+        blocks = whole if packed is None else whole.unflatten(0, (packed, -1))
+        return blocks if number is None else blocks[number]
 
     @property
     def held(self) -> torch.Tensor:
@@ -64,17 +77,27 @@ class ExpertMap(nn.Module):
         found: torch.Tensor = getattr(self.parent, self.parameter)
         return found
 
-    def part(self, gradient: torch.Tensor) -> torch.Tensor:
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(outputs,)"""
+        return None if self.biases is None else self._slice(getattr(self.parent, self.biases), bias=True)
+
+    def part(self, gradient: torch.Tensor, *, bias: bool = False) -> torch.Tensor:
         """(outputs, inputs) of the parameter's gradient; (outputs,) of the biases'."""
-        its = gradient if self.expert is None else gradient[self.expert]
-        return its.mT if self.inputs_first and its.ndim == 2 else its
+        its = self._slice(gradient, bias=bias)
+        return its.mT if self.inputs_first and not bias else its
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (n, t, inputs) times the weight, and what hooks make of it."""
+        found: torch.Tensor = self(x, functional.linear(x, self.part(self.held), self.bias))
+        return found
 
     def forward(self, x: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
         """What its hooks are told of: x (n, t, inputs), and the product (n, t, outputs)."""
         return product
 
 
-def expert_maps(name: str, module: nn.Module) -> dict[str, ExpertMap]:
+def expert_maps(name: str, module: nn.Module) -> dict[str, HeldMap]:
     """Name -> map, of a module that holds fused experts or routes to them; {} of others.
 
     Known by what they have: a number of experts, and either parameters (experts, ., .), or a weight (experts, inputs)
@@ -86,13 +109,15 @@ def expert_maps(name: str, module: nn.Module) -> dict[str, ExpertMap]:
     if fused := _fused(module, count):
         first = _inputs_first(module, fused)
         return {
-            f"{name}.{key}.{e}": ExpertMap(module, key, e, inputs_first=first) for key in fused for e in range(count)
+            f"{name}.{key}.{e}": HeldMap(module, key, e, inputs_first=first, biases=f"{key}_bias")
+            for key in fused
+            for e in range(count)
         }
     weight = module._parameters.get("weight")
     routes = weight is not None and weight.ndim == 2 and len(weight) == count and weight.is_floating_point()
     if not routes or isinstance(module, nn.Linear) or next(module.children(), None) is not None:
         return {}
-    return {f"{name}.weight": ExpertMap(module, "weight", None, inputs_first=False)}
+    return {f"{name}.weight": HeldMap(module, "weight", None, biases="bias")}
 
 
 def _inputs_first(module: nn.Module, fused: list[str]) -> bool:
@@ -116,7 +141,7 @@ def _fused(module: nn.Module, count: int) -> list[str]:
 
 @contextmanager
 def routed(
-    maps: Sequence[ExpertMap], examples: Callable[[], int], trouble: Callable[[ExpertMap, str], None]
+    maps: Sequence[HeldMap], examples: Callable[[], int], trouble: Callable[[HeldMap, str], None]
 ) -> Iterator[None]:
     """While inside, the products of the maps' parent, the same of all, go through them.
 
@@ -126,20 +151,27 @@ def routed(
         trouble: told of a map whose rows cannot be followed.
     """
     parent = maps[0].parent
-    own, forward = parent.__dict__.get("forward"), parent.forward
 
-    def through(*args: Any, **kwargs: Any) -> Any:
+    def through(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with _eager(parent), _Routing(maps, _first(args, kwargs), examples(), trouble):
             return forward(*args, **kwargs)
 
-    parent.forward = through
+    with instead(parent, through):
+        yield
+
+
+@contextmanager
+def instead(module: nn.Module, through: Callable[..., Any]) -> Iterator[None]:
+    """While inside, a call of the module is through(its forward, arguments...)."""
+    own, forward = module.__dict__.get("forward"), module.forward
+    module.forward = partial(through, forward)
     try:
         yield
     finally:
         if own is None:
-            del parent.forward
+            del module.forward
         else:
-            parent.forward = own
+            module.forward = own
 
 
 @contextmanager
@@ -168,13 +200,13 @@ class _Routing(TorchFunctionMode):
 
     def __init__(
         self,
-        maps: Sequence[ExpertMap],
+        maps: Sequence[HeldMap],
         hidden: torch.Tensor | None,
         examples: int,
-        trouble: Callable[[ExpertMap, str], None],
+        trouble: Callable[[HeldMap, str], None],
     ) -> None:
         super().__init__()
-        self._maps = {(m.parameter, m.expert): m for m in maps}
+        self._maps = {(m.parameter, m.number): m for m in maps}
         self._parameters = {id(m.held): m.parameter for m in maps}
         self._hidden, self._examples, self._trouble = hidden, examples, trouble
         self._seen: set[tuple[str, int | None]] = set()
