@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .documents import Document, read_documents
 from .model import TextModel, load_text_model
 from .packed import UnpackedDocuments
+from .preferences import DPOLoss, PreferencePairs
 from .textquestions import TextQuestion, read_questions
 from .tokenised import TokenisedData
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from .textindex import build_text_index, open_text_index
 
 __all__ = [
+    "DPOLoss",
     "Document",
     "IndexCallback",
+    "PreferencePairs",
     "TextModel",
     "TextQuestion",
     "TokenisedData",

@@ -25,6 +25,13 @@ def test_the_examples_run(tmp_path: Path) -> None:
     tokenizer.pad_token, tokenizer.chat_template = "<|endoftext|>", CHAT
     make_model("gpt2").save_pretrained(tmp_path / "my-model")
     tokenizer.save_pretrained(tmp_path / "my-model")
+    make_model("gpt2").save_pretrained(tmp_path / "my-reference")
+    pairs = {
+        "prompt": [" ".join(s.split()[:2]) for s in SENTENCES],
+        "chosen": [" " + s.split()[2] for s in SENTENCES],
+        "rejected": [" " + s.split()[-1] for s in SENTENCES],
+    }
+    datasets.Dataset.from_dict(pairs).save_to_disk(tmp_path / "my-pairs")
     texts = datasets.Dataset.from_dict({"text": SENTENCES})
     texts.save_to_disk(tmp_path / "my-texts")
     tokens = texts.map(lambda r: tokenizer(r["text"]) | {"labels": tokenizer(r["text"])["input_ids"]})
@@ -47,7 +54,7 @@ def test_the_examples_run(tmp_path: Path) -> None:
 
 
 def test_as_many_lines_as_it_says() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     for name, code in EXAMPLES.items():
         about = [
             line for line in code.splitlines() if re.search(r"lorif_index|\bIndex\.|\bindex\.|IndexCallback", line)

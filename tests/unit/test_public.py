@@ -103,7 +103,7 @@ ENGINE = [
         "encode coverage outliers spans choice inputs state sample stages candidates sizes traffic pipeline timing "
         "estimate",
     ),
-    ("text", "documents yamlfile textquestions packed chat encoding tokenised passages model"),
+    ("text", "documents yamlfile textquestions packed chat encoding tokenised preferences passages model"),
     ("", "snapshot identity questions describe"),
     ("life", "candidates add remove refit merge repair writing incoming"),
     ("", "index launch"),
@@ -116,8 +116,10 @@ TEXT_SIDE = [
 
 
 TEXT = [
+    "DPOLoss",
     "Document",
     "IndexCallback",
+    "PreferencePairs",
     "TextModel",
     "TextQuestion",
     "TokenisedData",
