@@ -37,6 +37,8 @@ class LayerSelection:
         adapters: of a peft model: "only" the linear maps that it trains (LoRA's A and B of active adapters, and whole
             modules of `modules_to_save`), "include" them beside the base model's, or "exclude" them; "auto": "only"
             where there are some, and what `include` names.
+        batch_second: glob patterns of linear maps whose inputs have the examples along their second dimension, as in
+            `nn.Transformer` without `batch_first`; a build adds those that it finds.
     """
 
     include: tuple[str, ...] = ()
@@ -46,9 +48,10 @@ class LayerSelection:
     head: bool = True
     bias: bool = True
     adapters: str = "auto"
+    batch_second: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude", "types"):
+        for name in ("include", "exclude", "types", "batch_second"):
             given = getattr(self, name)
             if isinstance(given, (str, type)):
                 given = (given,)

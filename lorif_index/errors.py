@@ -45,11 +45,12 @@ class CaptureError(LorifError):
     Args:
         message: what is wrong.
         layers: modules whose gradients cannot be taken, where those of others can.
+        second: those of them whose examples may lie along their second dimension.
     """
 
-    def __init__(self, message: str, layers: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, layers: tuple[str, ...] = (), second: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.layers = layers
+        self.layers, self.second = layers, second
 
 
 class NonFiniteError(LorifError):

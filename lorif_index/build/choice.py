@@ -40,7 +40,8 @@ _LOSSLESS_SHARE = 0.01
 
 def leaving_out(config: BuildConfig, model: Any, body: Callable[[BuildConfig], T]) -> tuple[BuildConfig, T]:
     """What body(config) gives, which takes a first batch's gradients of the model, and the config that it was given at
-    last: where layers are chosen by default, those whose gradients cannot be taken are left out, with a warning.
+    last: where layers are chosen by default, those whose gradients cannot be taken are left out, with a warning; those
+    that have examples along their second dimension are taken so.
 
     Raises:
         CaptureError: of layers that were asked for, or of all.
@@ -50,6 +51,10 @@ def leaving_out(config: BuildConfig, model: Any, body: Callable[[BuildConfig], T
         try:
             found = body(config)
         except CaptureError as error:
+            turned = _adding(config, "batch_second", model, error.second)
+            if turned != config:
+                config = turned
+                continue
             if not error.layers or chosen.include or chosen.types:
                 raise
             # Without its traceback, which holds the failed pass.
@@ -70,10 +75,15 @@ def leaving_out(config: BuildConfig, model: Any, body: Callable[[BuildConfig], T
 
 
 def excluding(config: BuildConfig, model: Any, modules: Iterable[str]) -> BuildConfig:
-    """The config without some modules; of an ensemble without those of any member."""
+    """The config without some modules."""
+    return _adding(config, "exclude", model, modules)
+
+
+def _adding(config: BuildConfig, field: str, model: Any, modules: Iterable[str]) -> BuildConfig:
+    """The config with modules added to a field of its layers; of an ensemble those of all members."""
     names = [name.partition(".")[2] if isinstance(model, Ensemble) else name for name in modules]
-    exclude = tuple(dict.fromkeys((*config.layers.exclude, *names)))
-    return dataclasses.replace(config, layers=dataclasses.replace(config.layers, exclude=exclude))
+    patterns = tuple(dict.fromkeys((*getattr(config.layers, field), *names)))
+    return dataclasses.replace(config, layers=dataclasses.replace(config.layers, **{field: patterns}))
 
 
 def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, examples: ExampleSource) -> BuildConfig:

@@ -123,6 +123,8 @@ class Capture:
         self._factors: dict[str, float] = {}
         # Layers whose gradients cannot be taken, and why, in the pass at hand.
         self._troubles: dict[str, str] = {}
+        # Uses among them whose examples may lie along the second dimension.
+        self._second: set[str] = set()
         self._n, self._each = 0, 1
         self._probing: int | None = None
         self._active = False
@@ -202,7 +204,8 @@ class Capture:
             out = turned[..., : use.outputs] if side is None else turned @ side[: use.outputs].T
         if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
             out = out.reshape(len(like), -1, out.shape[-1]).transpose(1, 2)
-        return (out * self._factors.get(use.name, 1.0)).reshape(like.shape).to(like.dtype)
+        out = out.reshape(use.examples_first(like).shape) * self._factors.get(use.name, 1.0)
+        return use.examples_first(out).to(like.dtype)
 
     def several(
         self, ids: np.ndarray, batch: Batch, functions: PerExample, *, push: Push | None = None, each: int = 1
@@ -367,7 +370,9 @@ class Capture:
                 if isinstance(module, nn.Embedding):
                     x = full(x)
                     padded = None if module.padding_idx is None else torch.eq(x, module.padding_idx)
-                inputs = _columns(use, x, spread, "input").map(lambda own: positions(use, own, self._n))
+                inputs = _columns(use, use.examples_first(x), spread, "input").map(
+                    lambda own: positions(use, own, self._n)
+                )
                 # Projected now: the model may change its input in place later, and the projection is smaller.
                 left = self._project_input(layer, use, inputs, output.dtype)
             if graded:
@@ -433,11 +438,15 @@ class Capture:
         """Whether its rows are examples', so many of each one after the other: that they are the right ones is seen by
         `_check_isolation`."""
         least = 1 if isinstance(use.module, nn.Embedding) and what == "input" else 2
+        if use.second:
+            least, tensor = 3, tensor.transpose(0, 1) if tensor.ndim > 1 else tensor
         rows = tensor.shape[0] if tensor.ndim else 0
-        several = 0 < self._n < rows and rows % self._n == 0
+        several = 0 < self._n < rows and rows % self._n == 0 and not use.second
         # That an expert's rows are put together rightly is to be proven as well.
         mapped = several or _may_rest(use)
         if tensor.ndim < least or not (rows == self._n or several):
+            if use.may_be_second(tensor, self._n):
+                self._second.add(use.name)
             self._troubles[layer] = (
                 f"module {use.name!r} has an {what} of shape {tuple(tensor.shape)} for a batch of {self._n} examples, "
                 "so its rows cannot be mapped to examples (routed experts, shared input?)"
@@ -493,7 +502,7 @@ class Capture:
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             work = _working(dy.dtype)
             left = left.to(work) if left.is_floating_point() else left
-            part = _columns(use, dy.detach(), spread, "output").map(lambda own: own.to(work))
+            part = _columns(use, use.examples_first(dy.detach()), spread, "output").map(lambda own: own.to(work))
             part = part if factor == 1 else part.map(lambda own: own * factor)
             if padded is not None:
                 part = part.map(lambda own: own.masked_fill(padded.unsqueeze(-1), 0.0))
@@ -591,8 +600,8 @@ class Capture:
             self._unproven = self._unproven - 1 if regrouped else 0
 
     def _check_isolated_rows(self, layer: str, use: Use, dy: torch.Tensor) -> None:
-        each = len(dy) // self._n
-        whole = full(dy.detach())
+        whole = use.examples_first(full(dy.detach()))
+        each = len(whole) // self._n
         others, own = whole[: self._n * each - each], whole[self._n * each - each :]
         self._proves |= bool(own.any())
         if others.numel() and bool(others.abs().amax() > 0):
@@ -601,7 +610,9 @@ class Capture:
                 "mapped to examples (batch not in the first dimension, examples that interact, or a loss that is "
                 "averaged over the batch?)"
             )
-            if each == 1 and not _may_rest(use):
+            if use.may_be_second(dy, self._n):
+                self._second.add(use.name)
+            elif each == 1 and not _may_rest(use):
                 # Examples that interact do so for all layers before.
                 raise CaptureError(f"{trouble}: {_REMEDY}, or mend the loss")
             self._troubles[layer] = trouble
@@ -612,7 +623,8 @@ class Capture:
             names = list(self._troubles)
             more = f" (and {len(names) - 1} more: {names[1:5]})" if len(names) > 1 else ""
             uses = tuple(use.name for layer in self._layers if layer.name in self._troubles for use in layer.uses)
-            raise CaptureError(f"{self._troubles[names[0]]}{more}: {_REMEDY}", uses)
+            second = tuple(name for name in uses if name in self._second)
+            raise CaptureError(f"{self._troubles[names[0]]}{more}: {_REMEDY}", uses, second)
 
     def _check_graded(self) -> None:
         """Gradients of a layer that was called without them would be zeros, and look like an answer."""

@@ -41,6 +41,7 @@ class Use:
             so that inputs and output gradients change sides.
         inputs, outputs: widths of the module's own linear map, without bias; inputs per group of a convolution.
         bias: whether a bias is tracked with it.
+        second: whether examples lie along the second dimension of its inputs and outputs, and not the first.
     """
 
     name: str
@@ -49,6 +50,16 @@ class Use:
     inputs: int
     outputs: int
     bias: bool
+    second: bool = False
+
+    def examples_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Its input, or the gradient at its output, with the examples along the first dimension."""
+        return tensor.transpose(0, 1) if self.second else tensor
+
+    def may_be_second(self, tensor: torch.Tensor, count: int) -> bool:
+        """Whether so many examples may lie along a tensor's second dimension, where the first is not theirs."""
+        plain = not isinstance(self.module, (nn.Conv1d, nn.Conv2d, nn.Embedding, HeldMap))
+        return plain and not self.second and tensor.ndim > 2 and tensor.shape[1] == count
 
 
 @dataclass(frozen=True)
@@ -269,7 +280,9 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
     groups: dict[int, list[Use]] = {}
     for name, module in candidates.items():
         if _key(module) in chosen:
-            groups.setdefault(_key(module), []).append(_describe(name, module, selection.bias))
+            use = _describe(name, module, selection.bias)
+            second = any(fnmatchcase(name, pattern) for pattern in selection.batch_second)
+            groups.setdefault(_key(module), []).append(replace(use, second=second))
     head = _output_embeddings(model)
     layers = [_tie(uses, head) for uses in groups.values()]
     if not layers:

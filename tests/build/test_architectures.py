@@ -302,6 +302,48 @@ def test_an_expert_that_no_word_is_routed_to_is_left_out(tmp_path: Path) -> None
         Index.build(tmp_path / "asked", **arguments, config=BuildConfig(layers=["*experts*"]), progress=False)
 
 
+class Encoder(nn.Module):
+    """torch's own encoder, whose inputs have the batch first or second."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.words, self.batch_first = nn.Embedding(WORDS, 8), batch_first
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first, norm_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.words(x)
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        out = self.encoder(h if self.batch_first else h.transpose(0, 1), mask=mask)
+        return self.head((out if self.batch_first else out.transpose(0, 1)).tanh().mean(dim=1))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(8, 5), (4, 8), (6, 6), (5, 7)])
+def test_a_batch_in_the_second_dimension_is_found(batch: int, length: int, tmp_path: Path) -> None:
+    """Also where the first batch could be read two ways."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randint(0, WORDS, (24, length), generator=generator), torch.randint(0, 3, (24,), generator=generator)
+    made, state = [], None
+    for batch_first in (True, False):
+        torch.manual_seed(1)
+        model = Encoder(batch_first).eval()
+        state = model.state_dict() if state is None else state
+        model.load_state_dict(state)
+        path = tmp_path / str(batch_first)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Index.build(path, model=model, data=(x, y), config=BuildConfig(batch_size=batch), progress=False).close()
+        made.append(Index.open(path, model=model, data=(x, y)))
+    first, second = made
+    assert first.layers == second.layers and len(first.layers) == 13
+    assert set(second.config.layers.batch_second) == {f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    assert not first.config.layers.batch_second
+    for count in (1, 2, length):
+        query = (x[:count], y[:count])
+        assert close(second.scores(query), first.scores(query), 2e-3)
+    assert close(second.scores(query, refine=True), first.scores(query, refine=True), 2e-3)
+
+
 class Hidden(nn.Module):
     """Experts that are used in a way that is not followed."""
 
