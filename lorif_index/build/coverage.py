@@ -26,7 +26,7 @@ from ..capture.data import Batch, ExampleSource, one_of
 from ..capture.gradients import GradientBlock
 from ..capture.held import HeldMap
 from ..capture.hooks import Capture
-from ..capture.layers import Use
+from ..capture.layers import Use, supported
 from ..capture.losses import PerExample
 from ..capture.sharded import is_dtensor
 from ..capture.sources import ModelCapture
@@ -66,10 +66,11 @@ def measure_coverage(
 
     Returns:
         shares of the squared norm, as plain JSON values: {"tracked", "untracked": {class of modules: of parameters that
-        are not tracked, from .05 on}, "projection", "rows", "scores", "layers": {name: {"share": of all parameters',
-        "projection", "rows"}}, "differing": layers whose captured gradients are not autograd's, "parameter_examples",
-        "row_examples", "seconds"}. A share that is not known is None: those of parameters where autograd cannot give
-        their gradients (out of memory, parameters that are quantised).
+        are not tracked, from .05 on}, "unknown": those of these classes that are no linear maps, "projection", "rows",
+        "scores", "layers": {name: {"share": of all parameters', "projection", "rows"}}, "differing": layers whose
+        captured gradients are not autograd's, "parameter_examples", "row_examples", "seconds"}. A share that is not
+        known is None: those of parameters where autograd cannot give their gradients (out of memory, parameters that
+        are quantised).
     """
     if examples is None:
         return None
@@ -89,7 +90,13 @@ def measure_coverage(
         spans.add(block.select(mine))
         for place in mine.tolist() if not norms.failed else ():
             norms.add(capture, one_of(batch, place), block.select(np.array([place])))
-    found: dict[str, Any] = {"tracked": None, "untracked": {}, "projection": None, "differing": sorted(norms.differing)}
+    found: dict[str, Any] = {
+        "tracked": None,
+        "untracked": {},
+        "unknown": [],
+        "projection": None,
+        "differing": sorted(norms.differing),
+    }
     layers: dict[str, dict[str, float | None]] = {name: {} for name in rows.codec.specs}
     if norms.failed:
         few = few[:0]
@@ -100,6 +107,7 @@ def measure_coverage(
             for kind, square in sorted(norms.others.items(), key=lambda item: -item[1])
             if (share := _ratio(square, norms.total) or 0.0) >= _SAID_FROM
         }
+        found["unknown"] = sorted(norms.unknown & found["untracked"].keys())
         found["projection"] = _ratio(sum(spans.sums.values()), sum(norms.layers.values()))
         for name in layers:
             layers[name]["share"] = _ratio(norms.layers[name], norms.total)
@@ -127,6 +135,7 @@ class _Norms:
         total: of all of them, over the examples.
         layers: of each layer's.
         others: of what is not tracked, by the class of its module.
+        unknown: classes of modules that are no linear maps.
         differing: layers whose projected gradients are others than those captured.
         failed: autograd could not give them; a diagnosis is not worth the build.
     """
@@ -137,6 +146,7 @@ class _Norms:
         self._projections = taken.projections
         self.others: dict[str, float] = {}
         self._class = {id(p): type(m).__name__ for m in taken.model.modules() for p in m.parameters(recurse=False)}
+        self.unknown = {type(m).__name__ for m in taken.model.modules() if not supported(m)}
         # Parameter -> its layers, of those that one module alone uses in a known way.
         self._plain: dict[int, list[tuple[str, Use, bool]]] = {}
         self._projected: dict[str, torch.Tensor] = {}

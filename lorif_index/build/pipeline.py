@@ -253,4 +253,11 @@ def _coverage(
             "layers=LayerSelection(embeddings=True); see `lorif info`",
             stacklevel=6,
         )
+    elif found is not None and tracked is not None and found["unknown"]:
+        shares = {kind: found["untracked"][kind] for kind in found["unknown"]}
+        warnings.warn(
+            f"{shares} of the squared norm of gradients are in parameters of modules that are no linear maps, and are "
+            "not tracked: what these learnt is not seen",
+            stacklevel=6,
+        )
     return state.ranks.told(found)

@@ -219,6 +219,22 @@ def test_examples_are_few_and_skipped_ones_left_out(tmp_path: Path) -> None:
     assert found["untracked"] == {}
 
 
+def test_modules_that_are_no_linear_maps_are_named(tmp_path: Path) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells, self.head = nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(5 * self.cells(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    data = (torch.randn(40, 7, 6), torch.randint(0, 3, (40,)))
+    with pytest.warns(UserWarning, match=r"\{'LSTM': 0\.\d+\} of the squared norm .* are not tracked"):
+        index = Index.build(tmp_path / "i", model=Recurrent(), data=data, progress=False)
+    assert index.build_report["coverage"]["unknown"] == ["LSTM"] and list(index.layers) == ["head"]
+
+
 def test_a_build_that_sees_little_says_what_it_does_not_see(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.Linear(24, 3))
