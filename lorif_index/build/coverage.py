@@ -165,7 +165,7 @@ class _Norms:
                     self.failed = True
                     continue
                 self._owner.setdefault(id(weight), []).append((layer.name, use))
-                plain = experts or (type(use.module) in (nn.Linear, nn.Embedding) and holders[id(weight)] == 1)
+                plain = holders[id(weight)] == 1 and (experts or type(use.module) in (nn.Linear, nn.Embedding))
                 if plain and not is_dtensor(weight):
                     self._plain.setdefault(id(weight), []).append((layer.name, use, False))
                 if use.bias:

@@ -105,7 +105,7 @@ def _fit(given: Given, inputs: Inputs, state: BuildState) -> tuple[Inputs, Sampl
             by_default = (
                 inputs.capture is not None and inputs.curvature is None and not (chosen.include or chosen.types)
             )
-            if not by_default or not set(idle) < set(inputs.specs):
+            if not idle or not by_default or not set(idle) < set(inputs.specs):
                 raise
             warnings.warn(f"left out: {error}", stacklevel=5)
             # These are by the layers' numbers.

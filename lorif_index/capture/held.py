@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_e
 _PRODUCTS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm)
 _BATCHED = (torch.bmm, torch.Tensor.bmm)
 _CASTS = (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type, torch.Tensor.contiguous)
-_GATHERS = (torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select)
+_TURNS = (torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
+_SWAPS = (torch.Tensor.transpose, torch.transpose, torch.Tensor.swapaxes, torch.Tensor.swapdims)
+_SELECTS = (torch.index_select, torch.Tensor.index_select)
 
 
 class HeldMap(nn.Module):
@@ -78,6 +80,11 @@ class HeldMap(nn.Module):
         return found
 
     @property
+    def key(self) -> tuple[int, int | None, int | None]:
+        """What maps of one weight share, also where two modules hold it."""
+        return id(self.held), self.number, self.packed
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """(outputs,)"""
         return None if self.biases is None else self._slice(getattr(self.parent, self.biases), bias=True)
@@ -117,7 +124,8 @@ def expert_maps(name: str, module: nn.Module) -> dict[str, HeldMap]:
     routes = weight is not None and weight.ndim == 2 and len(weight) == count and weight.is_floating_point()
     if not routes or isinstance(module, nn.Linear) or next(module.children(), None) is not None:
         return {}
-    return {f"{name}.weight": HeldMap(module, "weight", None, biases="bias")}
+    # A bias of its own is often of the choice alone, and no part of the product.
+    return {f"{name}.weight": HeldMap(module, "weight", None)}
 
 
 def _inputs_first(module: nn.Module, fused: list[str]) -> bool:
@@ -141,19 +149,24 @@ def _fused(module: nn.Module, count: int) -> list[str]:
 
 @contextmanager
 def routed(
-    maps: Sequence[HeldMap], examples: Callable[[], int], trouble: Callable[[HeldMap, str], None]
+    maps: Sequence[HeldMap],
+    examples: Callable[[], int],
+    in_place: Callable[[], bool],
+    trouble: Callable[[HeldMap, str], None],
 ) -> Iterator[None]:
     """While inside, the products of the maps' parent, the same of all, go through them.
 
     Args:
         maps: of one parent.
         examples: gives how many examples the batch has.
+        in_place: says whether rows stand at their own positions, so that positions are the same in all maps, and not
+            one after the other, which takes less.
         trouble: told of a map whose rows cannot be followed.
     """
     parent = maps[0].parent
 
     def through(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _eager(parent), _Routing(maps, _first(args, kwargs), examples(), trouble):
+        with _eager(parent), _Routing(maps, _first(args, kwargs), examples(), trouble, in_place=in_place()):
             return forward(*args, **kwargs)
 
     with instead(parent, through):
@@ -177,8 +190,11 @@ def instead(module: nn.Module, through: Callable[..., Any]) -> Iterator[None]:
 @contextmanager
 def _eager(parent: nn.Module) -> Iterator[None]:
     """transformers chooses among forwards by its config; the plain one takes expert by expert."""
-    config, key = getattr(parent, "config", None), "_experts_implementation"
-    if not hasattr(config, key):
+    config = getattr(parent, "config", None)
+    # The public one would be set in parts of the config, too.
+    keys = ("_experts_implementation_internal", "_experts_implementation")
+    key = next((key for key in keys if hasattr(config, key)), None)
+    if key is None:
         yield
         return
     before = getattr(config, key)
@@ -195,6 +211,22 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None
     return next((value for value in given if value.is_floating_point() and value.ndim > 1), None)
 
 
+class _Weight(NamedTuple):
+    """A tensor that is (a slice of) a parameter, alive as long as this is, so that no id is used twice.
+
+    Attributes:
+        tensor: the tensor.
+        parameter: the parameter's name.
+        number: which slice; None: all of it.
+        turned: whether its last two dimensions are swapped.
+    """
+
+    tensor: torch.Tensor
+    parameter: str
+    number: int | None
+    turned: bool = False
+
+
 class _Routing(TorchFunctionMode):
     """One call of the parent: sees which rows of its input are gathered, and sends products through the maps."""
 
@@ -204,26 +236,24 @@ class _Routing(TorchFunctionMode):
         hidden: torch.Tensor | None,
         examples: int,
         trouble: Callable[[HeldMap, str], None],
+        *,
+        in_place: bool,
     ) -> None:
         super().__init__()
         self._maps = {(m.parameter, m.number): m for m in maps}
-        self._parameters = {id(m.held): m.parameter for m in maps}
-        self._hidden, self._examples, self._trouble = hidden, examples, trouble
-        self._seen: set[tuple[str, int | None]] = set()
-        # id of a slice -> it, and what it is of; of all that are alive here, so that no id is used twice.
-        self._slices: dict[int, tuple[torch.Tensor, tuple[str, int | None]]] = {}
+        self._hidden, self._examples, self._trouble, self._in_place = hidden, examples, trouble, in_place
+        self._used: set[str] = set()
+        self._weights = {id(m.held): _Weight(m.held, m.parameter, None) for m in maps}
         rows = 0 if hidden is None else hidden.numel() // max(hidden.shape[-1], 1)
-        self._of_row: torch.Tensor | None = None
-        if hidden is not None and examples and rows % examples == 0:
-            self._of_row = torch.arange(examples, device=hidden.device).repeat_interleave(rows // examples)
-        self._gathered = self._of_row
+        # Rows of an example; 0 where they are not known.
+        self._each = rows // examples if examples and rows % examples == 0 else 0
+        self._rows = None if hidden is None else torch.arange(rows, device=hidden.device)
+        self._gathered = self._rows
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
-        used = {parameter for parameter, _ in self._seen}
-        for (parameter, _), its in self._maps.items() if kind is None else ():
-            if parameter not in used:
-                self._trouble(its, f"{type(its.parent).__name__} uses {parameter!r} in a way that is not followed")
+        for parameter in {parameter for parameter, _ in self._maps} - self._used if kind is None else ():
+            self._unfollowed(parameter, "in a way that is not followed")
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -231,38 +261,65 @@ class _Routing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.linear:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            if (key := self._known(given["weight"])) is not None:
-                return self._product(key, given["input"], given["weight"], given.get("bias"), inputs_first=False)
-        elif func in _PRODUCTS and len(args) == 2 and (key := self._known(args[1])) is not None:
-            return self._product(key, *args, None, inputs_first=True)
-        elif func in _BATCHED and len(args) == 2 and self._name(args[1]) is not None:
-            return self._each(*args)
+            if (weight := self._known(given["weight"])) is not None:
+                return self._product(weight, given["input"], given.get("bias"), inputs_first=weight.turned)
+        elif func in _PRODUCTS and len(args) == 2 and (weight := self._known(args[1])) is not None:
+            return self._product(weight, *args[:1], None, inputs_first=not weight.turned)
+        elif func in _BATCHED and len(args) == 2 and (weight := self._known(args[1])) is not None:
+            return self._all(weight, args[0])
         found = func(*args, **kwargs)
-        if func in _GATHERS and len(args) > 1:
-            self._follow(args[0], args[-1], found)
-        elif func in _CASTS and (key := self._known(args[0])) is not None:
-            self._slices[id(found)] = found, key
+        if isinstance(found, torch.Tensor):
+            self._follow(func, args, kwargs, found)
         return found
 
-    def _name(self, tensor: Any) -> str | None:
-        return self._parameters.get(id(tensor))
+    def _known(self, tensor: Any) -> _Weight | None:
+        return self._weights.get(id(tensor))
 
-    def _known(self, tensor: Any) -> tuple[str, int | None] | None:
-        """Which map's weight a tensor is."""
-        if id(tensor) in self._slices:
-            return self._slices[id(tensor)][1]
-        name = self._name(tensor)
-        return (name, None) if name is not None and (name, None) in self._maps else None
+    def _unfollowed(self, parameter: str, how: str) -> None:
+        """Of all experts: another batch has others."""
+        for (name, _), its in self._maps.items():
+            if name == parameter:
+                self._trouble(its, f"{type(its.parent).__name__} uses {parameter!r} {how}")
 
-    def _follow(self, source: Any, index: Any, found: torch.Tensor) -> None:
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: torch.Tensor) -> None:
         """What is taken of a weight, or of the module's rows."""
-        name = self._name(source)
-        index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
-        if name is not None:
-            if found.shape == source.shape[1:]:
-                self._slices[id(found)] = found, (name, int(index))
-        elif isinstance(index, torch.Tensor) and self._of_row is not None and self._is_hidden(source):
-            self._gathered = self._of_row[index] if found.ndim == 2 else None
+        source = args[0] if args else None
+        if (weight := self._known(source)) is not None:
+            self._weights[id(found)] = its = self._taken(weight, func, args[1:], found)
+            if its.parameter == "":
+                del self._weights[id(found)]
+                if found.is_floating_point():
+                    self._unfollowed(
+                        weight.parameter, f"in a way that is not followed ({getattr(func, '__name__', func)})"
+                    )
+        elif any(self._known(arg) is not None for arg in (*args[1:], *kwargs.values())):
+            of = next(w for arg in (*args[1:], *kwargs.values()) if (w := self._known(arg)) is not None)
+            self._unfollowed(of.parameter, f"in a way that is not followed ({getattr(func, '__name__', func)})")
+        elif self._rows is not None and self._is_hidden(source):
+            if func is torch.Tensor.__getitem__:
+                index = args[1][0] if isinstance(args[1], tuple) and len(args[1]) == 1 else args[1]
+            elif func in _SELECTS:
+                given = dict(zip(("dim", "index"), args[1:], strict=False)) | kwargs
+                index = given["index"] if given["dim"] in (0, -2) else None
+            else:
+                return
+            fits = isinstance(index, torch.Tensor) and found.ndim == 2
+            self._gathered = self._rows[index] if fits else None
+
+    def _taken(self, weight: _Weight, func: Any, further: tuple[Any, ...], found: torch.Tensor) -> _Weight:
+        """What a function has made of a weight; without a name where that is not followed."""
+        if func in _CASTS and found.shape == weight.tensor.shape:
+            return weight._replace(tensor=found)
+        swapped = func in _SWAPS and weight.tensor.ndim == 2 and {d % 2 for d in further if type(d) is int} == {0, 1}
+        if weight.number is not None and (func in _TURNS or swapped):
+            return weight._replace(tensor=found, turned=not weight.turned)
+        if func is torch.Tensor.__getitem__ and weight.number is None and found.shape == weight.tensor.shape[1:]:
+            index = further[0] if isinstance(further[0], tuple) else further
+            first, rest = index[0], index[1:]
+            plain = type(first) is int or (isinstance(first, torch.Tensor) and first.ndim == 0)
+            if plain and all(part is Ellipsis or part == slice(None) for part in rest):
+                return _Weight(found, weight.parameter, int(first) % len(weight.tensor))
+        return _Weight(found, "", None)
 
     def _is_hidden(self, tensor: Any) -> bool:
         """The module's rows themselves, in whatever view of all of them."""
@@ -273,60 +330,69 @@ class _Routing(TorchFunctionMode):
         return same and tensor.numel() == hidden.numel() and tensor.shape[-1] == hidden.shape[-1]
 
     def _product(
-        self,
-        key: tuple[str, int | None],
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        *,
-        inputs_first: bool,
+        self, weight: _Weight, x: torch.Tensor, bias: torch.Tensor | None, *, inputs_first: bool
     ) -> torch.Tensor:
-        """x (rows, inputs) times the weight of a map, each example's rows together."""
-        product = functional.linear(x, weight.mT if inputs_first else weight, bias)
-        self._seen.add(key)
-        if key not in self._maps:
-            # One that is not tracked.
+        """x (rows, inputs) times a weight, each example's rows together.
+
+        Args:
+            inputs_first: whether the product takes the parameter's slice, as it is stored, as (inputs, outputs).
+        """
+        stored = weight.tensor.mT if weight.turned else weight.tensor
+        product = functional.linear(x, stored.mT if inputs_first else stored, bias)
+        its = self._maps.get((weight.parameter, weight.number))
+        self._used.add(weight.parameter)
+        if its is None:
+            # One that is not tracked; or all of a parameter of which slices are.
+            if weight.number is None:
+                self._unfollowed(weight.parameter, "whole")
             return product
-        its, rows = self._maps[key], self._rows_of(x, whole=key[1] is None)
-        if rows is None or its.inputs_first != inputs_first:
-            why = "in another orientation" if rows is not None else "by rows that cannot be mapped to examples"
-            self._trouble(its, f"{type(its.parent).__name__} multiplies {key[0]!r} {why} (shape {tuple(x.shape)})")
+        if its.inputs_first != inputs_first:
+            self._unfollowed(weight.parameter, "in another orientation")
             return product
-        if key[1] is None:
+        if weight.number is None:
+            if not self._each or x.numel() // x.shape[-1] != self._each * self._examples:
+                self._unfollowed(weight.parameter, f"for rows that are not examples' (shape {tuple(x.shape)})")
+                return product
             # All rows, in their order.
             return its(*(part.reshape(self._examples, -1, part.shape[-1]) for part in (x, product))).reshape_as(product)
-        # Rows of an expert come in the order of its choices, or in any other.
-        order = torch.argsort(rows, stable=True)
-        counts = torch.bincount(rows, minlength=self._examples)
-        first = counts.cumsum(0) - counts
-        slot = torch.empty_like(rows)
-        slot[order] = torch.arange(len(rows), device=rows.device) - first[rows[order]]
-        longest = max(int(counts.max()), 1)
-        # Zeros stand where an example has fewer rows than another.
-        together = (p.new_zeros(self._examples, longest, p.shape[-1]).index_put((rows, slot), p) for p in (x, product))
-        return its(*together)[rows, slot]
+        rows = self._rows if self._is_hidden(x) else self._gathered
+        if not self._each or rows is None or x.ndim != 2 or len(rows) != len(x):
+            self._unfollowed(weight.parameter, f"for rows that cannot be mapped to examples (shape {tuple(x.shape)})")
+            return product
+        example, slot, width = self._places(rows)
+        # Zeros stand where an example has no row.
+        together = (p.new_zeros(self._examples, width, p.shape[-1]).index_put((example, slot), p) for p in (x, product))
+        return its(*together)[example, slot]
 
-    def _rows_of(self, x: torch.Tensor, *, whole: bool) -> torch.Tensor | None:
-        """(rows,) the example of each; None where that is not known."""
-        if whole:
-            return self._of_row if self._of_row is not None and x.numel() // x.shape[-1] == len(self._of_row) else None
-        rows = self._of_row if self._is_hidden(x) else self._gathered
-        return rows if rows is not None and x.ndim == 2 and len(rows) == len(x) else None
+    def _places(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(rows,) the example of each and its place there, and how many places there are."""
+        example, key = rows // self._each, rows if self._in_place else rows // self._each
+        # How often the same was there before.
+        order = torch.argsort(key, stable=True)
+        counts = torch.bincount(key, minlength=1)
+        before = torch.empty_like(rows)
+        before[order] = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[key[order]]
+        most = max(int(counts.max()), 1)
+        if self._in_place:
+            return example, before * self._each + rows % self._each, most * self._each
+        return example, before, most
 
-    def _each(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _all(self, weight: _Weight, x: torch.Tensor) -> torch.Tensor:
         """x (experts, rows, inputs) times all experts' weights, each over all rows in their order."""
-        name, out = str(self._name(weight)), []
-        for expert in range(len(x)):
-            its, product = self._maps.get((name, expert)), x[expert] @ weight[expert]
-            self._seen.add((name, expert))
-            known = x.shape[1] % self._examples == 0 if self._examples else False
-            if its is None or not known or not its.inputs_first:
-                if its is not None:
-                    self._trouble(
-                        its, f"{type(its.parent).__name__} multiplies {name!r} by rows of shape {tuple(x.shape)}"
-                    )
-                out.append(product)
-            else:
-                together = (part.reshape(self._examples, -1, part.shape[-1]) for part in (x[expert], product))
-                out.append(its(*together).reshape_as(product))
+        self._used.add(weight.parameter)
+        maps = [self._maps.get((weight.parameter, expert)) for expert in range(len(x))]
+        products = torch.bmm(x, weight.tensor)
+        whole = weight.number is None and not weight.turned
+        if (
+            not whole
+            or not self._examples
+            or x.shape[1] % self._examples
+            or any(m and not m.inputs_first for m in maps)
+        ):
+            self._unfollowed(weight.parameter, f"for rows that are not examples' (shape {tuple(x.shape)})")
+            return products
+        out = []
+        for its, rows, product in zip(maps, x, products, strict=True):
+            together = (part.reshape(self._examples, -1, part.shape[-1]) for part in (rows, product))
+            out.append(product if its is None else its(*together).reshape_as(product))
         return torch.stack(out)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ..errors import CaptureError
 from ..linalg.precision import as_chosen
 from ..linalg.projection import Projections
-from .attention import attending
+from .attention import attending, followed
 from .data import Batch, batch_count, to_device
 from .gradients import GradientBlock, LayerGradient, LayerSpec
 from .held import HeldMap, routed
@@ -109,12 +109,20 @@ class Capture:
         self._projections = projections
         self._function = function
         self._autocast = autocast
-        # Holder of weights -> map -> its layer and use.
-        self._held: dict[int, dict[HeldMap, tuple[str, Use]]] = {}
+        # Holder of weights -> map -> its layer and use; of attention also where only the module after it is tracked.
+        self._held: dict[nn.Module, dict[HeldMap, tuple[str, Use]]] = {}
         for layer in layers:
             for use in layer.uses:
                 if isinstance(use.module, HeldMap):
-                    self._held.setdefault(id(use.module.parent), {})[use.module] = layer.name, use
+                    self._held.setdefault(use.module.parent, {})[use.module] = layer.name, use
+        tracked = {id(use.module) for layer in layers for use in layer.uses}
+        self._attention = {
+            module: self._held.pop(module, {})
+            for module in model.modules()
+            if isinstance(module, nn.MultiheadAttention)
+            and followed(module)
+            and (module in self._held or id(module.out_proj) in tracked)
+        }
         # ids of attention modules whose forward here was compared with torch's.
         self._attended: set[int] = set()
         self._unproven, self.regrouped = PROVEN_BY, False
@@ -316,12 +324,13 @@ class Capture:
                         with_kwargs=True,
                     )
                     stack.callback(handle.remove)
+            for module, maps in self._attention.items():
+                trouble = partial(self._not_followed, maps)
+                stack.enter_context(attending(module, list(maps), trouble, self._attended))
             for maps in self._held.values():
-                parent, trouble = next(iter(maps)).parent, partial(self._not_followed, maps)
-                if isinstance(parent, nn.MultiheadAttention):
-                    stack.enter_context(attending(parent, list(maps), trouble, self._attended))
-                else:
-                    stack.enter_context(routed(list(maps), lambda: self._n, trouble))
+                trouble = partial(self._not_followed, maps)
+                in_place = lambda: self._watch is not None  # noqa: E731
+                stack.enter_context(routed(list(maps), lambda: self._n, in_place, trouble))
             yield
 
     def _casting(self) -> AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """Layers: which linear maps of a model are tracked, and how a module's call becomes positions x features.
 
-Every supported module is a linear map applied at each position t of an example, or stands for one (see `experts`): the
+Every supported module is a linear map applied at each position t of an example, or stands for one (see `held`): the
 gradient of its weight is sum_t x_t dy_t^T, shape (inputs, outputs). Convolutions are unfolded (Grosse and Martens,
 arXiv:1602.01407), embeddings have one-hot inputs, a bias is one more input that is always one. Only inputs and output
 gradients are looked at, never the weight's values: a quantised linear map is tracked as if its weight were not.
@@ -8,7 +8,7 @@ gradients are looked at, never the weight's values: a quantised linear map is tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -111,11 +111,25 @@ def named_maps(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _key(module: nn.Module) -> int:
+def _key(module: nn.Module) -> Hashable:
     """What modules with one weight share: its id; the module's own where the weight is no stored parameter (a quantised
     one of another name, or one computed anew at each look, whose id means nothing)."""
+    if isinstance(module, HeldMap):
+        return module.key
     weight = module._parameters.get("weight")
     return id(module) if weight is None else id(weight)
+
+
+def _owner(module: nn.Module) -> int:
+    """id of a module, or of the one that holds its weight."""
+    return id(module.parent if isinstance(module, HeldMap) else module)
+
+
+def _bias_key(module: nn.Module) -> Hashable:
+    """What modules with one bias share."""
+    if isinstance(module, HeldMap) and module.biases is not None:
+        return id(getattr(module.parent, module.biases)), *module.key[1:]
+    return id(module.bias)
 
 
 def _packed(module: nn.Module) -> bool:
@@ -173,9 +187,9 @@ def _default_exclusions(
     head = _output_embeddings(model)
     only = selection.adapters == "auto" and bool(adapters)
     for name, module in modules.items():
-        if id(module) in idle:
+        if _owner(module) in idle:
             out.add(id(module))
-        elif id(module) in adapters:
+        elif _owner(module) in adapters:
             # A classifier's head that is trained with them, too.
             continue
         elif only and supported(module):
@@ -267,17 +281,17 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
             "LayerSelection(adapters='only'), but the model has no active adapters of peft: leave adapters out, or "
             "pass the peft model"
         )
-    chosen: set[int] = set()
+    chosen: set[Hashable] = set()
     for name, module in candidates.items():
         named = any(fnmatchcase(name, p) for p in selection.include)
         wanted_type = not selection.types or bool(bases[name] & set(selection.types))
         by_default = not selection.include and id(module) not in excluded
         dropped = any(fnmatchcase(name, p) for p in selection.exclude)
         if selection.adapters in ("only", "exclude"):
-            dropped |= (id(module) in adapters) == (selection.adapters == "exclude")
+            dropped |= (_owner(module) in adapters) == (selection.adapters == "exclude")
         if (named or by_default) and wanted_type and not dropped:
             chosen.add(_key(module))
-    groups: dict[int, list[Use]] = {}
+    groups: dict[Hashable, list[Use]] = {}
     for name, module in candidates.items():
         if _key(module) in chosen:
             use = _describe(name, module, selection.bias)
@@ -308,7 +322,7 @@ def _tie(uses: list[Use], head: nn.Module | None) -> TrackedLayer:
     for use in uses:
         _refuse_unsupported_settings(use)
     first = uses[0]
-    biases = {id(use.module.bias) for use in uses if use.bias}
+    biases = {_bias_key(use.module) for use in uses if use.bias}
     if len(biases) > 1:
         raise CaptureError(
             f"modules {[u.name for u in uses]} share a weight but have different biases: exclude one of them, or track "

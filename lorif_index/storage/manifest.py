@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from ..capture.gradients import LayerSpec
+from ..config import LayerSelection
 from ..errors import CorruptionError, FingerprintError, FormatVersionError, NotAnIndexError, StoreError, shown
 from .locks import Lease, is_read
 from .sealed import SealedInfo, as_count, replace_durably
@@ -176,6 +177,10 @@ class Manifest:
         known |= {name: as_count(data[name]) for name in ("generation", "next_id", "next_file", "fitted_ids")}
         known |= {name: _entry(data[name]) for name in ("coarse", "removed")}
         manifest = cls(**known)
+        layers = manifest.fingerprint.get("config", {}).get("layers")
+        if isinstance(layers, dict):
+            # What an index says of its layers may be older than a setting that is as it was without it.
+            layers |= LayerSelection().to_json() | layers
         after = max((shard.last_id + 1 for shard in shards), default=0)
         if len({spec.name for spec in manifest.layers}) < len(manifest.layers):
             raise ValueError("two layers of one name")

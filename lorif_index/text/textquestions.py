@@ -118,7 +118,9 @@ def _of_task(task: Mapping[str, Any], path: Path) -> Iterator[TextQuestion]:
         target = _filled(task["doc_to_target"], doc, f"{place}: doc_to_target")
         if "doc_to_choice" in task:
             target = _chosen(task["doc_to_choice"], target, doc, place)
-        prompt, answer = before + str(_filled(task["doc_to_text"], doc, f"{place}: doc_to_text")), str(target)
+        what = f"{place}: doc_to_text"
+        prompt = before + _words(_filled(task["doc_to_text"], doc, what), what)
+        answer = _words(target, f"{place}: doc_to_target")
         if not answer:
             raise DataError(f"{place}: doc_to_target gives an empty answer")
         # Without a prompt nothing is to be set apart.
@@ -134,15 +136,26 @@ def _filled(template: Any, doc: Mapping[str, Any], what: str) -> Any:
     if template in doc:
         return doc[template]
     try:
-        from jinja2 import StrictUndefined, TemplateError
+        from jinja2 import StrictUndefined
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise DataError(f"{what} needs jinja2: install the extra text of lorif-index") from None
     try:
         written = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        return written.from_string(template).render(**{str(name): value for name, value in doc.items()})
-    except (TemplateError, TypeError, ValueError) as error:
+        return written.from_string(template).render({str(name): value for name, value in doc.items()})
+    except Exception as error:  # whatever a template makes of a document
         raise DataError(f"{what}: {error}; the document has the fields {sorted(map(str, doc))}") from None
+
+
+def _words(value: Any, what: str) -> str:
+    """A text, or a number as a text.
+
+    Raises:
+        DataError: anything else, which would read as Python's own spelling.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise DataError(f"{what} gives {value!r}, where a text or a number is wanted (a word such as no in quotes)")
+    return str(value)
 
 
 def _chosen(choices: Any, target: Any, doc: Mapping[str, Any], place: str) -> str:
@@ -150,10 +163,11 @@ def _chosen(choices: Any, target: Any, doc: Mapping[str, Any], place: str) -> st
     answers = doc.get(choices) if isinstance(choices, str) else choices
     if not isinstance(answers, list):
         raise DataError(f"{place}: doc_to_choice is a list of answers, or the name of a field that has one")
-    try:
-        number = int(target)
-    except (TypeError, ValueError):
-        raise DataError(f"{place}: doc_to_target gives {target!r}, where the number of a choice is wanted") from None
+    if isinstance(target, str) and target.strip().isdecimal():
+        target = int(target)
+    if type(target) is not int:
+        raise DataError(f"{place}: doc_to_target gives {target!r}, where the number of a choice is wanted")
+    number = target
     if not 0 <= number < len(answers):
         raise DataError(f"{place}: doc_to_target gives {number}, and there are {len(answers)} choices, from 0 on")
-    return str(answers[number])
+    return _words(answers[number], f"{place}: doc_to_choice")

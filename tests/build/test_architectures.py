@@ -203,7 +203,7 @@ def its_gradient(
         assert inputs_first != (grad.shape[1 if first else 0] == hidden)
         return grad if inputs_first else grad.T, None if bias is None else bias[int(number)]
     if layer in grads:
-        return grads[layer].T, grads.get(f"{holder}.bias")
+        return grads[layer].T, None
     grad, bias = grads[f"{layer}.weight"], grads.get(f"{layer}.bias")
     return grad if isinstance(model.get_submodule(layer), nn.Embedding) else grad.flatten(1).T, bias
 
@@ -355,6 +355,64 @@ class Hidden(nn.Module):
         return torch.einsum("tl,elo->to", x, self.weight)
 
 
+class Styled(nn.Module):
+    """Experts in another writing, each token to the expert of its number; the same as `plain` experts."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.num_experts, self.style, self.is_transposed = 2, style, style in ("turned", "rows")
+        self.weight = nn.Parameter(torch.randn(2, 8, 6) if style in ("turned", "rows") else torch.randn(2, 6, 8))
+        self.out = nn.Parameter(torch.randn(2, 6, 8) if style in ("turned", "rows") else torch.randn(2, 8, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total, chosen = torch.zeros_like(x), (x[:, 0] > 0).long()
+        for e in range(2):
+            where = (chosen == e).nonzero()[:, 0]
+            if self.style == "rows":
+                rows, first, last = x.index_select(0, where), self.weight[e, :, :], self.out[e, ...]
+                total = total.index_add(0, where, (rows @ first).tanh() @ last)
+            elif self.style == "turned":
+                rows, first, last = x[where], self.weight[e - 2].T, self.out[e].transpose(-1, -2)
+                total = total.index_add(0, where, nn.functional.linear(nn.functional.linear(rows, first).tanh(), last))
+            elif self.style == "mask":
+                rows, first, last = x[chosen == e], self.weight[torch.tensor(e)], self.out[e]
+                total[chosen == e] += nn.functional.linear(nn.functional.linear(rows, first).tanh(), last)
+            else:
+                rows = torch.index_select(x, dim=0, index=where)
+                inner = torch.matmul(rows, self.weight[e].mT).tanh()
+                total = total.index_add(0, where, inner @ self.out[e].t())
+        return total
+
+
+@pytest.mark.parametrize("style", ["rows", "turned", "mask", "matmul"])
+def test_experts_are_followed_however_they_are_written(style: str) -> None:
+    torch.manual_seed(1)
+    model = Mixed(Styled(style)).eval()
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randint(0, WORDS, (9, 6), generator=generator), torch.randint(0, 3, (9,), generator=generator)
+    found = captured(model, (x, y), WHOLE)
+    assert len(found) == 5
+    for i in range(9):
+        loss = default_loss(model, (x[i : i + 1], y[i : i + 1])).sum()
+        for name in ("weight", "out"):
+            (grad,) = torch.autograd.grad(loss, getattr(model.experts, name), retain_graph=True)
+            for e in range(2):
+                wanted = grad[e] if style in ("rows", "turned") else grad[e].T
+                got = found[f"experts.{name}.{e}"][i]
+                assert np.abs(got - wanted.numpy()).max() <= 1e-5 * max(float(grad.abs().max()), 1e-3)
+
+
+class Twice(nn.Module):
+    """A slice that is used in two ways, of which one is not followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.weight = 2, nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight[0] + x @ (2 * self.weight[0]).T
+
+
 class Shuffled(Hidden):
     """Its rows are gathered elsewhere, so that they are not known to be examples'."""
 
@@ -376,7 +434,57 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:captured gradients")
-@pytest.mark.parametrize("experts", [Hidden, Shuffled])
+def test_experts_that_share_a_parameter_are_one_layer_each() -> None:
+    torch.manual_seed(1)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(WORDS, 8), nn.Linear(8, 3)
+            self.one, self.two = Styled("mask"), Styled("mask")
+            self.two.weight = self.one.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.words(x)
+            for experts in (self.one, self.two):
+                h = h + experts(h.flatten(0, 1)).view_as(h)
+            return self.head(h.mean(dim=1))
+
+    model = Both().eval()
+    x, y = torch.randint(0, WORDS, (9, 6)), torch.randint(0, 3, (9,))
+    found = captured(model, (x, y), WHOLE)
+    assert set(found) == {"head", *(f"{m}.{e}" for m in ("one.weight", "one.out", "two.out") for e in (0, 1))}
+    (grad,) = torch.autograd.grad(default_loss(model, (x[:1], y[:1])).sum(), model.one.weight)
+    for e in range(2):
+        assert np.abs(found[f"one.weight.{e}"][0] - grad[e].T.numpy()).max() <= 1e-5 * float(grad.abs().max())
+
+
+def test_words_of_an_explanation_are_those_that_an_expert_has_seen(tmp_path: Path) -> None:
+    model, data, _ = made("Mixtral")
+    index = Index.build(tmp_path / "i", model=model, data=data, progress=False)
+    chosen: list[torch.Tensor] = []
+    gates = [block.mlp.gate for block in model.model.layers]  # type: ignore[union-attr]
+    handles = [gate.register_forward_hook(lambda _, args, out: chosen.append(out[2])) for gate in gates]
+    with torch.no_grad():
+        model(input_ids=data["input_ids"][3:4])
+    for handle in handles:
+        handle.remove()
+    ((told,),) = index.explain({"input_ids": data["input_ids"][:1]}, [3])
+    assert told.tokens is not None and len(told.tokens) == LENGTH
+    assert np.isclose(told.tokens.sum(), told.score, rtol=1e-3, atol=1e-3 * np.abs(told.tokens).max())
+    # The last word predicts nothing.
+    seen = 0
+    for block, its in enumerate(chosen):
+        for e in range(4):
+            shares = told.layer_tokens[f"model.layers.{block}.mlp.experts.down_proj.{e}"]
+            routed = (its == e).any(dim=1).numpy()
+            assert len(shares) == 0 or (not shares[~routed].any() and len(shares) == LENGTH)
+            seen += int((np.abs(shares) > 0).sum())
+    # Those of experts that the question's words were routed to, too.
+    assert LENGTH < seen <= 2 * 2 * (LENGTH - 1)
+
+
+@pytest.mark.parametrize("experts", [Hidden, Shuffled, Twice])
 def test_experts_that_cannot_be_followed_are_left_out_with_a_warning(experts: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(3)

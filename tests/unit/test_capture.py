@@ -427,6 +427,19 @@ def test_a_layer_of_attention_is_not_fused() -> None:
     assert "forward" not in layer.self_attn.__dict__
 
 
+def test_attention_is_followed_where_only_its_output_is_tracked() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(32, 3)).eval()
+    batch = (torch.randn(2, 4, 8), torch.tensor([0, 1]))
+    whole = take(model, batch, 2)
+    for layers in (LayerSelection(types=("Linear",)), LayerSelection(include=("*out_proj",))):
+        got = take(model, batch, 2, layers=layers)
+        assert "0.self_attn.out_proj" in got.layers and "0.self_attn.q_proj" not in got.layers
+        name = "0.self_attn.out_proj"
+        torch.testing.assert_close(got.layers[name].dense(), whole.layers[name].dense())
+
+
 def test_attention_of_other_forms_is_left_out() -> None:
     class Other(nn.MultiheadAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -265,6 +265,16 @@ def test_zero_gradients_are_named(tmp_path: Path) -> None:
     assert list(index.layers) == ["2"]
 
 
+def test_a_curvature_that_cannot_be_fitted_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise CurvatureError("not of layers that are idle")
+
+    monkeypatch.setattr("lorif_index.build.pipeline.fit_curvature_before", refuse)
+    data = (torch.rand(20, 6), torch.randint(0, 3, (20,)))
+    with pytest.raises(CurvatureError, match="not of layers"):
+        Index.build(tmp_path / "i", model=nn.Linear(6, 3), data=data)
+
+
 def test_the_floor_is_wider_where_eigencodes_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, plain = gpt2(), mlp()
     monkeypatch.setattr("lorif_index.config.LEAST_FLOOR", 6)
