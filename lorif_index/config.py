@@ -34,6 +34,7 @@ class LayerSelection:
         embeddings: also track `nn.Embedding`.
         head: also track a language model's output head, if it is trained.
         bias: track the bias as one more input, of ones.
+        norms: also track the scale and bias of layer norms.
         adapters: of a peft model: "only" the linear maps that it trains (LoRA's A and B of active adapters, and whole
             modules of `modules_to_save`), "include" them beside the base model's, or "exclude" them; "auto": "only"
             where there are some, and what `include` names.
@@ -47,6 +48,7 @@ class LayerSelection:
     embeddings: bool = False
     head: bool = True
     bias: bool = True
+    norms: bool = False
     adapters: str = "auto"
     batch_second: tuple[str, ...] = ()
 

@@ -257,7 +257,7 @@ def _coverage(
         shares = {kind: found["untracked"][kind] for kind in found["unknown"]}
         warnings.warn(
             f"{shares} of the squared norm of gradients are in parameters of modules that are no linear maps, and are "
-            "not tracked: what these learnt is not seen",
+            "not tracked: what these learnt is not seen. Track norms with layers=LayerSelection(norms=True)",
             stacklevel=6,
         )
     return state.ranks.told(found)

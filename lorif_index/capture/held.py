@@ -41,6 +41,7 @@ class HeldMap(nn.Module):
         biases: name of the parameter that is added to the product, in slices alike, if there is one.
         bias_block: (number, blocks) of it, where it is in blocks and the weight is not.
         may_rest: whether a batch may have no row for it.
+        vector: whether the parameter is one of outputs alone, of an input that is always 1.
     """
 
     parent: nn.Module
@@ -60,7 +61,7 @@ class HeldMap(nn.Module):
         # Not as a child: this module is none of the model's.
         object.__setattr__(self, "parent", parent)
         self.parameter, self.number, self.packed, self.inputs_first = parameter, number, packed, inputs_first
-        self.may_rest = number is not None and packed is None
+        self.may_rest, self.vector = number is not None and packed is None, self.held.ndim == 1
         first, second = self._slice(self.held).shape
         self.inputs, self.outputs = (first, second) if inputs_first else (second, first)
         self.bias_block = bias_block
@@ -69,6 +70,8 @@ class HeldMap(nn.Module):
         self.biases = biases if fits else None
 
     def _slice(self, whole: torch.Tensor, *, bias: bool = False) -> torch.Tensor:
+        if self.vector:
+            return whole.unsqueeze(-1)
         number, packed = self.bias_block if bias and self.bias_block else (self.number, self.packed)
         blocks = whole if packed is None else whole.unflatten(0, (packed, -1))
         return blocks if number is None else blocks[number]

@@ -27,6 +27,7 @@ from .gradients import GradientBlock, LayerGradient, LayerSpec
 from .held import HeldMap, routed
 from .layers import TrackedLayer, Use, output_positions, positions, stored_inputs_first, torch_forward
 from .losses import PerExample
+from .norms import norming
 from .sharded import (
     Columns,
     Spread,
@@ -123,7 +124,7 @@ class Capture:
             and followed(module)
             and (module in self._held or id(module.out_proj) in tracked)
         }
-        # ids of attention modules whose forward here was compared with torch's.
+        # ids of modules of attention, and norms, whose forward here was compared with their own.
         self._attended: set[int] = set()
         self._unproven, self.regrouped = PROVEN_BY, False
         self._trusted = self._proves = False
@@ -329,6 +330,9 @@ class Capture:
                 stack.enter_context(attending(module, list(maps), trouble, self._attended))
             for maps in self._held.values():
                 trouble = partial(self._not_followed, maps)
+                if next(iter(maps)).vector:
+                    stack.enter_context(norming(list(maps), trouble, self._attended))
+                    continue
                 in_place = lambda: self._watch is not None  # noqa: E731
                 stack.enter_context(routed(list(maps), lambda: self._n, in_place, trouble))
             yield

@@ -22,6 +22,7 @@ from ..errors import CaptureError, ConfigError
 from .attention import attention_maps, followed
 from .gradients import LayerSpec
 from .held import HeldMap, expert_maps
+from .norms import norm_maps
 from .sharded import plain_name
 
 HEAD_NUMBERS = 1 << 19
@@ -58,7 +59,8 @@ class Use:
 
     def may_be_second(self, tensor: torch.Tensor, count: int) -> bool:
         """Whether so many examples may lie along a tensor's second dimension, where the first is not theirs."""
-        plain = not isinstance(self.module, (nn.Conv1d, nn.Conv2d, nn.Embedding, HeldMap))
+        held = isinstance(self.module, HeldMap) and not self.module.vector
+        plain = not held and not isinstance(self.module, (nn.Conv1d, nn.Conv2d, nn.Embedding))
         return plain and not self.second and tensor.ndim > 2 and tensor.shape[1] == count
 
 
@@ -100,7 +102,7 @@ def supported(module: nn.Module) -> bool:
     return plain or is_conv1d_of_transformers(module) or is_quantised_linear(module)
 
 
-def named_maps(model: nn.Module) -> dict[str, nn.Module]:
+def named_maps(model: nn.Module, *, norms: bool) -> dict[str, nn.Module]:
     """Name -> module, of all modules of a model, and of the linear maps that some hold without a module of their
     own."""
     found: dict[str, nn.Module] = {}
@@ -108,6 +110,8 @@ def named_maps(model: nn.Module) -> dict[str, nn.Module]:
         name = plain_name(name)
         found[name] = module
         found |= expert_maps(name, module) | attention_maps(name, module)
+        if norms:
+            found |= norm_maps(name, module)
     return found
 
 
@@ -265,7 +269,7 @@ def select_layers(model: nn.Module, selection: LayerSelection) -> list[TrackedLa
         ConfigError: a pattern or type that matches nothing; the message lists the candidates.
         CaptureError: a selected module with settings that cannot be honoured, or tied weights with unlike biases.
     """
-    modules = named_maps(model)
+    modules = named_maps(model, norms=selection.norms)
     candidates = {name: m for name, m in modules.items() if supported(m)}
     for pattern in selection.include:
         if not any(fnmatchcase(name, pattern) for name in candidates):

@@ -344,6 +344,35 @@ def test_a_batch_in_the_second_dimension_is_found(batch: int, length: int, tmp_p
     assert close(second.scores(query, refine=True), first.scores(query, refine=True), 2e-3)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "OPT", "ViT", "Swin", "encoder"])
+def test_norms_are_tracked_where_they_are_asked_for(name: str, tmp_path: Path) -> None:
+    """Rows are autograd's, and more of the gradient is tracked; of norms u (1 + w), too."""
+    if name == "encoder":
+        torch.manual_seed(0)
+        model: nn.Module = Encoder(batch_first=False).eval()
+        data: Any = (torch.randint(0, WORDS, (N, 7)), torch.randint(0, 3, (N,)))
+    else:
+        model, data, _ = made(name)
+    config = BuildConfig(layers=LayerSelection(norms=True))
+    index = Index.build(tmp_path / "i", model=model, data=data, config=config, progress=False)
+    report = index.build_report["coverage"]
+    assert not [kind for kind in report["untracked"] if "Norm" in kind] and not report["differing"]
+    norms = {n: p for n, p in model.named_parameters() if p.ndim == 1 and "norm" in n.lower()}
+    assert norms and set(norms) <= set(index.layers)
+    found = captured(model, data, replace(WHOLE, layers=index.config.layers))
+    for i in (0, N - 1):
+        one = (
+            {k: v[i : i + 1] for k, v in data.items()} if isinstance(data, dict) else tuple(v[i : i + 1] for v in data)
+        )
+        grads = torch.autograd.grad(default_loss(model, one).sum(), list(norms.values()))
+        for layer, grad in zip(norms, grads, strict=True):
+            limit = 1e-3 * max(float(grad.abs().max()), 1e-4)
+            assert np.abs(found[layer][i][0] - grad.numpy()).max() <= limit, layer
+    query = {k: v[:3] for k, v in data.items()} if isinstance(data, dict) else tuple(v[:3] for v in data)
+    opened = Index.open(index.path, model=model, data=data)
+    assert opened.search(query, k=1, refine=True).ids[:, 0].tolist() == [0, 1, 2]
+
+
 class Hidden(nn.Module):
     """Experts that are used in a way that is not followed."""
 

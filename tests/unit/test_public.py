@@ -87,7 +87,7 @@ ENGINE = [
     ("linalg", "scratch"),
     ("capture", "gradients"),
     ("linalg", "precision projection sampling signs subspace"),
-    ("capture", "sharded losses heads seeing data held attention layers ensemble probes spool hooks"),
+    ("capture", "sharded losses heads seeing data held attention norms layers ensemble probes spool hooks"),
     ("capture", "products eigenbases sources"),
     ("", "tables results"),
     ("curvature", "sides fit inverse refine sketch"),
