@@ -64,6 +64,11 @@ class LayerSelection:
         if self.adapters not in ADAPTERS:
             raise ConfigError(f"LayerSelection.adapters must be one of {ADAPTERS}, got {self.adapters!r}")
 
+    @property
+    def by_default(self) -> bool:
+        """Whether nobody has named what is tracked."""
+        return not (self.include or self.types)
+
     @classmethod
     def of(cls, value: Any) -> LayerSelection:
         """A selection from a selection, None, a glob pattern, a module class, or several of them."""

@@ -55,7 +55,7 @@ def leaving_out(config: BuildConfig, model: Any, body: Callable[[BuildConfig], T
             if turned != config:
                 config = turned
                 continue
-            if not error.layers or chosen.include or chosen.types:
+            if not error.layers or not chosen.by_default:
                 raise
             # Without its traceback, which holds the failed pass.
             troubles.append(CaptureError(str(error), error.layers))

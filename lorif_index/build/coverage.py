@@ -147,12 +147,13 @@ class _Norms:
         self.others: dict[str, float] = {}
         self._class = {id(p): type(m).__name__ for m in taken.model.modules() for p in m.parameters(recurse=False)}
         self.unknown = {type(m).__name__ for m in taken.model.modules() if not supported(m)}
-        # Parameter -> its layers, of those that one module alone uses in a known way.
-        self._plain: dict[int, list[tuple[str, Use, bool]]] = {}
+        # Parameters that one module alone uses in a known way.
+        self._plain: set[int] = set()
         self._projected: dict[str, torch.Tensor] = {}
         self._whole: dict[str, float] = {}
         self.layers = {layer.name: 0.0 for layer in taken.layers}
-        self._owner: dict[int, list[tuple[str, Use]]] = {}
+        # Parameter -> layers, uses, and whether it is the bias there.
+        self._owner: dict[int, list[tuple[str, Use, bool]]] = {}
         # A tied weight may be tracked in some of its modules alone, by choice.
         holders = Counter(id(p) for m in taken.model.modules() for p in m.parameters(recurse=False))
         for layer in taken.layers:
@@ -164,14 +165,14 @@ class _Norms:
                     # Quantised: its gradient is no parameter's.
                     self.failed = True
                     continue
-                self._owner.setdefault(id(weight), []).append((layer.name, use))
+                self._owner.setdefault(id(weight), []).append((layer.name, use, False))
                 plain = holders[id(weight)] == 1 and (experts or type(use.module) in (nn.Linear, nn.Embedding))
                 if plain and not is_dtensor(weight):
-                    self._plain.setdefault(id(weight), []).append((layer.name, use, False))
+                    self._plain.add(id(weight))
                 if use.bias:
-                    self._owner.setdefault(id(biases), []).append((layer.name, use))
+                    self._owner.setdefault(id(biases), []).append((layer.name, use, True))
                     if id(weight) in self._plain:
-                        self._plain.setdefault(id(biases), []).append((layer.name, use, True))
+                        self._plain.add(id(biases))
         parameters = [p for p in taken.model.parameters() if p.is_floating_point()]
         trained = [p for p in parameters if p.requires_grad or id(p) in self._owner]
         # A model that was frozen to be asked says nothing of what was trained.
@@ -185,12 +186,19 @@ class _Norms:
 
         def on_gradient(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
-                square = float(torch.linalg.vector_norm(parameter.grad.float()).double().square()) / capture.scale**2
+                square = self._square(parameter.grad)
                 self.total += square
-                for name, use, bias in self._plain.get(id(parameter), ()):
-                    self._project(parameter.grad, name, use, bias=bias)
+                shares: dict[str, float] = {}
+                for name, use, bias in self._owner.get(id(parameter), ()):
+                    part, its = parameter.grad, square
+                    if isinstance(use.module, HeldMap):
+                        part = use.module.part(part, bias=bias)
+                        its = self._square(part)
+                    shares[name] = its
+                    if id(parameter) in self._plain:
+                        self._project(part, its, name, use, bias=bias)
                 left = square
-                for name, its in self._shares(parameter, square).items():
+                for name, its in shares.items():
                     self.layers[name] += its
                     left -= its
                 if id(parameter) not in self._owner or left > _ROUNDING * square:
@@ -210,22 +218,13 @@ class _Norms:
             if float((theirs - ours).norm()) > max(_DIFFERS * float(torch.maximum(theirs.norm(), ours.norm())), least):
                 self.differing.add(name)
 
-    def _shares(self, parameter: torch.Tensor, square: float) -> dict[str, float]:
-        """Layer -> its squared norm of a parameter's gradient."""
-        found: dict[str, float] = {}
-        for name, use in self._owner.get(id(parameter), ()):
-            if isinstance(use.module, HeldMap) and parameter.grad is not None:
-                part = use.module.part(parameter.grad, bias=parameter is not use.module.held).float()
-                found[name] = float(torch.linalg.vector_norm(part).double().square()) / self._scale**2
-            else:
-                found[name] = square
-        return found
+    def _square(self, gradient: torch.Tensor) -> float:
+        """Squared norm, without the loss's scale."""
+        return float(torch.linalg.vector_norm(gradient.float()).double().square()) / self._scale**2
 
-    def _project(self, grad: torch.Tensor, name: str, use: Use, *, bias: bool) -> None:
+    def _project(self, grad: torch.Tensor, square: float, name: str, use: Use, *, bias: bool) -> None:
         """Adds P_in^T dW P_out of one parameter's gradient to a layer's, and its squared norm."""
         left, right = (self._projections.side(name, side, grad.device, torch.float32) for side in ("in", "out"))
-        grad = use.module.part(grad, bias=bias) if isinstance(use.module, HeldMap) else grad
-        square = float(torch.linalg.vector_norm(grad.float()).double().square()) / self._scale**2
         rows = grad.float()[None] if bias else grad.float() if isinstance(use.module, nn.Embedding) else grad.float().T
         rows = rows if right is None else rows @ right
         # The bias is one more input, the last.

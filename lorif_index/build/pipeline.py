@@ -101,10 +101,8 @@ def _fit(given: Given, inputs: Inputs, state: BuildState) -> tuple[Inputs, Sampl
             fit_curvature_before(inputs, state, sample)
             return inputs, sample
         except CurvatureError as error:
-            chosen, idle = inputs.asked.layers, error.idle
-            by_default = (
-                inputs.capture is not None and inputs.curvature is None and not (chosen.include or chosen.types)
-            )
+            idle = error.idle
+            by_default = inputs.capture is not None and inputs.curvature is None and inputs.asked.layers.by_default
             if not idle or not by_default or not set(idle) < set(inputs.specs):
                 raise
             warnings.warn(f"left out: {error}", stacklevel=5)
@@ -242,10 +240,9 @@ def _coverage(
             "them out (layers=LayerSelection(exclude=...)), or let the model call a module",
             stacklevel=6,
         )
-    chosen = inputs.asked.layers
     # A model that is frozen whole does not say what was trained: adapters alone, perhaps.
     unsaid = capture is None or not any(p.requires_grad for p in capture.model.parameters())
-    tracked = None if found is None or unsaid or chosen.include or chosen.types else found["tracked"]
+    tracked = None if found is None or unsaid or not inputs.asked.layers.by_default else found["tracked"]
     if found is not None and tracked is not None and tracked < _HALF:
         warnings.warn(
             f"the tracked layers hold {tracked:.2g} of the squared norm of gradients, others, by their modules' class, "

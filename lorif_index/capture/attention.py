@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .held import HeldMap, instead
+from .held import HeldMap, Unfollowed, computed
 
 _PARTS = ("q", "k", "v")
 # Relative errors of rounding, by bytes of a number.
@@ -61,32 +61,12 @@ def attending(
     tracked = {(m.parameter, m.number): m for m in maps}
     chosen = [tracked.get((m.parameter, m.number), m) for m in every.values()]
 
-    def through(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            found = _attention(module, chosen, *args, **kwargs)
-        except _Unfollowed as error:
-            for its in maps:
-                trouble(its, str(error))
-            return forward(*args, **kwargs)
-        if id(module) not in proven:
-            with torch.no_grad():
-                wanted = forward(*args, **kwargs)[0]
-            if not wanted.numel():
-                return found
-            near = _NEAR[max(min(wanted.dtype.itemsize, 8), 2)]
-            if not bool((found[0].detach() - wanted).abs().amax() <= near * wanted.abs().amax()):
-                for its in maps:
-                    trouble(its, "nn.MultiheadAttention is not computed here as it is by torch")
-                return forward(*args, **kwargs)
-            proven.add(id(module))
-        return found
+    def attend(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return _attention(module, chosen, *args, **kwargs)
 
-    with instead(module, through):
+    differs = "nn.MultiheadAttention is not computed here as it is by torch"
+    with computed(module, maps, attend, trouble, proven, _NEAR, differs):
         yield
-
-
-class _Unfollowed(Exception):
-    """A call of a form that is not computed here."""
 
 
 def _attention(
@@ -103,9 +83,9 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `nn.MultiheadAttention.forward`, in eval mode."""
     if query.ndim != 3 or query.is_nested:
-        raise _Unfollowed(f"nn.MultiheadAttention is called with a query of shape {tuple(query.shape)}, not in batches")
+        raise Unfollowed(f"nn.MultiheadAttention is called with a query of shape {tuple(query.shape)}, not in batches")
     if is_causal and attn_mask is None:
-        raise _Unfollowed("nn.MultiheadAttention is called with is_causal, and without the mask that it needs")
+        raise Unfollowed("nn.MultiheadAttention is called with is_causal, and without the mask that it needs")
     inputs = (query, key, value)
     if not module.batch_first:
         inputs = tuple(x.transpose(0, 1) for x in inputs)  # type: ignore[assignment]

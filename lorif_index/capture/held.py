@@ -9,7 +9,7 @@ nothing to its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -188,6 +188,61 @@ def instead(module: nn.Module, through: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+class Unfollowed(Exception):
+    """A call of a form that is not computed here."""
+
+
+@contextmanager
+def computed(
+    module: nn.Module,
+    maps: Sequence[HeldMap],
+    compute: Callable[..., Any],
+    trouble: Callable[[HeldMap, str], None],
+    proven: set[int],
+    near: Mapping[int, float],
+    differs: str,
+) -> Iterator[None]:
+    """While inside, a call of the module is compute(its forward, arguments...), which goes through its maps. At the
+    first call it is compared with the forward, whose output stands where it differs.
+
+    Args:
+        module: of the maps.
+        maps: those of it that are tracked.
+        compute: may raise `Unfollowed`: the forward is called instead.
+        trouble: told of the maps where it is.
+        proven: ids of modules that were compared; this one is, if it is not among them.
+        near: relative errors of rounding, by bytes of a number.
+        differs: the trouble where it differs.
+    """
+
+    def through(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            found = compute(forward, *args, **kwargs)
+            if id(module) not in proven:
+                with torch.no_grad():
+                    ours, wanted = (_output(out).detach() for out in (found, forward(*args, **kwargs)))
+                if not wanted.numel():
+                    return found
+                limit = near[max(min(wanted.dtype.itemsize, 8), 2)] * wanted.abs().amax()
+                if not bool((ours - wanted).abs().amax() <= limit):
+                    raise Unfollowed(differs)
+                proven.add(id(module))
+        except Unfollowed as error:
+            for its in maps:
+                trouble(its, str(error))
+            return forward(*args, **kwargs)
+        return found
+
+    with instead(module, through):
+        yield
+
+
+def _output(found: Any) -> torch.Tensor:
+    """What a module gives, or the first of several."""
+    first: torch.Tensor = found[0] if isinstance(found, tuple) else found
+    return first
 
 
 @contextmanager

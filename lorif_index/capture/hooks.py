@@ -333,8 +333,7 @@ class Capture:
                 if next(iter(maps)).vector:
                     stack.enter_context(norming(list(maps), trouble, self._attended))
                     continue
-                in_place = lambda: self._watch is not None  # noqa: E731
-                stack.enter_context(routed(list(maps), lambda: self._n, in_place, trouble))
+                stack.enter_context(routed(list(maps), lambda: self._n, lambda: self._watch is not None, trouble))
             yield
 
     def _casting(self) -> AbstractContextManager[Any]:
