@@ -175,6 +175,7 @@ RANKERS: dict[str, Ranker] = {
     "library, relatif": searched(normalize="relatif"),
     "library, cosine": searched(normalize="cosine"),
     "EK-FAC (kronfluence)": scored("EK-FAC (kronfluence)"),
+    "EK-FAC (bergson)": scored("EK-FAC (bergson)"),
     "EK-FAC and CG (bergson)": scored("EK-FAC and CG (bergson)"),
     "TrackStar (bergson)": scored("TrackStar (bergson)"),
     "LoGRA d=32": scored("LoGRA d=32"),

@@ -183,6 +183,9 @@ def _as_text(reader: Reader) -> str:
         for spec in reader.specs.values()
         if len(spec.uses) > 1
     ]
+    copies = (reader.manifest.report.get("duplicates") or {}).get("examples")
+    if copies:
+        lines.append(f"  {copies:,} examples were copies of others when it was built: index.duplicates()")
     if skipped:
         lines.append(f"  {len(skipped)} examples skipped for inf or NaN: index.skipped")
     return "\n".join(lines)

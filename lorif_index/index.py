@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .build.estimate import Estimate, estimate_build
 from .build.inputs import Given, chosen_config
 from .build.pipeline import build_index
 from .build.state import check_free
+from .capture.data import as_source
 from .capture.ensemble import as_model
 from .capture.losses import PerExample
 from .config import BuildConfig
@@ -39,6 +41,7 @@ from .questions import Questions
 from .ranks import ALONE, Ranks
 from .results import Groups, Hits, Selection
 from .search.answer import Wanted, answer, check_groups
+from .search.contents import duplicates, found_again, hashes
 from .search.devices import search_device
 from .search.explain import Explanation
 from .search.groups import By, sum_groups
@@ -53,6 +56,7 @@ from .storage.damage import damage_message, find_damage, folder_bytes
 from .storage.manifest import read_manifest
 from .storage.payloads import Payloads, Values
 from .text.tokenised import TOKENIZER, prepared, prepared_rows, tokenizer_digest
+from .text.words import Words
 
 
 class Index(Described):
@@ -64,6 +68,7 @@ class Index(Described):
         self._identity = identity
         # (id of the first example, data): what the index was built from, as far as this handle was given it.
         self._pieces: tuple[tuple[int, Any], ...] = () if data is None else ((0, data),)
+        self._kept_words: tuple[Snapshot, Words] | None = None
 
     @property
     def _questions(self) -> Questions:
@@ -266,6 +271,7 @@ class Index(Described):
         damping: Damping | float | str | None = None,
         layers: str | Iterable[str] | None = None,
         group_by: By | None = None,
+        lexical: bool = False,
         progress: bool | ProgressCallback | None = False,
     ) -> Hits:
         """The k training examples that lowered (or, with opponents, raised) the query's loss most.
@@ -295,6 +301,8 @@ class Index(Described):
             damping: another policy than the build's, a multiple of trace / D, or "auto".
             layers: names or glob patterns of the layers whose scores are summed; all by default.
             group_by: also gives `hits.groups`, as `groups` does by this field of the payloads; it scans every row.
+            lexical: also gives `hits.lexical`, where each hit would stand by its words alone (BM25), of texts among
+                payloads; the question must be text. The first such search reads all payloads and keeps their words.
             progress: as in `build`.
 
         Returns:
@@ -333,7 +341,14 @@ class Index(Described):
             refining=ask.refining(refine, self._pieces, wanted.layers),
             progress=progress,
         )
-        return answer(ask.now.reader, wanted, prepare, progress, examples)
+        words = self._words(ask.now) if lexical else None
+        hits = answer(ask.now.reader, wanted, prepare, progress, examples)
+        return hits if words is None else replace(hits, lexical=words.ranks(query, hits.ids))
+
+    def _words(self, now: Snapshot) -> Words:
+        if self._kept_words is None or self._kept_words[0] is not now:
+            self._kept_words = (now, Words(now.reader))
+        return self._kept_words[1]
 
     @in_whole_products
     def groups(
@@ -545,6 +560,49 @@ class Index(Described):
         """
         reader = self._reader
         return payloads_of(reader, in_order(reader, reader.store.live_ids) if ids is None else ids)
+
+    def contents(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
+        """Hashes of the examples of some rows, by which they are found again in another data set or index.
+
+        A hash is of what the model was given: the numbers of the example's batch, without padding; for a text, of its
+        tokens and labels. Not of text, ids or urls beside them.
+
+        Args:
+            ids: row ids, in the order wanted.
+
+        Returns:
+            (m,) str, XXH3-128 as 32 hexadecimal digits.
+
+        Raises:
+            QueryError: an id that the index does not hold; an index that was built from gradients.
+        """
+        return hashes(self._reader, ids)
+
+    def find(self, data: Any) -> list[np.ndarray]:
+        """Where examples are in the index: the rows that have the very content (see `contents`).
+
+        Args:
+            data: as for `build`: for text, the index must have been opened with its model and tokenizer.
+
+        Returns:
+            For each example the ids (any,) int64 of its rows, rising; none where it is not there.
+
+        Raises:
+            QueryError: an index that was built from gradients. DataError: as `build`.
+        """
+        now = self._now
+        examples = as_source(self._identity.data(data), now.query_config().batch_size)
+        return found_again(now.reader, (batch for _, batch in examples.batches()))
+
+    def duplicates(self) -> list[np.ndarray]:
+        """Examples that are there more than once: for each the ids (at least 2,) int64 of its rows, rising.
+
+        Copies have the same score for every question.
+
+        Raises:
+            QueryError: an index that was built from gradients.
+        """
+        return duplicates(self._reader)
 
     def gradients(self, ids: Iterable[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """The projected gradients that stored rows stand for. They can be asked as a query, without the model.

@@ -304,6 +304,8 @@ class Hits:
         stats: how they were found.
         payloads: for each query those of its hits, as they were given to `build` or `add`; None where there are none.
         groups: the whole training set's groups, where the search was asked for them (`group_by=`).
+        lexical: (q, k) int64, each hit's rank by its words alone, from 1, and 0 where it shares none with the query
+            (`lexical=True`).
     """
 
     ids: np.ndarray
@@ -311,6 +313,7 @@ class Hits:
     stats: SearchStats
     payloads: list[list[Any]] | None = None
     groups: Groups | None = None
+    lexical: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of queries."""
@@ -329,8 +332,9 @@ class Hits:
         return "\n".join(lines)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a hit: query, rank (from 1), id, score, then the payloads: a column for each of their fields, or one
-        called "payload" where they have none. A field with the name of another column gets "payload." before it.
+        """One row a hit: query, rank (from 1), id, score, lexical if it was asked for, then the payloads: a column for
+        each of their fields, or one called "payload" where they have none. A field with the name of another column gets
+        "payload." before it.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -338,11 +342,11 @@ class Hits:
         return _pandas().DataFrame(self.columns())
 
     def columns(self) -> dict[str, list[Any]]:
-        """query, rank (from 1), id and score of every hit, then the fields of the payloads, as in `to_pandas`."""
+        """The columns of `to_pandas`."""
         fields, rows = self._fields(), list(self._rows(len(self), self.ids.shape[1]))
-        fixed = ("query", "rank", "id", "score")
+        fixed = self._fixed
         out: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(fixed)}
-        values = [self._values(row[4], fields) for row in rows]
+        values = [self._values(row[-1], fields) for row in rows]
         return out | {(f"payload.{f}" if f in fixed else f): [v[i] for v in values] for i, f in enumerate(fields)}
 
     def to_dataset(self) -> Any:
@@ -355,19 +359,25 @@ class Hits:
 
     def _repr_html_(self) -> str:
         fields = self._fields()
-        rows = [(*row[:4], *self._values(row[4], fields)) for row in self._rows(_SHOWN, _SHOWN)]
+        rows = [(*row[:-1], *self._values(row[-1], fields)) for row in self._rows(_SHOWN, _SHOWN)]
         queries, k = self.ids.shape
         caption = f"{queries} queries x {k} hits of {self.stats.total:,} examples; {self.stats.plan}"
         groups = "" if self.groups is None else self.groups._repr_html_()
-        return table(("query", "rank", "id", "score", *fields), rows, caption) + groups
+        return table((*self._fixed, *fields), rows, caption) + groups
 
-    def _rows(self, queries: int, k: int) -> Iterator[tuple[int, int, int, float, Any]]:
-        """(query, rank, id, score, payload) of the first hits of the first queries."""
+    @property
+    def _fixed(self) -> tuple[str, ...]:
+        """Names of the columns before the payloads'."""
+        return ("query", "rank", "id", "score") + (() if self.lexical is None else ("lexical",))
+
+    def _rows(self, queries: int, k: int) -> Iterator[tuple[Any, ...]]:
+        """The columns before the payload's, and the payload, of the first hits of the first queries."""
         for q, (ids, scores) in enumerate(
             zip(self.ids[:queries].tolist(), self.scores[:queries].tolist(), strict=True)
         ):
             for place, (i, score) in enumerate(zip(ids[:k], scores[:k], strict=True)):
-                yield q, place + 1, i, score, None if self.payloads is None else self.payloads[q][place]
+                words = () if self.lexical is None else (int(self.lexical[q, place]),)
+                yield (q, place + 1, i, score, *words, None if self.payloads is None else self.payloads[q][place])
 
     def _fields(self) -> list[str]:
         """The payloads' fields, in order of appearance; ["payload"] where one is no object."""

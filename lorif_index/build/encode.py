@@ -11,6 +11,7 @@ from ..capture.gradients import GradientBlock, energies
 from ..codecs.base import Encoder
 from ..progress import Stage
 from ..storage.payloads import Payloads
+from ..storage.shards import Entries
 from ..storage.store import StoreWriter
 
 
@@ -38,18 +39,23 @@ def encode_blocks(
         payloads: of the data's examples, or None.
         shift: added to an example's place to give its id.
     """
-    held: list[tuple[np.ndarray, torch.Tensor, np.ndarray]] = []
+    held: list[Entries] = []
 
     def write() -> None:
         """Hands over what is held."""
         if held:
-            ids, rows, sizes = (
-                torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*held, strict=True)
+            found = Entries.together(held)
+            order = np.argsort(found.ids)
+            ids, contents = found.ids[order], found.contents
+            writer.append(
+                Entries(
+                    found.rows[torch.from_numpy(order)],
+                    ids + shift,
+                    found.energies[order],
+                    None if contents is None else contents[order],
+                    None if payloads is None else payloads.encode(ids.tolist()),
+                )
             )
-            order = torch.argsort(ids)
-            there = ids[order].numpy()
-            kept = None if payloads is None else payloads.encode(there.tolist())
-            writer.append(rows[order], there + shift, sizes[order].numpy(), kept)
             held.clear()
 
     at = 0
@@ -60,7 +66,7 @@ def encode_blocks(
                 at = int(block.ids[0]) // window
             rows = encoder.encode(block)
             # Copied: the rows' memory may be used again.
-            held.append((block.ids, rows.to("cpu", copy=True), energies(block)))
+            held.append(Entries(rows.to("cpu", copy=True), block.ids, energies(block), block.contents))
             if window is None:
                 write()
             stage.advance(block.count, rows.numel())

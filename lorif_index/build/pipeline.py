@@ -23,6 +23,7 @@ from ..errors import ConfigError, CurvatureError, StoreError
 from ..linalg.scratch import CPU
 from ..progress import Reporter, peak_memory
 from ..ranks import Ranks
+from ..search.contents import measure_duplicates
 from ..search.reader import policy_for
 from ..search.rows import IndexRows
 from ..storage.damage import folder_bytes
@@ -208,7 +209,9 @@ def _report(inputs: Inputs, state: BuildState, sample: SampleRows, rows: IndexRo
         "torch": torch.__version__,
         "coverage": _coverage(inputs, state, sample, rows, preconditioners),
         "outliers": measure_outliers(rows, preconditioners),
+        "duplicates": measure_duplicates(rows),
     }
+    _say_duplicates(manifest.report["duplicates"], state.row_count())
     if ranks.size > 1:
         # What each rank has sent the others, and how much memory it took.
         manifest.report["ranks"] = {
@@ -217,6 +220,16 @@ def _report(inputs: Inputs, state: BuildState, sample: SampleRows, rows: IndexRo
             "sent_bytes": ranks.gather_values(dict(ranks.sent)),
             "peak_rss_bytes": ranks.gather_values(manifest.report["peak_rss_bytes"]),
         }
+
+
+def _say_duplicates(found: dict[str, Any] | None, rows: int) -> None:
+    if found is not None and found["examples"]:
+        about = "" if found["looked_at"] == 1 else "about "
+        warnings.warn(
+            f"{about}{found['examples']:,} of {rows:,} examples are copies of others (such as {found['first'][0]}): "
+            "they have the same scores, and stand side by side in an answer. index.duplicates() gives all of them",
+            stacklevel=6,
+        )
 
 
 def _coverage(

@@ -181,10 +181,12 @@ class GradientBlock:
     Attributes:
         ids: (n,) int64, the examples' positions in the data.
         layers: name -> LayerGradient of n examples.
+        contents: (n, 16) uint8, hashes of the examples (see `contents`); None where only gradients are known.
     """
 
     ids: np.ndarray
     layers: dict[str, LayerGradient]
+    contents: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -197,7 +199,8 @@ class GradientBlock:
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         # Sent to a GPU once, and not for each layer.
         there = {device: index.to(device) for device in {g.device for g in self.layers.values()}}
-        return GradientBlock(self.ids[rows], {k: g.select(there[g.device]) for k, g in self.layers.items()})
+        contents = None if self.contents is None else self.contents[rows]
+        return GradientBlock(self.ids[rows], {k: g.select(there[g.device]) for k, g in self.layers.items()}, contents)
 
 
 def energies(block: GradientBlock) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from ..config import BuildConfig, CurvatureRows
 from ..errors import ConfigError, DataError
 from ..linalg.projection import Projections
+from .contents import contents_of
 from .data import ExampleSource, as_source, digest_of, feed, first_batch
 from .eigenbases import Walk, walk_model
 from .ensemble import members_of, summed, tracked_layers
@@ -70,7 +72,7 @@ class ModelGradients:
             block = self._capture.gradients(ids, batch, require_all=not self._reached)
             self._reached = True
             if counts:
-                yield ids, block
+                yield ids, replace(block, contents=contents_of(batch))
 
 
 class ProbedGradients:

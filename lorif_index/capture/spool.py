@@ -44,6 +44,7 @@ class _Run:
     offset: int
     widths: Widths
     blocks: list[np.ndarray] = field(default_factory=list)
+    contents: list[np.ndarray] = field(default_factory=list)
 
     @property
     def ids(self) -> np.ndarray:
@@ -74,6 +75,7 @@ class Spool:
             self.close()
             raise
         self._ids = [run.ids for run in self._runs]
+        self._contents = [np.concatenate(run.contents) if run.contents else None for run in self._runs]
         self.count = sum(len(ids) for ids in self._ids)
 
     def close(self) -> None:
@@ -105,7 +107,8 @@ class Spool:
     def _write(self, file: BinaryIO, block: GradientBlock, room: np.ndarray) -> np.ndarray:
         """Adds a block, by way of some memory that is used again."""
         widths = {name: [tuple(part.shape[1:]) for part in g.parts] for name, g in block.layers.items()}
-        if not self._runs or self._runs[-1].widths != widths:
+        bare = block.contents is None
+        if not self._runs or self._runs[-1].widths != widths or bare == bool(self._runs[-1].contents):
             self._runs.append(_Run(file.tell(), widths))
         run = self._runs[-1]
         need = block.count * run.numbers
@@ -124,16 +127,19 @@ class Spool:
             # A raw file may take a part of what it is given.
             left = left[file.write(left) :]
         run.blocks.append(block.ids)
+        run.contents += [] if block.contents is None else [block.contents]
         return room
 
     def _read(self, wanted: Callable[[np.ndarray], np.ndarray]) -> Iterator[GradientBlock]:
         """Of each run the rows, rising, that are wanted of its ids."""
-        for run, ids in zip(self._runs, self._ids, strict=True):
+        for run, ids, contents in zip(self._runs, self._ids, self._contents, strict=True):
             rows = wanted(ids)
             if len(rows):
-                yield from self._views(run, ids, rows)
+                yield from self._views(run, ids, contents, rows)
 
-    def _views(self, run: _Run, ids: np.ndarray, rows: np.ndarray) -> Iterator[GradientBlock]:
+    def _views(
+        self, run: _Run, ids: np.ndarray, contents: np.ndarray | None, rows: np.ndarray
+    ) -> Iterator[GradientBlock]:
         size, each = self._path.stat().st_size, 4 * run.numbers
         if size < run.offset + len(ids) * each:
             raise StoreError("temporary rows ended early: did something remove or change the build's folder?")
@@ -145,7 +151,8 @@ class Spool:
             step = int(part[1] - part[0]) if len(part) > 1 else 1
             even = bool((np.diff(part) == step).all())
             taken = every[part[0] : part[-1] + 1 : step] if even else every[torch.from_numpy(part)]
-            yield GradientBlock(ids[part], _layers(taken, run.widths))
+            there = None if contents is None else contents[part]
+            yield GradientBlock(ids[part], _layers(taken, run.widths), there)
             _forget(mapped)
 
 

@@ -16,6 +16,7 @@ from .options import (
     Device,
     IndexFolder,
     Json,
+    Lexical,
     MovedModel,
     Normalize,
     Prompt,
@@ -49,6 +50,7 @@ def search(
     normalize: Normalize = None,
     rerank: Rerank = None,
     refine: RefineQuestion = False,
+    lexical: Lexical = False,
     model: MovedModel = None,
     device: Device = "auto",
     json: Json = False,
@@ -70,6 +72,7 @@ def search(
                 normalize=normalize,
                 rerank=rerank,
                 refine=refine,
+                lexical=lexical,
                 progress=None,
             )
             answers, stats = answers_json(wanted, text_model.losses(asked), hits), hits.stats

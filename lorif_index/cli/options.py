@@ -80,6 +80,10 @@ RefineQuestion = Annotated[
         "--refine", help="Refine the question with the model, on the exact curvature of some passages: takes minutes."
     ),
 ]
+Lexical = Annotated[
+    bool,
+    typer.Option("--lexical", help="Also say where each passage stands by its words alone (BM25); - shares no word."),
+]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, ...; auto takes a GPU if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")]
 

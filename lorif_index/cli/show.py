@@ -205,12 +205,14 @@ def answers_json(
     """
     out = []
     payloads = hits.payloads or [[None] * len(row) for row in hits.ids]
-    rows = zip(hits.ids.tolist(), hits.scores.tolist(), payloads, strict=True)
+    lexical = [[None] * len(row) for row in hits.ids] if hits.lexical is None else hits.lexical.tolist()
+    rows = zip(hits.ids.tolist(), hits.scores.tolist(), payloads, lexical, strict=True)
     for question, (tokens, loss), found in zip(questions, losses, rows, strict=True):
         answer = []
-        for rank, (row, score, payload) in enumerate(zip(*found, strict=True), start=1):
+        for rank, (row, score, payload, by_words) in enumerate(zip(*found, strict=True), start=1):
             text, source = described(payload)
-            answer.append({"rank": rank, "id": row, "score": score, "source": source, "text": text})
+            more = {} if by_words is None else {"lexical": by_words}
+            answer.append({"rank": rank, "id": row, "score": score} | more | {"source": source, "text": text})
         mean = loss / max(tokens, 1)
         told = {"tokens": tokens, "loss": loss, "loss_per_token": mean, "hits": answer}
         out.append(question_json(question) | told)
@@ -228,11 +230,15 @@ def show_answers(out: Console, answers: Sequence[Mapping[str, Any]]) -> None:
         table.add_column("", justify="right", style="dim")
         table.add_column("score", justify="right", no_wrap=True)
         table.add_column("id", justify="right", no_wrap=True, style="dim")
+        lexical = any("lexical" in hit for hit in answer["hits"])
+        if lexical:
+            table.add_column("by words", justify="right", no_wrap=True, style="dim")
         table.add_column("source", style="cyan", max_width=28)
         table.add_column("passage")
         for hit in answer["hits"]:
             words = (excerpt(hit[name] or "-") for name in ("source", "text"))
-            table.add_row(str(hit["rank"]), f"{hit['score']:.4g}", str(hit["id"]), *words)
+            place = [f"{hit['lexical'] or '-'}"] if lexical else []
+            table.add_row(str(hit["rank"]), f"{hit['score']:.4g}", str(hit["id"]), *place, *words)
         out.print(table)
 
 

@@ -17,7 +17,7 @@ from ..search.named import as_ids
 from ..search.reader import Reader
 from ..storage.fitted import load_removed, save_queries, save_removed
 from ..storage.manifest import Manifest
-from ..storage.shards import ShardInfo
+from ..storage.shards import Entries, ShardInfo
 from ..storage.store import Store, StoreWriter
 from .candidates import keep_codes
 
@@ -99,9 +99,9 @@ def _runs(store: Store, shard_bytes: int) -> list[tuple[list[int], bool]]:
     return runs
 
 
-def _kind(info: ShardInfo) -> bool:
-    """Whether there are payloads: shards that are alike can be written as one."""
-    return "payloads" in info.sealed.offsets
+def _kind(info: ShardInfo) -> tuple[bool, bool]:
+    """Whether there are payloads and contents: shards that are alike can be written as one."""
+    return "payloads" in info.sealed.offsets, bool(info.contents_digest)
 
 
 def _rewrite(reader: Reader, run: list[int], manifest: Manifest, stage: Stage) -> None:
@@ -114,12 +114,13 @@ def _rewrite(reader: Reader, run: list[int], manifest: Manifest, stage: Stage) -
         alive = (
             np.arange(shard.count) if store.dead is None else np.flatnonzero(~store.dead[first : first + shard.count])
         )
-        ids, energies = shard.ids(), shard.energies()
+        ids, energies, contents = shard.ids(), shard.energies(), shard.contents()
         for part in np.array_split(alive, max(-(-len(alive) // _rows_at_once(store)), 1)):
             if not len(part):
                 continue
             payloads = shard.payloads(part) if shard.has_payloads else None
-            writer.append(store.gather(part + first), ids[part], energies[part], payloads)
+            hashes = None if contents is None else contents[part]
+            writer.append(Entries(store.gather(part + first), ids[part], energies[part], hashes, payloads))
             stage.advance(len(part), len(part) * store.row_bytes)
     writer.flush()
 

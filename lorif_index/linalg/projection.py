@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class Projections:
 
         A layer that already has its projected shape is passed on as it is.
         """
-        return GradientBlock(block.ids, {name: self._project(name, g) for name, g in block.layers.items()})
+        return replace(block, layers={name: self._project(name, g) for name, g in block.layers.items()})
 
     def _project(self, name: str, gradient: LayerGradient) -> LayerGradient:
         spec = self.specs[name]

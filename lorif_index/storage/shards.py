@@ -1,7 +1,8 @@
 """Shards: sealed files of rows, their ids and their checksums.
 
 A shard holds `ids` (n,) int64; `rows` (n, row bytes) uint8, whatever the index's codec means by them, with `checksums`
-(n,) uint64; `energies` (n,) float32, the squared norm of each example's gradient; and of the user's payloads, if there
+(n,) uint64; `energies` (n,) float32, the squared norm of each example's gradient; where a model took them,
+`contents` (n, 16) uint8, a hash of each example; and of the user's payloads, if there
 are any, `payloads` (bytes,) uint8, `payload_ends` (n,) int64 and `payload_checksums` (n,) uint64. A checksum is the
 XXH3-64 of the bytes, so that single rows gathered from a shard can be verified too.
 """
@@ -21,8 +22,11 @@ import xxhash
 from ..errors import CorruptionError
 from .sealed import SealedFile, SealedInfo, as_count, entry_of, write_sealed
 
-# Beside a row: its id, its gradient's squared norm, and its checksum; and of a payload its end and its checksum.
-BESIDE_ROW, BESIDE_PAYLOAD = 8 + 4 + 8, 16
+CONTENT_BYTES = 16
+"""Of the hash of an example."""
+# Beside a row: its id, its gradient's squared norm, its checksum and its example's hash; of a payload its end and its
+# checksum.
+BESIDE_ROW, BESIDE_PAYLOAD = 8 + 4 + 8 + CONTENT_BYTES, 16
 # What HDF5 puts around a file's arrays, and the manifest says of it.
 FILE_BYTES = 4096 + 700
 
@@ -37,6 +41,7 @@ class ShardInfo:
         first_id, last_id: of its rows; ids rise along the shards.
         shift: added to the ids in the file, where shards of one index became another's.
         ids_digest: XXH3-64 of the ids' bytes in the file, in hex.
+        contents_digest: the same of the examples' hashes; "" where there are none.
     """
 
     sealed: SealedInfo
@@ -45,6 +50,7 @@ class ShardInfo:
     last_id: int
     shift: int
     ids_digest: str
+    contents_digest: str = ""
 
     @property
     def span(self) -> tuple[int, int]:
@@ -64,39 +70,75 @@ class ShardInfo:
         with entry_of("a shard"):
             info = cls(**data | {"sealed": SealedInfo.from_json(data["sealed"])})
             rows, first, last, _ = numbers = [as_count(v) for v in (info.rows, info.first_id, info.last_id, info.shift)]
-            if not 0 < rows <= last - first + 1 or not isinstance(info.ids_digest, str):
+            if not 0 < rows <= last - first + 1 or not isinstance(info.ids_digest + info.contents_digest, str):
                 raise ValueError(f"{info.sealed.file} of rows and ids {numbers}")
         return info
 
 
-def write_shard(
-    folder: Path,
-    name: str,
-    rows: torch.Tensor,
-    ids: np.ndarray,
-    energies: np.ndarray,
-    payloads: Sequence[bytes] | None = None,
-) -> ShardInfo:
-    """Writes and seals one shard.
+@dataclass(frozen=True)
+class Entries:
+    """What a shard keeps of some examples.
 
-    Args:
-        rows: (n, row bytes) uint8, n > 0, on the CPU.
+    Attributes:
+        rows: (n, row bytes) uint8, on the CPU.
         ids: (n,) int64, rising.
         energies: (n,) float32.
+        contents: (n, 16) uint8, or None.
         payloads: n of them, or None.
+    """
+
+    rows: torch.Tensor
+    ids: np.ndarray
+    energies: np.ndarray
+    contents: np.ndarray | None = None
+    payloads: Sequence[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, some: slice) -> Entries:
+        """Some of them, with rows of their own: the memory of these may be used again."""
+        return Entries(
+            self.rows[some].to("cpu", copy=True),
+            self.ids[some],
+            self.energies[some],
+            None if self.contents is None else self.contents[some],
+            None if self.payloads is None else self.payloads[some],
+        )
+
+    @classmethod
+    def together(cls, parts: Sequence[Entries]) -> Entries:
+        """All of them, one part after another: all with payloads, or all without, and so of contents."""
+        return cls(
+            torch.cat([part.rows for part in parts]),
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.energies for part in parts]),
+            None if parts[0].contents is None else np.concatenate([part.contents for part in parts]),
+            None if parts[0].payloads is None else [one for part in parts for one in part.payloads or ()],
+        )
+
+
+def write_shard(folder: Path, name: str, entries: Entries) -> ShardInfo:
+    """Writes and seals one shard, of at least one example.
 
     Raises:
         OSError: the disk is full or refuses; nothing is left under the final name.
     """
-    raw, numbers = rows.contiguous().numpy(), ids.astype("<i8")
+    raw, ids = entries.rows.contiguous().numpy(), entries.ids.astype("<i8")
     checksums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in raw), dtype="<u8", count=len(raw))
-    arrays = {"ids": numbers, "rows": raw, "checksums": checksums, "energies": energies.astype("<f4")}
+    arrays = {"ids": ids, "rows": raw, "checksums": checksums, "energies": entries.energies.astype("<f4")}
+    contents_digest = ""
+    if entries.contents is not None:
+        arrays["contents"] = np.ascontiguousarray(entries.contents)
+        contents_digest = xxhash.xxh3_64_hexdigest(arrays["contents"].data)
+    payloads = entries.payloads
     if payloads is not None:
         arrays["payloads"] = np.frombuffer(b"".join(payloads), dtype=np.uint8)
         arrays["payload_ends"] = np.cumsum([len(p) for p in payloads]).astype("<i8")
         arrays["payload_checksums"] = np.array([xxhash.xxh3_64_intdigest(p) for p in payloads], dtype="<u8")
     sealed = write_sealed(folder, name, arrays)
-    return ShardInfo(sealed, len(ids), int(ids[0]), int(ids[-1]), 0, xxhash.xxh3_64_hexdigest(numbers.tobytes()))
+    ids_digest = xxhash.xxh3_64_hexdigest(ids.tobytes())
+    return ShardInfo(sealed, len(ids), int(ids[0]), int(ids[-1]), 0, ids_digest, contents_digest)
 
 
 def shard_bytes_of(rows: int, row_bytes: int, shard_bytes: int, payload_bytes: float = 0.0) -> tuple[int, int]:
@@ -167,6 +209,21 @@ class Shard:
         """(n,) float32: squared norms of the examples' gradients."""
         self.file.verify_once()
         return self.file.read_array("energies", (self.count,), "<f4")
+
+    def contents(self) -> np.ndarray | None:
+        """(n, 16) uint8: hashes of the examples; None where there are none.
+
+        Raises:
+            CorruptionError: they are not those that were sealed.
+        """
+        if not self.info.contents_digest:
+            return None
+        found = self.file.read_array("contents", (self.count, CONTENT_BYTES), "|u1")
+        if xxhash.xxh3_64_hexdigest(found.data) != self.info.contents_digest:
+            raise CorruptionError(
+                f"the contents in {self.file.path} do not match their checksum: restore it from a copy"
+            )
+        return found
 
     @property
     def has_payloads(self) -> bool:

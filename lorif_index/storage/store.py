@@ -6,7 +6,7 @@ never answered with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .shards import Shard, ShardInfo, write_shard
+from .shards import CONTENT_BYTES, Entries, Shard, ShardInfo, write_shard
 
 BLOCK_BYTES = 4 << 20
 VERIFY = ("first", "always", "never")
@@ -45,10 +45,9 @@ class StoreWriter:
         self.sealed = sealed
         self._folder, self._shard_bytes, self._name = folder, shard_bytes, name
         self._capacity = max(shard_bytes // row_bytes, 1)
-        # (rows, ids, energies, payloads), as they came.
-        self._parts: list[tuple[torch.Tensor, np.ndarray, np.ndarray, Sequence[bytes]]] = []
+        # As they came.
+        self._parts: list[Entries] = []
         self._filled = self._payload_bytes = 0
-        self._has_payloads = False
         self._pool: ThreadPoolExecutor | None = None
         self._written: Future[ShardInfo] | None = None
         self._on_sealed: Callable[[], None] | None = None
@@ -79,24 +78,15 @@ class StoreWriter:
             finally:
                 self._pool = self._written = self._on_sealed = None
 
-    def append(
-        self,
-        rows: torch.Tensor,
-        ids: np.ndarray,
-        energies: np.ndarray,
-        payloads: Sequence[bytes] | None = None,
-    ) -> None:
-        """Adds rows (n, row_bytes), always with payloads or always without."""
-        self._has_payloads, at = payloads is not None, 0
-        while at < len(ids):
-            some = slice(at, at + self._capacity - self._filled)
-            kept = payloads[some] if payloads is not None else ()
-            # Copied: the rows' memory may be used again.
-            self._parts.append((rows[some].to("cpu", copy=True), ids[some], energies[some], kept))
-            taken = len(ids[some])
-            at += taken
-            self._filled += taken
-            self._payload_bytes += sum(map(len, kept))
+    def append(self, entries: Entries) -> None:
+        """Adds rows, always with payloads or always without, and so of contents."""
+        at = 0
+        while at < len(entries):
+            part = entries.part(slice(at, at + self._capacity - self._filled))
+            self._parts.append(part)
+            at += len(part)
+            self._filled += len(part)
+            self._payload_bytes += sum(map(len, part.payloads or ()))
             if self._filled == self._capacity or self._payload_bytes >= self._shard_bytes:
                 self._hand_over()
 
@@ -116,11 +106,9 @@ class StoreWriter:
 
     def _collected(self) -> Callable[[], ShardInfo]:
         """What writes and seals what has been collected, which is then no longer held here."""
-        rows, ids, energies, kept = zip(*self._parts, strict=True)
-        payloads = [payload for part in kept for payload in part] if self._has_payloads else None
+        together = Entries.together(self._parts)
         self._parts, self._filled, self._payload_bytes = [], 0, 0
-        columns = torch.cat(rows), np.concatenate(ids), np.concatenate(energies), payloads
-        return partial(write_shard, self._folder, self._name(), *columns)
+        return partial(write_shard, self._folder, self._name(), together)
 
     def _settle(self) -> None:
         """Waits for the shard that is being written, if any."""
@@ -291,6 +279,16 @@ class Store:
         out = np.empty(len(positions), dtype=np.float32)
         for shard, places, local in self._by_shard(positions):
             out[places] = shard.energies()[local]
+        return out
+
+    def contents_at(self, positions: np.ndarray) -> np.ndarray | None:
+        """(m, 16) uint8: hashes of some examples; None where one has none."""
+        out = np.empty((len(positions), CONTENT_BYTES), dtype=np.uint8)
+        for shard, places, local in self._by_shard(positions):
+            found = shard.contents()
+            if found is None:
+                return None
+            out[places] = found[local]
         return out
 
     def _by_shard(self, positions: np.ndarray) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:

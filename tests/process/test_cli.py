@@ -177,6 +177,16 @@ def test_search_options_reach_the_index(home):
             np.testing.assert_allclose([hit["score"] for hit in found], hits.scores[0], rtol=1e-4, err_msg=str(options))
 
 
+def test_ranks_by_words_are_said(home):
+    text_model = load_text_model(home / "model", "cpu")
+    with Index.open(home / "index", model=text_model.model, tokenizer=text_model.tokenizer) as index:
+        hits = index.search(ASKED, 5, lexical=True)
+    found = document("search", home / "index", ASKED, "-k", "5", "--lexical")["answers"][0]["hits"]
+    assert [hit["lexical"] for hit in found] == hits.lexical[0].tolist() and hits.lexical.max() > 0
+    assert "by words" in lorif("search", home / "index", ASKED, "-k", "5", "--lexical")[1]
+    assert "by words" not in lorif("search", home / "index", ASKED, "-k", "5")[1]
+
+
 def test_a_prompt_is_not_asked_about(home):
     found = document("search", home / "index", "--prompt", "The dog looked", " at the moon.", "-k", "3")
     text_model = load_text_model(home / "model", "cpu")

@@ -16,7 +16,7 @@ from lorif_index.search import proposers
 from lorif_index.search.coarse import Coarse, Codes
 from lorif_index.search.proposers import FlatSketch, JointProposer, LivingRows, Proposer
 from lorif_index.storage.manifest import Manifest
-from lorif_index.storage.shards import write_shard
+from lorif_index.storage.shards import Entries, write_shard
 from lorif_index.storage.team import Team
 
 N, DIM = 500, 24
@@ -99,7 +99,9 @@ def test_dead_rows_are_not_proposed(kind: str, gone: str) -> None:
 def test_one_rank_proposes_what_its_own_rows_do(tmp_path: Path, ordered: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many queries are put in order together."""
     monkeypatch.setattr(proposers, "ORDERED_BYTES", ordered)
-    shard = write_shard(tmp_path, "a.h5", torch.zeros(N, 1, dtype=torch.uint8), np.arange(N), np.ones(N, np.float32))
+    shard = write_shard(
+        tmp_path, "a.h5", Entries(torch.zeros(N, 1, dtype=torch.uint8), np.arange(N), np.ones(N, np.float32))
+    )
     team = Team.of(Manifest({}, {}, [], shards=[shard]))
     inner, x = proposer("auto"), coordinates(17, 5)
     joint = JointProposer(inner, team, tilts=True)

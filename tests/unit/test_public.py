@@ -48,7 +48,7 @@ INDEX = {
     "merge": "path indexes progress",
     "estimate": "model data gradients loss config examples batches disk payload_bytes world_size tokenizer progress",
     "search": "self query k recall rescore measure opponents contrast normalize exact rerank refine damping layers "
-    "group_by progress",
+    "group_by lexical progress",
     "scores": "self query measure contrast damping layers normalize out gather shrink refine progress",
     "explain": "self query ids data measure damping layers query_tokens progress",
     "groups": "self query by measure contrast damping layers k shrink refine progress",
@@ -62,6 +62,9 @@ INDEX = {
     "refit": "self progress",
     "refresh": "self",
     "payloads": "self ids",
+    "contents": "self ids",
+    "find": "self data",
+    "duplicates": "self",
     "repair": "path progress",
     "verify": "self",
     "close": "self",
@@ -87,7 +90,7 @@ ENGINE = [
     ("linalg", "scratch"),
     ("capture", "gradients"),
     ("linalg", "precision projection sampling signs subspace"),
-    ("capture", "sharded losses heads seeing data held attention norms layers ensemble probes spool hooks"),
+    ("capture", "sharded losses heads seeing data contents held attention norms layers ensemble probes spool hooks"),
     ("capture", "products eigenbases sources"),
     ("", "tables results"),
     ("curvature", "sides fit inverse refine sketch"),
@@ -96,14 +99,14 @@ ENGINE = [
     (
         "search",
         "scoring rescoring coarse devices calibration missed proposers pursuit candidates rows reader shrinkage "
-        "examples explain planner groups named whole select normalise rerank refining answer pairs",
+        "examples explain planner groups named contents whole select normalise rerank refining answer pairs",
     ),
     (
         "build",
         "encode coverage outliers spans choice inputs state sample stages candidates sizes traffic pipeline timing "
         "estimate",
     ),
-    ("text", "documents yamlfile textquestions packed chat encoding tokenised preferences passages model"),
+    ("text", "documents yamlfile textquestions packed chat encoding tokenised preferences passages model words"),
     ("", "snapshot identity questions describe"),
     ("life", "candidates add remove refit merge repair writing incoming"),
     ("", "index launch"),
@@ -190,7 +193,7 @@ def test_imports_point_one_way() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = {"transformers", "datasets", "tokenizers", "sklearn", "matplotlib", "faiss", "pandas", "rich", "typer"}
-    heavy |= {"starlette", "uvicorn", "jinja2", "markupsafe", "yaml"}
+    heavy |= {"starlette", "uvicorn", "jinja2", "markupsafe", "yaml", "bm25s"}
     heavy |= {"peft", "accelerate", "h5py", "numba", "llvmlite"}
     for path in PACKAGE.rglob("*.py"):
         allowed = (

@@ -10,6 +10,7 @@ import torch
 
 from lorif_index.storage import resident
 from lorif_index.storage.resident import Resident
+from lorif_index.storage.shards import Entries
 from lorif_index.storage.store import Store, StoreWriter
 
 N, SIZE = 50, 22
@@ -21,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, torch.Tensor]
     folder, numbers = tmp_path_factory.mktemp("rows"), itertools.count()
     # Shards of 17 rows: what is kept ends inside of one.
     writer = StoreWriter(folder, SIZE, 17 * SIZE, [], lambda: f"{next(numbers)}.h5")
-    writer.append(rows, np.arange(N), np.ones(N, np.float32))
+    writer.append(Entries(rows, np.arange(N), np.ones(N, np.float32)))
     writer.flush()
     return Store(folder, SIZE, writer.sealed), rows
 

@@ -15,6 +15,7 @@ from lorif_index.capture.gradients import LayerSpec
 from lorif_index.codecs.factors import FactorCodec
 from lorif_index.search.scoring import Question, TopK, stream_scores
 from lorif_index.storage.resident import Resident
+from lorif_index.storage.shards import Entries
 from lorif_index.storage.store import Store, StoreWriter
 
 
@@ -42,7 +43,7 @@ def test_streamed_scores_are_those_of_living_rows(tmp_path: Path, removed: list[
     codec = FactorCodec({"a": LayerSpec("a", 3, 4, 3, 4, 3)}, {}, "float32")
     g, q, numbers = torch.randn(50, 12), torch.randn(3, 12), itertools.count()
     writer = StoreWriter(tmp_path, codec.row_bytes, 17 * codec.row_bytes, [], lambda: f"{next(numbers)}.h5")
-    writer.append(g.view(torch.uint8), np.arange(50), np.ones(50, np.float32))
+    writer.append(Entries(g.view(torch.uint8), np.arange(50), np.ones(50, np.float32)))
     writer.flush()
     rows = Resident(Store(tmp_path, codec.row_bytes, writer.sealed, removed=np.array(removed) if removed else None))
     alive = np.setdiff1d(np.arange(50), removed)

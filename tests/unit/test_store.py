@@ -17,7 +17,16 @@ import torch
 
 from lorif_index.errors import CorruptionError
 from lorif_index.storage.sealed import SealedInfo, write_sealed
-from lorif_index.storage.shards import BESIDE_PAYLOAD, BESIDE_ROW, FILE_BYTES, ShardInfo, shard_bytes_of, write_shard
+from lorif_index.storage.shards import (
+    BESIDE_PAYLOAD,
+    BESIDE_ROW,
+    CONTENT_BYTES,
+    FILE_BYTES,
+    Entries,
+    ShardInfo,
+    shard_bytes_of,
+    write_shard,
+)
 from lorif_index.storage.store import Store, StoreWriter
 
 SIZE = 24
@@ -37,14 +46,22 @@ def energies_of(n: int) -> np.ndarray:
 
 
 def make(
-    folder: Path, n: int, size: int = SIZE, per_shard: int = 7, payloads: list[bytes] | None = None
+    folder: Path,
+    n: int,
+    size: int = SIZE,
+    per_shard: int = 7,
+    payloads: list[bytes] | None = None,
+    contents: np.ndarray | None = None,
 ) -> tuple[Store, torch.Tensor, np.ndarray]:
     rows, energies = random_rows(n, size), energies_of(n)
     ids = np.arange(n, dtype=np.int64) * 3 + 1
     writer = StoreWriter(folder, size, per_shard * size, [], names())
     for i in range(0, n, 5):
         part = slice(i, i + 5)
-        writer.append(rows[part], ids[part], energies[part], None if payloads is None else payloads[part])
+        kept = None if payloads is None else payloads[part]
+        writer.append(
+            Entries(rows[part], ids[part], energies[part], None if contents is None else contents[part], kept)
+        )
     writer.flush()
     return Store(folder, size, writer.sealed), rows, ids
 
@@ -250,7 +267,8 @@ def test_one_example_is_adjacent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("payloads", [False, True])
 def test_sizes_are_known_beforehand(tmp_path: Path, payloads: bool) -> None:
-    store, _, _ = make(tmp_path, 20_000, per_shard=10_000, payloads=[b"12345"] * 20_000 if payloads else None)
+    given, contents = [b"12345"] * 20_000 if payloads else None, np.zeros((20_000, CONTENT_BYTES), np.uint8)
+    store, _, _ = make(tmp_path, 20_000, per_shard=10_000, payloads=given, contents=contents)
     rows, beside = shard_bytes_of(20_000, SIZE, 10_000 * SIZE, 5.0 if payloads else 0.0)
     assert rows == 20_000 * (SIZE + BESIDE_ROW) + 2 * FILE_BYTES
     assert beside == 20_000 * (5 + BESIDE_PAYLOAD) * payloads
@@ -286,7 +304,7 @@ def test_a_damaged_payload_is_found(tmp_path: Path) -> None:
 
 def test_the_same_rows_give_the_same_file(tmp_path: Path) -> None:
     rows, ids = random_rows(9), np.arange(9)
-    one, two = (write_shard(tmp_path, f"{name}.h5", rows, ids, energies_of(9)) for name in "ab")
+    one, two = (write_shard(tmp_path, f"{name}.h5", Entries(rows, ids, energies_of(9))) for name in "ab")
     assert (tmp_path / "a.h5").read_bytes() == (
         tmp_path / "b.h5"
     ).read_bytes() and one.sealed.digest == two.sealed.digest
@@ -301,7 +319,7 @@ def test_a_shard_is_written_while_the_next_is_made(tmp_path: Path) -> None:
         seen: list[int] = []
         with writer.aside(lambda w=writer, s=seen: s.append(len(w.sealed))) if name == "aside" else nullcontext():  # type: ignore[misc]
             for i in range(0, 40, 5):
-                writer.append(rows[i : i + 5], np.arange(i, i + 5), energies_of(5))
+                writer.append(Entries(rows[i : i + 5], np.arange(i, i + 5), energies_of(5)))
             writer.flush()
         assert len(writer.sealed) == 6 and seen == ([1, 2, 3, 4, 5, 6] if name == "aside" else [])
         digests.append([(s.sealed.file, s.sealed.digest, s.first_id) for s in writer.sealed])
@@ -314,7 +332,7 @@ def test_what_is_being_written_counts_whatever_ends_the_work(tmp_path: Path, err
     rows, writer = random_rows(16), StoreWriter(tmp_path, SIZE, 7 * SIZE, [], names())
     noted: list[int] = []
     with pytest.raises(error), writer.aside(lambda: noted.append(len(writer.sealed))):
-        writer.append(rows, np.arange(16), energies_of(16))
+        writer.append(Entries(rows, np.arange(16), energies_of(16)))
         raise error("of the caller")
     # Two shards are there and counted; the rows that had not filled a third are gone.
     assert noted == [1, 2] and [s.rows for s in writer.sealed] == [7, 7] and len(list(tmp_path.glob("*.h5"))) == 2
@@ -328,6 +346,6 @@ def test_an_error_of_the_writer_reaches_the_caller(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, SIZE, 7 * SIZE, [], lambda: next(given))
     with pytest.raises(OSError, match=r"b\.h5"), writer.aside(lambda: None):
         for i in range(0, 40, 5):
-            writer.append(rows[i : i + 5], np.arange(i, i + 5), energies_of(5))
+            writer.append(Entries(rows[i : i + 5], np.arange(i, i + 5), energies_of(5)))
     assert [s.sealed.file for s in writer.sealed] == ["a.h5"]
     assert {p.name for p in tmp_path.iterdir()} == {"a.h5", "b.h5"}
