@@ -20,6 +20,8 @@ import torch
 from ..capture.losses import restarts
 from ..errors import DataError
 
+LENGTHS = "seq_lengths"
+"""TRL's column of the documents' lengths."""
 _COLUMNS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids")
 
 
@@ -27,8 +29,9 @@ class UnpackedDocuments:
     """The documents of a data set of packed rows, as a map-style dataset of dicts of (length,) int64 tensors.
 
     Rows are dicts with `input_ids` and `document_ids`, each (T,): a document is where the id stays the same, and
-    negative ids and what `attention_mask` hides are padding; or without document_ids, `position_ids` that begin anew at
-    0. Other columns of tokens are taken apart with them; position_ids are kept.
+    negative ids and what `attention_mask` hides are padding; or without document_ids, `seq_lengths`, the documents'
+    lengths one after another, as TRL packs them; or `position_ids` that begin anew at 0. Other columns of tokens are
+    taken apart with them; position_ids are kept.
 
     Args:
         rows: a map-style dataset, such as a Hugging Face Dataset. Walked once to find the borders, which take 24 bytes
@@ -69,6 +72,11 @@ def _borders(row: Any, number: int) -> list[tuple[int, int]]:
     """First positions and ends of the documents in a row."""
     ids = torch.as_tensor(row["input_ids"])
     parts = {k: torch.as_tensor(row[k]) for k in (*_COLUMNS, "document_ids") if row.get(k) is not None}
+    if "document_ids" not in parts and row.get(LENGTHS) is not None:
+        lengths = torch.as_tensor(row[LENGTHS])
+        if int(lengths.sum()) != len(ids):
+            raise DataError(f"packed row {number}: {LENGTHS} sum to {int(lengths.sum())}, of {len(ids)} tokens")
+        parts["document_ids"] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     for name, part in parts.items():
         if part.shape != ids.shape or part.ndim != 1:
             raise DataError(
@@ -84,7 +92,9 @@ def _borders(row: Any, number: int) -> list[tuple[int, int]]:
     elif "position_ids" in parts:
         begins = restarts(parts["position_ids"][None], shown[None])[0]
     else:
-        raise DataError(f"packed row {number} has neither document_ids nor position_ids, only {sorted(map(str, row))}")
+        raise DataError(
+            f"packed row {number} has no document_ids, {LENGTHS} or position_ids, only {sorted(map(str, row))}"
+        )
     edges = np.flatnonzero((begins | (shown[1:] != shown[:-1])).numpy()) + 1
     cuts = [0, *edges.tolist(), len(ids)]
     pairs = [(a, b) for a, b in pairwise(cuts) if a < b and bool(shown[a])]

@@ -16,7 +16,7 @@ from ..config import CurvatureRows
 from ..errors import DataError, FingerprintError, QueryError
 from .chat import is_chat
 from .encoding import KINDS, LABELS, Encoded, Needs, RowTokeniser, has_foreign_columns, kind_of
-from .packed import UnpackedDocuments
+from .packed import LENGTHS, UnpackedDocuments
 
 _AT_ONCE = 256
 
@@ -191,7 +191,7 @@ def _is_packed(row: Mapping[str, Any], needs: Needs, model: nn.Module) -> bool:
     if "input_ids" not in row:
         return False
     positions = "position_ids" in row and not needs.labelled and not has_foreign_columns(row, model)
-    return "document_ids" in row or positions
+    return "document_ids" in row or LENGTHS in row or positions
 
 
 def _is_ours(data: Any, row: Mapping[str, Any], needs: Needs, model: nn.Module, tokenizer: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, decoder_tokenizer, encoder_tokenizer, make_model
+from conftest import MARKED, SENTENCES, decoder_tokenizer, encoder_tokenizer, make_model
 
 from lorif_index import BuildConfig, Index
 from lorif_index.errors import ConfigError, DataError, IndexExistsError
@@ -113,3 +113,88 @@ def test_what_would_fail_later_fails_first(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="more than 60 tokens"):
         work.train()
     assert work.state.global_step == 0
+
+
+# -- trainers of TRL
+
+
+def sft(data: Any, folder: Path, callback: IndexCallback, **more: Any) -> Any:
+    trl = pytest.importorskip("trl")
+    tokenizer = decoder_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = MARKED
+    arguments: dict[str, Any] = dict(
+        output_dir=str(folder / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        max_length=48,
+    )
+    return trl.SFTTrainer(
+        model=make_model("llama"),
+        processing_class=tokenizer,
+        train_dataset=data,
+        args=trl.SFTConfig(**arguments | more),
+        callbacks=[callback],
+    )
+
+
+PROMPTS = [{"prompt": s[:14], "completion": s[14:]} for s in SENTENCES]
+CHATS = [
+    {"messages": [{"role": "user", "content": s[:14]}, {"role": "assistant", "content": s[14:]}]} for s in SENTENCES
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "more"),
+    [
+        ([{"text": s} for s in SENTENCES], {}),
+        (PROMPTS, {}),
+        (CHATS, {"assistant_only_loss": True}),
+    ],
+    ids=["texts", "completions", "answers"],
+)
+def test_trl_has_its_own_examples_indexed(rows: Any, more: Any, tmp_path: Path) -> None:
+    """The index is that of the trainer's tokens and labels, whatever it made them of."""
+    callback = IndexCallback(tmp_path / "idx", config=CONFIG)
+    work = sft(datasets.Dataset.from_list(rows), tmp_path, callback, **more)
+    work.train()
+    index = Index.open(callback.built[0], model=work.model)
+    asked = work.train_dataset[4]
+    item = {name: torch.tensor([asked[name]]) for name in ("input_ids", "labels")}
+    assert (item["labels"] == -100).any() == ("text" not in rows[0])
+    assert index.search(item, 1, normalize="cosine").ids[0, 0] == 4 and len(index) == len(SENTENCES)
+    assert [found.tolist() for found in index.find(item)] == [[4]]
+
+
+def test_what_trl_packs_is_unpacked(tmp_path: Path) -> None:
+    """Its rows name the lengths of their documents, which must not see each other."""
+    pytest.importorskip("trl")
+    from trl.data_utils import pack_dataset
+
+    tokenizer = decoder_tokenizer()
+    ids = [tokenizer(s)["input_ids"][:40] for s in SENTENCES]
+    packed = pack_dataset(datasets.Dataset.from_dict({"input_ids": ids}), 48, "bfd")
+    assert "seq_lengths" in packed.column_names and len(packed) < len(ids)
+    model = make_model("llama")
+    index = Index.build(tmp_path / "i", model=model, data=packed, tokenizer=tokenizer, config=CONFIG, progress=False)
+    alone = Index.build(
+        tmp_path / "alone",
+        model=model,
+        data=[{"input_ids": row} for row in ids],
+        tokenizer=tokenizer,
+        config=CONFIG,
+        fit=index,
+        progress=False,
+    )
+    where = [int(found[0]) for found in index.find([{"input_ids": row} for row in ids])]
+    assert sorted(where) == list(range(len(ids)))
+    one, other = index.scores(SENTENCES[2]), alone.scores(SENTENCES[2])
+    assert np.abs(one[:, where] - other).max() <= 1e-3 * np.abs(other).max()
+    broken = packed.map(lambda row: {"seq_lengths": [1]})
+    with pytest.raises(DataError, match="seq_lengths sum to 1, of"):
+        Index.build(tmp_path / "b", model=model, data=broken, tokenizer=tokenizer, config=CONFIG, progress=False)

@@ -61,3 +61,40 @@ def test_as_many_lines_as_it_says() -> None:
         ]
         said = re.search(rf"^\| {name} \| (\d+) \|$", PAGE, re.MULTILINE)
         assert said and int(said[1]) == len(about), (name, about)
+
+
+def run_guide(name: str, folder: Path, *launcher: str) -> str:
+    """What an example of the guide on training loops prints."""
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "training-loop.md").read_text()
+    (folder / "example.py").write_text(
+        dict(re.findall(r"<!-- example: (.*?) -->\n```python\n(.*?)```", page, re.DOTALL))[name]
+    )
+    done = subprocess.run(
+        [*(launcher or (sys.executable,)), "example.py"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_trainer_of_trl_builds_at_its_end(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    tokenizer = decoder_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = "<|endoftext|>"
+    make_model("llama").save_pretrained(tmp_path / "my-model")
+    tokenizer.save_pretrained(tmp_path / "my-model")
+    rows = [{"prompt": s[:14], "completion": s[14:]} for s in SENTENCES]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "my-prompts")
+    printed = run_guide("sft", tmp_path).splitlines()[-1]
+    assert printed.startswith("4 [{") and SENTENCES[3][14:] in printed
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loop_with_accelerate_builds_at_its_end(processes: int, tmp_path: Path) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run_guide("accelerate", tmp_path, *(launcher if processes == 2 else ()))
+    assert printed.splitlines()[-1].startswith("400 [[")

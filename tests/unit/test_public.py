@@ -110,6 +110,8 @@ ENGINE = [
     ("", "snapshot identity questions describe"),
     ("life", "candidates add remove refit merge repair writing incoming"),
     ("", "index launch"),
+    ("bergson", "store"),
+    ("quanda", "explainer"),
 ]
 TEXT_SIDE = [
     ("text", "callback textindex demo_model demo"),
@@ -193,7 +195,7 @@ def test_imports_point_one_way() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = {"transformers", "datasets", "tokenizers", "sklearn", "matplotlib", "faiss", "pandas", "rich", "typer"}
-    heavy |= {"starlette", "uvicorn", "jinja2", "markupsafe", "yaml", "bm25s"}
+    heavy |= {"starlette", "uvicorn", "jinja2", "markupsafe", "yaml", "bm25s", "quanda"}
     heavy |= {"peft", "accelerate", "h5py", "numba", "llvmlite"}
     for path in PACKAGE.rglob("*.py"):
         allowed = (
@@ -203,6 +205,7 @@ def test_nothing_heavy_is_imported() -> None:
         )
         # A module of its own, which is imported when its class is asked for.
         allowed |= {"transformers"} if path.stem == "callback" else set()
+        allowed |= {"quanda", "omegaconf"} if path.stem == "explainer" else set()
         # Imported when rows are scored by it.
         allowed |= {"numba", "llvmlite"} if path.stem == "kernel" else set()
         # The adapter alone, when a function of it is called.
