@@ -4,6 +4,7 @@ build: capture costs at most 1.3 times a plain forward and backward pass, and me
 explain: taking 20 hits apart costs at most 1.5 times a plain forward and backward pass of the same 20 examples.
 import: importing lorif_index takes at most 1.25 times as long as importing torch, and imports no other package of
 weight.
+layers: what capture takes of each kind of layer, in time and memory, beside a plain pass of the same model.
 estimate: what `Index.estimate` says of a build before it starts is within 20% of what the build then takes. An estimate
 is made again after the build, so that a machine that is busier at one time than at another is seen.
 """
@@ -18,13 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from bench.corpus import gpt, sequences, train
 from bench.environment import ROOT, arguments, in_child, in_turn, keep, medians, peak_rss, ratios, table
 from bench.tasks import TASKS, take
-from lorif_index import BuildConfig, Compute, Estimate, Index, default_loss
-from lorif_index.capture.data import as_source
+from lorif_index import BuildConfig, Compute, Estimate, Index, LayerSelection, default_loss
+from lorif_index.capture.data import as_source, batch_count
 from lorif_index.capture.sources import ModelCapture, ModelGradients
 
 BATCH, HITS = 32, 20
@@ -121,6 +124,119 @@ def build(smoke: bool) -> dict[str, Any]:
     print("peak memory of a build at N, MB:", {n: round(p["peak"] / 1e6, 1) for n, p in growth.items()})
     print("a whole build:", report)
     return {"models": models, "memory": peaks, "memory_by_n": growth, "build": report}
+
+
+# -- kinds of layers -----------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Tokens to classes, by torch's own attention modules."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(WORDS, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.tokens(ids)).mean(1))
+
+
+WORDS = 1000
+Case = tuple[Callable[[], Any], Any, LayerSelection]
+"""What makes the model, a batch, and which layers are tracked."""
+
+
+def layer_cases(smoke: bool) -> dict[str, Case]:
+    import transformers
+
+    width, depth, count, length = (32, 1, 4, 16) if smoke else (256, 4, 16, 128)
+    sizes: dict[str, Any] = dict(
+        vocab_size=WORDS, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth
+    )
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2)
+    ids = torch.randint(3, WORDS, (count, length))
+    tokens, labelled = {"input_ids": ids}, (ids, torch.randint(0, 10, (count,)))
+    images = (torch.randn(count, 3, 4 * depth, 4 * depth), torch.randint(0, 10, (count,)))
+
+    def llama() -> Any:
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+
+    def mixtral() -> Any:
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=8))
+
+    def convolutional() -> Any:
+        parts = [part for _ in range(depth) for part in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
+        pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+        return nn.Sequential(nn.Conv2d(3, width, 3), *parts, pooled)
+
+    usual = LayerSelection()
+    return {
+        "linear maps (Llama)": (llama, tokens, usual),
+        "and norms": (llama, tokens, LayerSelection(norms=True)),
+        "and embeddings": (llama, tokens, LayerSelection(embeddings=True)),
+        "fused experts, routers (Mixtral)": (mixtral, tokens, usual),
+        "attention modules (nn.TransformerEncoder)": (lambda: Encoder(width, depth), labelled, usual),
+        "convolutions": (convolutional, images, usual),
+    }
+
+
+def routes_of(case: Case, smoke: bool) -> tuple[dict[str, Callable[[], Any]], int]:
+    """A plain pass and capture of one batch, and how many layers are tracked."""
+    make, batch, selection = case
+    torch.manual_seed(0)
+    model = make().eval()
+    taken = ModelCapture(model, BuildConfig(projection="random", projection_dim=16 if smoke else 32, layers=selection))
+    kept, numbers = taken.capture(None).trust(), np.arange(batch_count(batch))
+
+    def once() -> None:
+        model.zero_grad(set_to_none=True)
+        default_loss(model, batch).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    return {PLAIN: once, "capture": lambda: kept.gradients(numbers, batch)}, len(taken.layers)
+
+
+def layers(smoke: bool) -> dict[str, Any]:
+    cases, peaks, found = layer_cases(smoke), {}, {}
+    # Before this process has made anything: a child's peak begins with its parent's.
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in cases.items():
+            for route in (PLAIN, "capture"):
+
+                def work(case: Case = case, route: str = route) -> dict[str, int]:
+                    return peak(routes_of(case, smoke)[0][route])
+
+                facts = in_child(work, Path(folder) / "facts.json")
+                peaks[name, route] = facts["peak"] - facts["before"]
+    for name, case in cases.items():
+        routes, count = routes_of(case, smoke)
+        seconds = in_turn(routes, 1 if smoke else 7)
+        above = {route: peaks[name, route] for route in routes}
+        found[name] = {
+            "layers": count,
+            "ms": medians(seconds, 1e3),
+            "ratio_to_plain": ratios(seconds, PLAIN)["capture"],
+            "bytes_above_start": above,
+            "bytes_above_plain": above["capture"] - above[PLAIN],
+        }
+    table(
+        [
+            ["kind", "layers", "plain, ms", "capture over plain", "plain, MB", "capture, MB"],
+            *(
+                [
+                    name,
+                    str(f["layers"]),
+                    f"{f['ms'][PLAIN]:.0f}",
+                    f"{f['ratio_to_plain']:.2f}",
+                    *(f"{f['bytes_above_start'][route] / 1e6:.0f}" for route in (PLAIN, "capture")),
+                ]
+                for name, f in found.items()
+            ),
+        ]
+    )
+    return {"examples": "16 of 128 tokens or 16 x 16 pixels, width 256, 4 blocks, one thread", "kinds": found}
 
 
 # -- explain -------------------------------------------------------------------------------------------------------
@@ -251,6 +367,7 @@ KINDS: dict[str, tuple[Callable[[bool], dict[str, Any]], str]] = {
     "build": (build, "build_cost"),
     "explain": (explain, "explain_cost"),
     "import": (importing, "import_cost"),
+    "layers": (layers, "layer_cost"),
     "estimate": (estimate, "estimate_accuracy"),
 }
 

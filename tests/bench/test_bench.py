@@ -31,6 +31,7 @@ BENCHES = {
     "costs build": "build_cost",
     "costs explain": "explain_cost",
     "costs import": "import_cost",
+    "costs layers": "layer_cost",
     "costs estimate": "estimate_accuracy",
 }
 
