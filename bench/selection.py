@@ -1,9 +1,10 @@
 """Claim: a model trained on what `Index.select` chooses for some questions does better on others of their kind.
 
-A topic is a question drawn at random and the 31 of all questions that share most rare words with it (by BM25). Half of
-them are asked, the others judge: of 4,096 training examples n are chosen for the first half, the base model is tuned on
-these alone, as often as the task tunes on all, and the mean loss of the second half is compared. No training example is
-a question, and no question is both asked and judged.
+A topic is a question drawn at random and the 31 of all questions that share most rare words with it (by BM25), or, with
+`--of chance`, 31 others drawn at random: then what is asked stands for all that the task is about. Half of them are
+asked, the others judge: of 4,096 training examples n are chosen for the first half, the base model is tuned on these
+alone, as often as the task tunes on all, and the mean loss of the second half is compared. No training example is a
+question, and no question is both asked and judged.
 
 Beside the library's three methods: the n largest scores of any question ("best of all"), BM25 by turns and by sums, and
 random examples. Losses are in nats an example; errors are over topics and seeds, paired.
@@ -38,17 +39,18 @@ class Choice(Study):
         return CACHE / "selection" / (self.task.name + ("-smoke" if self.smoke else ""))
 
 
-def topics(words: np.ndarray, count: int, seed: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
+def topics(words: np.ndarray | None, count: int, queries: int, seed: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
     """(asked, judged) question numbers of some topics.
 
     Args:
-        words: (q, q) how alike questions are.
+        words: (q, q) how alike questions are; None: all are as alike.
+        queries: q.
     """
     generator, found = np.random.default_rng(seed), []
-    for first in generator.permutation(len(words))[:count]:
-        alike = words[first].copy()
+    for first in generator.permutation(queries)[:count]:
+        alike = generator.random(queries) if words is None else words[first].copy()
         alike[first] = np.inf
-        members = generator.permutation(np.argsort(-alike, kind="stable")[: min(TOPIC, len(words))])
+        members = generator.permutation(np.argsort(-alike, kind="stable")[: min(TOPIC, queries)])
         found.append((np.sort(members[::2]), np.sort(members[1::2])))
     return found
 
@@ -73,16 +75,19 @@ def main() -> None:
         n={"type": int, "default": 256},
         topics={"type": int, "default": 8},
         seeds={"type": int, "default": 3},
+        of={"default": "words", "choices": ["words", "chance"], "help": "what makes questions a topic"},
     )
     study = Choice(TASKS[parsed.task](parsed.smoke), parsed.smoke)
     if parsed.smoke:
         shutil.rmtree(study.folder, ignore_errors=True)
     task = study.task
     n, count, seeds = (16, 2, 1) if parsed.smoke else (parsed.n, parsed.topics, parsed.seeds)
-    alike, scores = bm25_scores(study, among=task.queries), bm25_scores(study)
+    scores = bm25_scores(study)
+    alike = bm25_scores(study, among=task.queries) if parsed.of == "words" else None
+    asked_of = topics(alike, count, size(task.queries))
     found: dict[str, list[float]] = {}
     began = time.perf_counter()
-    for number, (asked, judged) in enumerate(topics(alike, count)):
+    for number, (asked, judged) in enumerate(asked_of):
         picked = chosen(study, scores, asked, n)
         for seed in range(seeds):
             chance = np.random.default_rng((number, seed)).permutation(task.count)[:n]
@@ -99,9 +104,10 @@ def main() -> None:
         "questions": size(task.queries),
         "n": n,
         "topics": count,
+        "of": parsed.of,
         "seeds": seeds,
-        "loss_before": round(float(np.mean([start[j].mean() for _, j in topics(alike, count)])), 4),
-        "loss_of_all": round(float(np.mean([every[j].mean() for _, j in topics(alike, count)])), 4),
+        "loss_before": round(float(np.mean([start[j].mean() for _, j in asked_of])), 4),
+        "loss_of_all": round(float(np.mean([every[j].mean() for _, j in asked_of])), 4),
         "methods": {},
     }
     by_chance = np.array(found[CHANCE])
@@ -113,7 +119,7 @@ def main() -> None:
         rows.append([method, plus_minus(summary(np.array(losses)), ".3f"), less])
     table(rows)
     print(f"before tuning {result['loss_before']}, tuned on all {result['loss_of_all']}")
-    keep("selection", result, parsed, task.name)
+    keep("selection", result, parsed, task.name if parsed.of == "words" else f"{task.name}_of_{parsed.of}")
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ class _Handful:
             self.probe = each, probes.each
         sides = eigenbases.fitted_sides(self.specs, capture.layers) if config.projection == "eigen" else []
         if sides:
-            some = sum(block.count for block in self.rows[:batches])
+            some = sum(block.count for block in self.rows[: max(len(self.rows) - 1, 1)])
             walk = capture.sides(loss, examples, np.arange(some, dtype=np.int64))
             self.sides = projections_line(walk, some, self.specs, sides, self.device)
 

@@ -16,6 +16,8 @@ from ..ranks import ALONE
 # A side's fit is tried up to this width, in so many rows: wider ones take as many times more as their operations. One
 # of 3,072 would take 15 s on one core of a CPU.
 _TRIED_WIDTH, _TRIED_ROWS = 2048, 512
+# Seconds: batches of a large model take as long each, and no more of them are timed.
+_ENOUGH = 10.0
 
 
 def now(device: torch.device) -> float:
@@ -32,7 +34,7 @@ def timed(
 
     Args:
         blocks: as many of each batch as `each` says.
-        batches: how many are taken beside the first.
+        batches: how many are taken beside the first, at most: a few seconds of a clock say enough.
         device: where they are computed.
         each: blocks of a batch, which follow each other.
         keep: the blocks, too.
@@ -44,7 +46,8 @@ def timed(
         counts.append(block.count)
         if keep:
             kept.append(block)
-        if len(seconds) == (batches + 1) * each:
+        whole = len(seconds) % each == 0
+        if whole and (len(seconds) == (batches + 1) * each or sum(seconds[each:]) >= _ENOUGH):
             break
         began = now(device)
     warm = slice(each if len(seconds) > each else 0, None)
