@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ MOST_HITS = 1000
 MOST_EXPLAINED = 50
 """Passages in one call of `Explorer.explain`: each takes a pass through the model."""
 _ANSWERS_KEPT = 200
+_MOST_WORDS = 100_000
 _EXAMPLES = 6
 
 
@@ -66,11 +68,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Found:
-    """An item with its rank, from 1, and its score."""
+    """An item with its rank, from 1, its score, and its rank by words alone: 0 shares none, None is not known."""
 
     rank: int
     score: float
     item: Item
+    lexical: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Explorer:
 
     def __init__(self, index: Index, text_model: TextModel | None = None, why: str = "") -> None:
         self.index, self.text_model, self.why = index, text_model, why
+        self._words = self._have_words()
         # One at a time, since a model's hooks are its own; the last answers are kept.
         self._lock = threading.Lock()
         self._kept = lru_cache(_ANSWERS_KEPT)(lambda ask, *arguments: ask(*arguments))
@@ -148,9 +152,10 @@ class Explorer:
         opponents: bool = False,
         recall: float = 0.99,
         rerank: int | None = None,
+        refine: bool = False,
     ) -> Side:
         """The k rows that did most for, or against, the question; a row that asks is not among its own. So many of the
-        best as `rerank` says are computed again, where the model and the texts are at hand.
+        best as `rerank` says are computed again, and the question is refined, where the model and its texts are there.
 
         Raises:
             QueryError: k or rerank above `MOST_HITS`, a question that cannot be put, or as `Index.search`.
@@ -160,7 +165,7 @@ class Explorer:
         if rerank is not None and rerank > MOST_HITS:
             raise QueryError(f"rerank must be at most {MOST_HITS:,}, got {rerank:,}")
         with self._lock:
-            return self._kept(self._search, question, k, opponents, recall, rerank)
+            return self._kept(self._search, question, k, opponents, recall, rerank, refine)
 
     def loss(self, question: WrittenQuestion) -> tuple[int, float] | None:
         """(tokens with a loss, the model's loss on them in nats); None where no text and model are there."""
@@ -214,6 +219,14 @@ class Explorer:
         demo = self.text_model is not None and text_facts(self.index).get("origin") == DEMO
         return [(QUESTION, WrittenQuestion(QUESTION)), *rows] if demo else rows
 
+    def _have_words(self) -> bool:
+        """Whether ranks by words can be shown, and are soon known."""
+        few = 0 < len(self.index) <= _MOST_WORDS and find_spec("bm25s") is not None
+        if not few or self.text_model is None:
+            return False
+        payload = self.index.payloads(self.index.ids[:1])[0]
+        return isinstance(payload, str) or is_text(payload)
+
     def _query(self, question: WrittenQuestion) -> Any:
         if question.row is not None:
             return self.index.gradients([question.row])
@@ -221,16 +234,25 @@ class Explorer:
             raise QueryError(f"a text needs the model, and {self.why}: name it with --model, or ask by a row's id")
         return TextQuestion(question.text or "", question.prompt).row
 
-    def _search(self, question: WrittenQuestion, k: int, opponents: bool, recall: float, rerank: int | None) -> Side:
+    def _search(
+        self, question: WrittenQuestion, k: int, opponents: bool, recall: float, rerank: int | None, refine: bool
+    ) -> Side:
         extra = 0 if question.row is None else 1
-        again = None if rerank is None else rerank + extra
-        asked = self._query(question)
-        found = self.index.search(asked, k + extra, opponents=opponents, recall=recall, rerank=again)
+        found = self.index.search(
+            self._query(question),
+            k + extra,
+            opponents=opponents,
+            recall=recall,
+            rerank=None if rerank is None else rerank + extra,
+            refine=refine,
+            lexical=question.row is None and self._words,
+        )
         ids, scores = found.ids[0].tolist(), found.scores[0].tolist()
         payloads = [None] * len(ids) if found.payloads is None else found.payloads[0]
-        items = zip(scores, _items(ids, payloads), strict=True)
-        others = [(score, item) for score, item in items if item.id != question.row]
-        hits = [Found(rank, score, item) for rank, (score, item) in enumerate(others[:k], start=1)]
+        words = [None] * len(ids) if found.lexical is None else found.lexical[0].tolist()
+        items = zip(scores, _items(ids, payloads), words, strict=True)
+        others = [one for one in items if one[1].id != question.row]
+        hits = [Found(rank, *one) for rank, one in enumerate(others[:k], start=1)]
         return Side(hits, found.stats)
 
     def _explain(

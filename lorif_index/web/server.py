@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import urlencode
 
+from ..curvature.refine import Refine
 from ..errors import ConfigError, DataError, LorifError, NonFiniteError
 from ..version import VERSION
 from .charts import by_source, family, layer_bars
-from .explorer import MOST_EXPLAINED, MOST_HITS, Explorer, Found, Side, WrittenQuestion
+from .explorer import MOST_EXPLAINED, MOST_HITS, Explorer, Found, Item, Side, WrittenQuestion
 from .guard import HEADERS, Guard
 from .page import plain_json, render, token_values
 
@@ -18,8 +19,12 @@ LONGEST_QUESTION = 20_000
 """Characters of a question, and of a prompt."""
 PASSAGES = 50
 """That a search finds where its address does not say."""
+BESIDE = 20
+"""Of each of two questions side by side."""
 RERANKED = 200
 """Passages that are computed again where a page is asked to."""
+SOURCE, TEXT = "source", "text"
+"""Fields that every passage may be filtered by, beside those of the payloads."""
 _MOST_SOURCES = 200
 _LARGEST_ID = 2**62
 
@@ -39,8 +44,10 @@ class Asked:
     question: WrittenQuestion
     k: int = PASSAGES
     opponents: bool = False
-    source: str = ""
+    field: str = SOURCE
+    has: str = ""
     rerank: int | None = None
+    refine: bool = False
 
     @property
     def here(self) -> str:
@@ -55,8 +62,10 @@ class Asked:
             "id": self.question.row,
             "k": self.k,
             "side": "opponents" if self.opponents else None,
-            "source": self.source or None,
+            "field": self.field if self.has and self.field != SOURCE else None,
+            "has": self.has or None,
             "rerank": self.rerank,
+            "refine": 1 if self.refine else None,
         } | changes
         return {key: value for key, value in values.items() if value is not None}
 
@@ -64,6 +73,13 @@ class Asked:
         """The address of this search with some changes."""
         # Lone surrogates cannot come in an address, nor go out in one.
         return f"{path}?{urlencode(self.values(**changes), errors='replace')}"
+
+    def keeps(self, item: Item) -> bool:
+        """Whether the filter does: what is looked for is in the field, in whatever case."""
+        payload = item.payload if isinstance(item.payload, dict) else {}
+        value = {SOURCE: item.source, TEXT: item.text}.get(self.field, payload.get(self.field))
+        words = value if isinstance(value, str) else "" if value is None else plain_json(value)
+        return self.has.casefold() in words.casefold()
 
 
 def make_app(explorer: Explorer, *, host: str = "127.0.0.1", names: Iterable[str] = (), shade: int = 10) -> Any:
@@ -101,6 +117,7 @@ def make_app(explorer: Explorer, *, host: str = "127.0.0.1", names: Iterable[str
         Route("/", pages.endpoint(pages.home)),
         Route("/search", pages.endpoint(pages.search)),
         Route("/neighbours", pages.endpoint(pages.search)),
+        Route("/compare", pages.endpoint(pages.compare)),
         Route("/passage", pages.endpoint(pages.passage)),
         Route("/api/search", pages.endpoint(pages.api_search, machine=True)),
         Route("/api/explain", pages.endpoint(pages.api_explain, machine=True)),
@@ -199,10 +216,15 @@ class _Pages:
             side="opponents" if asked.opponents else "proponents",
             side_addresses=[asked.address(asked.here, side=side) for side in (None, "opponents")],
             rerank=asked.rerank,
-            rerank_address=asked.address(asked.here, rerank=None if asked.rerank else max(RERANKED, asked.k)),
+            reranked=max(RERANKED, asked.k),
+            refine=asked.refine,
+            refined=Refine(),
             here=asked.here,
-            kept=asked.values(source=None),
-            source=asked.source,
+            kept=asked.values(field=None, has=None, rerank=None, refine=None),
+            field=asked.field,
+            fields=_fields(side.hits),
+            has=asked.has,
+            beside=None if explorer.text_model is None else asked.address("/compare", k=min(asked.k, BESIDE)),
             sources=sorted({family(h.item.source) for h in side.hits if h.item.source})[:_MOST_SOURCES],
             found=len(side.hits),
             matching=len(kept),
@@ -211,6 +233,47 @@ class _Pages:
             as_json=asked.address("/api/search"),
             source_bars=by_source((hit.item.source, hit.score) for hit in kept),
             stats=side.stats,
+        )
+
+    def compare(self, values: _Values) -> Any:
+        """Two questions side by side: what each found, and what both did."""
+        first, sides = self._asked(values, BESIDE), []
+        words = values.text("other", LONGEST_QUESTION)
+        questions = [first.question]
+        if words:
+            questions.append(WrittenQuestion(words, values.text("other_prompt", LONGEST_QUESTION) or None))
+        for question in questions:
+            asked = replace(first, question=question)
+            sides.append((asked, self._found(asked)))
+        ranks = [{hit.item.id: hit.rank for hit in side.hits} for _, side in sides]
+        columns = [
+            {
+                "question": asked.question,
+                "words": self._explorer.text_of(asked.question),
+                "loss": self._explorer.loss(asked.question),
+                "address": asked.address(asked.here),
+                "hits": [
+                    {
+                        "hit": hit,
+                        "there": ranks[1 - place].get(hit.item.id) if len(ranks) == 2 else None,
+                        "passage": asked.address("/passage", row=hit.item.id),
+                    }
+                    for hit in side.hits
+                ],
+                "largest": max((abs(hit.score) for hit in side.hits), default=0.0) or 1.0,
+                "bars": by_source((hit.item.source, hit.score) for hit in side.hits),
+            }
+            for place, (asked, side) in enumerate(sides)
+        ]
+        return self._html(
+            "compare.html",
+            columns=columns,
+            shared=len(ranks[0].keys() & ranks[1].keys()) if len(ranks) == 2 else 0,
+            kept=first.values(),
+            other=words,
+            other_prompt=values.text("other_prompt", LONGEST_QUESTION),
+            k=first.k,
+            side="opponents" if first.opponents else "proponents",
         )
 
     def passage(self, values: _Values) -> Any:
@@ -255,9 +318,11 @@ class _Pages:
             "question": asdict(asked.question),
             "opponents": asked.opponents,
             "rerank": asked.rerank,
+            "refine": asked.refine,
             "fingerprint": self._explorer.index.fingerprint,
-            "source": asked.source,
-            "hits": [{"rank": hit.rank, "score": hit.score, **asdict(hit.item)} for hit in kept],
+            "field": asked.field,
+            "has": asked.has,
+            "hits": [{"rank": h.rank, "score": h.score, "lexical": h.lexical, **asdict(h.item)} for h in kept],
             "stats": asdict(side.stats),
         }
 
@@ -316,21 +381,37 @@ class _Pages:
         common |= {"most_hits": MOST_HITS, "longest_question": LONGEST_QUESTION}
         return HTMLResponse(render(template, **common, **values), status_code=status)
 
-    def _asked(self, values: _Values) -> Asked:
+    def _asked(self, values: _Values, k: int = PASSAGES) -> Asked:
         side = values.text("side", 20) or "proponents"
         if side not in ("proponents", "opponents"):
             raise Refused(400, f"side is proponents or opponents, got {side!r}")
-        k = values.integers("k", 1, MOST_HITS) or [PASSAGES]
-        again = values.integers("rerank", 1, MOST_HITS)
-        rerank, source = again[0] if again else None, values.text("source", 1000)
-        return Asked(values.question("id"), k[0], side == "opponents", source, rerank)
+        asked, again = values.integers("k", 1, MOST_HITS) or [k], values.integers("rerank", 1, MOST_HITS)
+        return Asked(
+            values.question("id"),
+            asked[0],
+            side == "opponents",
+            values.text("field", 1000) or SOURCE,
+            values.text("has", 1000),
+            again[0] if again else None,
+            values.integers("refine", 0, 1) == [1],
+        )
+
+    def _found(self, asked: Asked) -> Side:
+        return self._explorer.search(
+            asked.question, asked.k, opponents=asked.opponents, rerank=asked.rerank, refine=asked.refine
+        )
 
     def _answer(self, values: _Values) -> tuple[Asked, Side, list[Found]]:
         """The search, what it found, and what of that the filter leaves."""
         asked = self._asked(values)
-        side = self._explorer.search(asked.question, asked.k, opponents=asked.opponents, rerank=asked.rerank)
-        wanted = asked.source.casefold()
-        return asked, side, [hit for hit in side.hits if wanted in (hit.item.source or "").casefold()]
+        side = self._found(asked)
+        return asked, side, [hit for hit in side.hits if asked.keeps(hit.item)]
+
+
+def _fields(hits: Iterable[Found]) -> list[str]:
+    """What passages can be filtered by."""
+    payloads = [hit.item.payload for hit in hits if isinstance(hit.item.payload, dict)]
+    return list(dict.fromkeys([SOURCE, TEXT, *(key for payload in payloads for key in payload)]))[:_MOST_SOURCES]
 
 
 class _Values:

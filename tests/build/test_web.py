@@ -335,17 +335,24 @@ def test_options_that_do_not_fit(home, tmp_path):
 def test_pages_answer_what_the_index_answers(home, site):
     index, _ = open_text_index(home / "index", device="cpu")
     with index:
-        for opponents, rerank in ((False, None), (True, None), (False, 40)):
-            hits = index.search(ASKED, 30, opponents=opponents, rerank=rerank)
+        for opponents, rerank, refine in (
+            (False, None, 0),
+            (True, None, 0),
+            (False, 40, 0),
+            (True, None, 1),
+            (False, 40, 1),
+        ):
+            hits = index.search(ASKED, 30, opponents=opponents, rerank=rerank, refine=bool(refine), lexical=True)
             ids = hits.ids[0].tolist()
             values = {"q": ASKED, "k": 30} | ({"side": "opponents"} if opponents else {})
-            values |= {} if rerank is None else {"rerank": rerank}
+            values |= ({} if rerank is None else {"rerank": rerank}) | ({"refine": 1} if refine else {})
             headers, text = page(site, "/api/search", **values)
             document = json.loads(text)
             assert document["fingerprint"] == index.fingerprint and document["stats"]["total"] == COUNT
             assert headers["content-type"] == "application/json"
             assert [hit["id"] for hit in document["hits"]] == ids
             assert [hit["score"] for hit in document["hits"]] == pytest.approx(hits.scores[0].tolist(), rel=1e-4)
+            assert [hit["lexical"] for hit in document["hits"]] == hits.lexical[0].tolist()
             assert [hit["text"] for hit in document["hits"]] == [payload["text"] for payload in hits.payloads[0]]
             _, html = page(site, "/search", **values)
             assert [int(i) for i in re.findall(r'data-id="(\d+)"', html)] == ids
@@ -356,12 +363,49 @@ def test_sources_are_filtered(site):
     whole = json.loads(page(site, "/api/search", **values)[1])["hits"]
     wanted = [hit for hit in whole if "book-3" in hit["source"]]
     assert 0 < len(wanted) < len(whole) == 200
-    assert json.loads(page(site, "/api/search", source="BOOK-3", **values)[1])["hits"] == wanted
-    _, html = page(site, "/search", source="book-3", **values)
+    assert json.loads(page(site, "/api/search", has="BOOK-3", **values)[1])["hits"] == wanted
+    _, html = page(site, "/search", has="book-3", **values)
     assert [int(i) for i in re.findall(r'data-id="(\d+)"', html)] == [hit["id"] for hit in wanted]
-    _, html = page(site, "/search", source="nothing has this", **values)
+    _, html = page(site, "/search", has="nothing has this", **values)
     assert "0 of 200" in html
     assert "passages found, not over all." in page(site, "/search", **values)[1]
+
+
+def test_any_field_is_filtered_by(site, tmp_path):
+    values = {"q": ASKED, "k": 200}
+    whole = json.loads(page(site, "/api/search", **values)[1])["hits"]
+    for field, has in (("text", "moon"), ("text", "nobody"), ("no such field", "a")):
+        wanted = [hit for hit in whole if has in str(hit["payload"].get(field, "")).lower()]
+        assert json.loads(page(site, "/api/search", field=field, has=has, **values)[1])["hits"] == wanted
+    # Of rows of anything, by numbers and what is inside of them, too.
+    g = torch.randn(40, 6, 5, generator=torch.Generator().manual_seed(0))
+    notes = [{"label": i % 3, "tags": ["old" if i % 2 else "new"]} for i in range(40)]
+    with Index.build(tmp_path / "i", gradients=[{"a": g}], payloads=notes, progress=False) as index:
+        pages = make_app(Explorer(index))
+        for field, has in (("label", "2"), ("tags", "OLD")):
+            status, text = ask_app(pages, f"/api/search?id=5&k=39&field={field}&has={has}")
+            found = json.loads(text)["hits"]
+            assert status == 200 and found
+            assert all(has.lower() in json.dumps(hit["payload"][field]) for hit in found)
+        _, html = ask_app(pages, "/neighbours?id=5&field=tags&has=old")
+        options = re.findall(r'<option value="(\w+)"( selected)?>', html)
+        assert options == [("source", ""), ("text", ""), ("label", ""), ("tags", " selected")]
+        assert "Look again" not in html, "that takes the model"
+
+
+def test_two_questions_side_by_side(home, site):
+    other = "A fox ran over the hill."
+    _, html = page(site, "/compare", q=ASKED, k=15)
+    assert html.count('class="hit"') == 15 and "are found for both" not in html
+    _, html = page(site, "/compare", q=ASKED, other=other, k=15)
+    mine, theirs = (json.loads(page(site, "/api/search", q=q, k=15)[1])["hits"] for q in (ASKED, other))
+    both = {hit["id"] for hit in mine} & {hit["id"] for hit in theirs}
+    assert f"{len(both)} of 15 proponents are found for both" in html and html.count('class="both"') == 2 * len(both)
+    shown = [int(i) for i in re.findall(r'<span class="id number">#(\d+)</span>', html)]
+    assert shown == [hit["id"] for hit in mine + theirs]
+    assert fetch(site, f"/compare?{urlencode({'q': ASKED, 'other': 'word ' * 3000})}")[0] == 400
+    # From an answer there is a way here, and back.
+    assert "/compare?" in page(site, "/search", q=ASKED)[1] and "/search?" in html
 
 
 def test_every_page_is_harmless(site):
@@ -370,10 +414,13 @@ def test_every_page_is_harmless(site):
         ("/", {}),
         ("/search", whole),
         ("/search", whole | {"side": "opponents"}),
-        ("/search", {"q": HOSTILE[4], "source": SOURCES[1]}),
+        ("/search", {"q": HOSTILE[4], "field": HOSTILE[1], "has": SOURCES[1]}),
         *[("/passage", {"row": i, "q": HOSTILE[2]}) for i in range(5)],
         ("/neighbours", {"id": 1}),
         ("/passage", {"row": 4, "id": 2}),
+        ("/compare", {"q": HOSTILE[0], "prompt": SOURCES[1]}),
+        ("/compare", {"q": HOSTILE[0], "other": HOSTILE[1], "other_prompt": SOURCES[0], "k": 300}),
+        ("/compare", {"id": 3, "other": HOSTILE[4], "side": "opponents"}),
     ]:
         harmless(page(site, path, **values)[1])
     for path in ("/search?q=" + quote(HOSTILE[0]) + "&k=" + quote(HOSTILE[1]), "/" + quote(HOSTILE[0])):
@@ -435,7 +482,20 @@ def test_only_small_plain_requests_are_answered(site):
     assert fetch(site, "/search?q=" + "x" * 33_000)[0] == 400
     assert fetch(site, "/search?q=" + "x" * 70_000)[0] == 400
     for values in (
-        *("k=0", "k=1001", "k=-1", "k=1e3", "k=1.5", "k=x", "k=", "side=up", f"source={'x' * 1001}", "k=" + "9" * 29),
+        *(
+            "k=0",
+            "k=1001",
+            "k=-1",
+            "k=1e3",
+            "k=1.5",
+            "k=x",
+            "k=",
+            "side=up",
+            f"has={'x' * 1001}",
+            f"field={'x' * 1001}",
+            "refine=2",
+            "k=" + "9" * 29,
+        ),
     ):
         status, _, text = fetch(site, f"/api/search?q=a+b+c&{values}")
         assert status == 400 and json.loads(text)["error"], values
@@ -493,7 +553,7 @@ def test_names_in_the_host_header():
 
 def test_a_question_is_asked_again_as_it_was(site):
     words = "\n  two\r\nlines \u202e & </textarea>"
-    _, html = page(site, "/search", q=words, source="\u202e<")
+    _, html = page(site, "/search", q=words, has="\u202e<")
     field = re.search(r"<textarea[^>]*>\n(.*?)</textarea>", html, re.DOTALL)[1]
     # As HTML drops the first newline only, it is the text that was sent.
     assert unescape(field) == words.replace("\r\n", "\n")
@@ -636,7 +696,7 @@ def test_hostile_passages_in_a_browser(browser, site):
         assert shown == "".join(piece.text for piece in pieces(text))
     # Shaded by the script, too: passages 0, 1 and 4 have such a source.
     for side in ("proponents", "opponents"):
-        browser.open(f"{site}/search?{urlencode({'q': HOSTILE[2], 'k': 1000, 'source': 'alert', 'side': side})}")
+        browser.open(f"{site}/search?{urlencode({'q': HOSTILE[2], 'k': 1000, 'has': 'alert', 'side': side})}")
         rows = browser.run("[...document.querySelectorAll('.hit .text')].map(t => Number(t.dataset.id))")
         browser.until(f"document.querySelectorAll('[data-shaded]').length === {len(rows)}")
         for row in rows:
