@@ -430,19 +430,19 @@ def main() -> None:
     if parsed.only == "rank" or parsed.part[1] > 1:
         return
     print(f"{study.task.name}: {plan.questions} questions, {plan.seeds} seeds")
-    found = {}
-    for k in plan.pool:
-        found[k] = judged(study, plan, list(RANKERS), k)
-        show(k, found[k], study.failed)
-    result = {
-        "task": study.task.name,
-        "questions": plan.questions,
-        "seeds": plan.seeds,
-        "pool": plan.pool,
-        "without": found,
-        "failed": study.failed,
-    }
-    keep("removal", result, parsed, study.task.name)
+    for k, together in plan.pool.items():
+        found = judged(study, plan, list(RANKERS), k)
+        show(k, found, study.failed)
+        result = {
+            "task": study.task.name,
+            "k": k,
+            "questions": plan.questions,
+            "seeds": plan.seeds,
+            "pool": together,
+            "methods": found,
+            "failed": study.failed,
+        }
+        keep("removal", result, parsed, f"{study.task.name}_k{k}")
 
 
 if __name__ == "__main__":
