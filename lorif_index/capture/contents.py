@@ -52,6 +52,8 @@ def _plain(values: torch.Tensor) -> np.ndarray:
     """On the CPU, little-endian; whole numbers as int64 and others as float32 (or complex64), so that the hash does not
     depend on how a data set stores them."""
     values = values.detach().cpu()
+    if values.layout != torch.strided:
+        values = values.to_dense()
     if values.is_complex():
         return values.to(torch.complex64).numpy().astype("<c8", copy=False)
     if values.is_floating_point():

@@ -173,6 +173,9 @@ def test_what_the_loss_sees_counts() -> None:
     # A hidden token with a loss of its own is not cut off.
     last = {"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([[1, 2, 9]])}
     assert len({hashes({"input_ids": torch.tensor([[1, 2, t]]), **last})[0] for t in (3, 4)}) == 2
+    # However they are stored.
+    dense = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    assert hashes((dense.to_sparse(), torch.ones(2))) == hashes((dense.double(), torch.ones(2).bfloat16()))
     # Not text beside the numbers, nor the order of columns.
     named = hashes({"url": ["a", "b"], "y": torch.tensor([1, 2]), "x": torch.ones(2, 3)})
     assert named == hashes({"x": torch.ones(2, 3), "y": torch.tensor([1, 2])})
