@@ -88,6 +88,17 @@ class Identity:
         """
         return ModelCapture(self._there(now), now.query_config(), now.projections)
 
+    def check_to_read(self, now: Snapshot) -> None:
+        """Texts are made examples with the model and the tokenizer.
+
+        Raises:
+            QueryError: only one of them is there.
+        """
+        if self.tokenizer is not None and self.model is None and now.manifest.fingerprint["model"] is not None:
+            raise QueryError(
+                "the index was opened with its tokenizer alone: Index.open(path, model=..., tokenizer=...)"
+            )
+
     def check_to_ask(self, now: Snapshot, measure: PerExample | None) -> None:
         """The model must be able to answer with this measure, or without one with the index's loss.
 
@@ -140,5 +151,6 @@ class Identity:
         if now.manifest.fingerprint["model"] is None:
             raise QueryError("the index was built from gradients: pass the query as {layer: (q, d_in, d_out)}")
         if self.model is None:
-            raise QueryError("the index was opened without its model: Index.open(path, model=..., loss=...)")
+            more = "loss" if TOKENIZER not in now.manifest.metadata else "tokenizer"
+            raise QueryError(f"the index was opened without its model: Index.open(path, model=..., {more}=...)")
         return self.model

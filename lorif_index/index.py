@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -41,7 +42,7 @@ from .questions import Questions
 from .ranks import ALONE, Ranks
 from .results import Groups, Hits, Selection
 from .search.answer import Wanted, answer, check_groups
-from .search.contents import duplicates, found_again, hashes
+from .search.contents import added_copies, duplicates, found_again, hashes
 from .search.devices import search_device
 from .search.explain import Explanation
 from .search.groups import By, sum_groups
@@ -588,9 +589,11 @@ class Index(Described):
             For each example the ids (any,) int64 of its rows, rising; none where it is not there.
 
         Raises:
-            QueryError: an index that was built from gradients. DataError: as `build`.
+            QueryError: an index that was built from gradients, or one of texts that was opened without its model.
+            DataError: as `build`.
         """
         now = self._now
+        self._identity.check_to_read(now)
         examples = as_source(self._identity.data(data), now.query_config().batch_size)
         return found_again(now.reader, (batch for _, batch in examples.batches()))
 
@@ -683,11 +686,19 @@ class Index(Described):
             add_examples(change.now.reader, new.source, new.digest, kept, change.report, new.device)
         if data is not None and self._pieces:
             self._pieces = (*self._pieces, (first, data))
+        copies = added_copies(change.now.reader, first)
+        if copies:
+            warnings.warn(
+                f"{len(copies):,} of the added examples are copies of others (such as {copies[0].tolist()[:5]}): "
+                "index.duplicates() gives all of them",
+                stacklevel=3,
+            )
         ids = change.now.reader.store.ids
         return ids[ids >= first]
 
     def remove(self, ids: Iterable[int] | np.ndarray) -> int:
-        """Removes examples: no later answer has them. They leave the curvature at `refit`, and the disk at `compact`.
+        """Removes examples: no later answer has them. They leave the disk at `compact`, and a curvature of
+        stored factors at `refit`; where rows are eigencodes, it keeps them until the index is built anew.
 
         Args:
             ids: row ids; one named twice is removed once.

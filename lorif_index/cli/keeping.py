@@ -1,8 +1,9 @@
-"""Keeping: `lorif add`, `remove`, `refit`, `compact`, `merge`, `verify`, `repair`."""
+"""Keeping: `lorif add`, `find`, `remove`, `refit`, `compact`, `merge`, `verify`, `repair`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,15 @@ from ..index import Index
 from ..storage.damage import damage_message, find_damage
 from ..storage.manifest import read_manifest
 from ..text.documents import read_documents
+from ..text.model import TextModel
+from ..text.passages import Passages, described
 from ..text.textindex import open_text_index, text_facts
+from ..web.charts import family
 from .app import app, reported_errors
 from .options import Device, IndexFolder, Json, MovedModel, SourceField, TextField
 from .show import write, write_index
+
+_AT_ONCE = 10_000
 
 
 @app.command()
@@ -29,36 +35,89 @@ def add(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Index further texts; they can be found at once, and the curvature stays as it is."""
+    """Index further texts of the training; they can be found at once, and the curvature stays as it is."""
     with reported_errors():
-        documents = read_documents(data, text_field=text_field, source_field=source_field)
         opened, text_model = open_text_index(index, model=model, device=device)
         with opened:
-            facts = text_facts(opened)
-            if "max_length" not in facts:
-                raise QueryError(
-                    f"{index} was not made by `lorif build`, so it does not say how texts are cut: use Index.add"
-                )
-            passages = text_model.passages(documents, max_length=facts["max_length"], folder=index.parent)
+            passages = _cut_alike(opened, text_model, data, text_field, source_field)
             ids = opened.add(passages, payloads=passages).tolist()
             write({"ids": ids, "examples": len(opened), "curvature_age": opened.curvature_age}, json)
 
 
 @app.command()
+def find(
+    index: Annotated[Path, typer.Argument(help="An index that `lorif build` made.")],
+    data: Annotated[Path, typer.Option(help="Texts to look for, in any form that `lorif build` takes.")],
+    text_field: TextField = "text",
+    source_field: SourceField = None,
+    model: MovedModel = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Find which of some texts are in an index, token for token, cut into passages as there."""
+    with reported_errors():
+        opened, text_model = open_text_index(index, model=model, device=device)
+        with opened:
+            passages = _cut_alike(opened, text_model, data, text_field, source_field)
+            there = [
+                {"passage": number, "source": passages[number]["source"], "ids": ids.tolist()}
+                for number, ids in enumerate(opened.find(passages))
+                if len(ids)
+            ]
+            write({"passages": len(passages), "found": len(there), "there": there}, json)
+
+
+def _cut_alike(opened: Index, text_model: TextModel, data: Path, text_field: str, source_field: str | None) -> Passages:
+    """Texts cut as those of an index were, with sources from the same field where none is named."""
+    facts = text_facts(opened)
+    if "max_length" not in facts:
+        raise QueryError(
+            f"{opened.path} was not made by `lorif build`, so it does not say how texts are cut: use Index.add and "
+            "Index.find"
+        )
+    usual = (facts.get("origin") or {}).get("source_field") or "source"
+    documents = read_documents(data, text_field=text_field, source_field=source_field, usual_source=usual)
+    return text_model.passages(documents, max_length=facts["max_length"], folder=opened.path.parent)
+
+
+@app.command()
 def remove(
     index: IndexFolder,
-    ids: Annotated[list[int], typer.Argument(help="Ids of the examples, as search shows them.")],
+    ids: Annotated[list[int] | None, typer.Argument(help="Ids of the examples, as search shows them.")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="All examples of a source, by its name or a glob pattern; may be repeated."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Remove examples: no later answer has them. `compact` takes them off the disk."""
+    if not ids and not source:
+        raise typer.BadParameter("nothing to remove: name ids, or a --source")
     with reported_errors(), Index.open(index) as opened:
-        removed = opened.remove(ids)
+        removed = opened.remove([*(ids or []), *_of_sources(opened, source or [])])
         write({"removed": removed, "examples": len(opened)}, json)
+
+
+def _of_sources(opened: Index, patterns: list[str]) -> list[int]:
+    """Ids of the examples with a source that has one of the names, with or without its part or line."""
+    found, every = list[int](), opened.ids
+    for pattern in patterns:
+        mine = list[int]()
+        for start in range(0, len(every), _AT_ONCE):
+            some = every[start : start + _AT_ONCE]
+            for i, payload in zip(some.tolist(), opened.payloads(some), strict=True):
+                name = described(payload)[1]
+                if name is not None and (fnmatchcase(name, pattern) or fnmatchcase(family(name), pattern)):
+                    mine.append(i)
+        if not mine:
+            raise QueryError(f"{opened.path} has no example with a source {pattern!r}: `lorif search` shows sources")
+        found += mine
+    return found
 
 
 @app.command()
 def refit(index: IndexFolder, json: Json = False) -> None:
-    """Renew curvature, sketch and coarse index from what is stored, without the model."""
+    """Renew what can be made of stored rows, without the model: the coarse index, and of factors the curvature."""
     with reported_errors(), Index.open(index) as opened:
         write(opened.refit(), json)
 

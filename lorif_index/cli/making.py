@@ -13,7 +13,7 @@ from ..text.demo import QUESTION, run_demo
 from ..text.demo_model import DemoSettings
 from ..text.documents import read_documents
 from ..text.model import load_text_model
-from ..text.textindex import build_text_index
+from ..text.textindex import build_text_index, text_facts
 from ..text.textquestions import TextQuestion
 from .app import app, reported_errors
 from .options import Json, MaxLength, ModelFolder, SourceField, TextField, Texts, byte_count
@@ -82,6 +82,14 @@ def build(
         with index:
             if speaks:
                 write_index(index, json)
+            if speaks and not json:
+                facts, screen = text_facts(index), console()
+                if facts["documents"] != len(index):
+                    screen.print(
+                        f"\n{facts['documents']:,} texts are {len(index):,} passages of at most "
+                        f"{facts['max_length']:,} tokens: ids are of passages, in the order of the texts."
+                    )
+                screen.print(excerpt(f'Ask: lorif search {out} "A text of yours."', 1000))
 
 
 @app.command()

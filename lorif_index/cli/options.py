@@ -16,8 +16,9 @@ MovedModel = Annotated[Path | None, typer.Option(help="The model's folder, if it
 Texts = Annotated[
     Path,
     typer.Option(
-        help="The training texts: .jsonl (each line is one text), .txt (one running text, cut into passages of "
-        "--max-length tokens across its lines), a folder of them, or a saved dataset (each row is one text)."
+        help="The training texts: .jsonl (each line is one text), .txt (one running text), a folder of them, or a "
+        "saved dataset (each row is one text). Texts of more than --max-length tokens are cut into passages, which are "
+        "then the examples."
     ),
 ]
 TextArguments = Annotated[
@@ -33,12 +34,21 @@ QuestionFile = Annotated[
 ]
 TextField = Annotated[str, typer.Option(help="The field that holds the text (.jsonl, dataset).")]
 SourceField = Annotated[
-    str | None, typer.Option(help="The field that says where a text is from; default: file and line.")
+    str | None,
+    typer.Option(
+        help="The field that says where a text is from; default: source, where there is one, else file and line."
+    ),
 ]
 MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a passage; default: the model's context, at most 1024.")
 ]
-Prompt = Annotated[str | None, typer.Option(help="Text that comes before, and is not itself to be explained.")]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        help="Text that comes before, and is not itself to be explained. A blank is put between the two where neither "
+        "has one and words would run together; --questions takes both as they are."
+    ),
+]
 
 
 def asked_about(texts: list[str] | None, prompt: str | None, file: Path | None) -> list[TextQuestion]:
@@ -48,7 +58,7 @@ def asked_about(texts: list[str] | None, prompt: str | None, file: Path | None) 
         BadParameter: none, or some of both kinds. Else as `read_questions`.
     """
     if file is None and texts:
-        return [TextQuestion(text, prompt) for text in texts]
+        return [TextQuestion.written(text, prompt) for text in texts]
     if file is None:
         raise typer.BadParameter("no question: write a TEXT, or pass a file of them by --questions")
     if texts or prompt is not None:

@@ -222,7 +222,10 @@ def answers_json(
 def show_answers(out: Console, answers: Sequence[Mapping[str, Any]]) -> None:
     """Of each answer what was asked about, the model's loss on it, and what was found."""
     for answer in answers:
-        prompt = excerpt(answer["prompt"], 1000).append(" ") if answer["prompt"] else Text()
+        prompt = excerpt(answer["prompt"] or "", 1000)
+        # As it is asked: a blank where there is one.
+        if answer["prompt"] and (answer["prompt"][-1].isspace() or answer["text"][:1].isspace()):
+            prompt.append(" ")
         prompt.stylize("not bold dim")
         out.print(Text.assemble("“", prompt, excerpt(answer["text"], 1000), "”"), style="bold")
         out.print(f"loss {answer['loss_per_token']:.2f} nats a token, of {answer['tokens']:,}", style="dim")
@@ -245,7 +248,7 @@ def show_answers(out: Console, answers: Sequence[Mapping[str, Any]]) -> None:
 def unit_of_scores(total: int) -> str:
     """What scores are estimates of, in a sentence; total: N, how many examples the index has."""
     return (
-        f"score / {total:,} estimates, in nats, by how much the text's loss, summed over its tokens, would rise "
-        "without the passage: to first order, under this curvature, damping and choice of layers. Trust the order "
-        "before the size."
+        "Larger is stronger; trust the order before the size. To first order, under this curvature, damping and choice "
+        f"of layers, score / {total:,} is by how many nats the text's loss, summed over its tokens, would rise without "
+        "the passage; in fact it is often far fewer."
     )

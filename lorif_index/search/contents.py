@@ -73,6 +73,14 @@ def duplicates(reader: Reader) -> list[np.ndarray]:
     return sorted(found, key=lambda group: int(group[0]))
 
 
+def added_copies(reader: Reader, first: int) -> list[np.ndarray]:
+    """Groups as `duplicates` of which the last was added with an id of at least `first`; none where there are no
+    hashes, or so many rows that looking at all of their hashes would cost an addition something."""
+    if reader.ranks.size > 1 or reader.live_count > AT_ONCE:
+        return []
+    return [group for group in _groups(*_within(reader.rows, 0, 1)) if group[-1] >= first]
+
+
 def measure_duplicates(rows: IndexRows) -> dict[str, Any] | None:
     """What a build says of copies, the same on all ranks.
 

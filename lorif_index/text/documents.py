@@ -28,14 +28,20 @@ class Document:
 
 
 def read_documents(
-    path: str | os.PathLike[str], *, text_field: str = "text", source_field: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    text_field: str = "text",
+    source_field: str | None = None,
+    usual_source: str = "source",
 ) -> Iterator[Document]:
     """Documents of a .txt file (one), a .jsonl file (one a line), a folder of such files, or a saved `datasets` folder.
 
     Args:
         path: the file or folder; files in a folder, and in folders in it, are taken in the order of their names.
         text_field: the field or column that holds the text, in .jsonl and datasets.
-        source_field: the field or column that says where it is from; default: file and line, or the row's number.
+        source_field: the field or column that says where it is from; default: `usual_source`, in rows that have it,
+            else file and line, or the row's number.
+        usual_source: see there.
 
     Raises:
         DataError: nothing there, of another kind, not UTF-8, not JSON, or without the field; the message names the
@@ -48,7 +54,8 @@ def read_documents(
         text = _field(found, text_field, place)
         if not isinstance(text, str):
             raise DataError(f"{place}: field {text_field!r} holds {type(text).__name__}, not text")
-        yield Document(text, place if source_field is None else str(_field(found, source_field, place)))
+        named = found.get(usual_source) if source_field is None else _field(found, source_field, place)
+        yield Document(text, place if named is None else str(named))
 
 
 def _field(row: Any, field: str, place: str) -> Any:

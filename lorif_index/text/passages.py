@@ -95,6 +95,7 @@ class Passages:
 
     Attributes:
         tokens: in all.
+        documents: that they were cut from.
         max_length: tokens of a passage at most.
 
     Raises:
@@ -110,20 +111,20 @@ class Passages:
         folder: Path | None = None,
         progress: bool | ProgressCallback | None = None,
     ) -> None:
-        self.max_length, self.tokens, walked = max_length, 0, 0
+        self.max_length, self.tokens, self.documents = max_length, 0, 0
         self._ends = array("q", [0])
         self._file = tempfile.TemporaryFile(prefix=".passages-", dir=folder)  # noqa: SIM115 - closed by the next line
         weakref.finalize(self, self._file.close)
         with reporter(progress) as report, report.stage("tokenise") as stage:
             for _, rows, tokens in cut(documents, tokenizer, max_length=max_length):
-                walked, self.tokens = walked + 1, self.tokens + tokens
+                self.documents, self.tokens = self.documents + 1, self.tokens + tokens
                 for row in rows:
                     data = json.dumps(row).encode()
                     self._file.write(data)
                     self._ends.append(self._ends[-1] + len(data))
                 stage.advance(len(rows))
         if not len(self):
-            raise DataError(f"none of the {walked} documents has a passage of at least {LEAST_TOKENS} tokens")
+            raise DataError(f"none of the {self.documents} documents has a passage of at least {LEAST_TOKENS} tokens")
         self._file.flush()
 
     @property

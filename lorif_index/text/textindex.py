@@ -55,6 +55,7 @@ def build_text_index(
         "model": str(text_model.folder.resolve()),
         "max_length": passages.max_length,
         "tokens": passages.tokens,
+        "documents": passages.documents,
         "origin": origin or {},
     }
     return Index.build(

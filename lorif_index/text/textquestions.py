@@ -7,6 +7,7 @@ docs/task_guide.md): documents, and templates that make a prompt and an answer o
 from __future__ import annotations
 
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from ..errors import DataError
 from .documents import read_rows
 from .yamlfile import read_yaml
 
+# After these a word begins anew. (Brackets that open, slashes and the like are often a part of what follows.)
+_CLOSING = ".,;:!?)]}\"'\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
 _ANSWERS = ("answer", "completion")
 _TASK = ("docs", "doc_to_text", "doc_to_target", "doc_to_choice", "description", "target_delimiter", "task")
 
@@ -35,10 +38,22 @@ class TextQuestion:
     prompt: str | None = None
     place: str | None = None
 
+    @classmethod
+    def written(cls, text: str, prompt: str | None = None) -> TextQuestion:
+        """One whose parts a person wrote apart: with a blank between them, where words would run together else."""
+        if prompt and text and not prompt[-1].isspace() and text[0].isalnum() and _ends_a_word(prompt[-1]):
+            wide = unicodedata.east_asian_width(prompt[-1]) in "WF" or unicodedata.east_asian_width(text[0]) in "WF"
+            text = text if wide else f" {text}"
+        return cls(text, prompt)
+
     @property
     def row(self) -> dict[str, str]:
         """As a query for `Index.search`."""
         return {"prompt": self.prompt, "completion": self.text} if self.prompt else {"text": self.text}
+
+
+def _ends_a_word(char: str) -> bool:
+    return char.isalnum() or char in _CLOSING
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[TextQuestion]:

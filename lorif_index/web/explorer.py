@@ -173,7 +173,7 @@ class Explorer:
         if self.text_model is None or text is None:
             return None
         with self._lock:
-            return self.text_model.losses(TextQuestion(text, question.prompt).row)[0]
+            return self.text_model.losses(TextQuestion.written(text, question.prompt).row)[0]
 
     def explain(
         self, question: WrittenQuestion, ids: Sequence[int], *, asked_tokens: bool = False
@@ -232,7 +232,7 @@ class Explorer:
             return self.index.gradients([question.row])
         if self.text_model is None:
             raise QueryError(f"a text needs the model, and {self.why}: name it with --model, or ask by a row's id")
-        return TextQuestion(question.text or "", question.prompt).row
+        return TextQuestion.written(question.text or "", question.prompt).row
 
     def _search(
         self, question: WrittenQuestion, k: int, opponents: bool, recall: float, rerank: int | None, refine: bool
@@ -258,7 +258,7 @@ class Explorer:
     def _explain(
         self, text_model: TextModel, text: str, prompt: str | None, ids: tuple[int, ...], asked_tokens: bool
     ) -> dict[int, Shading]:
-        query, out = TextQuestion(text, prompt).row, {}
+        query, out = TextQuestion.written(text, prompt).row, {}
         theirs = text_model.token_texts(query)[0] if asked_tokens else None
         found = self.index.explain(query, ids, query_tokens=asked_tokens)[0]
         for one, tokens in zip(found, text_model.token_texts(self.index.payloads(ids)), strict=True):

@@ -103,7 +103,7 @@ def make_app(explorer: Explorer, *, host: str = "127.0.0.1", names: Iterable[str
         from starlette.staticfiles import StaticFiles
     except ImportError:
         raise ConfigError(
-            "serving needs Starlette, which is not installed: install the extra serve of lorif-index"
+            "serving needs Starlette, which is not installed: pip install starlette uvicorn jinja2 (the extra serve)"
         ) from None
     guard, pages = Guard(host, names), _Pages(explorer, shade)
 
@@ -145,7 +145,7 @@ def serve(app: Any, *, host: str, port: int, started: Callable[[str], None]) -> 
         import uvicorn
     except ImportError:
         raise ConfigError(
-            "serving needs uvicorn, which is not installed: install the extra serve of lorif-index"
+            "serving needs uvicorn, which is not installed: pip install starlette uvicorn jinja2 (the extra serve)"
         ) from None
     import socket
 

@@ -21,6 +21,24 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "asked"),
+    [
+        ("Return the", "event", " event"),
+        ("What came before.", "What follows.", " What follows."),
+        ("Return the ", "event", "event"),
+        ("Return the", " event", " event"),
+        ("print(", "name", "name"),
+        ("Say", "!", "!"),
+        ("\u65e5\u672c", "\u8a9e", "\u8a9e"),
+        (None, "event", "event"),
+        ("", "event", "event"),
+    ],
+)
+def test_words_that_are_written_apart_do_not_run_together(prompt: str | None, text: str, asked: str) -> None:
+    assert TextQuestion.written(text, prompt) == TextQuestion(asked, prompt)
+
+
 def test_a_line_is_a_question(tmp_path: Path) -> None:
     rows = [{"prompt": "Who?", "answer": " Ada"}, {"prompt": "Where?", "completion": " Köln"}]
     file = written(tmp_path / "q.jsonl", "\n".join(json.dumps(row) for row in rows))

@@ -76,6 +76,17 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         list(read_documents(path))
 
 
+def test_a_field_called_source_is_taken_unasked(tmp_path):
+    rows = [
+        {"text": "one", "source": "here"},
+        {"text": "two"},
+        {"text": "3", "source": None},
+        {"text": "4", "source": 4},
+    ]
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    assert [d.source for d in read_documents(path)] == ["here", "t.jsonl:2", "t.jsonl:3", "4"]
+
+
 def test_a_missing_source_field_is_named(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": "x"}])
     with pytest.raises(DataError, match="d.jsonl:1 has no field 'url'"):

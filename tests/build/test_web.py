@@ -265,7 +265,7 @@ def test_the_report_has_both_sides_and_is_harmless(explorer):
     assert "http:" not in html.replace("http-equiv", "") and "https:" not in html
     assert 'class="t p' in html and "Layers" in words
     assert words.count("Summed over the 550 passages shown, not over all.") == 2
-    assert "Score / 1,100 estimates, to first order" in words
+    assert "To first order, score / 1,100 is by how much" in words
 
 
 def test_a_report_without_the_model_says_so(home, tmp_path):

@@ -24,7 +24,7 @@ def block(mark: str, page: str = README) -> str:
 
 def test_the_life_of_an_index_runs(run: Any) -> None:
     _, out = run(block("example", (ROOT / "docs" / "living.md").read_text()))
-    assert out.splitlines()[-1] == "1400 300 1700"
+    assert out.splitlines()[-1] == "1200 300 1500"
 
 
 def test_the_explanation_runs(run: Any) -> None:

@@ -177,6 +177,39 @@ def test_search_options_reach_the_index(home):
             np.testing.assert_allclose([hit["score"] for hit in found], hits.scores[0], rtol=1e-4, err_msg=str(options))
 
 
+def test_a_prompt_and_a_text_do_not_run_together(home):
+    def ask(text, *more):
+        return "search", home / "index", text, "--prompt", "The dog looked", *more
+
+    assert document(*ask("at the moon."))["answers"] == document(*ask(" at the moon."))["answers"]
+    assert "“The dog looked at the moon.”" in lorif(*ask("at the moon."))[1]
+    code, out, _ = lorif("search", home / "index", "moon.", "--prompt", "The (")
+    assert code == 0 and "“The (moon.”" in out
+
+
+def test_texts_are_found_again_and_sources_removed(home, tmp_path):
+    index = tmp_path / "index"
+    rows = [{"text": s, "source": f"book {i % 3}.txt:{i}"} for i, s in enumerate(SENTENCES)]
+    data = write_jsonl(tmp_path / "texts.jsonl", rows)
+    code, out, _ = lorif("build", index, "--model", home / "model", "--data", data)
+    assert code == 0 and "Ask: lorif search" in out and "passages of at most" not in out
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "Nobody wrote this."}, rows[7]])
+    assert document("find", index, "--data", other) == {
+        "passages": 2,
+        "found": 1,
+        "there": [{"passage": 1, "source": "book 1.txt:7", "ids": [7]}],
+    }
+    with pytest.warns(UserWarning, match=r"1 of the added examples are copies of others \(such as \[7, 11\]\)"):
+        assert document("add", index, "--data", other)["ids"] == [10, 11]
+    assert document("remove", index, "--source", "book 1.txt", "--source", "other.*")["removed"] == 5
+    assert document("find", index, "--data", data)["found"] == 7
+    assert lorif("remove", index, "--source", "nobody")[0] != 0
+    assert lorif("remove", index)[0] == 2
+    long = write_jsonl(tmp_path / "long.jsonl", [{"text": " ".join(SENTENCES)}])
+    code, out, _ = lorif("build", tmp_path / "cut", "--model", home / "model", "--data", long)
+    assert code == 0 and "1 texts are" in " ".join(out.split())
+
+
 def test_ranks_by_words_are_said(home):
     text_model = load_text_model(home / "model", "cpu")
     with Index.open(home / "index", model=text_model.model, tokenizer=text_model.tokenizer) as index:
@@ -237,7 +270,7 @@ def test_search_for_people(home):
     first, second = out.splitlines()[:2]
     assert first == f"“{SENTENCES[2]}”"
     assert second == f"loss {answer['loss_per_token']:.2f} nats a token, of {answer['tokens']}"
-    assert "score / 10 estimates, in nats, by how much the text's loss" in " ".join(out.split())
+    assert "score / 10 is by how many nats the text's loss" in " ".join(out.split())
 
 
 def test_what_is_shown_cannot_steer_the_terminal(home, tmp_path):
