@@ -46,8 +46,9 @@ def show_explanations(out: Console, answers: Sequence[Mapping[str, Any]]) -> Non
                 if shares is not None:
                     out.print(Text.assemble((f"  {name:10}", "dim"), strongest(texts, np.array(shares), e["score"])))
     out.print(
-        "Shares of the score, which they sum to; a token's is that of what was predicted from it. Blue is for the "
-        "text, orange against it.",
+        "Shares of the score, which they sum to: one above 100% is made up for by others below zero. A token's share "
+        "is that of what was predicted from it, so look at the token behind it, too."
+        + (" Blue is for the text, orange against it." if out.is_terminal else ""),
         style="dim",
     )
 

@@ -100,7 +100,7 @@ def choose_plan(
     if exact:
         return Plan("scan", "scan of every row, as asked by exact=True", 1.0)
     if not has_coarse:
-        return Plan("scan", "scan of every row: the index has no coarse stage", 1.0)
+        return Plan("scan", "scan of every row, as there is no coarse stage", 1.0)
     if recall >= 1:
         return Plan("scan", "scan of every row: nothing less is certain of recall=1", 1.0)
     if count <= SCAN_UP_TO:
@@ -109,7 +109,7 @@ def choose_plan(
         return Plan("scan", "scan of every row: the coarse stage is calibrated for all layers together", 1.0)
     search = reader.candidates
     if search is None:
-        return Plan("scan", "scan of every row: the index has no coarse stage", 1.0)
+        return Plan("scan", "scan of every row, as there is no coarse stage", 1.0)
     if not search.reaches(k, recall, largest=largest):
         return Plan(
             "scan",
