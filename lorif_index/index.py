@@ -688,8 +688,9 @@ class Index(Described):
             self._pieces = (*self._pieces, (first, data))
         copies = added_copies(change.now.reader, first)
         if copies:
+            count = sum(int((group >= first).sum()) - int(group[0] >= first) for group in copies)
             warnings.warn(
-                f"{len(copies):,} of the added examples are copies of others (such as {copies[0].tolist()[:5]}): "
+                f"{count:,} of the added examples are copies of others (such as {copies[0].tolist()[:5]}): "
                 "index.duplicates() gives all of them",
                 stacklevel=3,
             )

@@ -79,12 +79,14 @@ def test_hashes_go_where_rows_go(tmp_path: Path) -> None:
     before = index.contents([3, 5, 60])
     added, labels = small_data(6, seed=3)
     added[2], labels[2] = x[5], y[5]
-    index.add((added, labels), progress=False)
+    added[4], labels[4] = added[3], labels[3]
+    with pytest.warns(UserWarning, match=r"2 of the added examples are copies of others \(such as \[5, 92\]\)"):
+        index.add((added, labels), progress=False)
     assert lists(index.find((x[[5]], y[[5]]))) == [[5, 92]]
     index.remove([3, 40])
-    assert lists(index.duplicates()) == [[5, 92], [17, 60]]
+    assert lists(index.duplicates()) == [[5, 92], [17, 60], [93, 94]]
     index.compact(progress=False)
-    assert lists(index.duplicates()) == [[5, 92], [17, 60]]
+    assert lists(index.duplicates()) == [[5, 92], [17, 60], [93, 94]]
     assert index.contents([5, 60]).tolist() == before[1:].tolist()
     again = build(tmp_path / "again", (added, labels), fit=index)
     merged = Index.merge(tmp_path / "merged", [index, again], progress=False)
