@@ -57,7 +57,7 @@ from .storage.damage import damage_message, find_damage, folder_bytes
 from .storage.manifest import read_manifest
 from .storage.payloads import Payloads, Values
 from .text.tokenised import TOKENIZER, prepared, prepared_rows, tokenizer_digest
-from .text.words import Words
+from .text.words import Words, question_texts
 
 
 class Index(Described):
@@ -342,9 +342,10 @@ class Index(Described):
             refining=ask.refining(refine, self._pieces, wanted.layers),
             progress=progress,
         )
+        texts = question_texts(query) if lexical else []
         words = self._words(ask.now) if lexical else None
         hits = answer(ask.now.reader, wanted, prepare, progress, examples)
-        return hits if words is None else replace(hits, lexical=words.ranks(query, hits.ids))
+        return hits if words is None else replace(hits, lexical=words.ranks(texts, hits.ids))
 
     def _words(self, now: Snapshot) -> Words:
         if self._kept_words is None or self._kept_words[0] is not now:

@@ -51,22 +51,15 @@ class Words:
         self._found = bm25s.BM25()
         self._found.index(self._cut(texts), show_progress=False)
 
-    def ranks(self, query: Any, ids: np.ndarray) -> np.ndarray:
+    def ranks(self, texts: Sequence[str], ids: np.ndarray) -> np.ndarray:
         """Ranks of some rows by the words of each question, (q, k) int64 from 1; 0 where a row shares none.
 
         Args:
-            query: a text, a chat, a row, or several of them, as they are asked.
+            texts: q of them, of `question_texts`.
             ids: (q, k).
-
-        Raises:
-            QueryError: questions that are no texts.
         """
-        asked = [query] if isinstance(query, (str, Mapping)) or is_chat(query) else query
-        texts = [_text_of(one) for one in asked] if isinstance(asked, Sequence) else []
-        if len(texts) != len(ids) or None in texts:
-            raise QueryError("lexical=True compares words, and the question is no text: ask with a text or a chat")
         out = np.zeros(ids.shape, dtype=np.int64)
-        for row, words, its in zip(out, self._cut(texts), ids, strict=True):
+        for row, words, its in zip(out, self._cut(list(texts)), ids, strict=True):
             known = [word for word in words if word in self._found.vocab_dict]
             if known:
                 scores = self._found.get_scores(known)
@@ -74,6 +67,20 @@ class Words:
                 above = len(scores) - np.searchsorted(np.sort(scores), own, side="right")
                 row[:] = np.where(own > 0, above + 1, 0)
         return out
+
+
+def question_texts(query: Any) -> list[str]:
+    """The words of each question: of a text, a chat, a row, or several of them, as they are asked.
+
+    Raises:
+        QueryError: questions that are no texts.
+    """
+    asked = [query] if isinstance(query, (str, Mapping)) or is_chat(query) else query
+    texts = [_text_of(one) for one in asked] if isinstance(asked, Sequence) else [None]
+    found = [text for text in texts if text is not None]
+    if len(found) < len(texts):
+        raise QueryError("lexical=True compares words, and the question is no text: ask with a text or a chat")
+    return found
 
 
 def _text_of(value: Any) -> str | None:
