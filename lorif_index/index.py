@@ -566,8 +566,8 @@ class Index(Described):
     def contents(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
         """Hashes of the examples of some rows, by which they are found again in another data set or index.
 
-        A hash is of what the model was given: the numbers of the example's batch, without padding; for a text, of its
-        tokens and labels. Not of text, ids or urls beside them.
+        A hash is of all that the model was given, inputs and labels: the numbers of the example's batch, without
+        padding; for a text, of its tokens and labels. Not of text, ids or urls beside them.
 
         Args:
             ids: row ids, in the order wanted.
@@ -584,7 +584,8 @@ class Index(Described):
         """Where examples are in the index: the rows that have the very content (see `contents`).
 
         Args:
-            data: as for `build`: for text, the index must have been opened with its model and tokenizer.
+            data: as for `build`, with labels where that had some; for text, the index must have been opened with its
+                model and tokenizer.
 
         Returns:
             For each example the ids (any,) int64 of its rows, rising; none where it is not there.

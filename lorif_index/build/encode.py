@@ -71,4 +71,5 @@ def encode_blocks(
                 write()
             stage.advance(block.count, rows.numel())
         write()
+        encoder.check()
         writer.flush()

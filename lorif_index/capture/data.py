@@ -103,6 +103,8 @@ def as_tensors(data: Any) -> Any:
             # Of arrays that cannot be written to, as nothing here does.
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(np.ascontiguousarray(data))
+    if isinstance(data, np.generic) and data.dtype.kind in "biuf":
+        return torch.tensor(data.item())
     parts = data.values() if isinstance(data, Mapping) else data if type(data) is tuple else ()
     if not any(isinstance(part, np.ndarray) for part in parts):
         return data
@@ -234,7 +236,17 @@ def _length(item: Any) -> int | None:
 
 
 def _of_tensors(data: Any, batch_size: int) -> IndexedSource:
-    """A tensor, or a tuple or dict of tensors with examples along the first dimension."""
+    """A tensor, or a tuple or dict of tensors with examples along the first dimension.
+
+    Raises:
+        DataError: a number in place of a tensor with examples.
+    """
+    parts = data.values() if isinstance(data, Mapping) else [data] if isinstance(data, torch.Tensor) else data
+    if any(part.ndim == 0 for part in parts):
+        raise DataError(
+            "tensors must have examples along the first dimension, and one is a single number: of one example i pass "
+            "x[i : i + 1], not x[i]"
+        )
     return IndexedSource(batch_count(data), lambda ids: _rows(data, ids), lambda rows: rows, batch_size)
 
 
@@ -423,6 +435,13 @@ def feed(digest: Any, value: Any) -> None:
 def _rows(batch: Batch, rows: np.ndarray) -> Batch:
     index = torch.from_numpy(rows)
     return _map(batch, lambda t: t[index.to(t.device)])
+
+
+def dtypes_of(batch: Batch) -> set[torch.dtype]:
+    """Of its tensors."""
+    found: set[torch.dtype] = set()
+    _map(batch, lambda t: found.add(t.dtype) or t)  # type: ignore[func-returns-value]
+    return found
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import CaptureError
+from ..errors import CaptureError, DataError
 from ..linalg.precision import as_chosen
 from ..linalg.projection import Projections
 from .attention import attending, followed
-from .data import Batch, batch_count, to_device
+from .data import Batch, batch_count, dtypes_of, to_device
 from .gradients import GradientBlock, LayerGradient, LayerSpec
 from .held import HeldMap, routed
 from .layers import TrackedLayer, Use, output_positions, positions, stored_inputs_first, torch_forward
@@ -302,6 +302,12 @@ class Capture:
         try:
             return functions(self.model, batch)
         except Exception as error:
+            if isinstance(error, RuntimeError) and "dtype" in str(error) and torch.float64 in dtypes_of(batch):
+                kinds = sorted({str(p.dtype) for p in self.model.parameters()})
+                raise DataError(
+                    f"{error}: the batch has numbers of torch.float64, and the model {', '.join(kinds)}: pass "
+                    "x.float(), or of NumPy x.astype('float32')"
+                ) from error
             note = f"(raised for a batch of examples {_listed(ids)}, counted from 0)"
             if len(ids) and note not in getattr(error, "__notes__", ()):
                 error.add_note(note)

@@ -10,6 +10,7 @@ outlive every fit but the projections, and all others can be made of them again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,32 +164,25 @@ class FactorCodec(RowCodec):
                     group.right(rows)[:, i] = part.right
         return rows
 
-    def stored(self, packed: torch.Tensor, ids: np.ndarray) -> tuple[torch.Tensor, int]:
-        """Rows (n, row_bytes) uint8 of numbers (n, width), and how many (example, layer) gradients became zero by it.
+    def stored(self, packed: torch.Tensor, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (n, row_bytes) uint8 of numbers (n, width), and (n, layers) bool: which gradients became zero by it.
 
         Raises:
-            NonFiniteError: values beyond the dtype's range, or an example that vanishes in all layers.
+            NonFiniteError: values beyond the dtype's range.
         """
         stored = packed.to(dtype=_DTYPES[self.dtype])
         fine = torch.isfinite(stored).all(dim=1)
         if not bool(fine.all()):
             bad = int(ids[int((~fine).nonzero()[0, 0])])
             raise NonFiniteError(
-                f"the factors of example {bad} overflow {self.dtype}: build with dtype='bfloat16' or 'float32'"
+                f"the factors of example {bad} overflow {self.dtype}: build with BuildConfig(dtype='bfloat16') or "
+                "'float32', in another folder"
             )
         flags = []
         for group in self.groups:
             before, after = ((group.left(r) != 0).flatten(2).any(dim=2) for r in (packed, stored))
             flags.append(before & ~after)
-        vanished = torch.cat(flags, dim=1)
-        gone = vanished.any(dim=1) & ~(stored != 0).any(dim=1)
-        if bool(gone.any()):
-            bad = int(ids[int(gone.nonzero()[0, 0])])
-            raise NonFiniteError(
-                f"the factors of example {bad} underflow to zero in {self.dtype}: build with dtype='bfloat16' or "
-                "'float32'"
-            )
-        return stored.view(torch.uint8), int(vanished.sum())
+        return stored.view(torch.uint8), torch.cat(flags, dim=1)
 
     def factors(self, rows: torch.Tensor) -> dict[str, Factors]:
         """The factors in rows (n, row_bytes), as float32."""
@@ -215,8 +209,30 @@ class _FactorEncoder(Encoder):
     def encode(self, block: GradientBlock) -> torch.Tensor:
         packed = self._codec.pack(factorise(block, self._codec.specs)).cpu()
         rows, vanished = self._codec.stored(packed, block.ids)
-        self.vanished += vanished
+        self.vanished += int(vanished.sum())
+        # Not by their bytes: -0 has one.
+        there = (self._codec.values(rows) != 0).any(dim=1)
+        self.there += int(there.sum())
+        gone = block.ids[(vanished.any(dim=1) & ~there).numpy()]
+        if len(gone):
+            self.first_gone = min([int(gone.min())] + [self.first_gone] * bool(self.gone))
+            self.gone += len(gone)
         return rows
+
+    def check(self) -> None:
+        """Confident predictions have gradients of nearly nothing; where all are so small, they are in other units."""
+        if not self.gone:
+            return
+        dtype, wide = self._codec.dtype, "BuildConfig(dtype='bfloat16') or 'float32', in another folder,"
+        if not self.there:
+            raise NonFiniteError(
+                f"the factors of all {self.gone:,} examples underflow to zero in {dtype}: {wide} has room for them"
+            )
+        warnings.warn(
+            f"the gradients of {self.gone:,} examples (the first: {self.first_gone}) are below what {dtype} holds, and "
+            f"are stored as zeros, with a score of 0 for every question: {wide} keeps them",
+            stacklevel=2,
+        )
 
 
 class _FactorScorer:

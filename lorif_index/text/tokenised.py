@@ -11,6 +11,7 @@ import xxhash
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..capture.data import as_tensors
 from ..capture.ensemble import members_of
 from ..config import CurvatureRows
 from ..errors import DataError, FingerprintError, QueryError
@@ -227,6 +228,7 @@ def prepared_query(query: Any, model: nn.Module | None, tokenizer: Any, *, stric
     Raises:
         QueryError: text without a tokenizer; or what `prepared` raises.
     """
+    query = as_tensors(query)
     if isinstance(query, str) or is_chat(query):
         query = [query]
     elif isinstance(query, Mapping):

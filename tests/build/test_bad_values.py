@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, assert_same_hits
+from conftest import PATIENCE, assert_same_hits, small_data, small_model
 from torch import nn
 
 from lorif_index import BuildConfig, CoarseIndex, Compute, Index
@@ -344,3 +344,20 @@ def test_scores_fill_whatever_has_a_shape(tmp_path: Path) -> None:
         out = file.create_dataset("scores", (2, N), "f4")
         index.scores((x[:2], y[:2]), out=out)
         assert np.array_equal(out[:], index.scores((x[:2], y[:2])))
+
+
+def test_questions_in_numpy_and_of_one_example(tmp_path: Path) -> None:
+    x, y = small_data()
+    model = small_model()
+    index = Index.build(tmp_path / "i", model=model, data=(x.numpy(), y.numpy()), progress=False)
+    wanted = index.scores((x[:2], y[:2]))
+    for asked in ((x[:2].numpy(), y[:2].numpy()), [x[:2], y[:2]]):
+        assert np.array_equal(index.scores(asked), wanted)
+    for one in ((x[7], y[7]), (x.numpy()[7], y.numpy()[7])):
+        with pytest.raises(DataError, match=r"of one example i pass x\[i : i \+ 1\]"):
+            index.search(one, 3)
+    for wide in (x.double(), x.double().numpy()):
+        with pytest.raises(DataError, match=r"numbers of torch.float64, and the model torch.float32: pass x.float\(\)"):
+            index.search((wide, y), 3)
+        with pytest.raises(DataError, match="float64"):
+            Index.build(tmp_path / "wide", model=model, data=(wide, y.numpy()), progress=False)

@@ -297,11 +297,33 @@ def test_one_position_an_example_is_kept_as_factors(tmp_path: Path) -> None:
     assert torch.allclose(got, (left @ right.mT)[[3, 1]], atol=2e-2)
 
 
-@pytest.mark.parametrize(("scale", "what"), [(1e7, "overflow"), (1e-20, "underflow")])
-def test_factors_beyond_their_dtype_are_refused(tmp_path: Path, scale: float, what: str) -> None:
-    extreme = {name: g.clone() for name, g in DATA.items()}
-    for g in extreme.values():
-        g[7] *= scale * 1e3 if scale > 1 else scale
-    with pytest.raises(NonFiniteError, match=f"example 7 {what}"):
+def scaled_examples(scale: float, *which: int) -> dict[str, torch.Tensor]:
+    out = {name: g.clone() for name, g in DATA.items()}
+    for g in out.values():
+        g[list(which)] *= scale
+    return out
+
+
+def test_factors_beyond_their_dtype_are_refused(tmp_path: Path) -> None:
+    extreme = scaled_examples(1e10, 7)
+    with pytest.raises(NonFiniteError, match=r"example 7 overflow float16: build with BuildConfig\(dtype='bfloat16'"):
         build(tmp_path / "i", "factors", extreme)
     assert len(build(tmp_path / "wide", "factors", extreme, dtype="float32")) == N
+
+
+def test_factors_of_nearly_nothing_are_zeros_and_said(tmp_path: Path) -> None:
+    """As of a classifier's confident predictions: they do not stop a build."""
+    tiny = scaled_examples(1e-20, 30, 7)
+    with pytest.warns(UserWarning, match=r"of 2 examples \(the first: 7\) are below what float16 holds"):
+        index = build(tmp_path / "i", "factors", tiny)
+    query = {name: g[:3] for name, g in DATA.items()}
+    scores = index.scores(query)
+    assert not scores[:, [7, 30]].any() and scores[:, 8].all()
+    for normalize in ("relatif", "cosine"):
+        hits = index.search(query, N, normalize=normalize)
+        assert np.isfinite(hits.scores).all() and not hits.scores[np.isin(hits.ids, [7, 30])].any()
+    with pytest.raises(NonFiniteError, match="of all 2 examples underflow"):
+        index.add(gradients=[{name: g[[7, 30]] for name, g in tiny.items()}], progress=False)
+    assert len(index) == N
+    wide = build(tmp_path / "wide", "factors", tiny, dtype="float32")
+    assert wide.scores(query)[:, [7, 30]].any()
