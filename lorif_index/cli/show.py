@@ -161,6 +161,8 @@ def index_json(index: Index) -> dict[str, Any]:
 # From here on a few examples are most of what scores sum up to (.87 where they hid what was asked for, .04 to .34 where
 # they did not: `docs/quality.md`).
 _MOST = 0.5
+# Below it answers miss most of what they could be made of.
+_LITTLE = 0.5
 
 
 def show_index(out: Console, facts: Mapping[str, Any]) -> None:
@@ -179,12 +181,32 @@ def show_index(out: Console, facts: Mapping[str, Any]) -> None:
         for layer in facts["layers"]
     ]
     show(out, {**facts, "layers": layers})
+    coverage = facts["build_report"].get("coverage")
+    if coverage is not None and coverage["scores"] is not None:
+        out.print(f"\n{_in_short(coverage)}")
     outliers = facts["build_report"].get("outliers")
     if outliers is not None and outliers["share"] >= _MOST:
         out.print(
             f"\nThe hundredth of the examples with the largest gradients holds {outliers['share']:.0%} of the "
             "self-influence, and may come first whatever is asked: search with --normalize relatif."
         )
+
+
+def _in_short(coverage: Mapping[str, Any]) -> str:
+    """What an index sees, and what to do where that is little (see `build.coverage`)."""
+    tracked, kept = coverage["tracked"], coverage["scores"]
+    said = f"In short: rows keep {kept:.0%} of what scores are made of"
+    if tracked is not None:
+        said += f", and the layers that are tracked have {tracked:.0%} of the gradients"
+    advice = [
+        *(
+            ["track embeddings, too: LayerSelection(embeddings=True)"]
+            if tracked is not None and tracked < _LITTLE
+            else []
+        ),
+        *(["larger rows keep more: --eigen-bytes"] if kept < _LITTLE else []),
+    ]
+    return f"{said}. {'That is little: ' + '; '.join(advice) + '.' if advice else 'That is as usual.'}"
 
 
 def question_json(question: TextQuestion) -> dict[str, str | None]:

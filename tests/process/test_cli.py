@@ -100,6 +100,8 @@ def test_info_for_people(home):
         assert shown in out
     kept = made["build_report"]["coverage"]
     assert 0 < kept["tracked"] < 1 and 0 < kept["rows"] <= 1
+    assert f"rows keep {kept['scores']:.0%} of what scores are made of" in out
+    assert f"are tracked have {kept['tracked']:.0%} of the gradients" in " ".join(out.split())
     lines = [line.split() for line in out.partition("build report coverage")[2].splitlines()]
     assert ["tracked", f"{kept['tracked']:.4g}"] in lines and ["scores", f"{kept['scores']:.4g}"] in lines
 
