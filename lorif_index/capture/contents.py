@@ -16,7 +16,7 @@ import xxhash
 
 from .data import Batch, as_tensors, batch_count
 
-BYTES = 16
+CONTENT_BYTES = 16
 """Of a hash, XXH3-128. Of 10^9 different examples two share one by chance once in 10^20 times."""
 _TOKENS, _MASK, _LABELS = "input_ids", "attention_mask", "labels"
 # What fields other than tokens are padded with.
@@ -26,7 +26,7 @@ _PADDING = (0, -100)
 def contents_of(batch: Batch) -> np.ndarray:
     """(n, 16) uint8: the hash of each example of a batch."""
     fields = {name: _plain(value) for name, value in _fields(as_tensors(batch), "") if value.ndim}
-    out = np.empty((batch_count(batch), BYTES), dtype=np.uint8)
+    out = np.empty((batch_count(batch), CONTENT_BYTES), dtype=np.uint8)
     for i in range(len(out)):
         digest = xxhash.xxh3_128()
         for name, one in _without_padding({name: values[i] for name, values in fields.items()}):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +16,6 @@ from ..index import Index
 from ..storage.damage import damage_message, find_damage
 from ..storage.manifest import read_manifest
 from ..text.documents import read_documents
-from ..text.model import TextModel
 from ..text.passages import Passages, described
 from ..text.textindex import open_text_index, text_facts
 from ..web.charts import family
@@ -36,12 +37,9 @@ def add(
     json: Json = False,
 ) -> None:
     """Index further texts of the training; they can be found at once, and the curvature stays as it is."""
-    with reported_errors():
-        opened, text_model = open_text_index(index, model=model, device=device)
-        with opened:
-            passages = _cut_alike(opened, text_model, data, text_field, source_field)
-            ids = opened.add(passages, payloads=passages).tolist()
-            write({"ids": ids, "examples": len(opened), "curvature_age": opened.curvature_age}, json)
+    with reported_errors(), _opened_with(index, data, text_field, source_field, model, device) as (opened, passages):
+        ids = opened.add(passages, payloads=passages).tolist()
+        write({"ids": ids, "examples": len(opened), "curvature_age": opened.curvature_age}, json)
 
 
 @app.command()
@@ -55,29 +53,31 @@ def find(
     json: Json = False,
 ) -> None:
     """Find which of some texts are in an index, token for token, cut into passages as there."""
-    with reported_errors():
-        opened, text_model = open_text_index(index, model=model, device=device)
-        with opened:
-            passages = _cut_alike(opened, text_model, data, text_field, source_field)
-            there = [
-                {"passage": number, "source": passages[number]["source"], "ids": ids.tolist()}
-                for number, ids in enumerate(opened.find(passages))
-                if len(ids)
-            ]
-            write({"passages": len(passages), "found": len(there), "there": there}, json)
+    with reported_errors(), _opened_with(index, data, text_field, source_field, model, device) as (opened, passages):
+        there = [
+            {"passage": number, "source": passages[number]["source"], "ids": ids.tolist()}
+            for number, ids in enumerate(opened.find(passages))
+            if len(ids)
+        ]
+        write({"passages": len(passages), "found": len(there), "there": there}, json)
 
 
-def _cut_alike(opened: Index, text_model: TextModel, data: Path, text_field: str, source_field: str | None) -> Passages:
-    """Texts cut as those of an index were, with sources from the same field where none is named."""
-    facts = text_facts(opened)
-    if "max_length" not in facts:
-        raise QueryError(
-            f"{opened.path} was not made by `lorif build`, so it does not say how texts are cut: use Index.add and "
-            "Index.find"
-        )
-    usual = (facts.get("origin") or {}).get("source_field") or "source"
-    documents = read_documents(data, text_field=text_field, source_field=source_field, usual_source=usual)
-    return text_model.passages(documents, max_length=facts["max_length"], folder=opened.path.parent)
+@contextmanager
+def _opened_with(
+    index: Path, data: Path, text_field: str, source_field: str | None, model: Path | None, device: str
+) -> Iterator[tuple[Index, Passages]]:
+    """An index, and texts cut as its own were, with sources from the same field where none is named."""
+    opened, text_model = open_text_index(index, model=model, device=device)
+    with opened:
+        facts = text_facts(opened)
+        if "max_length" not in facts:
+            raise QueryError(
+                f"{index} was not made by `lorif build`, so it does not say how texts are cut: use Index.add and "
+                "Index.find"
+            )
+        usual = (facts.get("origin") or {}).get("source_field") or "source"
+        documents = read_documents(data, text_field=text_field, source_field=source_field, usual_source=usual)
+        yield opened, text_model.passages(documents, max_length=facts["max_length"], folder=index.parent)
 
 
 @app.command()
@@ -100,19 +100,19 @@ def remove(
 
 def _of_sources(opened: Index, patterns: list[str]) -> list[int]:
     """Ids of the examples with a source that has one of the names, with or without its part or line."""
-    found, every = list[int](), opened.ids
-    for pattern in patterns:
-        mine = list[int]()
-        for start in range(0, len(every), _AT_ONCE):
-            some = every[start : start + _AT_ONCE]
-            for i, payload in zip(some.tolist(), opened.payloads(some), strict=True):
-                name = described(payload)[1]
-                if name is not None and (fnmatchcase(name, pattern) or fnmatchcase(family(name), pattern)):
-                    mine.append(i)
+    found: dict[str, list[int]] = {pattern: [] for pattern in patterns}
+    for start in range(0, len(opened) if patterns else 0, _AT_ONCE):
+        some = opened.ids[start : start + _AT_ONCE]
+        for i, payload in zip(some.tolist(), opened.payloads(some), strict=True):
+            name = described(payload)[1]
+            if name is not None:
+                for pattern, mine in found.items():
+                    if fnmatchcase(name, pattern) or fnmatchcase(family(name), pattern):
+                        mine.append(i)
+    for pattern, mine in found.items():
         if not mine:
             raise QueryError(f"{opened.path} has no example with a source {pattern!r}: `lorif search` shows sources")
-        found += mine
-    return found
+    return [i for mine in found.values() for i in mine]
 
 
 @app.command()

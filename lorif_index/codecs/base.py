@@ -120,14 +120,9 @@ class Encoder(ABC):
 
     Attributes:
         vanished: how many (example, layer) gradients became zero in what is stored.
-        gone: how many examples did in all layers; first_gone: the first of them.
-        there: how many rows are not zero; counted where some may be gone.
     """
 
     vanished: int = 0
-    gone: int = 0
-    first_gone: int = 0
-    there: int = 0
 
     def check(self) -> None:  # noqa: B027 - most have nothing to say
         """Called when all rows were made: says what was lost.

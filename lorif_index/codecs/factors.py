@@ -205,6 +205,8 @@ class FactorCodec(RowCodec):
 class _FactorEncoder(Encoder):
     def __init__(self, codec: FactorCodec) -> None:
         self._codec = codec
+        # Rows that are not zero; examples that became zero in all layers, and the first of them.
+        self._there = self._gone = self._first_gone = 0
 
     def encode(self, block: GradientBlock) -> torch.Tensor:
         packed = self._codec.pack(factorise(block, self._codec.specs)).cpu()
@@ -212,25 +214,25 @@ class _FactorEncoder(Encoder):
         self.vanished += int(vanished.sum())
         # Not by their bytes: -0 has one.
         there = (self._codec.values(rows) != 0).any(dim=1)
-        self.there += int(there.sum())
+        self._there += int(there.sum())
         gone = block.ids[(vanished.any(dim=1) & ~there).numpy()]
         if len(gone):
-            self.first_gone = min([int(gone.min())] + [self.first_gone] * bool(self.gone))
-            self.gone += len(gone)
+            self._first_gone = min([int(gone.min())] + [self._first_gone] * bool(self._gone))
+            self._gone += len(gone)
         return rows
 
     def check(self) -> None:
         """Confident predictions have gradients of nearly nothing; where all are so small, they are in other units."""
-        if not self.gone:
+        if not self._gone:
             return
         dtype, wide = self._codec.dtype, "BuildConfig(dtype='bfloat16') or 'float32', in another folder,"
-        if not self.there:
+        if not self._there:
             raise NonFiniteError(
-                f"the factors of all {self.gone:,} examples underflow to zero in {dtype}: {wide} has room for them"
+                f"the factors of all {self._gone:,} examples underflow to zero in {dtype}: {wide} has room for them"
             )
         warnings.warn(
-            f"the gradients of {self.gone:,} examples (the first: {self.first_gone}) are below what {dtype} holds, and "
-            f"are stored as zeros, with a score of 0 for every question: {wide} keeps them",
+            f"the gradients of {self._gone:,} examples (the first: {self._first_gone}) are below what {dtype} holds, "
+            f"and are stored as zeros, with a score of 0 for every question: {wide} keeps them",
             stacklevel=2,
         )
 

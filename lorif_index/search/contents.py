@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..capture.contents import contents_of
+from ..capture.contents import CONTENT_BYTES, contents_of
 from ..capture.data import Batch
 from ..errors import QueryError
 from .named import as_ids, check_alone, found_positions
@@ -43,18 +43,15 @@ def found_again(reader: Reader, batches: Iterable[Batch]) -> list[np.ndarray]:
     Raises:
         QueryError: no hashes.
     """
-    check_alone(reader)
-    asked = np.concatenate([np.empty((0, 16), np.uint8), *map(contents_of, batches)])
+    _check_there(reader)
+    asked = np.concatenate([np.empty((0, CONTENT_BYTES), np.uint8), *map(contents_of, batches)])
     wanted = {one.tobytes(): list[int]() for one in asked}
-    heads, seen = np.unique(_numbers(asked)[:, 0]), False
+    heads = np.unique(_numbers(asked)[:, 0])
     for ids, contents in _by_shard(reader.rows):
-        seen = True
         for at in np.flatnonzero(np.isin(_numbers(contents)[:, 0], heads)).tolist():
             where = wanted.get(contents[at].tobytes())
             if where is not None:
                 where.append(int(ids[at]))
-    if not seen:
-        raise QueryError(_NO_HASHES)
     return [np.array(wanted[one.tobytes()], dtype=np.int64) for one in asked]
 
 
@@ -65,9 +62,7 @@ def duplicates(reader: Reader) -> list[np.ndarray]:
     Raises:
         QueryError: no hashes.
     """
-    check_alone(reader)
-    if not any(True for _ in _by_shard(reader.rows)):
-        raise QueryError(_NO_HASHES)
+    _check_there(reader)
     parts = -(-reader.live_count // AT_ONCE)
     found = [group for part in range(parts) for group in _groups(*_within(reader.rows, part, parts))]
     return sorted(found, key=lambda group: int(group[0]))
@@ -92,9 +87,8 @@ def measure_duplicates(rows: IndexRows) -> dict[str, Any] | None:
     parts = -(-len(rows.team) // AT_ONCE)
     with ranks.jointly():
         ids, numbers = _within(rows, 0, parts)
-        there = any(True for _ in _by_shard(rows))
     ids, numbers = np.concatenate(ranks.gather(ids)), np.concatenate(ranks.gather(numbers))
-    if not ranks.count(int(there)):
+    if not ranks.count(int(_there(rows))):
         return None
     found = _groups(ids, numbers)
     largest = sorted(found, key=lambda group: (-len(group), int(group[0])))[:_SHOWN]
@@ -103,6 +97,17 @@ def measure_duplicates(rows: IndexRows) -> dict[str, Any] | None:
         "looked_at": round(1 / parts, 6),
         "first": [group[:_SHOWN_IDS].tolist() for group in largest],
     }
+
+
+def _there(rows: IndexRows) -> bool:
+    """Whether any row that this rank holds has a hash."""
+    return any(shard.info.contents_digest for shard in rows.store.shards)
+
+
+def _check_there(reader: Reader) -> None:
+    check_alone(reader)
+    if not _there(reader.rows):
+        raise QueryError(_NO_HASHES)
 
 
 def _numbers(contents: np.ndarray) -> np.ndarray:

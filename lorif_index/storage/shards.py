@@ -19,11 +19,10 @@ import numpy as np
 import torch
 import xxhash
 
+from ..capture.contents import CONTENT_BYTES
 from ..errors import CorruptionError
 from .sealed import SealedFile, SealedInfo, as_count, entry_of, write_sealed
 
-CONTENT_BYTES = 16
-"""Of the hash of an example."""
 # Beside a row: its id, its gradient's squared norm, its checksum and its example's hash; of a payload its end and its
 # checksum.
 BESIDE_ROW, BESIDE_PAYLOAD = 8 + 4 + 8 + CONTENT_BYTES, 16

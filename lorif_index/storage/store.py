@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .shards import CONTENT_BYTES, Entries, Shard, ShardInfo, write_shard
+from ..capture.contents import CONTENT_BYTES
+from .shards import Entries, Shard, ShardInfo, write_shard
 
 BLOCK_BYTES = 4 << 20
 VERIFY = ("first", "always", "never")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,7 @@ def test_data_frames(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first is None or frame["text"][0] == first["text"]
     groups = hits.groups.to_pandas()  # type: ignore[union-attr]
     assert len(groups) == 8 and groups["count"].sum() == 2 * 86
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "pandas":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    # As if it were not installed.
+    monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ConfigError, match="pip install pandas"):
         hits.to_pandas()

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from lorif_index.capture.contents import CONTENT_BYTES
 from lorif_index.errors import CorruptionError
 from lorif_index.storage.sealed import SealedInfo, write_sealed
 from lorif_index.storage.shards import (
     BESIDE_PAYLOAD,
     BESIDE_ROW,
-    CONTENT_BYTES,
     FILE_BYTES,
     Entries,
     ShardInfo,
