@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..capture import eigenbases
-from ..capture.data import as_source, first_batch
+from ..capture.data import ExampleSource, as_source, first_batch
 from ..capture.gradients import GradientBlock, LayerGradient, LayerSpec
 from ..capture.heads import HeadOf
 from ..capture.losses import PerExample
@@ -176,8 +176,8 @@ def estimate_build(
             raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
     check_arguments(model, data, gradients, loss)
     with tempfile.TemporaryDirectory(prefix="lorif-estimate-", dir=folder) as place:
-        seen = _Handful(model, data, gradients, loss, config, batches, Path(place))
-        count = seen.count if examples is None else examples
+        seen = _Handful(model, data, gradients, loss, config, batches, examples, Path(place))
+        count = seen.count
         codec = chosen_codec(seen.config, seen.specs, seen.rows)
         shapes = Shapes(seen.config, seen.specs, codec, wants_coarse(config, count), _curvature_rows(seen, count))
         sizes = shapes.disk(count, payload_bytes)
@@ -226,11 +226,12 @@ class _Handful:
     """Some batches' gradients, as the build will take them, and how long each way of taking them takes.
 
     Attributes:
-        count: examples in the data.
+        count: examples that there will be; by default those in the data.
         specs: the layers.
         device: where all is timed: the model's, or the config's.
-        each: seconds an example, for its gradient.
+        each: seconds an example, for its gradient; 0 where no gradient is taken by itself.
         probe: seconds an example, for its rows of the Gauss-Newton matrix, and how many those are; or None.
+        together: whether these seconds are for its gradient, too, both by one forward pass.
         sides: seconds to learn the projections, as a function of the examples, and of how many, at most; or None.
         rows: the gradients that were taken.
     """
@@ -243,44 +244,67 @@ class _Handful:
         loss: PerExample | None,
         config: BuildConfig,
         batches: int,
+        examples: int | None,
         folder: Path,
     ) -> None:
         self.config = config
         self.probe: tuple[float, int] | None = None
+        self.together, self.each = False, 0.0
+        self.rows: list[GradientBlock] = []
         self.sides: tuple[Callable[[int], float], int] | None = None
         if data is None:
             with ExitStack() as stack:
                 gradients = rewound(gradients, lambda: folder, stack)
                 self.specs = given_specs(gradients, config)
                 source: Any = GivenGradients(gradients, Projections(self.specs, config.seed))
-                self.count = source.count
+                self.count = source.count if examples is None else examples
                 self.device = asked_device(config) or torch.device("cpu")
                 self.each, self.rows = timed(source.blocks(), batches, self.device)
             return
-        examples = as_source(data, config.batch_size)
+        there = as_source(data, config.batch_size)
+        self.count = there.count if examples is None else examples
 
         def timed_by(config: BuildConfig) -> ModelCapture:
-            self.config = with_floor(config, model, loss, examples)  # type: ignore[arg-type]
+            self.config = with_floor(config, model, loss, there)  # type: ignore[arg-type]
             capture = ModelCapture(model, self.config)  # type: ignore[arg-type]
-            taken = capture.capture(loss)
-            self.device = taken.device
-            self.each, self.rows = timed(ModelGradients(taken, examples).blocks(), batches, self.device)
+            self.specs, self.device = capture.specs, capture.capture(loss).device
+            self._time(capture, loss, there, batches)
             return capture
 
         _, capture = leaving_out(config, model, timed_by)
-        config, self.specs, self.count = self.config, capture.specs, examples.count
-        head = _head(config, loss, capture, examples)
-        if head is not None:
-            sample = min(config.sample.size, self.count)
-            probes = Probes(head, config.sample.probes, config.seed, sample)
-            probed = ProbedGradients(capture.capture(loss).trust(), examples, probes).blocks()
-            each, _ = timed(probed, batches, self.device, each=probes.each, keep=False)
-            self.probe = each, probes.each
+        config = self.config
         sides = eigenbases.fitted_sides(self.specs, capture.layers) if config.projection == "eigen" else []
         if sides:
             some = sum(block.count for block in self.rows[: max(len(self.rows) - 1, 1)])
-            walk = capture.sides(loss, examples, np.arange(some, dtype=np.int64))
+            walk = capture.sides(loss, there, np.arange(some, dtype=np.int64))
             self.sides = projections_line(walk, some, self.specs, sides, self.device)
+
+    def _time(self, capture: ModelCapture, loss: PerExample | None, examples: ExampleSource, batches: int) -> None:
+        """Takes and times gradients and rows of the Gauss-Newton matrix; gradients by themselves only where the build
+        does so, too."""
+        config, head, taken = self.config, _head(self.config, loss, capture, examples), capture.capture(loss)
+
+        def seconds(blocks: Iterator[GradientBlock], each: int = 1) -> tuple[float, list[GradientBlock]]:
+            found, rows = timed(blocks, batches, self.device, each=each, without=lambda: taken.checking)
+            return found * each, rows[::each]
+
+        sample = min(config.sample.size, self.count)
+        probed = None
+        if head is not None:
+            probes = Probes(head, config.sample.probes, config.seed, sample)
+            probed = ProbedGradients(taken, examples, probes)
+            self.probe = 0.0, probes.each
+            fit = 4 * sample * (1 + probes.each) * _width(self.specs) <= config.compute.spool_bytes
+            self.together = fit and probes.gives_losses and _probed(self, sample) == sample
+        if probed is not None and self.together:
+            both = itertools.chain.from_iterable(probed.with_losses(np.arange(examples.count)))
+            found, self.rows = seconds(both, 1 + probed.probes.each)
+            self.probe = found, probed.probes.each
+        if not self.together or sample < self.count or wants_coarse(config, self.count):
+            self.each, rows = seconds(ModelGradients(taken, examples).blocks())
+            self.rows = self.rows or rows
+        if probed is not None and not self.together:
+            self.probe = seconds(probed.blocks(), probed.probes.each)[0], probed.probes.each
 
 
 def _head(config: BuildConfig, loss: PerExample | None, capture: ModelCapture, examples: Any) -> HeadOf | None:
@@ -314,10 +338,10 @@ def _seconds(seen: _Handful, count: int, lines: Lines, ranks: int = 1) -> dict[s
     if seen.sides is not None:
         line, most = seen.sides
         seconds["projections"] = line(own(min(sample, most)))
-    if not late:
+    if not late and not seen.together:
         seconds["sample"] = own(sample) * seen.each
     if seen.probe is not None:
-        seconds["probes"] = own(_probed(seen, sample)) * seen.probe[1] * seen.probe[0]
+        seconds["sample" if seen.together else "probes"] = own(_probed(seen, sample)) * seen.probe[0]
     for stage, n in (("curvature", _curvature_rows(seen, count)), ("codec", sample), ("sketch", sample)):
         if stage in lines:
             seconds[stage] = lines[stage](own(n))

@@ -1,17 +1,19 @@
-"""Sample: the random examples that everything is fitted on, walked several times."""
+"""Sample: the random examples that everything is fitted on: their gradients and curvature rows, for several walks."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..capture.gradients import GradientBlock, GradientSource, finite_blocks
-from ..capture.sources import GivenGradients
+from ..capture.probes import Probes
+from ..capture.sources import GivenGradients, ProbedGradients
 from ..capture.spool import Spool
-from ..curvature.fit import RowPass
+from ..curvature.fit import RowPass, thinning
 from ..errors import NonFiniteError
 from ..linalg.sampling import drawn
 from .inputs import Inputs
@@ -35,6 +37,7 @@ class SampleRows:
         self._inputs, self._state = inputs, state
         self._taken: tuple[RowPass, int] | None = None
         self._kept: Spool | None = None
+        self._beside: Spool | None = None
         self.spool: Spool | None = None
         self.skipped: list[int] = []
 
@@ -59,8 +62,12 @@ class SampleRows:
         if self._taken is None:
             wanted = self.ids
             everything = len(wanted) == self._inputs.source.count
-            source = self._inputs.source
-            rows, count, spool, skipped = self.walkable("sample", source, self._state.own(wanted), everything)
+            source, mine = self._inputs.source, self._state.own(wanted)
+            together = self._together(mine, everything)
+            if together is not None:
+                rows, count, spool, skipped = self._with_rows(together, mine)
+            else:
+                rows, count, spool, skipped = self.walkable("sample", source, mine, everything)
             if everything and spool is not None:
                 self.spool, self.skipped = spool, skipped
             self._taken, self._kept = (rows, count), spool
@@ -71,6 +78,61 @@ class SampleRows:
             some = self._state.own(self.ids[::step])
             return self.walkable("sample", self._inputs.source, some, False)[:2]
         return (lambda: kept.sample(kept.ids[::step])), self._state.ranks.count(len(kept.ids[::step]))
+
+    @cached_property
+    def probed(self) -> ProbedGradients | None:
+        """The source of the curvature's rows, where these are of probes, and still to be taken."""
+        inputs = self._inputs
+        capture, examples, config = inputs.capture, inputs.examples, inputs.config
+        fitted = "curvature" in self._state.manifest.fits
+        if fitted or inputs.curvature is not None or inputs.head is None or capture is None or examples is None:
+            return None
+        probes = Probes(inputs.head, config.sample.probes, config.seed, len(self.ids))
+        return ProbedGradients(capture.capture(inputs.loss).trust(), examples, probes)
+
+    @cached_property
+    def step(self) -> int:
+        """Every which example of the sample has curvature rows: what the fit would leave out is not computed."""
+        if self.probed is None:
+            return 1
+        mixed = self._inputs.curvature_kind == "mixed"
+        return thinning(len(self.ids), self._inputs.specs, self.probed.probes.each + mixed)
+
+    def curvature_rows(self, probed: ProbedGradients) -> tuple[RowPass, int, Spool | None]:
+        """The rows of `probed`, for several walks; how many there are in the whole; and where they are kept."""
+        if self._taken is None and self.step == 1:
+            # Perhaps both come from one forward pass.
+            self.gradients()
+        if self._beside is not None:
+            return self._beside.walk, self._some(self._state.ranks.count(self._beside.count)), self._beside
+        mine = self._state.own(self.ids[:: self.step])
+        return self.walkable("probes", probed, mine, False, each=probed.probes.each)[:3]
+
+    def _together(self, mine: np.ndarray, everything: bool) -> ProbedGradients | None:
+        """What gives gradients and curvature rows of the sample from the same forward passes; None where they are taken
+        apart."""
+        probed = self.probed
+        if probed is None or self.step > 1 or not probed.probes.gives_losses:
+            return None
+        return probed if self._fits(mine, self._inputs.source, everything, 1 + probed.probes.each) else None
+
+    def _with_rows(self, probed: ProbedGradients, mine: np.ndarray) -> tuple[RowPass, int, Spool | None, list[int]]:
+        """As `walkable` gives the gradients; the curvature rows beside them."""
+        state, policy = self._state, self._inputs.config.on_nonfinite
+        skipped: list[int] = []
+        with state.stage("sample", len(mine)) as progress, state.ranks.jointly():
+            gradients, beside = Spool(state.path), Spool(state.path)
+            state.stack.callback(gradients.close)
+            state.stack.callback(beside.close)
+            with gradients.writing() as write, beside.writing() as write_beside:
+                for first, *others in state.spoken_for(probed.with_losses(mine)):
+                    for block in finite_blocks([first], policy, skipped):
+                        write(block)
+                    for block in finite_blocks(others, policy, []):
+                        write_beside(block)
+                    progress.advance(first.count)
+        self._beside = beside
+        return gradients.walk, self._some(state.ranks.count(gradients.count)), gradients, skipped
 
     def walkable(
         self, stage: str, source: GradientSource, wanted: np.ndarray, everything: bool, *, each: int = 1
@@ -92,11 +154,7 @@ class SampleRows:
             skipped.clear()
             return state.spoken_for(finite_blocks(source.sample(wanted), config.on_nonfinite, skipped))
 
-        need = len(wanted) * each * sum(spec.dim for spec in self._inputs.specs.values()) * 4
-        # Given gradients are there to be walked again; a part of them is found faster in a copy.
-        sharing = state.home.leaders.count(state.home.leader)
-        most = min(config.compute.spool_bytes, shutil.disk_usage(state.path).free // 2 // sharing)
-        if ranks.count(int(need > most)) or (everything and isinstance(source, GivenGradients)):
+        if not self._fits(wanted, source, everything, each):
             with ranks.jointly("sample"):
                 count = sum(block.count for block in walk())
             return walk, self._some(ranks.count(count)), None, skipped
@@ -106,6 +164,15 @@ class SampleRows:
             state.stack.callback(spool.close)
             count = self._some(ranks.count(spool.count))
         return spool.walk, count, spool, list(skipped)
+
+    def _fits(self, wanted: np.ndarray, source: GradientSource, everything: bool, each: int) -> bool:
+        """Whether so many rows of this rank's examples are kept on disk; the same on all ranks."""
+        state, config, ranks = self._state, self._inputs.config, self._state.ranks
+        need = len(wanted) * each * sum(spec.dim for spec in self._inputs.specs.values()) * 4
+        sharing = state.home.leaders.count(state.home.leader)
+        most = min(config.compute.spool_bytes, shutil.disk_usage(state.path).free // 2 // sharing)
+        # Given gradients are there to be walked again; a part of them is found faster in a copy.
+        return not ranks.count(int(need > most)) and not (everything and isinstance(source, GivenGradients))
 
     def _some(self, count: int) -> int:
         """The count of rows to fit with, where there are some."""

@@ -13,12 +13,11 @@ import numpy as np
 
 from ..capture import eigenbases
 from ..capture.gradients import GradientSource, finite_blocks
-from ..capture.probes import Probes
 from ..capture.sharded import evened
-from ..capture.sources import ProbedGradients, curvature_source
+from ..capture.sources import curvature_source
 from ..codecs.base import Fitting
 from ..codecs.registry import codec_class
-from ..curvature.fit import CurvatureShape, Part, RowPass, fit_curvature, mix, thinning
+from ..curvature.fit import CurvatureShape, Part, RowPass, fit_curvature, mix
 from ..curvature.inverse import inverses
 from ..errors import DataError
 from ..ranks import share
@@ -96,7 +95,7 @@ def fit_curvature_before(inputs: Inputs, state: BuildState, sample: SampleRows) 
     """Curvature from the user's rows, from probes, or from unfactored gradients of the sample."""
     if "curvature" in state.manifest.fits or inputs.curvature_last:
         return
-    spool, config = None, inputs.config
+    spool = None
     if inputs.curvature is not None:
         source = curvature_source(
             inputs.curvature, inputs.capture, inputs.loss, inputs.projections, state.path, state.stack
@@ -104,17 +103,11 @@ def fit_curvature_before(inputs: Inputs, state: BuildState, sample: SampleRows) 
         every = np.arange(source.count, dtype=np.int64)
         rows, count, spool, _ = sample.walkable("rows", source, state.own(every), True)
         part = Part(rows, count, count / inputs.curvature.rows_per_example, 1.0)
-    elif inputs.head is not None and inputs.capture is not None and inputs.examples is not None:
-        wanted, mixed = sample.ids, inputs.curvature_kind == "mixed"
-        probes = Probes(inputs.head, config.sample.probes, config.seed, len(wanted))
-        probed = ProbedGradients(inputs.capture.capture(inputs.loss), inputs.examples, probes)
-        # What the fit would leave out is not computed.
-        step = thinning(len(wanted), inputs.specs, probes.each + mixed)
-        wanted = wanted[::step]
-        rows, count, spool, _ = sample.walkable("probes", probed, state.own(wanted), False, each=probes.each)
-        part = Part(rows, count, count / probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)
-        if mixed:
-            rows, count = sample.gradients(step)
+    elif sample.probed is not None:
+        rows, count, spool = sample.curvature_rows(sample.probed)
+        part = Part(rows, count, count / sample.probed.probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)
+        if inputs.curvature_kind == "mixed":
+            rows, count = sample.gradients(sample.step)
             part = mix([part, Part(rows, count, count, _EMPIRICAL_SHARE)], inputs.specs, state.ranks)
     else:
         rows, count = sample.gradients()

@@ -12,11 +12,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..capture.gradients import GradientBlock
 from ..capture.sharded import DataRanks
 from ..capture.spool import remove_leftovers
 from ..errors import IndexExistsError
@@ -38,6 +37,8 @@ from ..storage.manifest import (
 from ..storage.sealed import SealedInfo, copy_sealed, part_name
 from ..storage.shards import ShardInfo
 from .spans import without_overlaps
+
+T = TypeVar("T")
 
 _COMMON = ("codec", "fits", "layers", "report")
 """A manifest's fields that are the same in all folders, and that are kept when a build goes on."""
@@ -250,7 +251,7 @@ class BuildState:
         """This rank's part of some ids."""
         return ids[share(len(ids), self.data.index, self.data.count)]
 
-    def spoken_for(self, blocks: Iterable[GradientBlock]) -> Iterator[GradientBlock]:
+    def spoken_for(self, blocks: Iterable[T]) -> Iterator[T]:
         """Blocks, of one of the ranks that take the same; the others take them, since a pass is one of all."""
         for block in blocks:
             if self.data.first:

@@ -28,7 +28,12 @@ def now(device: torch.device) -> float:
 
 
 def timed(
-    blocks: Iterator[GradientBlock], batches: int, device: torch.device, *, each: int = 1, keep: bool = True
+    blocks: Iterator[GradientBlock],
+    batches: int,
+    device: torch.device,
+    *,
+    each: int = 1,
+    without: Callable[[], float] = float,
 ) -> tuple[float, list[GradientBlock]]:
     """Seconds an example and block, the first batch left out where there are others: it warms up; and the blocks.
 
@@ -37,19 +42,18 @@ def timed(
         batches: how many are taken beside the first, at most: a few seconds of a clock say enough.
         device: where they are computed.
         each: blocks of a batch, which follow each other.
-        keep: the blocks, too.
+        without: seconds so far of what is done once, in the first batches.
     """
     kept, seconds, counts = [], [], []
-    began = now(device)
+    began = now(device) - without()
     for block in blocks:
-        seconds.append(now(device) - began)
+        seconds.append(now(device) - without() - began)
         counts.append(block.count)
-        if keep:
-            kept.append(block)
+        kept.append(block)
         whole = len(seconds) % each == 0
         if whole and (len(seconds) == (batches + 1) * each or sum(seconds[each:]) >= _ENOUGH):
             break
-        began = now(device)
+        began = now(device) - without()
     warm = slice(each if len(seconds) > each else 0, None)
     # Batches differ, above all in length: what they took together is divided, not the fastest one's.
     return sum(seconds[warm]) / max(sum(counts[warm]), 1), kept

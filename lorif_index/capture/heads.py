@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from .losses import IGNORE, LogitsOf, checked_logits
+from .losses import IGNORE, LogitsOf, checked_logits, cross_entropy
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,11 +35,13 @@ class Head(ABC):
         kind: its name, which an index remembers.
         outputs: z, (n, ...) of at least two dimensions, with the graph behind it.
         weight: w, at least 0, of each term; it has the terms' shape.
+        losses: the examples' own, (n,), from the same forward pass, where they were asked for.
     """
 
     kind: ClassVar[str]
     outputs: torch.Tensor
     weight: torch.Tensor
+    losses: torch.Tensor | None = None
 
     @property
     @abstractmethod
@@ -148,26 +150,34 @@ class Squared(_Apart):
 
 
 class HeadOf(Protocol):
-    """head_of(model, batch) -> the head of the loss of that batch; `kind` is the head's."""
+    """head_of(model, batch) -> the head of the loss of that batch; `kind` is the head's. With losses=True the head has
+    the losses, too, where `gives_losses`."""
 
     kind: str
+    gives_losses: bool
 
-    def __call__(self, model: nn.Module, batch: Any) -> Head: ...
+    def __call__(self, model: nn.Module, batch: Any, *, losses: bool = False) -> Head: ...
 
 
 class Declared:
-    """The head of a loss that says which logits it is the cross-entropy of, by an attribute `logits` (see `losses`)."""
+    """The head of a loss that says which logits it is the cross-entropy of, by an attribute `logits` (see `losses`).
+
+    Args:
+        logits: that attribute.
+        gives_losses: the loss is known to be that cross-entropy, and not only said to be.
+    """
 
     kind = Softmax.kind
 
-    def __init__(self, logits: LogitsOf) -> None:
+    def __init__(self, logits: LogitsOf, gives_losses: bool = False) -> None:
         self._logits = logits
+        self.gives_losses = gives_losses
 
-    def __call__(self, model: nn.Module, batch: Any) -> Softmax:
+    def __call__(self, model: nn.Module, batch: Any, *, losses: bool = False) -> Softmax:
         """The head of a batch.
 
         Raises:
             DataError: the function gave something else than logits and labels.
         """
         logits, labels = checked_logits(self._logits(model, batch))
-        return Softmax(logits, labels != IGNORE)
+        return Softmax(logits, labels != IGNORE, cross_entropy(logits, labels) if losses else None)

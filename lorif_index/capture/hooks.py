@@ -7,7 +7,8 @@ so that no parameter-sized gradient is ever formed, and the backward pass skips 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +47,8 @@ from .sharded import (
 )
 
 T = TypeVar("T")
+Functions = Callable[[nn.Module, Any], Sequence[torch.Tensor] | torch.Tensor]
+"""functions(model, batch) -> (n,) of each row, or (rows, n)."""
 
 _REMEDY = "exclude it with LayerSelection(exclude=[...])"
 _HALF_LOSS_SCALE = 2.0**10
@@ -93,6 +96,7 @@ class Capture:
         half: whether anything is computed in half precision.
         regrouped: whether a module has had several rows of each example.
         scale: what losses are multiplied by before they are differentiated; gradients are divided by it again.
+        checking: seconds that it took to see that examples do not depend on each other, in the first batches.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class Capture:
         }
         # ids of modules of attention, and norms, whose forward here was compared with their own.
         self._attended: set[int] = set()
-        self._unproven, self.regrouped = PROVEN_BY, False
+        self._unproven, self.regrouped, self.checking = PROVEN_BY, False, 0.0
         self._trusted = self._proves = False
         # Use -> what its module multiplies its linear map by, where its class is not torch's.
         self._factors: dict[str, float] = {}
@@ -217,18 +221,26 @@ class Capture:
         return use.examples_first(out).to(like.dtype)
 
     def several(
-        self, ids: np.ndarray, batch: Batch, functions: PerExample, *, push: Push | None = None, each: int = 1
+        self,
+        ids: np.ndarray,
+        batch: Batch,
+        functions: Functions,
+        *,
+        require_all: bool = False,
+        push: Push | None = None,
+        each: int = 1,
     ) -> list[GradientBlock]:
-        """Gradients of several functions of the same batch, functions(model, batch) -> (rows, n), from one forward pass
-        and a backward pass each: one block a row; raises as `gradients` does.
+        """Gradients of several functions of the same batch, functions(model, batch) -> (n,) of each row, from one
+        forward pass and a backward pass each: one block a row; raises as `gradients` does.
 
         Args:
             ids: (n / each,), kept with the results.
             batch, functions: n examples, and what is differentiated.
+            require_all: as in `gradients`.
             push: changes modules' outputs.
             each: examples, following one another, whose gradients are summed.
         """
-        return self._run(ids, batch, functions, push=push, each=each)
+        return self._run(ids, batch, functions, require_all, push=push, each=each)
 
     def pushed(self, batch: Batch, function: Callable[[nn.Module, Any], T], push: Push) -> T:
         """What function(model, batch) gives where `push` changes the outputs of modules, called as in `several`, but
@@ -262,7 +274,7 @@ class Capture:
         self,
         ids: np.ndarray,
         batch: Batch,
-        functions: PerExample,
+        functions: Functions,
         require_all: bool = False,
         watch: Watch | None = None,
         push: Push | None = None,
@@ -280,7 +292,7 @@ class Capture:
                 with self._casting():
                     rows = self._rows(functions, ids, batch)
                 if self._unproven and (agreed(self.model, self._n > 1) if self._in_step else self._n > 1):
-                    self._check_isolation(rows.sum(dim=0))
+                    self._check_isolation(sum(rows, torch.zeros((), device=self.device)))
                 self._check_troubles()
                 self._active = True
                 for number, row in enumerate(rows):
@@ -297,7 +309,7 @@ class Capture:
         finally:
             self._active, self._probing, self._watch, self._push, self._sums = False, None, None, None, {}
 
-    def _rows(self, functions: PerExample, ids: np.ndarray, batch: Batch) -> torch.Tensor:
+    def _rows(self, functions: Functions, ids: np.ndarray, batch: Batch) -> Sequence[torch.Tensor] | torch.Tensor:
         """What is differentiated. An error in the user's code, or in the model's, says which examples it met."""
         try:
             return functions(self.model, batch)
@@ -602,13 +614,14 @@ class Capture:
 
     def _check_isolation(self, losses: torch.Tensor) -> None:
         """One example's loss must reach that example's rows only: else rows would depend on their batch."""
-        self._proves = False
+        self._proves, began = False, time.perf_counter()
         if losses.requires_grad:
             self._probing = self._n - 1
             try:
                 losses[self._probing].backward(retain_graph=True)
             finally:
                 self._probing = None
+        self.checking += time.perf_counter() - began
         regrouped, proves = self.regrouped, self._proves
         if self._in_step:
             regrouped, proves = agreed(self.model, regrouped), agreed(self.model, proves)

@@ -46,7 +46,7 @@ def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     Raises:
         DataError: a batch or logits of another form.
     """
-    return _cross_entropy(*default_logits(model, batch))
+    return cross_entropy(*default_logits(model, batch))
 
 
 def default_logits(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +81,7 @@ class CrossEntropy:
 
     def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Per-example losses, (n,)."""
-        return _cross_entropy(*checked_logits(self.logits(model, batch)))
+        return cross_entropy(*checked_logits(self.logits(model, batch)))
 
 
 def logits_of(loss: PerExample) -> LogitsOf | None:
@@ -106,7 +106,18 @@ def checked_logits(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
     raise DataError(f"a loss's logits function must give (logits (n, ..., C), integer labels (n, ...)), got {got}")
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def is_cross_entropy(loss: PerExample) -> bool:
+    """Whether a loss is `cross_entropy` of its `logits` because it computes no other thing; a function that only says
+    so, by that attribute, might."""
+    return loss is default_loss or isinstance(loss, CrossEntropy)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed over positions, (n,), of logits (n, ..., C) and labels (n, ...), of which -100 do not count.
+
+    Raises:
+        DataError: a label that is none of the classes.
+    """
     labels = labels.long()
     _check_labels(labels, logits.shape[-1])
     if logits.dtype in (torch.float16, torch.bfloat16):

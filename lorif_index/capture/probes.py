@@ -78,28 +78,34 @@ class Probes:
         self.each, self.exact = forms[0]
 
     @property
+    def gives_losses(self) -> bool:
+        """Whether the losses can be had beside."""
+        return self._head.gives_losses
+
+    @property
     def rows_per_example(self) -> int:
         """How many rows add up to one example's curvature (see `CurvatureRows`)."""
         return self.each if self.exact else 1
 
-    def __call__(self, model: nn.Module, batch: Any, ids: np.ndarray) -> torch.Tensor:
-        """(rows, n): one function a row and example, in float32.
+    def __call__(self, model: nn.Module, batch: Any, ids: np.ndarray, *, losses: bool = False) -> list[torch.Tensor]:
+        """Of each row (n,): one function an example, in float32.
 
         Args:
             model, batch: as for a loss.
             ids: (n,) of the examples; signs depend on them and not on the batch.
+            losses: the losses come first, where the head gives them.
         """
-        rows = [self._rows(member, batch, ids, number) for number, member in enumerate(members_of(model))]
-        return torch.stack(rows).sum(dim=0)
+        rows = [self._rows(member, batch, ids, number, losses) for number, member in enumerate(members_of(model))]
+        return [torch.stack(members).sum(dim=0) for members in zip(*rows, strict=True)]
 
-    def _rows(self, model: nn.Module, batch: Any, ids: np.ndarray, member: int) -> torch.Tensor:
-        head = self._head(model, batch)
+    def _rows(self, model: nn.Module, batch: Any, ids: np.ndarray, member: int, losses: bool) -> list[torch.Tensor]:
+        head = self._head(model, batch, losses=losses)
         if self.exact and head.exact != self.each:
             raise DataError(
                 f"the first batch has {self.each} outputs an example, and that of example {ids[0]} has outputs of "
                 f"shape {tuple(head.outputs.shape)}: pass batches of one form, or BuildConfig(sample=Sample(probes=1))"
             )
-        outputs, rows = wide(head.outputs), []
+        outputs, rows = wide(head.outputs), [] if head.losses is None else [head.losses]
         # A single prediction is one position, an output that is a term of its own one class.
         positions = outputs[0].numel() // head.width if len(ids) else 0
         for number in range(self.each):
@@ -110,4 +116,4 @@ class Probes:
                     signs = hashed_signs((self._seed, "ggn", member), ids, number, positions, head.width, outputs)
                     v = head.root(signs.reshape(outputs.shape))
             rows.append((outputs * v).flatten(1).sum(dim=1))
-        return torch.stack(rows)
+        return rows

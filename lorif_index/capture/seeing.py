@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -201,17 +201,20 @@ class Seen:
         kind: of the head; known after `check`.
     """
 
+    gives_losses = True
+
     def __init__(self, loss: PerExample) -> None:
         self._loss = loss
         self.kind = ""
 
-    def __call__(self, model: nn.Module, batch: Any) -> Head:
+    def __call__(self, model: nn.Module, batch: Any, *, losses: bool = False) -> Head:
         """The head of a batch.
 
         Raises:
             UnseenLoss: in this batch the loss is something else.
         """
-        return self._watched(model, batch, apart=True)[0]
+        head, _, own, _ = self._watched(model, batch, apart=not losses)
+        return replace(head, losses=own) if losses else head
 
     def check(self, model: nn.Module, batch: Any) -> None:
         """Compares the head with autograd; the model's outputs must have their graph, as in a pass of capture.

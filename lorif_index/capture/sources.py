@@ -24,7 +24,7 @@ from .gradients import GradientBlock, GradientSource, LayerSpec, parse_block
 from .heads import Declared, HeadOf
 from .hooks import PROVEN_BY, Capture
 from .layers import TrackedLayer, kept_rank, layer_specs
-from .losses import PerExample, default_loss, logits_of
+from .losses import PerExample, default_loss, is_cross_entropy, logits_of
 from .probes import Probes
 from .seeing import Seen
 from .sharded import check_weights, is_spread, lockstep, settle, unwrapped, weights_of
@@ -76,12 +76,14 @@ class ModelGradients:
 
 
 class ProbedGradients:
-    """Curvature rows of a model over a source of examples: gradients of probes instead of the loss (see `probes`)."""
+    """Curvature rows of a model over a source of examples: gradients of probes instead of the loss (see `probes`), or
+    beside it."""
 
     def __init__(self, capture: Capture, examples: ExampleSource, probes: Probes) -> None:
         self._capture = capture
         self._examples = examples
         self.probes = probes
+        self._reached = False
         self.count, self.window = examples.count, examples.window
         capture.look(first_batch(examples)[1], probes.prepare)
 
@@ -90,11 +92,27 @@ class ProbedGradients:
 
     def sample(self, ids: np.ndarray) -> Iterator[GradientBlock]:
         """The rows of the examples with these ids; blocks of the same examples follow each other."""
+        for blocks in self._batches(ids, losses=False):
+            yield from blocks
+
+    def with_losses(self, ids: np.ndarray) -> Iterator[list[GradientBlock]]:
+        """Of each batch of the examples with these ids the gradients of the loss, and then the rows, all by one forward
+        pass; where the head gives the losses."""
+        return self._batches(ids, losses=True)
+
+    def _batches(self, ids: np.ndarray, *, losses: bool) -> Iterator[list[GradientBlock]]:
         batches = lockstep(self._capture.model, self._examples.draw(ids), lambda: first_batch(self._examples))
         for (part, batch), counts in batches:
-            blocks = self._capture.several(part, batch, lambda model, given: self.probes(model, given, part))  # noqa: B023
+
+            def functions(model: nn.Module, given: Any, part: np.ndarray = part) -> list[torch.Tensor]:
+                return self.probes(model, given, part, losses=losses)
+
+            blocks = self._capture.several(part, batch, functions, require_all=losses and not self._reached)
+            if losses:
+                self._reached = True
+                blocks[0] = replace(blocks[0], contents=contents_of(batch))
             if counts:
-                yield from blocks
+                yield blocks
 
 
 class GivenGradients:
@@ -221,7 +239,7 @@ def head_of(loss: PerExample | None, capture: ModelCapture, first: Callable[[], 
     loss = default_loss if loss is None else loss
     logits = logits_of(loss)
     if logits is not None:
-        return Declared(logits)
+        return Declared(logits, is_cross_entropy(loss))
     seen = Seen(loss)
 
     def check(model: nn.Module, batch: Any) -> torch.Tensor:

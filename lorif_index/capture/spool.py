@@ -11,6 +11,7 @@ import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -62,15 +63,26 @@ class Spool:
 
     window = 1024
 
-    def __init__(self, folder: Path, blocks: Iterable[GradientBlock]) -> None:
+    def __init__(self, folder: Path, blocks: Iterable[GradientBlock] = ()) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
         self._path = self._folder / "rows.raw"
         self._runs: list[_Run] = []
+        with self.writing() as write:
+            for block in blocks:
+                write(block)
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[GradientBlock], None]]:
+        """What adds a block, to a spool that is not read yet; after an error the file is gone."""
+        room = np.empty(0, dtype=np.float32)
+
+        def write(block: GradientBlock) -> None:
+            nonlocal room
+            room = self._write(file, block, room)
+
         try:
-            with self._path.open("wb", buffering=0) as file:
-                room = np.empty(0, dtype=np.float32)
-                for block in blocks:
-                    room = self._write(file, block, room)
+            with self._path.open("ab", buffering=0) as file:
+                yield write
         except BaseException:
             self.close()
             raise

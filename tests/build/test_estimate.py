@@ -92,7 +92,7 @@ def test_it_takes_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_layers_stand_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "_NUMBERS", 600)
     blocks = [{"words": torch.randn(16, 100, 60)} | {f"l{i}": torch.randn(16, 15, 20) for i in range(8)}]
-    seen = estimate._Handful(None, None, blocks, None, BuildConfig(store="eigen"), 1, Path())
+    seen = estimate._Handful(None, None, blocks, None, BuildConfig(store="eigen"), 1, None, Path())
     assert list(estimate._some_layers(seen.specs)) == ["l0", "l1"]
     # Each of all layers would have as many directions as it has numbers.
     assert estimate._rank(seen, seen.specs) == "auto" and estimate._rank(seen, {"l0": seen.specs["l0"]}) == 300

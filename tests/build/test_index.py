@@ -517,7 +517,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_index(
 def test_progress_tells_rate_and_bytes(tmp_path: Path) -> None:
     events: list[ProgressEvent] = []
     Index.build(tmp_path / "a", model=small_model(), data=small_data(), config=CONFIG, progress=events.append)
-    assert {e.stage for e in events} == {"sample", "probes", "curvature", "codec", "encode"}
+    assert {e.stage for e in events} == {"sample", "curvature", "codec", "encode"}
     last = [e for e in events if e.stage == "encode"][-1]
     assert last.finished and last.done == last.total == N and last.bytes > 0
     assert last.rate > 0 and last.seconds_left == 0

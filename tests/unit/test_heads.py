@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from torch.nn import functional
 
 from lorif_index import BuildConfig, CrossEntropy, Index, default_loss
 from lorif_index.capture.data import as_source, first_batch
+from lorif_index.capture.ensemble import Ensemble
 from lorif_index.capture.heads import Bernoulli, Declared, Head, Softmax, Squared
 from lorif_index.capture.probes import Probes
 from lorif_index.capture.seeing import Seen, UnseenLoss
-from lorif_index.capture.sources import ModelCapture, ProbedGradients, head_of
+from lorif_index.capture.sources import ModelCapture, ModelGradients, ProbedGradients, head_of
 from lorif_index.errors import DataError
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -259,6 +261,58 @@ def test_rows_of_a_loss_that_is_seen_are_those_of_one_that_says_so() -> None:
 
     for seen, expected in zip(rows(own, case.model, case.data), rows(None, case.model, case.data), strict=True):
         assert all(torch.equal(seen[name], expected[name]) for name in expected)
+
+
+def weighted(model: nn.Module, batch: Any) -> torch.Tensor:
+    return entropy(model(batch[0]), batch[1]) * (1.0 + batch[0][:, 0].abs())
+
+
+@pytest.mark.parametrize("loss", [None, CrossEntropy(lambda m, b: (m(b[0]), b[1])), weighted, "two models"])
+def test_gradients_and_curvature_rows_from_one_forward_pass(loss: Any) -> None:
+    case = gpt2() if loss is None else mlp()
+    model = Ensemble([mlp().model, copy.deepcopy(mlp().model)]) if loss == "two models" else case.model
+    loss = weighted if loss == "two models" else loss
+    taken, examples = ModelCapture(model, BuildConfig(projection_dim=None)), as_source(case.data, 16)
+    probes = Probes(head_of(loss, taken, lambda: first_batch(examples)), 2, 0, 40)
+    calls = []
+    handle = model.modules().__next__().register_forward_hook(lambda *given: calls.append(1))
+    if isinstance(model, Ensemble):
+        handle = model[1].register_forward_hook(lambda *given: calls.append(1))
+    probed = ProbedGradients(taken.capture(loss), examples, probes)
+    calls.clear()
+    ids = np.arange(20)
+    together = list(probed.with_losses(ids))
+    handle.remove()
+    assert len(calls) == len(together) == 2
+    gradients = list(ModelGradients(taken.capture(loss), examples).sample(ids))
+    rows = list(probed.sample(ids))
+    for number, (first, *others) in enumerate(together):
+        assert first.contents is not None and np.array_equal(first.contents, gradients[number].contents)
+        for block, expected in zip(
+            [first, *others], [gradients[number], *rows[2 * number : 2 * number + 2]], strict=True
+        ):
+            assert np.array_equal(block.ids, expected.ids)
+            for name, layer in block.layers.items():
+                wanted = expected.layers[name].dense()
+                assert torch.allclose(layer.dense(), wanted, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_build_is_the_same_where_both_are_taken_apart(tmp_path: Path) -> None:
+    case = gpt2()
+
+    def said(model: nn.Module, batch: Any) -> torch.Tensor:
+        return default_loss(model, batch)
+
+    # It only says what it is the cross-entropy of: that it is no other thing is not known.
+    said.logits = default_loss.logits
+    stages: list[set[str]] = []
+    scores = []
+    for number, loss in enumerate((None, said)):
+        index = Index.build(tmp_path / str(number), model=case.model, data=case.data, loss=loss)
+        stages.append(set(index.build_report["seconds"]))
+        scores.append(index.scores(case.query))
+    assert stages[1] - stages[0] == {"probes"} and stages[0] < stages[1]
+    assert np.abs(scores[0] - scores[1]).max() < 1e-3 * np.abs(scores[1]).max()
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
