@@ -20,6 +20,7 @@ from lorif_index.build.choice import widest
 from lorif_index.build.sizes import ENTRY_BYTES, Shapes
 from lorif_index.build.traffic import build_traffic, search_traffic
 from lorif_index.capture import eigenbases
+from lorif_index.capture.data import MOST_EXAMPLES
 from lorif_index.capture.gradients import SIDES, LayerSpec
 from lorif_index.capture.layers import TrackedLayer, Use, layer_specs
 from lorif_index.config import LEAST_FLOOR
@@ -214,7 +215,7 @@ def shapes() -> str:
             widest = max(specs.values(), key=lambda spec: spec.dim)
             each = 4 * _width(specs)
             row = [shape.name, str(len(specs)), name, f"{widest.d_in} x {widest.d_out}", number(_width(specs))]
-            rows.append([*row, units(each), units(each * config.batch_size)])
+            rows.append([*row, units(each), units(each * MOST_EXAMPLES)])
     return markdown(rows)
 
 
@@ -331,7 +332,7 @@ def limits() -> str:
         ["what", "stops", "turn"],
         [
             "a batch's projected gradients, 4 B x sum of D x `batch_size`, in 16 GiB",
-            f"sum of D above {number((16 << 30) / (4 * DEFAULT.batch_size))}",
+            f"sum of D above {number((16 << 30) / (4 * MOST_EXAMPLES))}",
             "`projection_dim`, `batch_size`",
         ],
         [

@@ -276,7 +276,8 @@ class BuildConfig:
         dtype: of the stored factors: "float16", "bfloat16" or "float32".
         seed: of projections, samples and starting blocks.
         layers: a LayerSelection, or glob patterns or module classes (see `LayerSelection.of`).
-        batch_size: examples per forward and backward pass, where the data does not come in batches already.
+        batch_size: examples per forward and backward pass, where the data does not come in batches already. "auto": up
+            to 32; of sequences as many as have 2,048 tokens (see `capture.data.batch_examples`).
         on_nonfinite: "error" stops at an example whose gradient has inf or NaN; "skip" records and leaves it out.
         sample: what is fitted on, a `Sample`; a bare number is its size.
         coarse: what proposes candidates, a `CoarseIndex`; a bare word is its kind, None is "none".
@@ -297,14 +298,16 @@ class BuildConfig:
     dtype: str = "float16"
     seed: int = 0
     layers: LayerSelection | Any = None
-    batch_size: int = 32
+    batch_size: int | str = "auto"
     on_nonfinite: str = "error"
     sample: Sample | Any = field(default_factory=Sample)
     coarse: CoarseIndex | Any = field(default_factory=CoarseIndex)
     compute: Compute | Any = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        _check_integers(self, power_iterations=0, seed=0, batch_size=1)
+        _check_integers(self, power_iterations=0, seed=0)
+        if self.batch_size != "auto":
+            _check_integers(self, batch_size=1)
         if self.eigen_bytes != "auto":
             # A row names at least one coordinate, in three bytes beside its scale: known before anything is fitted.
             _check_integers(self, eigen_bytes=5)

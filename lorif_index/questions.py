@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .capture.data import as_source, as_tensors, batch_count
+from .capture.data import as_source, as_tensors, batch_count, batch_examples, tokens_of
 from .capture.gradients import GradientBlock, keep_finite, parse_block
 from .capture.losses import PerExample
 from .capture.products import Products, has_sequences
@@ -254,17 +254,18 @@ class Questions:
                 "without it"
             )
         loss, examples = self.identity.loss, self.examples(pieces, "refine=", taken)
-        one = self.now.reader.store.live_ids[:1]
+        first = next(iter(examples.data.select(self.now.reader.store.live_ids[:1])))
         try:
-            head = head_of(loss, taken, lambda: next(iter(examples.data.select(one))))
+            head = head_of(loss, taken, lambda: first)
         except UnseenLoss as error:
             raise QueryError(
                 f"refine= takes the second derivative of the loss at the model's outputs, and {error}: build and open "
                 "with loss=CrossEntropy(fn), fn(model, batch) -> (logits, labels), or search without refine="
             ) from None
         capture = taken.capture(loss, chosen).trust()
-        sequences = has_sequences(capture, head, lambda: next(iter(examples.data.select(one))))
-        return Refining(choice, self.now.reader, examples, Products(capture, head), sequences, taken.config.batch_size)
+        sequences = has_sequences(capture, head, lambda: first)
+        rows = batch_examples(taken.config.batch_size, tokens_of(first[1]))
+        return Refining(choice, self.now.reader, examples, Products(capture, head), sequences, rows)
 
     def capture(self, measure: PerExample | None) -> ModelCapture:
         """Takes gradients of the model for questions.
@@ -312,7 +313,7 @@ def _without(gradients: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
     return found
 
 
-def _query_batches(query: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:
+def _query_batches(query: Any, batch_size: int | str) -> Iterator[tuple[np.ndarray, Any]]:
     """A query as batches: it may be anything that `data` may be, or one batch with more in it than tensors."""
     query = as_tensors(query)
     if isinstance(query, Mapping) and query and all(isinstance(v, list) for v in query.values()):

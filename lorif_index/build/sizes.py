@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..capture.data import batch_examples
 from ..capture.gradients import LayerSpec
 from ..codecs.base import CodecSizes
 from ..codecs.registry import codec_class
@@ -162,7 +163,7 @@ class Shapes:
         own, config = -(-count // ranks), self.config
         sizes, fits, kept = self.disk(own), self.fits(), self.rows.directions
         found = {
-            "gradients": 4 * self.width * config.batch_size,
+            "gradients": 4 * self.width * batch_examples(config.batch_size, None),
             "curvature": fit_bytes(CurvatureShape.of(self.config, len(self.specs)), self.specs, GROUP_BYTES)
             + fits["curvature"],
             "encode": 2 * sizes.fit + 2 * min(config.compute.shard_bytes, own * sizes.row),

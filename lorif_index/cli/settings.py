@@ -80,7 +80,7 @@ SETTINGS: dict[str, Setting] = {
     "eigen_bytes": Setting("Most bytes of a passage, with store eigen: an integer or auto."),
     "dtype": Setting(f"Of stored factors: {_among(DTYPES)}."),
     "seed": Setting("Of projections and samples."),
-    "batch_size": Setting("Passages per pass through the model."),
+    "batch_size": Setting("Passages per pass through the model: an integer, or auto, by their tokens."),
     "on_nonfinite": Setting("A gradient with inf or NaN: error stops, skip leaves it out."),
     "sample.size": Setting("Passages that are fitted on."),
     "sample.rows": Setting("Fit the curvature on the sample, or on all stored rows (published order)."),

@@ -26,7 +26,7 @@ class TrainingData:
         batch_size: of batches.
     """
 
-    def __init__(self, pieces: Sequence[tuple[int, Any]], batch_size: int) -> None:
+    def __init__(self, pieces: Sequence[tuple[int, Any]], batch_size: int | str) -> None:
         self._pieces: list[tuple[int, ExampleSource]] = [(first, as_source(data, batch_size)) for first, data in pieces]
 
     def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
@@ -79,7 +79,7 @@ class Examples:
             yield batch, block
 
 
-def training_data(pieces: Sequence[tuple[int, Any]], batch_size: int, what: str) -> TrainingData:
+def training_data(pieces: Sequence[tuple[int, Any]], batch_size: int | str, what: str) -> TrainingData:
     """What the index was built from (see `TrainingData`).
 
     Args:

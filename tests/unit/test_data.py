@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from lorif_index import BuildConfig, Index
-from lorif_index.capture.data import as_source, batch_count, collate
+from lorif_index.capture.data import ExampleSource, as_source, batch_count, collate
 from lorif_index.errors import DataError
 
 N, BATCH = 23, 5
@@ -121,6 +121,34 @@ def test_walks_bring_sequences_of_like_length_together() -> None:
     # The first few batches of a window are of all lengths.
     first = [batch["input_ids"].shape[1] for batch in list(whole.values())[:4]]
     assert min(first) < np.median([len(item["input_ids"]) for item in items]) < max(first)
+
+
+def sizes(source: ExampleSource) -> list[int]:
+    return [len(ids) for ids, _ in source.batches()]
+
+
+def test_a_batch_of_sequences_has_so_many_tokens_by_default() -> None:
+    ids = torch.randint(0, 9, (70, 128))
+    assert sizes(as_source({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "auto")) == [16] * 4 + [6]
+    assert sizes(as_source((ids, torch.zeros(70, dtype=torch.long)), "auto")) == [16] * 4 + [6]
+    assert sizes(as_source(ids[:, :8], "auto")) == [32, 32, 6]
+    assert sizes(as_source(torch.randint(0, 9, (3, 5000)), "auto")) == [1, 1, 1]
+    assert sizes(as_source((torch.randn(40, 3, 64, 64), torch.zeros(40, dtype=torch.long)), "auto")) == [32, 8]
+    assert sizes(as_source({"input_ids": ids}, 5)) == [5] * 14
+    # Rows of tokens by their lengths, in a list and in a stream.
+    rows = [{"input_ids": list(range(length))} for length in [2000, 3000, *[500] * 9, *[10] * 40]]
+
+    class Rows(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(rows)
+
+    for data in (rows, Rows()):
+        source = as_source(data, "auto")
+        assert sizes(source) == [1] * 51
+        assert sorted(i for ids, _ in source.draw(np.arange(51)) for i in ids.tolist()) == list(range(51))
+    parts = [batch["input_ids"].shape for _, batch in as_source(rows, "auto").walk(0, 51)]
+    assert all(rows * tokens <= 2048 or rows == 1 for rows, tokens in parts) and len(parts) <= 8
+    assert max(rows for rows, _ in parts) == 32
 
 
 def test_what_has_no_lengths_is_walked_in_order() -> None:
