@@ -141,7 +141,13 @@ def explain(
 
 
 @app.command()
-def info(index: IndexFolder, json: Json = False) -> None:
+def info(
+    index: IndexFolder,
+    every: Annotated[
+        bool, typer.Option("--all", help="Settings, layers and the whole report of the build, too.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Show what an index holds and how it was built."""
     with reported_errors(), Index.open(index) as opened:
-        write_index(opened, json)
+        write_index(opened, json, every)

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from ..config import BuildConfig
 from ..index import Index
 from ..results import Hits
 from ..text.passages import described
@@ -42,13 +43,13 @@ def write(document: Mapping[str, Any], json: bool) -> None:
         show(console(), document)
 
 
-def write_index(index: Index, json: bool) -> None:
-    """All that is known of an index on stdout, as one JSON document or as tables."""
+def write_index(index: Index, json: bool, every: bool = False) -> None:
+    """What is known of an index on stdout: all of it as one JSON document or as tables, or what matters most."""
     facts = index_json(index)
     if json:
         write_json(facts)
     else:
-        show_index(console(), facts)
+        show_index(console(), facts, every)
 
 
 def write_json(document: Any) -> None:
@@ -165,8 +166,53 @@ _MOST = 0.5
 _LITTLE = 0.5
 
 
-def show_index(out: Console, facts: Mapping[str, Any]) -> None:
-    """What `index_json` gave, with the layers in fewer columns, and what to do where a few examples are most of all."""
+def show_index(out: Console, facts: Mapping[str, Any], every: bool) -> None:
+    """What `index_json` gave, all or in short, and what to do where a few examples are most of all."""
+    if every:
+        _show_every(out, facts)
+    else:
+        _show_short(out, facts)
+    coverage = facts["build_report"].get("coverage")
+    if coverage is not None and coverage["scores"] is not None:
+        out.print(f"\n{_in_short(coverage)}")
+    outliers = facts["build_report"].get("outliers")
+    if outliers is not None and outliers["share"] >= _MOST:
+        out.print(
+            f"\nThe hundredth of the examples with the largest gradients holds {outliers['share']:.0%} of the "
+            "self-influence, and may come first whatever is asked: search with --normalize relatif."
+        )
+    if not every:
+        out.print("\nSettings, layers and the whole report of the build: lorif info --all", style="dim")
+
+
+def _show_short(out: Console, facts: Mapping[str, Any]) -> None:
+    """What a reader asks first."""
+    report, coarse, skipped = facts["build_report"], facts["coarse"], len(facts["skipped"])
+    own = BuildConfig().to_json()
+    copies = (report.get("duplicates") or {}).get("examples")
+    changed = {name: value for name, value in facts["config"].items() if value != own.get(name)}
+    lines = {
+        "path": facts["path"],
+        "examples": f"{facts['examples']:,}" + (f", {skipped:,} skipped" if skipped else ""),
+        **({"copies": f"{copies:,} are copies of others"} if copies else {}),
+        "on disk": f"{decimal(facts['nbytes'])}, {facts['bytes_per_example']:,} bytes an example",
+        "rows": facts["codec"],
+        "candidates": "none: searches scan"
+        if coarse is None
+        else f"{coarse['bytes_per_example']:.0f} bytes an example",
+        "layers": f"{len(facts['layers'])}, from {facts['layers'][0]['name']} to {facts['layers'][-1]['name']}",
+        "built in": f"{sum(report.get('seconds', {}).values()):,.0f} s",
+        "settings": _cell(changed, "settings") if changed else "the default",
+        "fingerprint": facts["fingerprint"],
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in lines.items():
+        table.add_row(name, value if isinstance(value, Text) else excerpt(value))
+    out.print(table)
+
+
+def _show_every(out: Console, facts: Mapping[str, Any]) -> None:
+    """All, with the layers in fewer columns."""
     layers = [
         {
             "name": layer["name"] + (f" (tied: {', '.join(layer['uses'])})" if len(layer["uses"]) > 1 else ""),
@@ -181,15 +227,6 @@ def show_index(out: Console, facts: Mapping[str, Any]) -> None:
         for layer in facts["layers"]
     ]
     show(out, {**facts, "layers": layers})
-    coverage = facts["build_report"].get("coverage")
-    if coverage is not None and coverage["scores"] is not None:
-        out.print(f"\n{_in_short(coverage)}")
-    outliers = facts["build_report"].get("outliers")
-    if outliers is not None and outliers["share"] >= _MOST:
-        out.print(
-            f"\nThe hundredth of the examples with the largest gradients holds {outliers['share']:.0%} of the "
-            "self-influence, and may come first whatever is asked: search with --normalize relatif."
-        )
 
 
 def _in_short(coverage: Mapping[str, Any]) -> str:

@@ -94,8 +94,14 @@ def test_build_says_what_it_made(home):
 
 def test_info_for_people(home):
     code, out, err = lorif("info", home / "index")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "") and len(out.splitlines()) < 25
     made = json.loads((home / "made.json").read_text())
+    for shown in ("10", made["fingerprint"], f"{len(made['layers'])}, from", "store factors", "scan"):
+        assert shown in " ".join(out.split())
+    assert f"{made['bytes_per_example']:,} bytes an example" in out and "lorif info --all" in out
+    assert f"rows keep {made['build_report']['coverage']['scores']:.0%} of what scores are made of" in out
+    code, out, err = lorif("info", home / "index", "--all")
+    assert (code, err) == (0, "")
     for shown in ("10", made["fingerprint"], "transformer.h.0.mlp.c_fc", "factors", "rule rows, multiple 0.03"):
         assert shown in out
     kept = made["build_report"]["coverage"]
