@@ -164,8 +164,9 @@ class Questions:
         if not bool(there.any() if some else there.all()):
             raise QueryError(
                 f"example {int((~there).nonzero()[0])} of the query has no gradient in any layer asked, so that no row "
-                "has a score for it: a loss on no token or label, or a measure that was computed without gradients or "
-                "of another model? Leave it out, or mend the measure"
+                "has a score for it: a prediction so sure that its loss is 0, a loss on no token or label, or a measure "
+                "that was computed without gradients or of another model? Leave it out, or ask another measure, such "
+                "as measure=lambda model, batch: model(batch[0])[:, 1]"
             )
         return found
 

@@ -116,7 +116,7 @@ def test_fits_of_several_ranks_agree(alone: Any, tmp_path: Path) -> None:
             for name in reference.layers:
                 ours, theirs = built.curvature[name], reference.curvature[name]
                 top = float(theirs.spectrum[0])
-                np.testing.assert_allclose(ours.spectrum, theirs.spectrum, atol=1e-3 * top)
+                np.testing.assert_allclose(ours.spectrum, theirs.spectrum, atol=3e-3 * top)
                 np.testing.assert_allclose(ours.squares, theirs.squares, atol=1e-5 * float(theirs.squares.max()))
                 assert ours.trace == pytest.approx(theirs.trace, rel=1e-6)
         found = np.load(tmp_path / f"{kind}.npz")
