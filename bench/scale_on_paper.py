@@ -20,7 +20,7 @@ from lorif_index.build.choice import widest
 from lorif_index.build.sizes import ENTRY_BYTES, Shapes
 from lorif_index.build.traffic import build_traffic, search_traffic
 from lorif_index.capture import eigenbases
-from lorif_index.capture.data import MOST_EXAMPLES
+from lorif_index.capture.data import batch_examples
 from lorif_index.capture.gradients import SIDES, LayerSpec
 from lorif_index.capture.layers import TrackedLayer, Use, layer_specs
 from lorif_index.config import LEAST_FLOOR
@@ -33,6 +33,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 COUNTS = (10**6, 10**8, 10**9)
 # Of an example, in tokens.
 LENGTH = 512
+# Of a batch by default.
+EXAMPLES = batch_examples("auto", LENGTH)
 # What a GPU is taken to sustain: 40% of an H100's 989e12 dense operations a second in bfloat16.
 RATE = 0.4e15
 # Of a row in the coarse stage, by one thread: shortened rows that were turned round, a million of them
@@ -215,7 +217,7 @@ def shapes() -> str:
             widest = max(specs.values(), key=lambda spec: spec.dim)
             each = 4 * _width(specs)
             row = [shape.name, str(len(specs)), name, f"{widest.d_in} x {widest.d_out}", number(_width(specs))]
-            rows.append([*row, units(each), units(each * MOST_EXAMPLES)])
+            rows.append([*row, units(each), units(each * EXAMPLES)])
     return markdown(rows)
 
 
@@ -332,7 +334,7 @@ def limits() -> str:
         ["what", "stops", "turn"],
         [
             "a batch's projected gradients, 4 B x sum of D x `batch_size`, in 16 GiB",
-            f"sum of D above {number((16 << 30) / (4 * MOST_EXAMPLES))}",
+            f"sum of D above {number((16 << 30) / (4 * EXAMPLES))}",
             "`projection_dim`, `batch_size`",
         ],
         [

@@ -197,7 +197,8 @@ class Compute:
         device: where the model is expected to be, or where gradients handed over are worked on; None: where they are.
         autocast: None, "bfloat16" or "float16": mixed precision of the forward pass and the loss.
         shard_bytes: size of a shard's rows, in bytes; also the memory that collecting them takes.
-        spool_bytes: most bytes of disk that temporary curvature rows may take; above it they are recomputed per pass.
+        spool_bytes: most bytes of disk that the sample's gradients, or its curvature rows, may take meanwhile; above it
+            they are computed anew in each pass. Where both fit, one forward pass gives them.
     """
 
     device: str | None = None
@@ -277,7 +278,7 @@ class BuildConfig:
         seed: of projections, samples and starting blocks.
         layers: a LayerSelection, or glob patterns or module classes (see `LayerSelection.of`).
         batch_size: examples per forward and backward pass, where the data does not come in batches already. "auto": up
-            to 32; of sequences as many as have 2,048 tokens (see `capture.data.batch_examples`).
+            to 32; of sequences as many as have 2,048 tokens, but two at least (see `capture.data.batch_examples`).
         on_nonfinite: "error" stops at an example whose gradient has inf or NaN; "skip" records and leaves it out.
         sample: what is fitted on, a `Sample`; a bare number is its size.
         coarse: what proposes candidates, a `CoarseIndex`; a bare word is its kind, None is "none".
@@ -306,8 +307,9 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         _check_integers(self, power_iterations=0, seed=0)
-        if self.batch_size != "auto":
-            _check_integers(self, batch_size=1)
+        size = self.batch_size
+        if size != "auto" and (isinstance(size, str) or not _is_int(size) or size < 1):
+            raise ConfigError(f"batch_size must be an integer of at least 1, or 'auto', got {self.batch_size!r}")
         if self.eigen_bytes != "auto":
             # A row names at least one coordinate, in three bytes beside its scale: known before anything is fitted.
             _check_integers(self, eigen_bytes=5)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .capture.data import as_source, as_tensors, batch_count, batch_examples, tokens_of
+from .capture.data import as_source, as_tensors, batch_count
 from .capture.gradients import GradientBlock, keep_finite, parse_block
 from .capture.losses import PerExample
 from .capture.products import Products, has_sequences
@@ -164,9 +164,9 @@ class Questions:
         if not bool(there.any() if some else there.all()):
             raise QueryError(
                 f"example {int((~there).nonzero()[0])} of the query has no gradient in any layer asked, so that no row "
-                "has a score for it: a prediction so sure that its loss is 0, a loss on no token or label, or a measure "
-                "that was computed without gradients or of another model? Leave it out, or ask another measure, such "
-                "as measure=lambda model, batch: model(batch[0])[:, 1]"
+                "has a score for it: a prediction so sure that its loss is 0, a loss on no token or label, or a "
+                "measure that was computed without gradients or of another model? Leave it out, or ask another "
+                "measure, such as measure=lambda model, batch: model(batch[0])[:, 1]"
             )
         return found
 
@@ -265,8 +265,8 @@ class Questions:
             ) from None
         capture = taken.capture(loss, chosen).trust()
         sequences = has_sequences(capture, head, lambda: first)
-        rows = batch_examples(taken.config.batch_size, tokens_of(first[1]))
-        return Refining(choice, self.now.reader, examples, Products(capture, head), sequences, rows)
+        size = taken.config.batch_size
+        return Refining(choice, self.now.reader, examples, Products(capture, head), sequences, size)
 
     def capture(self, measure: PerExample | None) -> ModelCapture:
         """Takes gradients of the model for questions.

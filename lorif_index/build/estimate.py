@@ -32,7 +32,6 @@ from ..capture.sources import (
     GivenGradients,
     ModelCapture,
     ModelGradients,
-    ProbedGradients,
     asked_device,
     given_specs,
     head_of,
@@ -285,23 +284,27 @@ class _Handful:
         config, head, taken = self.config, _head(self.config, loss, capture, examples), capture.capture(loss)
 
         def seconds(blocks: Iterator[GradientBlock], each: int = 1) -> tuple[float, list[GradientBlock]]:
+            """Of an example, all of its blocks together; and its gradients."""
             found, rows = timed(blocks, batches, self.device, each=each, without=lambda: taken.checking)
-            return found * each, rows[::each]
+            return found * each, rows
 
-        sample = min(config.sample.size, self.count)
-        probed = None
+        sample, source = min(config.sample.size, self.count), ModelGradients(taken, examples)
+        self.rows, self.probe, self.together, probed = [], None, False, None
         if head is not None:
             probes = Probes(head, config.sample.probes, config.seed, sample)
-            probed = ProbedGradients(taken, examples, probes)
+            probed = source.probed(probes)
+            # How many those are says which examples have some.
             self.probe = 0.0, probes.each
+            wanted = sample == self.count or config.curvature != "ggn"
             fit = 4 * sample * (1 + probes.each) * _width(self.specs) <= config.compute.spool_bytes
-            self.together = fit and probes.gives_losses and _probed(self, sample) == sample
+            self.together = wanted and fit and probes.gives_losses and _probed(self, sample) == sample
         if probed is not None and self.together:
-            both = itertools.chain.from_iterable(probed.with_losses(np.arange(examples.count)))
+            every = np.arange(examples.count)
+            both = itertools.chain.from_iterable(probed.with_losses(every, require_all=True))
             found, self.rows = seconds(both, 1 + probed.probes.each)
             self.probe = found, probed.probes.each
         if not self.together or sample < self.count or wants_coarse(config, self.count):
-            self.each, rows = seconds(ModelGradients(taken, examples).blocks())
+            self.each, rows = seconds(source.blocks())
             self.rows = self.rows or rows
         if probed is not None and not self.together:
             self.probe = seconds(probed.blocks(), probed.probes.each)[0], probed.probes.each

@@ -260,7 +260,7 @@ def _coverage(
         warnings.warn(
             f"the tracked layers hold {tracked:.2g} of the squared norm of gradients, others, by their modules' class, "
             f"{found['untracked']}: what these learnt is not seen. Track embeddings with "
-            "layers=LayerSelection(embeddings=True); see `lorif info`",
+            "layers=LayerSelection(embeddings=True); see `lorif info --all`",
             stacklevel=6,
         )
     elif found is not None and tracked is not None and found["unknown"]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..capture.gradients import GradientBlock, GradientSource, finite_blocks
 from ..capture.probes import Probes
-from ..capture.sources import GivenGradients, ProbedGradients
+from ..capture.sources import GivenGradients, ModelGradients, ProbedGradients
 from ..capture.spool import Spool
 from ..curvature.fit import RowPass, thinning
 from ..errors import NonFiniteError
@@ -62,12 +62,11 @@ class SampleRows:
         if self._taken is None:
             wanted = self.ids
             everything = len(wanted) == self._inputs.source.count
-            source, mine = self._inputs.source, self._state.own(wanted)
-            together = self._together(mine, everything)
-            if together is not None:
-                rows, count, spool, skipped = self._with_rows(together, mine)
+            mine = self._state.own(wanted)
+            if self._together:
+                rows, count, spool, skipped = self._with_rows(mine)
             else:
-                rows, count, spool, skipped = self.walkable("sample", source, mine, everything)
+                rows, count, spool, skipped = self.walkable("sample", self._inputs.source, mine, everything)
             if everything and spool is not None:
                 self.spool, self.skipped = spool, skipped
             self._taken, self._kept = (rows, count), spool
@@ -82,50 +81,59 @@ class SampleRows:
     @cached_property
     def probed(self) -> ProbedGradients | None:
         """The source of the curvature's rows, where these are of probes, and still to be taken."""
-        inputs = self._inputs
-        capture, examples, config = inputs.capture, inputs.examples, inputs.config
+        inputs, config = self._inputs, self._inputs.config
         fitted = "curvature" in self._state.manifest.fits
-        if fitted or inputs.curvature is not None or inputs.head is None or capture is None or examples is None:
+        if (
+            fitted
+            or inputs.curvature is not None
+            or inputs.head is None
+            or not isinstance(inputs.source, ModelGradients)
+        ):
             return None
-        probes = Probes(inputs.head, config.sample.probes, config.seed, len(self.ids))
-        return ProbedGradients(capture.capture(inputs.loss).trust(), examples, probes)
+        return inputs.source.probed(Probes(inputs.head, config.sample.probes, config.seed, len(self.ids)))
 
     @cached_property
     def step(self) -> int:
-        """Every which example of the sample has curvature rows: what the fit would leave out is not computed."""
+        """Of the sample every step-th example has curvature rows: what the fit would leave out is not computed."""
         if self.probed is None:
             return 1
         mixed = self._inputs.curvature_kind == "mixed"
         return thinning(len(self.ids), self._inputs.specs, self.probed.probes.each + mixed)
 
-    def curvature_rows(self, probed: ProbedGradients) -> tuple[RowPass, int, Spool | None]:
+    def curvature_rows(self) -> tuple[RowPass, int, Spool | None]:
         """The rows of `probed`, for several walks; how many there are in the whole; and where they are kept."""
-        if self._taken is None and self.step == 1:
-            # Perhaps both come from one forward pass.
+        if self._together:
+            # They come with the gradients.
             self.gradients()
         if self._beside is not None:
             return self._beside.walk, self._some(self._state.ranks.count(self._beside.count)), self._beside
+        if self.probed is None:
+            raise ValueError("there are no curvature rows to take: `probed` is None")
         mine = self._state.own(self.ids[:: self.step])
-        return self.walkable("probes", probed, mine, False, each=probed.probes.each)[:3]
+        return self.walkable("probes", self.probed, mine, False, each=self.probed.probes.each)[:3]
 
-    def _together(self, mine: np.ndarray, everything: bool) -> ProbedGradients | None:
-        """What gives gradients and curvature rows of the sample from the same forward passes; None where they are taken
-        apart."""
-        probed = self.probed
+    @cached_property
+    def _together(self) -> bool:
+        """Whether gradients and curvature rows of the sample come from the same forward passes; the same on all ranks.
+        Both are wanted of all of it, and are kept on disk."""
+        probed, inputs, ids = self.probed, self._inputs, self.ids
         if probed is None or self.step > 1 or not probed.probes.gives_losses:
-            return None
-        return probed if self._fits(mine, self._inputs.source, everything, 1 + probed.probes.each) else None
+            return False
+        everything = len(ids) == inputs.source.count
+        wanted = everything or inputs.curvature_kind == "mixed"
+        return wanted and self._fits(self._state.own(ids), inputs.source, everything, 1 + probed.probes.each)
 
-    def _with_rows(self, probed: ProbedGradients, mine: np.ndarray) -> tuple[RowPass, int, Spool | None, list[int]]:
+    def _with_rows(self, mine: np.ndarray) -> tuple[RowPass, int, Spool | None, list[int]]:
         """As `walkable` gives the gradients; the curvature rows beside them."""
         state, policy = self._state, self._inputs.config.on_nonfinite
+        batches = iter(()) if self.probed is None else self.probed.with_losses(mine)
         skipped: list[int] = []
         with state.stage("sample", len(mine)) as progress, state.ranks.jointly():
             gradients, beside = Spool(state.path), Spool(state.path)
             state.stack.callback(gradients.close)
             state.stack.callback(beside.close)
             with gradients.writing() as write, beside.writing() as write_beside:
-                for first, *others in state.spoken_for(probed.with_losses(mine)):
+                for first, *others in state.spoken_for(batches):
                     for block in finite_blocks([first], policy, skipped):
                         write(block)
                     for block in finite_blocks(others, policy, []):

@@ -163,7 +163,8 @@ class Shapes:
         own, config = -(-count // ranks), self.config
         sizes, fits, kept = self.disk(own), self.fits(), self.rows.directions
         found = {
-            "gradients": 4 * self.width * batch_examples(config.batch_size, None),
+            # Of a batch, and as many rows of probes beside.
+            "gradients": 2 * 4 * self.width * batch_examples(config.batch_size, None),
             "curvature": fit_bytes(CurvatureShape.of(self.config, len(self.specs)), self.specs, GROUP_BYTES)
             + fits["curvature"],
             "encode": 2 * sizes.fit + 2 * min(config.compute.shard_bytes, own * sizes.row),

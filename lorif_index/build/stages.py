@@ -104,7 +104,7 @@ def fit_curvature_before(inputs: Inputs, state: BuildState, sample: SampleRows) 
         rows, count, spool, _ = sample.walkable("rows", source, state.own(every), True)
         part = Part(rows, count, count / inputs.curvature.rows_per_example, 1.0)
     elif sample.probed is not None:
-        rows, count, spool = sample.curvature_rows(sample.probed)
+        rows, count, spool = sample.curvature_rows()
         part = Part(rows, count, count / sample.probed.probes.rows_per_example, 1.0 - _EMPIRICAL_SHARE)
         if inputs.curvature_kind == "mixed":
             rows, count = sample.gradients(sample.step)

@@ -35,21 +35,23 @@ def timed(
     each: int = 1,
     without: Callable[[], float] = float,
 ) -> tuple[float, list[GradientBlock]]:
-    """Seconds an example and block, the first batch left out where there are others: it warms up; and the blocks.
+    """Seconds an example and block, the first batch left out where there are others: it warms up; and the first block
+    of each batch.
 
     Args:
         blocks: as many of each batch as `each` says.
         batches: how many are taken beside the first, at most: a few seconds of a clock say enough.
         device: where they are computed.
         each: blocks of a batch, which follow each other.
-        without: seconds so far of what is done once, in the first batches.
+        without: gives the seconds that went so far into what is done in the first batches only; they are left out.
     """
     kept, seconds, counts = [], [], []
     began = now(device) - without()
     for block in blocks:
         seconds.append(now(device) - without() - began)
         counts.append(block.count)
-        kept.append(block)
+        if (len(seconds) - 1) % each == 0:
+            kept.append(block)
         whole = len(seconds) % each == 0
         if whole and (len(seconds) == (batches + 1) * each or sum(seconds[each:]) >= _ENOUGH):
             break

@@ -22,8 +22,9 @@ Batch = Any
 _PADDING = {"labels": -100}
 # Of a sampler's two walks so many indices, or batches of them, are compared.
 _COMPARED = 10_000
-# Batches whose examples are put in order of length. (Of lengths that are spread as those of texts are, a batch of 32 is
-# 4.8 times as large as its tokens in the order of ids, 1.16 times in that of 32 batches, and 1.07 in that of 64.)
+# Of so many times the most examples of a batch, those of like length are together. (Of lengths that are spread as those
+# of texts are, a batch of 32 is 4.8 times as large as its tokens in the order of ids, 1.16 times in that of 32 batches,
+# and 1.07 in that of 64.)
 _BATCHES = 32
 # Sequences of fewer tokens are spread over the batches.
 _FEW_TOKENS = 2
@@ -70,20 +71,55 @@ def batch_examples(batch_size: int | str, tokens: int | None) -> int:
     """How many examples a batch has.
 
     Args:
-        batch_size: that number, or "auto": 32, but of sequences no more than have 2,048 tokens together, and one at
-            least.
+        batch_size: that number, or "auto": 32, but of sequences no more than have 2,048 tokens together, and two at
+            least, so that it is seen whether examples depend on each other.
         tokens: of an example; None where it is no sequence.
     """
     if batch_size != "auto":
         return int(batch_size)
-    return MOST_EXAMPLES if not tokens else min(max(_MOST_TOKENS // tokens, 1), MOST_EXAMPLES)
+    return MOST_EXAMPLES if not tokens else min(max(_MOST_TOKENS // tokens, 2), MOST_EXAMPLES)
 
 
 def tokens_of(batch: Any) -> int | None:
-    """How many tokens the examples of a batch have: the width of its widest matrix of integers, if there is one."""
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    matrices = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim == 2]
-    return max((int(m.shape[1]) for m in matrices if not m.is_floating_point()), default=None)
+    """How many tokens each example of a batch of tensors has; None where they are no sequences."""
+    found = _sequence(batch)
+    return int(found.shape[1]) if isinstance(found, torch.Tensor) and found.ndim == 2 and _of_words(found) else None
+
+
+def _length(item: Any) -> int | None:
+    """Tokens of an item; None where it is no sequence."""
+    found = _sequence(item)
+    if isinstance(found, torch.Tensor):
+        return len(found) if found.ndim == 1 and _of_words(found) else None
+    return len(found) if isinstance(item, Mapping) and hasattr(found, "__len__") else None
+
+
+def _sequence(data: Any) -> Any:
+    """Where tokens are, in an example or a batch, if it has some: its `input_ids`, the first of several tensors, or the
+    tensor itself."""
+    if isinstance(data, Mapping):
+        return data.get("input_ids")
+    return data[0] if isinstance(data, (tuple, list)) and len(data) else data
+
+
+def _of_words(tensor: torch.Tensor) -> bool:
+    """Pixels are bytes, and flags are bool."""
+    return tensor.dtype in (torch.int64, torch.int32)
+
+
+def _parts(batch_size: int | str, lengths: np.ndarray) -> Iterator[slice]:
+    """What examples of such lengths, 0 for no sequence, are cut to batches at, in their order."""
+    first = longest = 0
+    for at, length in enumerate(lengths.tolist()):
+        longest = max(longest, length)
+        if at - first >= batch_examples(batch_size, longest):
+            yield slice(first, at)
+            first, longest = at, length
+    yield slice(first, len(lengths))
+
+
+def _lengths(items: Sequence[Any]) -> np.ndarray:
+    return np.array([_length(item) or 0 for item in items], dtype=np.int64)
 
 
 def first_batch(examples: ExampleSource) -> tuple[np.ndarray, Batch]:
@@ -198,19 +234,15 @@ class IndexedSource(_InOrder):
         self.count, self._items, self._collate, self._asked = count, items, collate, batch_size
 
     @cached_property
-    def _batch_size(self) -> int:
-        """Of batches in the order of ids."""
-        return batch_examples(self._asked, self._tokens() if self._asked == "auto" else None)
-
-    def _tokens(self) -> int | None:
-        """Of the longest of the first examples."""
-        return tokens_of(self._items(np.zeros(1, dtype=np.int64)))
+    def _together(self) -> int:
+        """How many examples are had at once, of a multiple of that on: a batch, or what is cut to batches."""
+        return batch_examples(self._asked, tokens_of(self._items(np.zeros(1, dtype=np.int64))))
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
-        return self.select(np.arange(_aligned(start, self._batch_size), self.count, dtype=np.int64))
+        return self.select(np.arange(start - start % self._together, self.count, dtype=np.int64))
 
     def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
-        return ((part, self._collate(self._items(part))) for part in _chunks(ids, self._batch_size))
+        return ((part, self._collate(self._items(part))) for part in _chunks(ids, self._together))
 
 
 class ItemSource(IndexedSource):
@@ -225,13 +257,18 @@ class ItemSource(IndexedSource):
 
         super().__init__(len(dataset), items, collate, batch_size)
 
-    def _tokens(self) -> int | None:
-        return _longest(self._items(np.arange(min(self.count, MOST_EXAMPLES), dtype=np.int64)))
+        self._together = batch_examples(batch_size, None)
 
     @cached_property
     def window(self) -> int | None:  # type: ignore[override]
         first = self._items(np.zeros(1, dtype=np.int64))[0]
-        return None if _length(first) is None else _BATCHES * batch_examples(self._asked, None)
+        return None if _length(first) is None else _BATCHES * self._together
+
+    def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
+        for some in _chunks(ids, self._together):
+            items = self._items(some)
+            for part in _parts(self._asked, _lengths(items)):
+                yield some[part], self._collate(items[part])
 
     def walk(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, Batch]]:
         if self.window is None:
@@ -253,12 +290,12 @@ class ItemSource(IndexedSource):
     def _alike(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Any]]]:
         """Batches of items of like length."""
         items = self._items(ids)
-        lengths = np.array([_length(item) or 0 for item in items])
+        lengths = _lengths(items)
         order = np.argsort(lengths, kind="stable")
         # Together these would make batches without any loss.
         few, others = order[lengths[order] < _FEW_TOKENS], order[lengths[order] >= _FEW_TOKENS]
         order = np.insert(others, np.linspace(0, len(others), len(few) + 2)[1:-1].astype(int), few)
-        parts = list(self._parts(order, lengths))
+        parts = [order[part] for part in _parts(self._asked, lengths[order])]
         if lengths.min() < lengths.max():
             # The first is of middle length, and the first few of all: what they show and take is what all will.
             turns = sorted(range(len(parts)), key=lambda i: f"{i:032b}"[::-1])
@@ -266,27 +303,6 @@ class ItemSource(IndexedSource):
         for part in parts:
             part.sort()
             yield ids[part], [items[i] for i in part.tolist()]
-
-    def _parts(self, order: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Items in that order, as batches."""
-        first = longest = 0
-        for at, length in enumerate(lengths[order].tolist()):
-            longest = max(longest, length)
-            if at - first >= batch_examples(self._asked, longest):
-                yield order[first:at]
-                first, longest = at, length
-        yield order[first:]
-
-
-def _longest(items: Iterable[Any]) -> int | None:
-    """Tokens of the longest of some items that are sequences."""
-    return max((length for length in map(_length, items) if length is not None), default=None)
-
-
-def _length(item: Any) -> int | None:
-    """Tokens of an item that is a sequence of some."""
-    tokens: Any = item.get("input_ids") if isinstance(item, Mapping) else None
-    return len(tokens) if hasattr(tokens, "__len__") else None
 
 
 def _of_tensors(data: Any, batch_size: int | str) -> IndexedSource:
@@ -316,26 +332,27 @@ class StreamSource(_InOrder):
     def __init__(self, stream: Iterable[Any], batch_size: int | str, collate_fn: Any) -> None:
         self._stream = stream
         self._collate = collate_fn
-        few = islice(iter(stream), MOST_EXAMPLES) if batch_size == "auto" else ()
-        self._batch_size = batch_examples(batch_size, _longest(few))
+        self._asked, self._together = batch_size, batch_examples(batch_size, None)
         first, self.count = _counted(stream)
         _same_order(first, stream)
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
-        at = _aligned(start, self._batch_size)
+        at = start - start % self._together
         items = islice(iter(self._stream), at, None)
-        while part := list(islice(items, self._batch_size)):
-            yield np.arange(at, at + len(part), dtype=np.int64), self._collate(part)
-            at += len(part)
+        while some := list(islice(items, self._together)):
+            for part in _parts(self._asked, _lengths(some)):
+                yield np.arange(at + part.start, at + part.stop, dtype=np.int64), self._collate(some[part])
+            at += len(some)
         _same_length(self.count, at)
 
     def select(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
         wanted = set(ids.tolist())
         chosen = (item for i, item in enumerate(self._stream) if i in wanted)
-        for part in _chunks(ids, self._batch_size):
-            items = list(islice(chosen, len(part)))
-            _same_length(len(part), len(items))
-            yield part, self._collate(items)
+        for some in _chunks(ids, self._together):
+            items = list(islice(chosen, len(some)))
+            _same_length(len(some), len(items))
+            for part in _parts(self._asked, _lengths(items)):
+                yield some[part], self._collate(items[part])
 
 
 class LoaderSource(_InOrder):
@@ -513,10 +530,6 @@ def _map(batch: Batch, function: Any) -> Batch:
     if isinstance(batch, (tuple, list)):
         return type(batch)(_map(v, function) for v in batch)
     return batch
-
-
-def _aligned(start: int, batch_size: int) -> int:
-    return start - start % batch_size
 
 
 def _chunks(ids: np.ndarray, size: int) -> Iterator[np.ndarray]:

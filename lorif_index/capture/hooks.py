@@ -174,6 +174,11 @@ class Capture:
         (block,) = self._run(ids, batch, self._one_row, require_all, watch)
         return block
 
+    @property
+    def proven(self) -> bool:
+        """Whether it was seen, or is trusted, that examples do not depend on each other."""
+        return not self._unproven
+
     def trust(self) -> Capture:
         """Leaves out the check that examples do not depend on each other, for data that has passed it."""
         self._unproven, self._trusted = 0, True
@@ -614,14 +619,14 @@ class Capture:
 
     def _check_isolation(self, losses: torch.Tensor) -> None:
         """One example's loss must reach that example's rows only: else rows would depend on their batch."""
-        self._proves, began = False, time.perf_counter()
+        began, self._proves = self._now(), False
         if losses.requires_grad:
             self._probing = self._n - 1
             try:
                 losses[self._probing].backward(retain_graph=True)
             finally:
                 self._probing = None
-        self.checking += time.perf_counter() - began
+        self.checking += self._now() - began
         regrouped, proves = self.regrouped, self._proves
         if self._in_step:
             regrouped, proves = agreed(self.model, regrouped), agreed(self.model, proves)
@@ -629,6 +634,12 @@ class Capture:
         # many as they would be.
         if proves:
             self._unproven = self._unproven - 1 if regrouped else 0
+
+    def _now(self) -> float:
+        """Seconds of a clock, when the device has done what it was asked to."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _check_isolated_rows(self, layer: str, use: Use, dy: torch.Tensor) -> None:
         whole = use.examples_first(full(dy.detach()))

@@ -108,8 +108,8 @@ def checked_logits(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def is_cross_entropy(loss: PerExample) -> bool:
     """Whether a loss is `cross_entropy` of its `logits` because it computes no other thing; a function that only says
-    so, by that attribute, might."""
-    return loss is default_loss or isinstance(loss, CrossEntropy)
+    so, by that attribute, might, and so might a class of the user's own."""
+    return loss is default_loss or type(loss) is CrossEntropy
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -88,12 +88,12 @@ class Probes:
         return self.each if self.exact else 1
 
     def __call__(self, model: nn.Module, batch: Any, ids: np.ndarray, *, losses: bool = False) -> list[torch.Tensor]:
-        """Of each row (n,): one function an example, in float32.
+        """Of each row (n,): one function an example, in float32 or wider.
 
         Args:
             model, batch: as for a loss.
             ids: (n,) of the examples; signs depend on them and not on the batch.
-            losses: the losses come first, where the head gives them.
+            losses: the losses come first, in their own dtype, where the head gives them.
         """
         rows = [self._rows(member, batch, ids, number, losses) for number, member in enumerate(members_of(model))]
         return [torch.stack(members).sum(dim=0) for members in zip(*rows, strict=True)]

@@ -53,8 +53,13 @@ class ModelGradients:
             CaptureError: they cannot.
         """
         for _ in zip(range(PROVEN_BY), self.blocks(), strict=False):
-            if not self._capture.regrouped:
+            if self._capture.proven:
                 return
+
+    def probed(self, probes: Probes) -> ProbedGradients:
+        """The source of the same examples' curvature rows, by the same capture: what is not proven yet of one is of the
+        other."""
+        return ProbedGradients(self._capture, self._examples, probes)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[GradientBlock]:
         stop = self.count if stop is None else stop
@@ -83,7 +88,6 @@ class ProbedGradients:
         self._capture = capture
         self._examples = examples
         self.probes = probes
-        self._reached = False
         self.count, self.window = examples.count, examples.window
         capture.look(first_batch(examples)[1], probes.prepare)
 
@@ -95,21 +99,21 @@ class ProbedGradients:
         for blocks in self._batches(ids, losses=False):
             yield from blocks
 
-    def with_losses(self, ids: np.ndarray) -> Iterator[list[GradientBlock]]:
+    def with_losses(self, ids: np.ndarray, *, require_all: bool = False) -> Iterator[list[GradientBlock]]:
         """Of each batch of the examples with these ids the gradients of the loss, and then the rows, all by one forward
-        pass; where the head gives the losses."""
-        return self._batches(ids, losses=True)
+        pass; where the head gives the losses. The first batch may be required to reach all layers."""
+        return self._batches(ids, losses=True, require_all=require_all)
 
-    def _batches(self, ids: np.ndarray, *, losses: bool) -> Iterator[list[GradientBlock]]:
+    def _batches(self, ids: np.ndarray, *, losses: bool, require_all: bool = False) -> Iterator[list[GradientBlock]]:
         batches = lockstep(self._capture.model, self._examples.draw(ids), lambda: first_batch(self._examples))
         for (part, batch), counts in batches:
 
             def functions(model: nn.Module, given: Any, part: np.ndarray = part) -> list[torch.Tensor]:
                 return self.probes(model, given, part, losses=losses)
 
-            blocks = self._capture.several(part, batch, functions, require_all=losses and not self._reached)
+            blocks = self._capture.several(part, batch, functions, require_all=require_all)
+            require_all = False
             if losses:
-                self._reached = True
                 blocks[0] = replace(blocks[0], contents=contents_of(batch))
             if counts:
                 yield blocks

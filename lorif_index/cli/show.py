@@ -188,9 +188,9 @@ def show_index(out: Console, facts: Mapping[str, Any], every: bool) -> None:
 def _show_short(out: Console, facts: Mapping[str, Any]) -> None:
     """What a reader asks first."""
     report, coarse, skipped = facts["build_report"], facts["coarse"], len(facts["skipped"])
-    own = BuildConfig().to_json()
     copies = (report.get("duplicates") or {}).get("examples")
-    changed = {name: value for name, value in facts["config"].items() if value != own.get(name)}
+    changed = _changed(facts["config"], BuildConfig().to_json())
+    first, last = facts["layers"][0]["name"], facts["layers"][-1]["name"]
     lines = {
         "path": facts["path"],
         "examples": f"{facts['examples']:,}" + (f", {skipped:,} skipped" if skipped else ""),
@@ -200,15 +200,26 @@ def _show_short(out: Console, facts: Mapping[str, Any]) -> None:
         "candidates": "none: searches scan"
         if coarse is None
         else f"{coarse['bytes_per_example']:.0f} bytes an example",
-        "layers": f"{len(facts['layers'])}, from {facts['layers'][0]['name']} to {facts['layers'][-1]['name']}",
+        "layers": f"{len(facts['layers'])}, from {first} to {last}" if len(facts["layers"]) > 1 else f"1, {first}",
         "built in": f"{sum(report.get('seconds', {}).values()):,.0f} s",
-        "settings": _cell(changed, "settings") if changed else "the default",
+        "settings": ", ".join(changed) if changed else "the default",
         "fingerprint": facts["fingerprint"],
     }
     table = Table.grid(padding=(0, 2))
     for name, value in lines.items():
-        table.add_row(name, value if isinstance(value, Text) else excerpt(value))
+        table.add_row(name, excerpt(value))
     out.print(table)
+
+
+def _changed(config: Mapping[str, Any], default: Mapping[str, Any], within: str = "") -> list[str]:
+    """Settings that differ from the default, as "part.name value"."""
+    found = []
+    for name, value in config.items():
+        if isinstance(value, Mapping) and isinstance(default.get(name), Mapping):
+            found += _changed(value, default[name], f"{within}{name}.")
+        elif value != default.get(name):
+            found.append(f"{within}{name} {_cell(value, name).plain}")
+    return found
 
 
 def _show_every(out: Console, facts: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..capture.data import parts_of
+from ..capture.data import batch_examples, parts_of, tokens_of
 from ..capture.products import Products
 from ..curvature.inverse import Preconditioner, multiply, transform
 from ..curvature.refine import Refine, Vectors, mixed, solve
@@ -45,7 +45,7 @@ class Refining:
         examples: computes training examples again.
         products: of the model, for the layers that are asked.
         sequences: whether examples have several predictions.
-        rows: examples, times queries, that the model is run on at once.
+        batch_size: examples, times queries, that the model is run on at once (see `capture.data.batch_examples`).
     """
 
     choice: Refine
@@ -53,7 +53,7 @@ class Refining:
     examples: Examples
     products: Products
     sequences: bool
-    rows: int
+    batch_size: int | str
 
     def refined(
         self, gradients: Vectors, preconditioners: Mapping[str, Preconditioner], report: Reporter
@@ -61,7 +61,7 @@ class Refining:
         """x of H' x = g, mixed with H^-1 g.
 
         Memory: the vectors of as many queries at a time as take 1 GiB, of 12 vectors (q, D) float32 each; the chosen
-        examples as they come from the data; and a pass of `rows` examples.
+        examples as they come from the data; and a pass of a batch.
 
         Args:
             gradients: g, layer -> (q, d_in, d_out) float32.
@@ -93,10 +93,11 @@ class Refining:
 
                 def apply(v: Vectors) -> Vectors:
                     # Sent to the model's device once, and brought back once, for all batches.
-                    sent, each = {name: part.to(self.products.device) for name, part in v.items()}, self._each(v)
+                    sent = {name: part.to(self.products.device) for name, part in v.items()}
+                    vectors = len(next(iter(v.values())))
                     mean = {name: torch.zeros_like(part) for name, part in sent.items()}
                     for batch in batches:
-                        for part in parts_of(batch, each):
+                        for part in parts_of(batch, self._each(batch, vectors)):
                             for name, product in self.products.summed(sent, part).items():
                                 mean[name] += product
                     stage.advance(len(chosen))
@@ -125,11 +126,11 @@ class Refining:
                 f"refine= holds {_VECTORS} vectors of a query, {each:,} bytes for these layers, and has "
                 f"{_VECTORS_BYTES:,}: refine over fewer layers with layers="
             )
-        return min(_VECTORS_BYTES // each, self.rows)
+        return min(_VECTORS_BYTES // each, batch_examples(self.batch_size, None))
 
-    def _each(self, vectors: Vectors) -> int:
-        """Examples of a pass with so many vectors."""
-        return max(self.rows // len(next(iter(vectors.values()))), 1)
+    def _each(self, batch: Any, vectors: int) -> int:
+        """Examples of a pass over a batch with so many vectors."""
+        return max(batch_examples(self.batch_size, tokens_of(batch)) // vectors, 1)
 
     def _chosen(self) -> np.ndarray:
         """Ids of random live examples, rising."""

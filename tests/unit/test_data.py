@@ -132,10 +132,15 @@ def test_a_batch_of_sequences_has_so_many_tokens_by_default() -> None:
     assert sizes(as_source({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "auto")) == [16] * 4 + [6]
     assert sizes(as_source((ids, torch.zeros(70, dtype=torch.long)), "auto")) == [16] * 4 + [6]
     assert sizes(as_source(ids[:, :8], "auto")) == [32, 32, 6]
-    assert sizes(as_source(torch.randint(0, 9, (3, 5000)), "auto")) == [1, 1, 1]
+    # Two at least: else nobody sees whether examples depend on each other.
+    assert sizes(as_source(torch.randint(0, 9, (5, 5000)), "auto")) == [2, 2, 1]
     assert sizes(as_source((torch.randn(40, 3, 64, 64), torch.zeros(40, dtype=torch.long)), "auto")) == [32, 8]
     assert sizes(as_source({"input_ids": ids}, 5)) == [5] * 14
-    # Rows of tokens by their lengths, in a list and in a stream.
+    # Pixels and flags are no tokens.
+    assert sizes(as_source((torch.zeros(40, 1000, dtype=torch.uint8), torch.zeros(40)), "auto")) == [32, 8]
+    # Rows of tokens by their lengths, in a list and in a stream, wherever a walk begins; also as pairs.
+    pairs = TensorDataset(ids, torch.zeros(70, dtype=torch.long))
+    assert sizes(as_source(pairs, "auto")) == [16, 16, 16, 16, 6]
     rows = [{"input_ids": list(range(length))} for length in [2000, 3000, *[500] * 9, *[10] * 40]]
 
     class Rows(IterableDataset[Any]):
@@ -144,10 +149,13 @@ def test_a_batch_of_sequences_has_so_many_tokens_by_default() -> None:
 
     for data in (rows, Rows()):
         source = as_source(data, "auto")
-        assert sizes(source) == [1] * 51
+        assert sizes(source) == [2, 4, 4, 4, 18, 19]
+        found = {int(ids[0]): ids.tolist() for ids, _ in source.batches()}
+        assert all(ids.tolist() == found[int(ids[0])] for ids, _ in source.batches(40))
+        assert [len(ids) for ids, _ in source.select(np.array([0, 1, 2, 20]))] == [2, 2]
         assert sorted(i for ids, _ in source.draw(np.arange(51)) for i in ids.tolist()) == list(range(51))
     parts = [batch["input_ids"].shape for _, batch in as_source(rows, "auto").walk(0, 51)]
-    assert all(rows * tokens <= 2048 or rows == 1 for rows, tokens in parts) and len(parts) <= 8
+    assert all(rows * tokens <= 2048 or rows <= 2 for rows, tokens in parts) and len(parts) <= 7
     assert max(rows for rows, _ in parts) == 32
 
 

@@ -16,6 +16,7 @@ from conftest import gpt2, low_rank_part, mlp, own_loss, reader_of
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 from lorif_index import BuildConfig, CrossEntropy, Index, default_loss
 from lorif_index.capture.data import as_source, first_batch
@@ -24,7 +25,7 @@ from lorif_index.capture.heads import Bernoulli, Declared, Head, Softmax, Square
 from lorif_index.capture.probes import Probes
 from lorif_index.capture.seeing import Seen, UnseenLoss
 from lorif_index.capture.sources import ModelCapture, ModelGradients, ProbedGradients, head_of
-from lorif_index.errors import DataError
+from lorif_index.errors import CaptureError, DataError
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 N, T, C = 6, 3, 5
@@ -313,6 +314,68 @@ def test_a_build_is_the_same_where_both_are_taken_apart(tmp_path: Path) -> None:
         scores.append(index.scores(case.query))
     assert stages[1] - stages[0] == {"probes"} and stages[0] < stages[1]
     assert np.abs(scores[0] - scores[1]).max() < 1e-3 * np.abs(scores[1]).max()
+
+
+class Weighted(CrossEntropy):
+    """A class of the user's own, which is something else than the cross-entropy of its logits."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return super().__call__(model, batch) * batch[2]
+
+
+class Centred(nn.Module):
+    """Examples depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, C)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.last(torch.relu(h - 0.5 * h.mean(dim=0, keepdim=True)))
+
+
+class Branched(Centred):
+    """A layer that few examples reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, reach = self.first(x), x[:, 0] > 2.0
+        return self.last(torch.where(reach[:, None], h + self.few(h), h) if bool(reach.any()) else h)
+
+
+def test_what_is_stored_of_a_sample_is_the_losss_own_gradient(tmp_path: Path) -> None:
+    x, y, weights = numbers(60, 4).float(), labels(60), torch.linspace(0.1, 9.0, 60)
+    torch.manual_seed(0)
+    model, loss = nn.Linear(4, C), Weighted(lambda m, b: (m(b[0]), b[1]))
+    config = BuildConfig(store="factors", rank=None, projection_dim=None, dtype="float32")
+    index = Index.build(tmp_path / "i", model=model, data=(x, y, weights), loss=loss, config=config)
+    for i, found in enumerate(index.gradients([3, 50])[""]):
+        at = [3, 50][i]
+        loss(model, (x[at : at + 1], y[at : at + 1], weights[at : at + 1])).sum().backward()
+        own = torch.cat([model.weight.grad, model.bias.grad[:, None]], dim=1).T
+        assert torch.allclose(torch.as_tensor(found), own, rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+
+
+def test_a_sample_is_checked_where_the_first_batch_proves_nothing(tmp_path: Path) -> None:
+    x, y = numbers(65, 4).float(), labels(65)
+    unsaid = y.clone()
+    unsaid[:32] = -100
+    batches = [[0], *(list(range(i, i + 8)) for i in range(1, 65, 8))]
+    for data in (DataLoader(TensorDataset(x, y), batch_sampler=batches), (x, unsaid)):
+        with pytest.raises(CaptureError, match="a gradient in rows of others"):
+            Index.build(tmp_path / "i", model=Centred(), data=data)
+    # Nor has the sample's first batch to reach all that the data's does.
+    reaching = x.clamp(max=1.0).repeat(8, 1)
+    reaching[::65, 0] = 3.0
+    index = Index.build(
+        tmp_path / "b", model=Branched(), data=(reaching, y.repeat(8)), config=BuildConfig(batch_size=8)
+    )
+    assert set(index.layers) == {"first", "few", "last"}
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
