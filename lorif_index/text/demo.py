@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,19 +95,6 @@ def run_demo(
     settings = settings or DemoSettings()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise IndexExistsError(f"{out} exists and is not empty: pass another folder with --out, or delete it")
-    # So small a model gains little from more threads, is the same whatever the number of cores, and does not wait for
-    # cores that others keep busy.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _run(out, questions, settings, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(
-    out: Path, questions: list[str], settings: DemoSettings, progress: bool | ProgressCallback | None
-) -> DemoResult:
     began, folder = time.perf_counter(), out / "model"
     documents, held = split(documentation(settings.characters), settings.held_out, settings.seed)
     tokenizer = train_tokenizer(documents, settings.vocabulary)
@@ -115,7 +104,9 @@ def _run(
         # A question that cannot be asked is found now rather than after the training.
         text_model.losses(questions)
         passages = text_model.passages(documents, progress=False)
-        training = train(text_model, passages, text_model.passages(held, progress=False), settings, progress)
+        others = text_model.passages(held, progress=False)
+        with _one_thread():
+            training = train(text_model, passages, others, settings, progress)
     with quiet_transformers():
         text_model.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -147,6 +138,18 @@ def _run(
             check=_check(index, tokenizer, documents, held, settings.context),
             seconds=time.perf_counter() - began,
         )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model gains little from more threads, is the same whatever the number of cores, and does not wait for
+    cores that others keep busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check(
