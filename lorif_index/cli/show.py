@@ -166,7 +166,7 @@ _MOST = 0.5
 _LITTLE = 0.5
 
 
-def show_index(out: Console, facts: Mapping[str, Any], every: bool) -> None:
+def show_index(out: Console, facts: Mapping[str, Any], every: bool = False) -> None:
     """What `index_json` gave, all or in short, and what to do where a few examples are most of all."""
     if every:
         _show_every(out, facts)
