@@ -46,7 +46,7 @@ class SampleRows:
         total = self._inputs.source.count
         return drawn(total, count, self._inputs.config.seed, "curvature-sample", total)
 
-    @property
+    @cached_property
     def ids(self) -> np.ndarray:
         """Sorted ids of the sample."""
         return np.sort(self.drawn(self._inputs.config.sample.size))
@@ -63,8 +63,8 @@ class SampleRows:
             wanted = self.ids
             everything = len(wanted) == self._inputs.source.count
             mine = self._state.own(wanted)
-            if self._together:
-                rows, count, spool, skipped = self._with_rows(mine)
+            if self._together is not None:
+                rows, count, spool, skipped = self._with_rows(self._together, mine)
             else:
                 rows, count, spool, skipped = self.walkable("sample", self._inputs.source, mine, everything)
             if everything and spool is not None:
@@ -102,7 +102,7 @@ class SampleRows:
 
     def curvature_rows(self) -> tuple[RowPass, int, Spool | None]:
         """The rows of `probed`, for several walks; how many there are in the whole; and where they are kept."""
-        if self._together:
+        if self._together is not None:
             # They come with the gradients.
             self.gradients()
         if self._beside is not None:
@@ -113,27 +113,27 @@ class SampleRows:
         return self.walkable("probes", self.probed, mine, False, each=self.probed.probes.each)[:3]
 
     @cached_property
-    def _together(self) -> bool:
-        """Whether gradients and curvature rows of the sample come from the same forward passes; the same on all ranks.
-        Both are wanted of all of it, and are kept on disk."""
+    def _together(self) -> ProbedGradients | None:
+        """What gives gradients and curvature rows of the sample from the same forward passes, where both are wanted of
+        all of it and are kept on disk; else None, on all ranks."""
         probed, inputs, ids = self.probed, self._inputs, self.ids
         if probed is None or self.step > 1 or not probed.probes.gives_losses:
-            return False
+            return None
         everything = len(ids) == inputs.source.count
         wanted = everything or inputs.curvature_kind == "mixed"
-        return wanted and self._fits(self._state.own(ids), inputs.source, everything, 1 + probed.probes.each)
+        fit = wanted and self._fits(self._state.own(ids), inputs.source, everything, 1 + probed.probes.each)
+        return probed if fit else None
 
-    def _with_rows(self, mine: np.ndarray) -> tuple[RowPass, int, Spool | None, list[int]]:
+    def _with_rows(self, probed: ProbedGradients, mine: np.ndarray) -> tuple[RowPass, int, Spool | None, list[int]]:
         """As `walkable` gives the gradients; the curvature rows beside them."""
         state, policy = self._state, self._inputs.config.on_nonfinite
-        batches = iter(()) if self.probed is None else self.probed.with_losses(mine)
         skipped: list[int] = []
         with state.stage("sample", len(mine)) as progress, state.ranks.jointly():
             gradients, beside = Spool(state.path), Spool(state.path)
             state.stack.callback(gradients.close)
             state.stack.callback(beside.close)
             with gradients.writing() as write, beside.writing() as write_beside:
-                for first, *others in state.spoken_for(batches):
+                for first, *others in state.spoken_for(probed.with_losses(mine)):
                     for block in finite_blocks([first], policy, skipped):
                         write(block)
                     for block in finite_blocks(others, policy, []):

@@ -171,7 +171,7 @@ class Capture:
             CaptureError: rows that cannot be mapped to examples, examples that depend on each other, a layer without
                 gradient; each names the module.
         """
-        (block,) = self._run(ids, batch, self._one_row, require_all, watch)
+        (block,) = self.several(ids, batch, self._one_row, require_all=require_all, watch=watch)
         return block
 
     @property
@@ -232,6 +232,7 @@ class Capture:
         functions: Functions,
         *,
         require_all: bool = False,
+        watch: Watch | None = None,
         push: Push | None = None,
         each: int = 1,
     ) -> list[GradientBlock]:
@@ -241,50 +242,10 @@ class Capture:
         Args:
             ids: (n / each,), kept with the results.
             batch, functions: n examples, and what is differentiated.
-            require_all: as in `gradients`.
+            require_all, watch: as in `gradients`.
             push: changes modules' outputs.
             each: examples, following one another, whose gradients are summed.
         """
-        return self._run(ids, batch, functions, require_all, push=push, each=each)
-
-    def pushed(self, batch: Batch, function: Callable[[nn.Module, Any], T], push: Push) -> T:
-        """What function(model, batch) gives where `push` changes the outputs of modules, called as in `several`, but
-        without gradients; raises as `gradients` does."""
-        batch = to_device(batch, self.device)
-        self._n, self._push, self._forward_only, self._troubles = batch_count(batch), push, True, {}
-        try:
-            with self._hooked(), torch.no_grad(), self._casting():
-                found = function(self.model, batch)
-            self._check_troubles()
-            return found
-        finally:
-            self._push, self._forward_only = None, False
-
-    def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:
-        """Plain autograd: the gradients of some parameters, times `scale`, for whoever has hooked them."""
-        with _left_as_found(self.model), torch.enable_grad():
-            for p in parameters:
-                p.requires_grad_(True)
-            batch = to_device(batch, self.device)
-            with self._casting():
-                losses = self._function(self.model, batch)
-            (losses.sum() * self.scale).backward()
-
-    def look(self, batch: Batch, function: Callable[[nn.Module, Any], None]) -> None:
-        """Calls function(model, batch) as the passes do: on the model's device, in eval mode, left as it was found."""
-        with _left_as_found(self.model), self._casting():
-            function(self.model, to_device(batch, self.device))
-
-    def _run(
-        self,
-        ids: np.ndarray,
-        batch: Batch,
-        functions: Functions,
-        require_all: bool = False,
-        watch: Watch | None = None,
-        push: Push | None = None,
-        each: int = 1,
-    ) -> list[GradientBlock]:
         batch = to_device(batch, self.device)
         self._n, self._each = batch_count(batch), each
         if self._n != len(ids) * each:
@@ -313,6 +274,34 @@ class Capture:
             return blocks
         finally:
             self._active, self._probing, self._watch, self._push, self._sums = False, None, None, None, {}
+
+    def pushed(self, batch: Batch, function: Callable[[nn.Module, Any], T], push: Push) -> T:
+        """What function(model, batch) gives where `push` changes the outputs of modules, called as in `several`, but
+        without gradients; raises as `gradients` does."""
+        batch = to_device(batch, self.device)
+        self._n, self._push, self._forward_only, self._troubles = batch_count(batch), push, True, {}
+        try:
+            with self._hooked(), torch.no_grad(), self._casting():
+                found = function(self.model, batch)
+            self._check_troubles()
+            return found
+        finally:
+            self._push, self._forward_only = None, False
+
+    def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:
+        """Plain autograd: the gradients of some parameters, times `scale`, for whoever has hooked them."""
+        with _left_as_found(self.model), torch.enable_grad():
+            for p in parameters:
+                p.requires_grad_(True)
+            batch = to_device(batch, self.device)
+            with self._casting():
+                losses = self._function(self.model, batch)
+            (losses.sum() * self.scale).backward()
+
+    def look(self, batch: Batch, function: Callable[[nn.Module, Any], None]) -> None:
+        """Calls function(model, batch) as the passes do: on the model's device, in eval mode, left as it was found."""
+        with _left_as_found(self.model), self._casting():
+            function(self.model, to_device(batch, self.device))
 
     def _rows(self, functions: Functions, ids: np.ndarray, batch: Batch) -> Sequence[torch.Tensor] | torch.Tensor:
         """What is differentiated. An error in the user's code, or in the model's, says which examples it met."""
