@@ -17,6 +17,7 @@ from .config import BuildConfig, CoarseIndex, Compute, CurvatureRows, LayerSelec
 from .curvature.refine import Refine
 from .damping import AbsoluteDamping, Damping, PaperDamping, RelativeDamping, RowDamping
 from .errors import LorifError
+from .gathering import Gathering
 from .index import Index
 from .progress import ProgressEvent
 from .results import Group, Groups, Hits, Refined, Reranked, SearchStats, Selection
@@ -35,6 +36,7 @@ __all__ = [
     "Damping",
     "Estimate",
     "Explanation",
+    "Gathering",
     "Group",
     "Groups",
     "Hits",

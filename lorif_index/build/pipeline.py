@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,34 +56,54 @@ def build_index(path: Path, given: Given, reporter: Reporter, ranks: Ranks) -> b
     Returns:
         whether all of it is in that folder; else each rank's folder has a part.
     """
+    with ExitStack() as stack:
+        inputs, state = begin_index(path, given, reporter, ranks, stack)
+        return finish_index(given, inputs, state)
+
+
+def begin_index(
+    path: Path, given: Given, reporter: Reporter, ranks: Ranks, stack: ExitStack, mark: dict[str, Any] | None = None
+) -> tuple[Inputs, BuildState]:
+    """Checks what was given, and makes the folder an unfinished build's, or finds what is done in it.
+
+    Args:
+        stack: gives up what is held.
+        mark: further facts that an unfinished build is found by.
+    """
     with ranks.jointly("begin"):
         given.check()
         check_free(path)
-    with ExitStack() as stack:
-        data = DataRanks(ranks.rank, ranks.size, True)
-        if given.model is not None and ranks.everyone:
-            data = data_ranks(given.model)
-        state = BuildState(path, ranks, data, reporter, stack)
-        with ranks.jointly():
-            inputs = take(given, state.claim, stack)
-        ranks.agree("what is built", inputs.fingerprint)
-        _check_memory(inputs, ranks)
-        layers = list(inputs.specs.values())
-        fresh = Manifest(inputs.fingerprint, inputs.asked.to_json(), layers, metadata=given.metadata)
-        fresh.next_id = fresh.fitted_ids = inputs.source.count
-        state.begin(fresh, inputs.fit)
-        inputs, sample = _fit(given, inputs, state)
-        fit_codec(inputs, state, sample)
-        vanished = encode(inputs, state, sample)
-        fit_curvature_after(inputs, state)
-        rows = index_rows(inputs, state)
-        if wants_coarse(inputs.config, state.row_count()):
-            _make_candidates(inputs, state, sample, rows)
-        _report(inputs, state, sample, rows, vanished)
-        # Until now that of what was asked for, by which the same call finds an unfinished build.
-        state.manifest.fingerprint = inputs.fingerprint
-        state.commit()
-        return state.home.folders == 1
+    data = DataRanks(ranks.rank, ranks.size, True)
+    if given.model is not None and ranks.everyone:
+        data = data_ranks(given.model)
+    state = BuildState(path, ranks, data, reporter, stack)
+    with ranks.jointly():
+        inputs = take(given, state.claim, stack)
+    if mark:
+        inputs = replace(inputs, fingerprint=inputs.fingerprint | mark)
+    ranks.agree("what is built", inputs.fingerprint)
+    _check_memory(inputs, ranks)
+    layers = list(inputs.specs.values())
+    fresh = Manifest(inputs.fingerprint, inputs.asked.to_json(), layers, metadata=given.metadata)
+    fresh.next_id = fresh.fitted_ids = inputs.source.count
+    state.begin(fresh, inputs.fit)
+    return inputs, state
+
+
+def finish_index(given: Given, inputs: Inputs, state: BuildState) -> bool:
+    """Does what is left of a build, as `build_index`."""
+    inputs, sample = _fit(given, inputs, state)
+    fit_codec(inputs, state, sample)
+    vanished = encode(inputs, state, sample)
+    fit_curvature_after(inputs, state)
+    rows = index_rows(inputs, state)
+    if wants_coarse(inputs.config, state.row_count()):
+        _make_candidates(inputs, state, sample, rows)
+    _report(inputs, state, sample, rows, vanished)
+    # Until now that of what was asked for, by which the same call finds an unfinished build.
+    state.manifest.fingerprint = inputs.fingerprint
+    state.commit()
+    return state.home.folders == 1
 
 
 def _fit(given: Given, inputs: Inputs, state: BuildState) -> tuple[Inputs, SampleRows]:

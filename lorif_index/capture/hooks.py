@@ -8,7 +8,7 @@ so that no parameter-sized gradient is ever formed, and the backward pass skips 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -288,6 +288,58 @@ class Capture:
         finally:
             self._push, self._forward_only = None, False
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the program's own passes are listened to, between `started` and `collected`.
+
+        Raises:
+            CaptureError: the model has modules whose work is done in their stead (attention, experts, norms), which
+                would not leave the program's passes as they are.
+        """
+        if self._attention or self._held:
+            kinds = sorted({type(module).__name__ for module in (*self._attention, *self._held)})
+            raise CaptureError(f"the program's own passes cannot be listened to in modules of {kinds}: {_REMEDY}")
+        with self._placed():
+            yield
+        self._n = 0
+
+    def started(self, count: int) -> None:
+        """From now on the program makes a pass of so many examples."""
+        self._n, self._each, self._active = count, 1, True
+        self._called, self._graded, self._troubles = set(), set(), {}
+        self._sums = {layer.name: _Sum() for layer in self._layers}
+
+    def collected(self, ids: np.ndarray, beside: Collection[str] = ()) -> GradientBlock:
+        """What the pass that was started has given, divided by `scale`; raises as `gradients` does, and where it did
+        not call a layer.
+
+        Args:
+            ids: (n,) int64, kept with the result.
+            beside: layers that the pass need not have called.
+        """
+        try:
+            self._check_graded()
+            for layer in self._layers:
+                if layer.name not in self._called and layer.name not in beside:
+                    self._troubles[layer.name] = f"layer {layer.name!r} was not called in the program's pass"
+            self._check_troubles()
+            return GradientBlock(ids, {layer.name: self._result(layer.name) for layer in self._layers})
+        finally:
+            self.dropped()
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Inside, what is called is not of the pass that was started."""
+        count, self._n = self._n, 0
+        try:
+            yield
+        finally:
+            self._n = count
+
+    def dropped(self) -> None:
+        """Ends a pass that was started."""
+        self._n, self._active, self._sums = 0, False, {}
+
     def differentiate(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> None:
         """Plain autograd: the gradients of some parameters, times `scale`, for whoever has hooked them."""
         with _left_as_found(self.model), torch.enable_grad():
@@ -324,9 +376,13 @@ class Capture:
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         """Eval mode, no parameter gradients, hooks in place; everything put back afterwards."""
+        with _left_as_found(self.model), torch.enable_grad(), self._placed():
+            yield
+
+    @contextmanager
+    def _placed(self) -> Iterator[None]:
+        """Hooks in place."""
         with ExitStack() as stack:
-            stack.enter_context(_left_as_found(self.model))
-            stack.enter_context(torch.enable_grad())
             for layer in self._layers:
                 for use in layer.uses:
                     # Tensor parallelism brings outputs into the form that the model wants by hooks of its own. Before
@@ -366,6 +422,9 @@ class Capture:
 
     def _forward_hook(self, layer: str, use: Use) -> Callable[..., torch.Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
+            if not self._n:
+                # A call that is no pass of examples, beside those that are listened to.
+                return None
             self._called.add(layer)
             graded = torch.is_grad_enabled()
             if not graded and not self._forward_only:

@@ -23,6 +23,7 @@ SURFACE = [
     "Damping",
     "Estimate",
     "Explanation",
+    "Gathering",
     "Group",
     "Groups",
     "Hits",
@@ -91,7 +92,7 @@ ENGINE = [
     ("capture", "gradients"),
     ("linalg", "precision projection sampling signs subspace"),
     ("capture", "sharded losses heads seeing data contents held attention norms layers ensemble probes spool hooks"),
-    ("capture", "products eigenbases sources"),
+    ("capture", "products eigenbases sources along"),
     ("", "tables results"),
     ("curvature", "sides fit inverse refine sketch"),
     ("storage", "sealed shards store resident payloads locks manifest team home damage fitted"),
@@ -104,12 +105,12 @@ ENGINE = [
     (
         "build",
         "encode coverage outliers spans choice inputs state sample stages candidates sizes traffic pipeline timing "
-        "estimate",
+        "estimate gather",
     ),
     ("text", "documents yamlfile textquestions packed chat encoding tokenised preferences passages model words"),
     ("", "snapshot identity questions describe"),
     ("life", "candidates add remove refit merge repair writing incoming"),
-    ("", "index launch"),
+    ("", "index gathering launch"),
     ("bergson", "store"),
     ("quanda", "explainer"),
 ]
