@@ -117,6 +117,13 @@ class Gatherer:
         self._rows = self._ids = np.empty(0, np.int64)
         each = 4 * sum(spec.dim for spec in inputs.specs.values())
         self._most = min(inputs.config.compute.spool_bytes, shutil.disk_usage(path).free // 2) // each
+        if self._most < self.count:
+            warnings.warn(
+                f"of {self.count:,} examples, of {each:,} bytes each, {self._most:,} are gathered: no more fit in "
+                f"Compute(spool_bytes={inputs.config.compute.spool_bytes:,}) and half of the free disk. The others are "
+                "computed at the end",
+                stacklevel=5,
+            )
         self._spool = Spool(path)
         stack.callback(self._spool.close)
         self._open = stack.enter_context(ExitStack())

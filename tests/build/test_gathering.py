@@ -130,7 +130,8 @@ def test_what_training_did_not_reach_is_computed(tmp_path: Path) -> None:
 def test_disk_bounds_what_is_gathered(tmp_path: Path) -> None:
     data, model = table()
     room = BuildConfig(coarse=None, sample=Sample(size=40), compute=Compute(spool_bytes=50 * 4 * (9 * 16 + 17 * 4)))
-    gathering = Gathering(tmp_path / "g", model=model, data=data, config=room)
+    with pytest.warns(UserWarning, match="of 120 examples, of 848 bytes each, 50 are gathered"):
+        gathering = Gathering(tmp_path / "g", model=model, data=data, config=room)
     for x, y in loader(data):
         with gathering.of((x, y)):
             cross_entropy(model(x), y).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -105,6 +106,19 @@ def test_the_reference_has_all_that_is_public(site: Path) -> None:
         assert f'id="lorif_index.Index.{name}"' in page, name
     for name in text.__all__:
         assert f'id="lorif_index.text.{name}"' in page, name
+
+
+def test_the_references_tables_are_of_the_docstrings() -> None:
+    """The page says what there is without the site, too."""
+
+    def first(thing: Any) -> str:
+        return " ".join(str(inspect.getdoc(thing)).split("\n\n")[0].split())
+
+    page = (DOCS / "api.md").read_text()
+    names = {n: getattr(lorif_index, n) for n in lorif_index.__all__}
+    names |= {f"text.{n}": getattr(text, n) for n in text.__all__}
+    names |= {n: getattr(lorif_index.Index, n) for n in dir(lorif_index.Index) if not n.startswith("_")}
+    assert re.findall(r"^\| `(.*?)` \| (.*) \|$", page, re.MULTILINE) == [(n, first(of)) for n, of in names.items()]
 
 
 # -- the start page

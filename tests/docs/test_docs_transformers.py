@@ -93,6 +93,11 @@ def test_a_trainer_of_trl_builds_at_its_end(tmp_path: Path) -> None:
     assert printed.startswith("4 [{") and SENTENCES[3][14:] in printed
 
 
+def test_a_loop_gathers_in_its_last_epoch(tmp_path: Path) -> None:
+    printed = run_guide("gather", tmp_path)
+    assert printed.splitlines()[-1].startswith("12000 12000 [[")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loop_with_accelerate_builds_at_its_end(processes: int, tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
