@@ -56,9 +56,9 @@ from .timing import projections_line, timed
 from .traffic import build_traffic, search_traffic
 
 # Rows of the two miniature indexes: above the default rank of the curvature.
-_SMALL, _LARGE = 1200, 2400
+_SMALL, _LARGE = 600, 1200
 # A row's numbers in them; beyond, some layers stand for all. A sketch has all of its coordinates of so many.
-_NUMBERS = 20_000
+_NUMBERS = 10_000
 # Stages that grow with the layers. The others see a sketch's coordinates, as many of few layers as of many.
 _GROWING = ("curvature", "codec", "encode")
 _JITTER = 0.3
