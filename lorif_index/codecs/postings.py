@@ -57,7 +57,7 @@ class Postings:
     """
 
     def __init__(self, layout: SparseLayout, codes: torch.Tensor) -> None:
-        self._dim, self._count, self._values = layout.dim, len(codes), values_of_levels().numpy()
+        self._values = values_of_levels().numpy()
         if importlib.util.find_spec("numba") is not None:
             KERNEL.load_once()
         self._blocks = []
@@ -71,16 +71,31 @@ class Postings:
         """Memory that they take."""
         return sum(b.starts.nbytes + b.rows.nbytes + b.levels.nbytes + b.scales.nbytes for b in self._blocks)
 
-    def scores(self, places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """(n,) float32 of a question that is zero but at some places (m,) int64, rising, where it is `numbers` (m,)."""
-        out = np.zeros(self._count, np.float32)
+    def best(self, places: np.ndarray, numbers: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (most,) int64 and scores (most,) float32, falling, of the best rows for a question that is zero but
+        at some places (m,) int64, rising, where it is `numbers` (m,)."""
+        # Rows of a block that are no better than the worst of those that are kept are passed over: few are ordered.
+        rows, scores, worst = np.empty(0, np.int64), np.empty(0, np.float32), None
         for number, block in enumerate(self._blocks):
-            part = out[number * BLOCK : (number + 1) * BLOCK]
-            if KERNEL.module is not None:
-                KERNEL.module.add_named(block.starts, block.rows, block.levels, places, numbers, self._values, part)
-            else:
-                self._add(block, places, numbers, part)
-            part *= block.scales
+            part = self._scores(block, places, numbers)
+            # What is no number is kept, and is seen by whoever asks.
+            better = np.arange(len(part)) if worst is None else np.flatnonzero(~(part <= worst))
+            rows, scores = np.append(rows, better + number * BLOCK), np.append(scores, part[better])
+            if len(rows) > most:
+                kept = torch.topk(torch.from_numpy(scores), most, sorted=False).indices.numpy()
+                rows, scores = rows[kept], scores[kept]
+                worst = scores.min()
+        order = np.argsort(-scores, kind="stable")
+        return rows[order], scores[order]
+
+    def _scores(self, block: _Block, places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Of a block's rows, float32."""
+        out = np.zeros(len(block.scales), np.float32)
+        if KERNEL.module is not None:
+            KERNEL.module.add_named(block.starts, block.rows, block.levels, places, numbers, self._values, out)
+        else:
+            self._add(block, places, numbers, out)
+        out *= block.scales
         return out
 
     def _add(self, block: _Block, places: np.ndarray, numbers: np.ndarray, out: np.ndarray) -> None:
@@ -166,8 +181,8 @@ class Shortened:
         """As many questions side by side as torch has threads."""
 
         def one(q: int) -> tuple[torch.Tensor, torch.Tensor]:
-            best = torch.topk(torch.from_numpy(postings.scores(places[q], numbers[q]))[None], most, dim=1)
-            return best.indices, best.values
+            rows, scores = postings.best(places[q], numbers[q], most)
+            return torch.from_numpy(rows)[None], torch.from_numpy(scores)[None]
 
         if len(places) < 2:
             return [one(q) for q in range(len(places))]

@@ -49,8 +49,12 @@ def test_scores_are_those_of_decoded_rows(rows: int, dim: int, entries: int, ker
         asked = np.zeros(dim)
         asked[places] = numbers
         expected = layout.decode(codes).double().numpy() @ asked
-        got = turned.scores(places, numbers)
-        assert got.dtype == np.float32 and np.abs(got - expected).max() <= 1e-5 * max(np.abs(expected).max(), 1e-6)
+        near = 1e-5 * max(np.abs(expected).max(), 1e-6)
+        for most in {rows, -(-rows // 2), min(rows, 3)}:
+            found, got = turned.best(places, numbers, most)
+            assert got.dtype == np.float32 and len(found) == len(got) == most == len(np.unique(found))
+            assert np.abs(got - expected[found]).max(initial=0.0) <= near and (np.diff(got) <= 0).all()
+            assert np.abs(got + np.sort(-expected)[:most]).max(initial=0.0) <= near
     assert turned.nbytes < rows * (3 * entries + 4) + (rows // 100 + 1) * 4 * (dim + 1) + 1
 
 
