@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
-from .build.gather import Gatherer
+from .build.gather import Gatherer, forget
 from .build.inputs import Given, chosen_config
 from .build.state import check_free
 from .capture.data import Batch
 from .capture.ensemble import as_model
 from .capture.losses import PerExample
+from .capture.sharded import is_compiled
 from .config import BuildConfig
+from .errors import ConfigError
 from .index import Index
 from .linalg.precision import in_whole_products
 from .progress import ProgressCallback, reporter
+from .ranks import Ranks
 from .storage.payloads import Values
 from .text.tokenised import TOKENIZER, prepared, tokenizer_digest
 
@@ -43,8 +49,9 @@ class Gathering:
         loss, config, metadata, payloads, tokenizer, progress: as for `Index.build`.
 
     Raises:
-        ConfigError: no more examples than the fit takes by itself (`Sample.size`). CaptureError: a model whose passes
-        cannot be listened to (fused experts, `nn.MultiheadAttention`). Otherwise as `Index.build` does.
+        ConfigError: no more examples than the fit takes by itself (`Sample.size`); several processes. CaptureError: a
+        model whose passes cannot be listened to (fused experts, `nn.MultiheadAttention`, batch norms that train,
+        compiled modules). Otherwise as `Index.build` does.
     """
 
     @in_whole_products
@@ -63,22 +70,27 @@ class Gathering:
     ) -> None:
         self.path = Path(path)
         self._model, self._loss, self._tokenizer, self._progress = model, loss, tokenizer, progress
+        if Ranks.of(None).size > 1:
+            raise ConfigError(
+                f"gathering is of one process, and this is one of {Ranks.of(None).size}, each of which sees a part of "
+                "the data: build at the end instead, with all of them"
+            )
+        if is_compiled(model):
+            raise ConfigError("gathering needs the modules' calls, and the model is compiled: build at the end instead")
+        forget(self.path)
         check_free(self.path)
         known = {} if tokenizer is None else {TOKENIZER: tokenizer_digest(tokenizer)}
-        self._data = prepared(data, model, tokenizer)
-        given = Given(
-            as_model(model),
-            self._data,
-            None,
-            loss,
-            None,
-            chosen_config(config),
-            known | (metadata or {}),
-            payloads,
-            None,
-        )
-        with reporter(progress) as report:
+        inner, chosen, kept = as_model(model), chosen_config(config), known | (metadata or {})
+        with undisturbed(model), reporter(progress) as report:
+            data = prepared(data, model, tokenizer)
+            given = Given(inner, data, None, loss, None, chosen, kept, payloads, None)
             self._gatherer = Gatherer(self.path, given, report)
+
+    def __enter__(self) -> Gathering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def found(self) -> int:
@@ -121,5 +133,22 @@ class Gathering:
         return Index.open(self.path, model=self._model, loss=self._loss, tokenizer=self._tokenizer)
 
     def close(self) -> None:
-        """Gives the index up; what was written is of no use then."""
+        """Gives the index up, unless it was built; what was written is of no use then."""
         self._gatherer.close()
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Random generators, and gradients of the parameters, are as before afterwards."""
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the program's own generator
+    grads = [(p, p.grad) for p in parameters]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for p, grad in grads:
+            p.grad = grad

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,7 +24,7 @@ from ..capture.ensemble import count_of
 from ..capture.gradients import GradientBlock, keep_finite
 from ..capture.sources import ModelGradients, model_digest
 from ..capture.spool import Spool
-from ..errors import CaptureError, ConfigError
+from ..errors import ConfigError
 from ..progress import Reporter
 from ..ranks import ALONE
 from ..storage.locks import WriterLock
@@ -51,14 +52,21 @@ def forget(path: Path) -> None:
 
 
 class Gathered(ModelGradients):
-    """Gradients of a model over a source of examples, of which some are on disk already."""
+    """Gradients of a model over a source of examples, of which some are on disk already.
 
-    def __init__(self, inputs: Inputs, spool: Spool) -> None:
+    Args:
+        inputs: of the build.
+        spool: what is there.
+        said: its "gathered" counts those that were given.
+    """
+
+    def __init__(self, inputs: Inputs, spool: Spool, said: dict[str, Any]) -> None:
         if inputs.capture is None or inputs.examples is None:
             raise ValueError("gradients of a model are gathered")
         super().__init__(inputs.capture.capture(inputs.loss).trust(), inputs.examples)
         # Seen when it was begun.
         self._reached = True
+        self._said = said
         self._spool, self._there = spool, np.zeros(self.count, dtype=bool)
         self._there[spool.ids] = True
         self._at_once = self.window = self.window or Spool.window
@@ -68,7 +76,9 @@ class Gathered(ModelGradients):
         for first in range(start - start % self._at_once, stop, self._at_once):
             ids = np.arange(max(first, start), min(first + self._at_once, stop), dtype=np.int64)
             there = self._there[ids]
-            yield from self._spool.sample(ids[there])
+            for block in self._spool.sample(ids[there]):
+                self._said["gathered"] += block.count
+                yield block
             yield from self.sample(ids[~there])
 
 
@@ -93,11 +103,16 @@ class Gatherer:
         forget(path)
         self._given = given
         self.trouble: str | None = None
+        # Rows of batches that are no examples of the data, batches of which no pass was seen, and batches begun.
+        self._unknown, self._unseen, self._begun = 0, 0, 0
         self._stack = ExitStack()
+        # Also where the program ends before: temporary rows would stay.
+        self._closing = weakref.finalize(self, self._stack.close)
         try:
             self._begin(path, self._stack, report)
         except BaseException:
-            self._stack.close()
+            self._closing()
+            forget(path)
             raise
 
     def _begin(self, path: Path, stack: ExitStack, report: Reporter) -> None:
@@ -140,7 +155,11 @@ class Gatherer:
         """The training's forward and backward pass of a batch follow."""
         if self.trouble is not None:
             return
-        self._rows, self._ids = self._named.of(batch)
+        rows, ids, unknown = self._named.of(batch)
+        self._begun, self._unknown = self._begun + 1, self._unknown + unknown
+        # An example may come twice in a batch.
+        self._ids, first = np.unique(ids, return_index=True)
+        self._rows = rows[first]
         new = np.flatnonzero(~self._there[self._ids])[: max(self._most - self.found, 0)]
         self._rows, self._ids = self._rows[new], self._ids[new]
         if len(new):
@@ -154,19 +173,20 @@ class Gatherer:
         self._rows = self._ids = np.empty(0, np.int64)
         try:
             block = self._along.end()
-        except CaptureError as error:
-            self.trouble = str(error)
-            warnings.warn(f"gathering ends at {self.found} examples: {error}", stacklevel=3)
+            if block is None:
+                self._unseen += 1
+                return
+            block = replace(block.select(rows), ids=ids, contents=self._named.contents[ids])
+            # Others are taken at the end, where it is decided what becomes of them.
+            block = keep_finite(block, "skip", [])
+            if block.count:
+                self._write(block)
+                self._there[block.ids] = True
+        except Exception as error:
+            # Whatever it is (the user's loss, the disk), the training is worth more.
+            self.trouble = f"{type(error).__name__}: {error}"
+            warnings.warn(f"gathering ends at {self.found} examples: {self.trouble}", stacklevel=3)
             self._ears.close()
-            return
-        if block is None:
-            return
-        block = replace(block.select(rows), ids=ids, contents=self._named.contents[ids])
-        # Others, too, are taken at the end, where it is decided what becomes of them.
-        block = keep_finite(block, "skip", [])
-        if block.count:
-            self._write(block)
-            self._there[block.ids] = True
 
     def drop(self) -> None:
         """Nothing is taken of the batch that was begun."""
@@ -175,21 +195,31 @@ class Gatherer:
 
     def finish(self, metadata: dict[str, Any], report: Reporter) -> None:
         """Ends the build, of the model as it is now; raises as a build does."""
-        with self._stack:
+        if not self._closing.alive:
+            raise ConfigError("this gathering has ended: open its index with Index.open, or begin another")
+        if self.trouble is None and (self._unknown or self._unseen):
+            warnings.warn(
+                f"gradients of {self.found:,} of {self.count:,} examples were gathered: of {self._begun:,} batches "
+                f"{self._unseen:,} had no pass that was seen, and {self._unknown:,} of their rows are no examples of "
+                "the data (other labels, tokens or padding?). The others are computed now",
+                stacklevel=5,
+            )
+        with ExitStack() as stack:
+            stack.callback(self._closing)
             self._open.close()
             if self._inputs.capture is None:
                 raise ValueError("gradients of a model are gathered")
             facts = {name: fact for name, fact in self._inputs.fingerprint.items() if name != _MARK}
             facts["model"] = model_digest(self._inputs.capture.model)
-            inputs = replace(self._inputs, source=Gathered(self._inputs, self._spool), fingerprint=facts)
+            said = {**self._given.metadata, **metadata, "gathered": 0}
+            inputs = replace(self._inputs, source=Gathered(self._inputs, self._spool, said), fingerprint=facts)
             state = self._state
-            state.reporter, state.manifest.fingerprint = report, facts
-            state.manifest.metadata = {**self._given.metadata, **metadata, "gathered": self.found}
+            state.reporter, state.manifest.fingerprint, state.manifest.metadata = report, facts, said
             finish_index(self._given, inputs, state)
 
     def close(self) -> None:
         """Gives it up. The folder stays an unfinished build's, which the next gathering there begins anew."""
-        self._stack.close()
+        self._closing()
 
 
 class _Named:
@@ -215,11 +245,12 @@ class _Named:
             return batch
         return {name: batch[name] for name in self._fields if name in batch}
 
-    def of(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, int]:
         """Which rows of the batch are examples, and of which ids; a row that several examples are equal to comes
-        several times."""
-        rows, ids = [], []
-        for row, content in enumerate(contents_of(self.own(batch))):
+        several times. And how many rows are none."""
+        rows, ids = list[int](), list[int]()
+        contents = contents_of(self.own(batch))
+        for row, content in enumerate(contents):
             head = self._heads(content[None])
             first, stop = (
                 np.searchsorted(self._sorted, head, "left")[0],
@@ -229,7 +260,7 @@ class _Named:
                 if np.array_equal(self.contents[i], content):
                     rows.append(row)
                     ids.append(int(i))
-        return np.array(rows, dtype=np.int64), np.array(ids, dtype=np.int64)
+        return np.array(rows, dtype=np.int64), np.array(ids, dtype=np.int64), len(contents) - len(set(rows))
 
     @staticmethod
     def _heads(contents: np.ndarray) -> np.ndarray:

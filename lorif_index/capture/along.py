@@ -8,19 +8,21 @@ multiple of the other, the program's loss is another, and nothing is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CaptureError
 from .data import Batch, batch_count, to_device
 from .gradients import GradientBlock, LayerGradient
+from .heads import wide
 from .losses import (
     IGNORE,
     LogitsOf,
@@ -31,22 +33,30 @@ from .losses import (
     is_cross_entropy,
     logits_of,
 )
+from .sharded import is_compiled
 from .sources import ModelCapture
 
 # Relative distance of dL/dz from a multiple of d(sum of losses)/dz that is rounding, by bytes of a number.
 _NEAR = {2: 3e-2, 4: 1e-3, 8: 1e-6}
 # What autograd calls a tensor's conversion to another dtype.
 _CONVERSION = "ToCopyBackward"
-# Of a batch's positions so many that have a loss, and so many that have none.
+# Positions of a batch whose slopes are compared for every class; all are compared for the label's.
 _POSITIONS = 64
 
 
 class _Seen:
-    """A tensor z of the program's forward pass, and dL/dz once its backward pass has come there."""
+    """A tensor z of the program's forward pass, and dL/dz once its backward pass has come there.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    Args:
+        tensor: z.
+        late: called where that happens after another batch was begun.
+    """
+
+    def __init__(self, tensor: torch.Tensor, late: Callable[[], None]) -> None:
         self.value = tensor.detach()
         self.slope: torch.Tensor | None = None
+        self.over = False
+        self._late = late
         node, number = tensor.grad_fn, tensor.output_nr
         while type(node).__name__.startswith(_CONVERSION):
             # Outputs may be converted for the program, and the loss be of what they were before.
@@ -57,7 +67,9 @@ class _Seen:
             node.register_prehook(lambda slopes: self._add(slopes[number]))
 
     def _add(self, slope: torch.Tensor | None) -> None:
-        if slope is not None:
+        if self.over:
+            self._late()
+        elif slope is not None:
             self.slope = slope.detach() if self.slope is None else self.slope + slope.detach()
 
 
@@ -79,10 +91,13 @@ class Along:
         layers = [layer.name for layer in taken.layers if any(use.module is self._head for use in layer.uses)]
         # The head's layer by itself, where a pass goes round the head's module.
         self._around = taken.capture(loss, layers).trust() if layers else None
+        self._mixing = [module for module in taken.model.modules() if isinstance(module, _BatchNorm)]
         self._batch: Batch = None
+        self._output: Any = None
         self._logits: _Seen | None = None
         self._hidden: _Seen | None = None
         self._calls = self._head_calls = 0
+        self._mixed = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -91,6 +106,9 @@ class Along:
         Raises:
             CaptureError: the model's passes cannot be listened to.
         """
+        if any(is_compiled(m) or getattr(m, "_compiled_call_impl", None) is not None for m in self._model.modules()):
+            raise CaptureError("the passes of a compiled model cannot be listened to: its modules are not called")
+        self._check_mixing()
         with ExitStack() as stack:
             stack.enter_context(self._capture.listening())
             if self._around is not None:
@@ -104,7 +122,7 @@ class Along:
     def begin(self, batch: Batch) -> None:
         """The forward pass of a batch follows, and its backward pass."""
         self.drop()
-        self._batch = to_device(batch, self._capture.device)
+        self._batch, self._mixed = to_device(batch, self._capture.device), False
         self._capture.started(batch_count(batch))
 
     def end(self) -> GradientBlock | None:
@@ -114,8 +132,11 @@ class Along:
             CaptureError: the program's loss is not the examples', or their gradients cannot be taken.
         """
         try:
+            if self._mixed:
+                raise CaptureError("the backward pass of an earlier batch came after this one was begun")
             if self._calls > 1:
                 raise CaptureError("the model was called more than once for one batch")
+            self._check_mixing()
             ids = np.arange(batch_count(self._batch), dtype=np.int64)
             if self._logits is not None:
                 factor, rest = self._of_logits(self._logits), None
@@ -135,26 +156,38 @@ class Along:
 
     def drop(self) -> None:
         """Nothing is taken of the pass that was begun."""
-        self._batch = self._logits = self._hidden = None
+        for seen in (self._logits, self._hidden):
+            if seen is not None:
+                seen.over = True
+        self._batch = self._output = self._logits = self._hidden = None
         self._calls = self._head_calls = 0
         self._capture.dropped()
 
+    def _check_mixing(self) -> None:
+        if any(module.training for module in self._mixing):
+            raise CaptureError(
+                "batch norms mix the examples of a batch while the model trains: build at the end instead"
+            )
+
     # -- what the program's pass shows ---------------------------------------------------------------------------
+
+    def _late(self) -> None:
+        self._mixed = True
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The model has given its outputs."""
         if self._batch is None or not torch.is_grad_enabled():
             return
         self._calls += 1
-        logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
-        if isinstance(logits, torch.Tensor) and logits.requires_grad and self._calls == 1:
-            self._logits = _Seen(logits)
+        logits = _logits_in(output)
+        if logits is not None and logits.requires_grad and self._calls == 1:
+            self._output, self._logits = output, _Seen(logits, self._late)
 
     def _met(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """What is below the head has given its hidden states."""
         hidden = getattr(output, "last_hidden_state", None)
         if self._batch is not None and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
-            self._hidden = _Seen(hidden)
+            self._hidden = _Seen(hidden, self._late)
 
     def _headed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._head_calls += self._batch is not None
@@ -162,49 +195,58 @@ class Along:
     # -- the same losses again -----------------------------------------------------------------------------------
 
     def _of_logits(self, seen: _Seen) -> float:
-        """c, at all logits, or of a cross-entropy at some positions, where it is known without a backward pass."""
+        """c. Of a cross-entropy it is found without a backward pass: at all positions by the slope of the label's
+        logit, c (p_y - 1), at some by those of all classes."""
         find = logits_of(self._loss)
         if find is None or not is_cross_entropy(self._loss):
-            return self._factor(seen, self._logits_again)
+            return self._factor(seen, self._losses)
         if seen.slope is None:
             return 0.0
-        logits, labels = checked_logits(self._replayed(find, seen.value))
-        slopes, _ = checked_logits(self._replayed(find, seen.slope))
+        logits, labels = self._replayed(find, seen.value)
+        slopes, _ = self._replayed(find, seen.slope)
         counted = labels != IGNORE
-        own, theirs = [], []
-        for kind in (counted, ~counted):
-            places = kind.nonzero()
-            places = places[torch.linspace(0, len(places) - 1, min(len(places), _POSITIONS)).long().to(places.device)]
-            at = tuple(places.T)
-            slope = logits[at].double().softmax(dim=1)
-            slope[torch.arange(len(places), device=slope.device), labels[at].clamp_min(0)] -= 1.0
-            own.append(slope * counted[at].unsqueeze(1))
-            theirs.append(slopes[at].double())
-        return self._compared(seen, torch.cat(own).flatten(), torch.cat(theirs).flatten())
+        targets = labels.clamp_min(0).unsqueeze(-1)
+        # An example at a time: no second array of all logits.
+        sizes = torch.stack([wide(one).logsumexp(dim=-1) for one in logits])
+        p = (wide(logits.gather(-1, targets).squeeze(-1)) - sizes).exp()
+        beside = torch.stack([one.abs().amax(dim=-1) for one in slopes])[~counted]
+        own = [(p.double() - 1.0)[counted], beside.new_zeros(beside.shape, dtype=torch.float64)]
+        theirs = [slopes.gather(-1, targets).squeeze(-1)[counted].double(), beside.double()]
+        places = counted.nonzero()
+        places = places[torch.linspace(0, len(places) - 1, min(len(places), _POSITIONS)).long().to(places.device)]
+        at = tuple(places.T)
+        whole = logits[at].double().softmax(dim=1)
+        whole[torch.arange(len(places), device=whole.device), labels[at]] -= 1.0
+        own.append(whole.flatten())
+        theirs.append(slopes[at].double().flatten())
+        return self._compared(seen, torch.cat(own), torch.cat(theirs))
 
     def _replayed(self, find: LogitsOf, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return find(_Replayed(self._model, values), self._batch)  # type: ignore[arg-type]
+        model: Any = _Replayed(self._model, self._output, values)
+        return checked_logits(find(model, self._batch))
 
-    def _logits_again(self, logits: torch.Tensor) -> torch.Tensor:
+    def _losses(self, logits: torch.Tensor) -> torch.Tensor:
         """The examples' losses, (n,), of logits."""
-        return self._loss(_Replayed(self._model, logits), self._batch)  # type: ignore[arg-type]
+        model: Any = _Replayed(self._model, self._output, logits)
+        return self._loss(model, self._batch)
 
     def _of_head(self, ids: np.ndarray, hidden: _Seen) -> tuple[float, GradientBlock | None]:
         """c, and the gradients in the head's layer, if it is tracked, of the head's part of the pass."""
         head: Any = self._head
         around = self._around
+        self._output = {}
         with self._capture.deaf():
             if around is None:
-                return self._factor(hidden, lambda z: self._logits_again(head(z))), None
+                return self._factor(hidden, lambda z: self._losses(head(z))), None
             around.started(len(ids))
             try:
-                factor = self._factor(hidden, lambda z: self._logits_again(head(z)))
+                factor = self._factor(hidden, lambda z: self._losses(head(z)))
                 around.scale = 1.0
                 return factor, around.collected(ids)
             finally:
                 around.dropped()
 
-    def _factor(self, seen: _Seen, losses: Any) -> float:
+    def _factor(self, seen: _Seen, losses: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """c; 0 where no loss has been differentiated, or it has no gradient there, or one of inf or NaN."""
         if seen.slope is None:
             return 0.0
@@ -235,14 +277,28 @@ class Along:
         return factor
 
 
-class _Replayed:
-    """Stands in for a model that was called already: gives its logits again."""
+def _logits_in(output: Any) -> torch.Tensor | None:
+    """As the default loss finds them."""
+    found = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    found = output.get("logits") if found is None and isinstance(output, Mapping) else found
+    return found if isinstance(found, torch.Tensor) else None
 
-    def __init__(self, model: nn.Module, logits: torch.Tensor) -> None:
-        self._base, self._logits = base_model(model), logits
+
+class _Replayed:
+    """Stands in for a model that was called already: gives its output again, with other logits."""
+
+    def __init__(self, model: nn.Module, output: Any, logits: torch.Tensor) -> None:
+        self._base, self._output, self._logits = base_model(model), output, logits
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return SimpleNamespace(logits=self._logits)
+        if isinstance(self._output, torch.Tensor):
+            return self._logits
+        again = copy.copy(self._output)
+        if isinstance(again, Mapping):
+            again["logits"] = self._logits  # type: ignore[index]
+        else:
+            again.logits = self._logits
+        return again
 
     def get_base_model(self) -> nn.Module:
         """As a model of peft says what is inside."""

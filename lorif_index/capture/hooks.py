@@ -139,6 +139,8 @@ class Capture:
         # Uses among them whose examples may lie along the second dimension.
         self._second: set[str] = set()
         self._n, self._each = 0, 1
+        # Of the program's passes that are listened to: a backward pass may come when another has begun.
+        self._pass, self._mixed = 0, False
         self._probing: int | None = None
         self._active = False
         self._sums: dict[str, _Sum] = {}
@@ -306,6 +308,7 @@ class Capture:
     def started(self, count: int) -> None:
         """From now on the program makes a pass of so many examples."""
         self._n, self._each, self._active = count, 1, True
+        self._pass, self._mixed = self._pass + 1, False
         self._called, self._graded, self._troubles = set(), set(), {}
         self._sums = {layer.name: _Sum() for layer in self._layers}
 
@@ -318,6 +321,8 @@ class Capture:
             beside: layers that the pass need not have called.
         """
         try:
+            if self._mixed:
+                raise CaptureError("the backward pass of an earlier batch came after this one was begun")
             self._check_graded()
             for layer in self._layers:
                 if layer.name not in self._called and layer.name not in beside:
@@ -459,7 +464,15 @@ class Capture:
                 # Projected now: the model may change its input in place later, and the projection is smaller.
                 left = self._project_input(layer, use, inputs, output.dtype)
             if graded:
-                target.register_hook(lambda dy: self._collect(layer, use, left, padded, spread, factor, dy))
+                number = self._pass
+
+                def collect(dy: torch.Tensor) -> None:
+                    if number == self._pass:
+                        self._collect(layer, use, left, padded, spread, factor, dy)
+                    else:
+                        self._mixed = True
+
+                target.register_hook(collect)
             if self._push is None:
                 return replaced
             with torch.autocast(x.device.type, enabled=False):

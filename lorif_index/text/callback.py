@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import random
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback
@@ -22,8 +18,8 @@ from ..capture.data import as_source
 from ..capture.losses import PerExample
 from ..capture.sources import ModelCapture
 from ..config import BuildConfig
-from ..errors import ConfigError, LorifError
-from ..gathering import Gathering
+from ..errors import ConfigError
+from ..gathering import Gathering, undisturbed
 from ..index import Index
 from ..progress import ProgressCallback
 from ..storage.payloads import Values
@@ -83,7 +79,8 @@ class IndexCallback(TrainerCallback):
         self._data, self._tokenizer = data, tokenizer
         self._config, self._loss, self._payloads = config, loss, payloads
         self._metadata, self._progress = dict(metadata or {}), progress
-        self._wants = gather
+        self._gather = gather
+        self._wants, self._count = gather, 0
         self._gathering: Gathering | None = None
         self._hook: Any = None
 
@@ -95,18 +92,20 @@ class IndexCallback(TrainerCallback):
                 f"IndexCallback needs the whole model in one process, and training uses {sharded[0]}: build the index "
                 "from a saved checkpoint instead"
             )
+        self._wants = self._gather
+        self._stop_gathering()
         if self._wants:
             _check_gathered(args)
         if not state.is_world_process_zero:
             return
         if self.when == "end":
-            if self._wants:
-                forget(self.path)
+            forget(self.path)
             check_free(self.path)
         config = BuildConfig() if self._config is None else self._config
-        with _random_states(given["model"]):
+        with undisturbed(given["model"]):
             model, tokenizer = given["model"], self._tokenizer_of(given)
             source = as_source(prepared(self._data_of(given), model, tokenizer), config.batch_size)
+            self._count = source.count
             ids, batch = next(iter(source.batches()))
 
             def look(config: BuildConfig) -> None:
@@ -119,13 +118,14 @@ class IndexCallback(TrainerCallback):
         if not self._wants or self._gathering is not None:
             return
         each = args.gradient_accumulation_steps * args.train_batch_size
-        if state.max_steps - state.global_step > -(-len(self._data_of(given)) // each):
+        if state.max_steps - state.global_step > -(-self._count // each):
             return
         model = given["model"]
         try:
-            with _random_states(model):
+            with undisturbed(model):
                 self._gathering = Gathering(self.path, model=model, **self._asked(given))
-        except LorifError as error:
+        except Exception as error:
+            # Whatever it is, the training is worth more.
             self._wants = False
             forget(self.path)
             warnings.warn(f"nothing is gathered, and all is computed at the end: {error}", stacklevel=2)
@@ -137,12 +137,19 @@ class IndexCallback(TrainerCallback):
             self._gathering.end()
             self._gathering.begin({name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Takes what a batch's passes gave."""
+    def _stop_gathering(self) -> None:
+        """Gives up what an earlier training of this trainer had begun."""
+        if self._gathering is not None:
+            self._hook.remove()
+            self._gathering.close()
+            self._gathering = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Takes what a batch's passes gave, while the weights are still theirs."""
         if self._gathering is not None:
             self._gathering.end()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_substep_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Takes what a batch's passes gave."""
         if self._gathering is not None:
             self._gathering.end()
@@ -161,7 +168,7 @@ class IndexCallback(TrainerCallback):
         if not state.is_world_process_zero or folder in self.built:
             return
         more = {"step": int(state.global_step), "epoch": state.epoch, **self._metadata}
-        with _random_states(given["model"]):
+        with undisturbed(given["model"]):
             if self._gathering is None:
                 # The other processes are not called.
                 index = Index.build(
@@ -202,27 +209,11 @@ class IndexCallback(TrainerCallback):
 def _check_gathered(args: Any) -> None:
     """Raises ConfigError where gradients of such a training are not gathered."""
     why = None
-    if args.world_size > 1:
-        why = f"is shared by {args.world_size} processes, each of which sees a part"
+    if args.world_size > 1 or args.n_gpu > 1:
+        why = f"is shared by {max(args.world_size, args.n_gpu)} processes or GPUs, each of which sees a part"
     elif args.torch_compile:
         why = "is of a compiled model, whose modules are not called"
     elif args.load_best_model_at_end:
         why = "ends with another model than the last step's (load_best_model_at_end)"
     if why is not None:
         raise ConfigError(f"gather=True: the training {why}. Leave gather out: the index is built at the end")
-
-
-@contextmanager
-def _random_states(model: nn.Module) -> Iterator[None]:
-    """Random generators and gradients of the parameters are as before afterwards."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the trainer's own generator
-    grads = [(p, p.grad) for p in model.parameters()]
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for p, grad in grads:
-            p.grad = grad

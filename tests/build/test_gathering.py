@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lorif_index import BuildConfig, Compute, Gathering, Index, Sample
+from lorif_index import BuildConfig, Compute, CrossEntropy, Gathering, Index, Sample
 from lorif_index.capture.along import Along
 from lorif_index.capture.sources import ModelCapture
 from lorif_index.errors import CaptureError, ConfigError, DataError, FingerprintError
@@ -159,6 +160,164 @@ def test_another_loss_is_not_taken_for_the_examples(smoothed: bool, tmp_path: Pa
     assert index.metadata["gathered"] == 0 and same(index, plain, (data.tensors[0][:9], data.tensors[1][:9]), 1e-4)
 
 
+def some(tmp_path: Path, **more: Any) -> tuple[Gathering, TensorDataset, Any, BuildConfig]:
+    data, model = table()
+    config = BuildConfig(coarse=None, sample=Sample(size=40))
+    return Gathering(tmp_path / "g", model=model, data=data, config=config, **more), data, model, config
+
+
+def test_one_backward_pass_of_several_batches_is_not_taken(tmp_path: Path) -> None:
+    gathering, data, model, _ = some(tmp_path)
+    batches = list(loader(data))
+    with pytest.warns(UserWarning, match="backward pass of an earlier batch"):
+        with gathering.of(batches[0]):
+            first = cross_entropy(model(batches[0][0]), batches[0][1])
+        with gathering.of(batches[1]):
+            (first + cross_entropy(model(batches[1][0]), batches[1][1])).backward()
+    assert gathering.found == 0
+
+
+def test_a_weight_at_one_position_in_a_thousand_is_seen(tmp_path: Path) -> None:
+    """However few positions it is at."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 12), nn.Linear(12, 40))
+    x, y = torch.randint(40, (64, 100)), torch.randint(1, 40, (64, 100))
+    y[5, 17] = 0
+    config = BuildConfig(coarse=None, sample=Sample(size=40))
+    gathering = Gathering(tmp_path / "g", model=model, data=(x, y), config=config)
+    weight = torch.ones(40)
+    weight[0] = 3.0
+    with pytest.warns(UserWarning, match="not the sum of the examples' losses"), gathering.of((x, y)):
+        cross_entropy(model(x).flatten(0, 1), y.flatten(), weight).backward()
+    assert gathering.found == 0
+    gathering.close()
+
+
+def test_batch_norms_that_train_are_refused(tmp_path: Path) -> None:
+    data, _ = table()
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    config = BuildConfig(coarse=None, sample=Sample(size=40))
+    with pytest.raises(CaptureError, match="batch norms mix"):
+        Gathering(tmp_path / "g", model=model.train(), data=data, config=config)
+    gathering = Gathering(tmp_path / "g", model=model.eval(), data=data, config=config)
+    model.train()
+    x, y = next(iter(loader(data)))
+    with pytest.warns(UserWarning, match="batch norms mix"), gathering.of((x, y)):
+        cross_entropy(model(x), y).backward()
+    assert gathering.found == 0
+
+
+def test_an_example_that_comes_twice_in_a_batch_is_one(tmp_path: Path) -> None:
+    gathering, data, model, config = some(tmp_path)
+    x, y = data.tensors
+    for places in torch.arange(120).split(20):
+        twice = torch.cat([places, places[:3]])
+        with gathering.of((x[twice], y[twice])):
+            cross_entropy(model(x[twice]), y[twice]).backward()
+    assert gathering.found == 120
+    index = gathering.build()
+    plain = Index.build(tmp_path / "p", model=model, data=data, config=config)
+    assert len(index) == 120 and same(index, plain, (x[:9], y[:9]), 1e-4)
+    index.verify()
+
+
+def squared(model: Any, batch: Any) -> torch.Tensor:
+    return (model(batch[0]) - batch[1].unsqueeze(1)).square().sum(dim=1)
+
+
+@pytest.mark.parametrize("kind", ["own", "squared", "declared"])
+def test_losses_of_ones_own(kind: str, tmp_path: Path) -> None:
+    """Which take the model's output as it is."""
+    loss: Any = {
+        "own": lambda model, batch: cross_entropy(model(batch[0]), batch[1], reduction="none"),
+        "squared": squared,
+        "declared": CrossEntropy(lambda model, batch: (model(batch[0]), batch[1])),
+    }[kind]
+    gathering, data, model, config = some(tmp_path, loss=loss)
+    for batch in loader(data):
+        with gathering.of(batch):
+            loss(model, batch).mean().backward()
+    assert gathering.found == 120 and gathering.trouble is None
+    index = gathering.build()
+    plain = Index.build(tmp_path / "p", model=model, data=data, config=config, loss=loss)
+    assert same(index, plain, (data.tensors[0][:9], data.tensors[1][:9]), 1e-4)
+
+
+def test_an_error_of_the_users_loss_ends_the_gathering_alone(tmp_path: Path) -> None:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        return cross_entropy(model(batch[0])[model.training :], batch[1], reduction="none")
+
+    gathering, data, model, _ = some(tmp_path, loss=loss)
+    model.train()
+    x, y = next(iter(loader(data)))
+    with pytest.warns(UserWarning, match="gathering ends at 0 examples: ValueError"), gathering.of((x, y)):
+        cross_entropy(model(x), y).backward()
+    gathering.close()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_layer_that_dies_leaves_nothing_that_was_gathered(tmp_path: Path) -> None:
+    """The index says so."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 4)
+            self.gate = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(torch.relu(self.a(x)) + self.gate * self.b(x))
+
+    data, model = table()[0], Gated()
+    config = BuildConfig(coarse=None, sample=Sample(size=40))
+    gathering = Gathering(tmp_path / "g", model=model, data=data, config=config)
+    for x, y in loader(data):
+        with gathering.of((x, y)):
+            cross_entropy(model(x), y).backward()
+    model.gate = 0.0
+    with pytest.warns(UserWarning, match="left out"):
+        index = gathering.build()
+    assert index.metadata["gathered"] == 0 and list(index.layers) == ["a", "c"]
+
+
+def test_random_generators_are_left_alone(tmp_path: Path) -> None:
+    data, model = table()
+    plain = DataLoader(data, batch_size=16)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    config = BuildConfig(coarse=None, sample=Sample(size=40))
+    with Gathering(tmp_path / "g", model=model, data=plain, config=config):
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_nothing_is_left_where_a_gathering_is_given_up_or_refused(tmp_path: Path) -> None:
+    gathering, data, model, config = some(tmp_path)
+    assert list((tmp_path / "g").glob(".spool*")) and any(m._forward_hooks for m in model.modules())
+    del gathering
+    gc.collect()
+    assert not list((tmp_path / "g").glob(".spool*")) and not any(m._forward_hooks for m in model.modules())
+    with pytest.raises(ConfigError, match="has no use for 120"):
+        Gathering(tmp_path / "g", model=model, data=data)
+    index = Index.build(tmp_path / "g", model=model, data=data, config=config)
+    assert len(index) == 120
+    with Gathering(tmp_path / "h", model=model, data=data, config=config) as given_up:
+        pass
+    with pytest.raises(ConfigError, match="has ended"):
+        given_up.build()
+
+
+def test_what_training_did_not_show_is_said(tmp_path: Path) -> None:
+    gathering, data, model, _ = some(tmp_path)
+    for number, (x, y) in enumerate(loader(data)):
+        with gathering.of((x + (number == 0), y)):
+            # Without a call of the module nothing is seen.
+            cross_entropy(model.forward(x) if number == 1 else model(x), y).backward()
+    expected = "of 88 of 120 examples were gathered: of 8 batches 1 had no pass that was seen, and 16 of their rows"
+    with pytest.warns(UserWarning, match=expected):
+        gathering.build()
+
+
 def test_what_was_left_is_begun_anew_and_nothing_else_goes_on_with_it(tmp_path: Path) -> None:
     data, model = table()
     config = BuildConfig(coarse=None, sample=Sample(size=40))
@@ -183,6 +342,8 @@ def test_what_cannot_be_gathered_is_refused(tmp_path: Path) -> None:
         Gathering(tmp_path / "e", model=[model], data=data)  # type: ignore[arg-type]
     with pytest.raises(DataError):
         Gathering(tmp_path / "n", model=model, data=None)
+    with pytest.raises(ConfigError, match="is compiled"):
+        Gathering(tmp_path / "c", model=torch.compile(model, backend="eager"), data=data)  # type: ignore[arg-type]
     attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     several = nn.Sequential(attention, nn.Linear(8, 4))
     config = BuildConfig(coarse=None, sample=Sample(size=40))
@@ -237,7 +398,9 @@ def test_listened_gradients_are_autograds(kind: str) -> None:
 # -- trainers
 
 
-def run(folder: Path, callback: Any, model: Any, *, rate: float = 0.0, epochs: int = 2, **more: Any) -> Any:
+def run(
+    folder: Path, callback: Any, model: Any, *, rate: float = 0.0, epochs: int = 2, train: bool = True, **more: Any
+) -> Any:
     tokenizer = decoder_tokenizer()
     tokenizer.pad_token = "<|endoftext|>"
     data = datasets.Dataset.from_dict({"text": SENTENCES}).map(lambda r: tokenizer(r["text"]), remove_columns="text")
@@ -263,7 +426,8 @@ def run(folder: Path, callback: Any, model: Any, *, rate: float = 0.0, epochs: i
         processing_class=tokenizer,
         callbacks=[] if callback is None else [callback],
     )
-    work.train()
+    if train:
+        work.train()
     return work
 
 
@@ -345,7 +509,42 @@ def test_trainings_that_cannot_be_gathered_from_are_refused_first(tmp_path: Path
         ).train()
 
 
-def test_trl_has_its_own_examples_gathered(tmp_path: Path) -> None:
+def test_an_interrupted_trainer_goes_on_and_other_ways_to_pass_data(tmp_path: Path) -> None:
+    class Once(transformers.TrainerCallback):
+        done = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.global_step == 8 and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+
+    callback, model = indexed(tmp_path / "idx"), make_model("llama")
+    work = run(tmp_path, callback, model, train=False, save_strategy="steps", save_steps=6)
+    work.add_callback(Once())
+    with pytest.raises(KeyboardInterrupt):
+        work.train()
+    work.train(resume_from_checkpoint=True)
+    index = Index.open(callback.built[0], model=model, tokenizer=work.processing_class)
+    assert index.metadata["gathered"] == 8 and len(index) == 10
+    tokens = work.processing_class(SENTENCES, padding=True, return_tensors="pt")
+    other = indexed(tmp_path / "dict", data=dict(tokens))
+    run(tmp_path / "dict-out", other, model)
+    assert Index.open(other.built[0]).metadata["gathered"] == 10
+
+
+def test_a_callback_that_does_not_gather_passes_over_what_one_left(tmp_path: Path) -> None:
+    from lorif_index.text import IndexCallback
+
+    data, model = table()
+    Gathering(tmp_path / "idx", model=model, data=data, config=BuildConfig(sample=Sample(size=40))).close()
+    callback = IndexCallback(tmp_path / "idx", config=CONFIG)
+    run(tmp_path, callback, make_model("llama"))
+    assert len(Index.open(callback.built[0])) == 10
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-2])
+def test_trl_has_its_own_examples_gathered(rate: float, tmp_path: Path) -> None:
+    """Its head is fused with the loss; rows are of the weights before their step."""
     trl = pytest.importorskip("trl")
     tokenizer = decoder_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = "<|endoftext|>"
@@ -359,7 +558,8 @@ def test_trl_has_its_own_examples_gathered(tmp_path: Path) -> None:
             str(tmp_path / "out"),
             num_train_epochs=2,
             per_device_train_batch_size=4,
-            learning_rate=0.0,
+            learning_rate=rate,
+            gradient_accumulation_steps=2 if rate else 1,
             report_to=[],
             disable_tqdm=True,
             save_strategy="no",
@@ -375,4 +575,4 @@ def test_trl_has_its_own_examples_gathered(tmp_path: Path) -> None:
     plain = Index.build(tmp_path / "p", model=work.model, data=work.train_dataset, tokenizer=tokenizer, config=CONFIG)
     asked = work.train_dataset[4]
     item = {name: torch.tensor([asked[name]]) for name in ("input_ids", "labels")}
-    assert same(Index.open(callback.built[0], model=work.model, tokenizer=tokenizer), plain, item)
+    assert rate or same(Index.open(callback.built[0], model=work.model, tokenizer=tokenizer), plain, item)
