@@ -28,7 +28,7 @@ import re
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ TRAINED = 2
 # Seeds of flips that how to ask held-out mails was chosen on; the mean over the others is "later".
 CHOSEN_ON = 2
 KINDS = ("default", "empirical", "paper")
+# Beside a search's default, as multiples of trace / D: of the default index.
+DAMPINGS = (1.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,15 @@ class Indexes:
 # -- mislabelled ---------------------------------------------------------------------------------------------------
 
 
+def searches(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what is added to a method's name, what a search is given) of each way to search an index."""
+    for damping in (None, *DAMPINGS) if kind == "default" else (None,):
+        more: dict[str, Any] = {} if damping is None else {"damping": damping}
+        for way in (None, "relatif", "cosine"):
+            name = ("" if way is None else f", {way}") + ("" if damping is None else f", damping {damping:g}")
+            yield name, more | ({} if way is None else {"normalize": way})
+
+
 def found_by(suspicion: np.ndarray, flipped: np.ndarray) -> dict[str, float]:
     """How well a score finds the flipped: area under the ROC curve, and their share in the tenth inspected first."""
     from sklearn.metrics import roc_auc_score
@@ -374,11 +385,11 @@ def mislabelled(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: 
             for kind, question in questions.items():
                 index = indexes.kept[kind]
                 scores[f"self-influence, {kind}"] = index.self_influence()
-                scores[f"held-out influence, {kind}"] = -index.scores(question).mean(axis=0)
-                for way in ("relatif", "cosine"):
-                    found = -index.scores(question, normalize=way)
-                    scores[f"held-out influence, {kind}, {way}"] = found.mean(axis=0)
-                    scores[f"held-out influence, {kind}, {way}, right"] = found[right].mean(axis=0)
+                for way, more in searches(kind):
+                    found = -index.scores(question, **more)
+                    scores[f"held-out influence, {kind}{way}"] = found.mean(axis=0)
+                    if "normalize" in more:
+                        scores[f"held-out influence, {kind}{way}, right"] = found[right].mean(axis=0)
             stored = side_by_side(indexes.stored)
             scores["gradient norm"] = np.square(stored).sum(axis=1)
             directions, held = unit(stored), side_by_side(questions["empirical"])
@@ -458,8 +469,8 @@ def poisoned(base: Base, train: Mails, held_out: Mails, sizes: Sizes, smoke: boo
         indexes = Indexes(folder, model, data)
         for kind in KINDS:
             index, question = indexes.kept[kind], indexes.query(kind, queries)
-            note(kind, index.search(question, most).ids)
-            note(f"{kind}, relatif", index.search(question, most, normalize="relatif").ids)
+            for way, more in searches(kind):
+                note(f"{kind}{way}", index.search(question, most, **more).ids)
         result["builds"] = indexes.report
         stored, asked = side_by_side(indexes.stored), side_by_side(indexes.query("empirical", queries))
     note("gradient dot", ranked(asked @ stored.T))
