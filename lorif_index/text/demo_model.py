@@ -188,7 +188,7 @@ def train(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
     )
     steps, done, seen, began = settings.steps, 0, 0, time.perf_counter()
-    batches = _batches(examples, settings)
+    batches, half = _batches(examples, settings), _multiplies_bfloat16()
     model.train()
     with reporter(progress) as report, report.stage("train", steps) as stage:
         while done < steps and time.perf_counter() - began < 1.5 * settings.seconds:
@@ -196,7 +196,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(done, steps)
             optimizer.zero_grad()
-            (default_loss(model, batch).sum() / _predicted(batch)).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = default_loss(model, batch).sum() / _predicted(batch)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             done += 1
@@ -213,6 +215,21 @@ def train(
         loss=_mean_loss(model, examples, settings.batch_size),
         loss_held_out=_mean_loss(model, others, settings.batch_size),
     )
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 at least twice as fast as float32, as those with instructions for it do:
+    then the training takes two thirds of the time."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+        clock = []
+        for _ in range(6):
+            began = time.perf_counter()
+            left @ right
+            clock.append(time.perf_counter() - began)
+        seconds.append(min(clock[1:]))
+    return seconds[0] > 2 * seconds[1]
 
 
 def _batches(examples: TokenisedData, settings: DemoSettings) -> Iterator[dict[str, torch.Tensor]]:
