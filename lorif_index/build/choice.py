@@ -34,6 +34,8 @@ _LEAST_SAMPLE = 2048
 _SMALL = 1600
 # Examples of the sample that tell what factors lose.
 MEASURED = 256
+# Of so many examples, which codec is likely is seen before the projections' width is known.
+_LOOKED_AT = 8
 # Share of squared norm below which factors are as good as whole: what rounding to 4 bits costs coordinates.
 _LOSSLESS_SHARE = 0.01
 
@@ -88,7 +90,7 @@ def _adding(config: BuildConfig, field: str, model: Any, modules: Iterable[str])
 
 def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, examples: ExampleSource) -> BuildConfig:
     """The config with a number for projection_floor: wider for codecs that gain by there being more directions to
-    choose from. The first batch decides which codec is likely.
+    choose from. A few examples decide which codec is likely.
 
     Where a usual row has room for all directions of the least width, it stays: a wider D would make the same multiple
     of trace / D a smaller lambda (`bench.lds`: Fashion-MNIST falls from .283 to .248)."""
@@ -101,8 +103,12 @@ def with_floor(config: BuildConfig, model: nn.Module, loss: PerExample | None, e
         return least
     taken = ModelCapture(model, least)
     # That examples do not depend on each other is checked by the pass that follows: a check is a backward pass more.
-    first = itertools.islice(ModelGradients(taken.capture(loss).trust(), examples).blocks(), 1)
-    if not codec_class(chosen_codec(least, taken.specs, first)).gains_by_width:
+    # Of all the data, which may be in order of length; the first ones where others are had by walking there.
+    most = examples.count - 1 if examples.random_access else _LOOKED_AT - 1
+    few = np.unique(np.linspace(0, min(most, examples.count - 1), _LOOKED_AT).astype(np.int64))
+    blocks = ModelGradients(taken.capture(loss).trust(), examples).sample(few)
+    some = itertools.islice(blocks, len(few) if examples.random_access else 1)
+    if not codec_class(chosen_codec(least, taken.specs, some)).gains_by_width:
         return least
     if config.projection_dim != "auto" or sum(spec.dim for spec in taken.specs.values()) <= 8 * _SMALL:
         return least

@@ -62,6 +62,8 @@ _NUMBERS = 10_000
 # Stages that grow with the layers. The others see a sketch's coordinates, as many of few layers as of many.
 _GROWING = ("curvature", "codec", "encode")
 _JITTER = 0.3
+# Examples whose sides are walked over, to time it.
+_WALKED = 8
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ class _Handful:
         config = self.config
         sides = eigenbases.fitted_sides(self.specs, capture.layers) if config.projection == "eigen" else []
         if sides:
-            some = sum(block.count for block in self.rows[: max(len(self.rows) - 1, 1)])
+            some = min(sum(block.count for block in self.rows[: max(len(self.rows) - 1, 1)]), _WALKED)
             walk = capture.sides(loss, there, np.arange(some, dtype=np.int64))
             self.sides = projections_line(walk, some, self.specs, sides, self.device)
 
