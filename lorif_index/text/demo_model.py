@@ -187,8 +187,9 @@ def train(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
     )
+    half = _multiplies_bfloat16()
     steps, done, seen, began = settings.steps, 0, 0, time.perf_counter()
-    batches, half = _batches(examples, settings), _multiplies_bfloat16()
+    batches = _batches(examples, settings)
     model.train()
     with reporter(progress) as report, report.stage("train", steps) as stage:
         while done < steps and time.perf_counter() - began < 1.5 * settings.seconds:
