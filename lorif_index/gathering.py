@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .build.gather import Gatherer, forget
+from .build.gather import Gatherer
 from .build.inputs import Given, chosen_config
 from .build.state import check_free
 from .capture.data import Batch
@@ -77,7 +77,6 @@ class Gathering:
             )
         if is_compiled(model):
             raise ConfigError("gathering needs the modules' calls, and the model is compiled: build at the end instead")
-        forget(self.path)
         check_free(self.path)
         known = {} if tokenizer is None else {TOKENIZER: tokenizer_digest(tokenizer)}
         inner, chosen, kept = as_model(model), chosen_config(config), known | (metadata or {})

@@ -250,14 +250,11 @@ class _Named:
         several times. And how many rows are none."""
         rows, ids = list[int](), list[int]()
         contents = contents_of(self.own(batch))
-        for row, content in enumerate(contents):
-            head = self._heads(content[None])
-            first, stop = (
-                np.searchsorted(self._sorted, head, "left")[0],
-                np.searchsorted(self._sorted, head, "right")[0],
-            )
-            for i in self._order[first:stop]:
-                if np.array_equal(self.contents[i], content):
+        heads = self._heads(contents)
+        firsts, stops = np.searchsorted(self._sorted, heads, "left"), np.searchsorted(self._sorted, heads, "right")
+        for row in range(len(contents)):
+            for i in self._order[firsts[row] : stops[row]]:
+                if np.array_equal(self.contents[i], contents[row]):
                     rows.append(row)
                     ids.append(int(i))
         return np.array(rows, dtype=np.int64), np.array(ids, dtype=np.int64), len(contents) - len(set(rows))

@@ -122,12 +122,10 @@ class IndexCallback(TrainerCallback):
             return
         model = given["model"]
         try:
-            with undisturbed(model):
-                self._gathering = Gathering(self.path, model=model, **self._asked(given))
+            self._gathering = Gathering(self.path, model=model, **self._asked(given))
         except Exception as error:
             # Whatever it is, the training is worth more.
             self._wants = False
-            forget(self.path)
             warnings.warn(f"nothing is gathered, and all is computed at the end: {error}", stacklevel=2)
         else:
             self._hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MARKED, SENTENCES, decoder_tokenizer, encoder_tokenizer, make_model
+from conftest import SENTENCES, decoder_tokenizer, encoder_tokenizer, make_model
+from trainers import sft, trainer
 
 from lorif_index import BuildConfig, Index
 from lorif_index.errors import ConfigError, DataError, IndexExistsError
@@ -21,37 +22,13 @@ pytest.importorskip("accelerate")
 CONFIG = BuildConfig(batch_size=4, coarse=None)
 
 
-def trainer(model: Any, folder: Path, callback: Any = None, *, steps: int = 4, rows: Any = None, **more: Any) -> Any:
-    tokenizer = decoder_tokenizer()
-    tokenizer.pad_token = "<|endoftext|>"
-    data = datasets.Dataset.from_dict({"text": SENTENCES}).map(lambda r: tokenizer(r["text"]), remove_columns="text")
-    arguments: dict[str, Any] = dict(
-        output_dir=str(folder / "out"),
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=3,
-    )
-    return transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**arguments | more),
-        train_dataset=data if rows is None else rows,
-        data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        processing_class=tokenizer,
-        callbacks=[callback] if callback is not None else [],
-    )
+STEPS: dict[str, Any] = dict(max_steps=4, learning_rate=1e-2)
 
 
 def test_at_the_end(tmp_path: Path) -> None:
     callback = IndexCallback(tmp_path / "idx", config=CONFIG, payloads=SENTENCES, metadata={"run": "a"})
     assert isinstance(callback, transformers.TrainerCallback)
-    work = trainer(make_model("gpt2"), tmp_path, callback)
+    work = trainer(make_model("gpt2"), tmp_path, callback, **STEPS)
     work.train()
     assert callback.built == [tmp_path / "idx"]
     index = Index.open(tmp_path / "idx", model=work.model, tokenizer=work.processing_class)
@@ -64,12 +41,12 @@ def test_at_the_end(tmp_path: Path) -> None:
     )
     assert np.allclose(by_hand.scores(SENTENCES[3]), index.scores(SENTENCES[3]), rtol=1e-3, atol=1e-3)
     with pytest.raises(IndexExistsError):
-        trainer(make_model("gpt2"), tmp_path, IndexCallback(tmp_path / "idx")).train()
+        trainer(make_model("gpt2"), tmp_path, IndexCallback(tmp_path / "idx"), **STEPS).train()
 
 
 def test_at_checkpoints_and_training_does_not_notice(tmp_path: Path) -> None:
     # With dropout, so that random states matter.
-    plain = trainer(make_model("gpt2"), tmp_path / "plain", steps=5)
+    plain = trainer(make_model("gpt2"), tmp_path / "plain", **STEPS | {"max_steps": 5})
     plain.train()
     modes, seen = [], []
 
@@ -80,7 +57,7 @@ def test_at_checkpoints_and_training_does_not_notice(tmp_path: Path) -> None:
 
     callback = IndexCallback(tmp_path / "idx", config=CONFIG, when="save")
     saved = dict(save_strategy="steps", save_steps=2, save_only_model=True)
-    work = trainer(make_model("gpt2"), tmp_path, callback, steps=5, **saved)
+    work = trainer(make_model("gpt2"), tmp_path, callback, **STEPS | {"max_steps": 5} | saved)
     work.add_callback(Watch())
     work.train()
     assert callback.built == [tmp_path / "idx" / f"checkpoint-{step}" for step in (2, 4, 5)]
@@ -99,7 +76,7 @@ def test_bf16_training_and_a_classifier(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": SENTENCES, "label": [i % 3 for i in range(10)]})
     rows = rows.map(lambda r: tokenizer(r["text"]))
     callback = IndexCallback(tmp_path / "idx", config=CONFIG, tokenizer=tokenizer)
-    work = trainer(model, tmp_path, callback, rows=rows, bf16=True)
+    work = trainer(model, tmp_path, callback, rows=rows, bf16=True, **STEPS)
     work.data_collator = transformers.DataCollatorWithPadding(tokenizer)
     work.train()
     index = Index.open(tmp_path / "idx", model=work.model, tokenizer=tokenizer)
@@ -109,38 +86,13 @@ def test_bf16_training_and_a_classifier(tmp_path: Path) -> None:
 def test_what_would_fail_later_fails_first(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="when must be one of"):
         IndexCallback(tmp_path / "idx", when="sometimes")
-    work = trainer(make_model("gpt2"), tmp_path, IndexCallback(tmp_path / "idx", data=["and " * 100]))
+    work = trainer(make_model("gpt2"), tmp_path, IndexCallback(tmp_path / "idx", data=["and " * 100]), **STEPS)
     with pytest.raises(DataError, match="more than 60 tokens"):
         work.train()
     assert work.state.global_step == 0
 
 
 # -- trainers of TRL
-
-
-def sft(data: Any, folder: Path, callback: IndexCallback, **more: Any) -> Any:
-    trl = pytest.importorskip("trl")
-    tokenizer = decoder_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token = "<|endoftext|>"
-    tokenizer.chat_template = MARKED
-    arguments: dict[str, Any] = dict(
-        output_dir=str(folder / "out"),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        max_length=48,
-    )
-    return trl.SFTTrainer(
-        model=make_model("llama"),
-        processing_class=tokenizer,
-        train_dataset=data,
-        args=trl.SFTConfig(**arguments | more),
-        callbacks=[callback],
-    )
 
 
 PROMPTS = [{"prompt": s[:14], "completion": s[14:]} for s in SENTENCES]
@@ -161,7 +113,7 @@ CHATS = [
 def test_trl_has_its_own_examples_indexed(rows: Any, more: Any, tmp_path: Path) -> None:
     """The index is that of the trainer's tokens and labels, whatever it made them of."""
     callback = IndexCallback(tmp_path / "idx", config=CONFIG)
-    work = sft(datasets.Dataset.from_list(rows), tmp_path, callback, **more)
+    work = sft(datasets.Dataset.from_list(rows), tmp_path, callback, max_steps=2, **more)
     work.train()
     index = Index.open(callback.built[0], model=work.model)
     asked = work.train_dataset[4]

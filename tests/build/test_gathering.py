@@ -14,6 +14,7 @@ from conftest import SENTENCES, autograd, close, decoder_tokenizer, encoder_toke
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import sft, trainer
 
 from lorif_index import BuildConfig, Compute, CrossEntropy, Gathering, Index, Sample
 from lorif_index.capture.along import Along
@@ -398,34 +399,10 @@ def test_listened_gradients_are_autograds(kind: str) -> None:
 # -- trainers
 
 
-def run(
-    folder: Path, callback: Any, model: Any, *, rate: float = 0.0, epochs: int = 2, train: bool = True, **more: Any
-) -> Any:
-    tokenizer = decoder_tokenizer()
-    tokenizer.pad_token = "<|endoftext|>"
-    data = datasets.Dataset.from_dict({"text": SENTENCES}).map(lambda r: tokenizer(r["text"]), remove_columns="text")
-    arguments: dict[str, Any] = dict(
-        output_dir=str(folder / "out"),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=2,
-        learning_rate=rate,
-        weight_decay=0.0,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=3,
-    )
-    work = transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**arguments | more),
-        train_dataset=data,
-        data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        processing_class=tokenizer,
-        callbacks=[] if callback is None else [callback],
-    )
+def run(folder: Path, callback: Any, model: Any, *, train: bool = True, **more: Any) -> Any:
+    """At a rate of zero, if no other is given, all steps are of one model."""
+    still: dict[str, Any] = dict(num_train_epochs=2, learning_rate=0.0, weight_decay=0.0)
+    work = trainer(model, folder, callback, **still | more)
     if train:
         work.train()
     return work
@@ -466,7 +443,7 @@ def test_a_trainer_gives_the_index_of_a_build(more: dict[str, Any], tmp_path: Pa
 
 def test_a_trainer_makes_the_same_steps(tmp_path: Path) -> None:
     """With dropout, bfloat16 and what is gathered in the last of three epochs."""
-    more = dict(rate=1e-2, epochs=3, bf16=True, gradient_accumulation_steps=2)
+    more = dict(learning_rate=1e-2, num_train_epochs=3, bf16=True, gradient_accumulation_steps=2)
     plain = run(tmp_path / "plain", None, make_model("gpt2"), **more)
     callback = indexed(tmp_path / "idx")
     work = run(tmp_path, callback, make_model("gpt2"), **more)
@@ -545,34 +522,15 @@ def test_a_callback_that_does_not_gather_passes_over_what_one_left(tmp_path: Pat
 @pytest.mark.parametrize("rate", [0.0, 1e-2])
 def test_trl_has_its_own_examples_gathered(rate: float, tmp_path: Path) -> None:
     """Its head is fused with the loss; rows are of the weights before their step."""
-    trl = pytest.importorskip("trl")
-    tokenizer = decoder_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token = "<|endoftext|>"
     rows = [{"prompt": s[:14], "completion": s[14:]} for s in SENTENCES]
     callback = indexed(tmp_path / "idx")
-    work = trl.SFTTrainer(
-        model=make_model("llama"),
-        processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list(rows),
-        args=trl.SFTConfig(
-            str(tmp_path / "out"),
-            num_train_epochs=2,
-            per_device_train_batch_size=4,
-            learning_rate=rate,
-            gradient_accumulation_steps=2 if rate else 1,
-            report_to=[],
-            disable_tqdm=True,
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            max_length=48,
-        ),
-        callbacks=[callback],
-    )
+    more = dict(num_train_epochs=2, learning_rate=rate, gradient_accumulation_steps=2 if rate else 1)
+    work = sft(datasets.Dataset.from_list(rows), tmp_path, callback, **more)
     work.train()
     index = Index.open(callback.built[0], model=work.model)
     assert index.metadata["gathered"] == 10
-    plain = Index.build(tmp_path / "p", model=work.model, data=work.train_dataset, tokenizer=tokenizer, config=CONFIG)
+    told: dict[str, Any] = dict(model=work.model, tokenizer=work.processing_class)
+    plain = Index.build(tmp_path / "p", data=work.train_dataset, config=CONFIG, **told)
     asked = work.train_dataset[4]
     item = {name: torch.tensor([asked[name]]) for name in ("input_ids", "labels")}
-    assert rate or same(Index.open(callback.built[0], model=work.model, tokenizer=tokenizer), plain, item)
+    assert rate or same(Index.open(callback.built[0], **told), plain, item)
