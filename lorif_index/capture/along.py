@@ -33,7 +33,7 @@ from .losses import (
     is_cross_entropy,
     logits_of,
 )
-from .sharded import is_compiled
+from .sharded import has_compiled
 from .sources import ModelCapture
 
 # Relative distance of dL/dz from a multiple of d(sum of losses)/dz that is rounding, by bytes of a number.
@@ -106,7 +106,7 @@ class Along:
         Raises:
             CaptureError: the model's passes cannot be listened to.
         """
-        if any(is_compiled(m) or getattr(m, "_compiled_call_impl", None) is not None for m in self._model.modules()):
+        if has_compiled(self._model):
             raise CaptureError("the passes of a compiled model cannot be listened to: its modules are not called")
         self._check_mixing()
         with ExitStack() as stack:

@@ -120,9 +120,14 @@ def plain_name(name: str) -> str:
     return name.replace(_COMPILED, "").removesuffix(_COMPILED[:-1]).rstrip(".")
 
 
+def has_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has compiled the model, or a module of it: hooks may not be called."""
+    return any(is_compiled(m) or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+
+
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Modules that torch.compile has compiled run as they are written, inside: else hooks may not be called."""
-    if any(is_compiled(m) or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+    """Modules that torch.compile has compiled run as they are written, inside."""
+    if has_compiled(model):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
