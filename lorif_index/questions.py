@@ -17,7 +17,7 @@ from .capture.losses import PerExample
 from .capture.products import Products, has_sequences
 from .capture.seeing import UnseenLoss
 from .capture.sources import ModelCapture, check_block, head_of
-from .curvature.inverse import transform
+from .codecs.base import Transformed
 from .curvature.refine import Refine, dots
 from .damping import Damping
 from .errors import NonFiniteError, QueryError
@@ -106,7 +106,7 @@ class Questions:
                 if contrast is not None:
                     gradients = _without(gradients, self.gradients(contrast, measure, chosen, some))
                 mid = time.perf_counter()
-                question, inverse, refined = self._question(gradients, policy, normalize, refining, progress)
+                question, inverse, refined = self._question(gradients, policy, normalize, keep, refining, progress)
         question = shared_question(question, reader.ranks)
         inverse = shared_layers(inverse, reader.ranks) if keep else None
         if normalize is not None:
@@ -119,33 +119,36 @@ class Questions:
         gradients: dict[str, torch.Tensor],
         policy: Damping,
         normalize: str | None,
+        keep: bool,
         refining: Refining | None,
         progress: bool | ProgressCallback | None,
-    ) -> tuple[Question, dict[str, torch.Tensor], Refined | None]:
-        """The question; its inverse x = H^-1 g, both scaled as scores are; and how that was refined."""
+    ) -> tuple[Question, dict[str, torch.Tensor] | None, Refined | None]:
+        """The question; its inverse x = H^-1 g, where it is to be kept, both scaled as scores are; and how that was
+        refined."""
         reader = self.now.reader
         preconditioners, members = reader.preconditioners(gradients, policy), reader.manifest.members
         refined = None
         if refining is None:
-            x = transform(gradients, preconditioners)
+            asked = reader.transformed(gradients, policy)
         else:
             with reporter(progress) as report:
                 x, refined = refining.refined(gradients, preconditioners, report)
-        question = reader.ask(x)
+            asked = Transformed(x, reader.curvature)
+        question = reader.ask(asked)
         if question.x is not None and not bool(torch.isfinite(question.x).all()):
             raise NonFiniteError(
                 "the query's coordinates are inf or NaN: its gradients are too large, or what the index was fitted "
                 "with is damaged (index.verify() tells)"
             )
         if normalize is None and members == 1:
-            return question, x, refined
+            return question, dict(asked.x) if keep else None, refined
         share = torch.full((question.count,), 1.0 / members)
         if normalize == "cosine":
             if refined is None:
                 share *= question_roots(gradients, preconditioners, members)
             else:
-                share *= inverse_roots(dots(gradients, x).float() / members)
-        scaled = {name: part * share.reshape(-1, 1, 1) for name, part in x.items()}
+                share *= inverse_roots(dots(gradients, dict(asked.x)).float() / members)
+        scaled = {name: part * share.reshape(-1, 1, 1) for name, part in asked.x.items()} if keep else None
         return question.scaled(share), scaled, refined
 
     def gradients(

@@ -20,7 +20,7 @@ import torch
 from ..codecs.base import Transformed
 from ..config import BuildConfig
 from ..curvature.fit import LayerCurvature
-from ..curvature.inverse import inverses, lambdas, transform
+from ..curvature.inverse import inverses, lambdas
 from ..curvature.sketch import Named, Sketch, fit_sketch, sketch_method
 from ..damping import Damping
 from ..linalg.scratch import CPU
@@ -267,7 +267,7 @@ def _calibrate(making: Making, sketch: Sketch | Named, stage: Stage) -> Calibrat
     if not len(own):
         return None
     preconditioners = inverses(making.curvature, policy)
-    question = ask(rows.codec, sketch, Transformed(transform(gradients, preconditioners), making.curvature))
+    question = ask(rows.codec, sketch, Transformed.of(gradients, preconditioners, making.curvature))
     count, ranks, team = rows.live_count, rows.ranks, rows.team
     coarse = Coarse(Codes.load(making.folder, manifest.coarse, team.own))
     search = CandidateSearch(rows.rescorer, proposer_of(rows, coarse, sketch), None)

@@ -84,27 +84,54 @@ class CodecSizes:
     short: int = 0
 
 
-@dataclass(frozen=True)
 class Transformed:
-    """Transformed gradients of some queries, x = H^-1 G, with what several parts of a question need of them.
+    """Transformed gradients of some queries, x = H^-1 G: as they are, or in the curvature's coordinates; the one is
+    made of the other when it is asked for.
 
-    Attributes:
-        x: layer -> (q, d_in, d_out) float32; layers that are absent count nothing.
+    Args:
+        x: layer -> (q, d_in, d_out) float32; layers that are absent count nothing. Or None.
         curvature: layer -> fitted curvature.
+        turned: layer -> (q, D) float32, x in the curvature's coordinates; needed where x is None.
     """
 
-    x: Mapping[str, torch.Tensor]
-    curvature: Mapping[str, LayerCurvature]
+    def __init__(
+        self,
+        x: Mapping[str, torch.Tensor] | None,
+        curvature: Mapping[str, LayerCurvature],
+        turned: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.curvature, self._x, self._turned = curvature, x, turned
+
+    @classmethod
+    def of(
+        cls,
+        gradients: Mapping[str, torch.Tensor],
+        preconditioners: Mapping[str, Preconditioner],
+        curvature: Mapping[str, LayerCurvature],
+    ) -> Transformed:
+        """Of queries' gradients {layer: (q, d_in, d_out)}."""
+        turned = {name: curvature[name].sides.turned(g.flatten(1)) for name, g in gradients.items()}
+        return cls(None, curvature, {name: preconditioners[name].divided(g) for name, g in turned.items()})
 
     @property
     def count(self) -> int:
         """q."""
-        return int(next(iter(self.x.values())).shape[0])
+        return int(next(iter((self._x or self._turned or {}).values())).shape[0])
 
     @cached_property
-    def turned(self) -> dict[str, torch.Tensor]:
+    def x(self) -> Mapping[str, torch.Tensor]:
+        """Layer -> (q, d_in, d_out) float32."""
+        if self._x is not None:
+            return self._x
+        sides = {name: self.curvature[name].sides for name in self._turned or {}}
+        return {n: sides[n].turned_back(t).unflatten(1, sides[n].shape) for n, t in (self._turned or {}).items()}
+
+    @cached_property
+    def turned(self) -> Mapping[str, torch.Tensor]:
         """Layer -> x in the curvature's coordinates, (q, D) float32."""
-        return {name: self.curvature[name].sides.turned(x.flatten(1)) for name, x in self.x.items()}
+        if self._turned is not None:
+            return self._turned
+        return {name: self.curvature[name].sides.turned(x.flatten(1)) for name, x in (self._x or {}).items()}
 
 
 class Scorer(Protocol):

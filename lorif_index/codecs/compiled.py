@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
 import torch
 
+from ..linalg.threads import in_parts
+
 WORTH = 1 << 30
 """Bytes of rows, times questions, that a process scores before the kernel is loaded: a second's work or two."""
-# Rows of one thread, at least.
-_ROWS = 64
 
 
 class Kernel:
@@ -36,7 +34,6 @@ class Kernel:
         self._scored, self._asked = 0, False
         self.module: ModuleType | None = None
         self._loading, self._failed = threading.Lock(), False
-        self._pool: ThreadPoolExecutor | None = None
 
     def ready(self, work: int) -> bool:
         """Whether it can be used; `work` more bytes of rows, times questions, are to be scored."""
@@ -61,7 +58,6 @@ class Kernel:
         one = np.zeros(1, np.int64)
         tiny = Planes(module, torch.zeros(1, 8), one, one + 8, one + 1, 1)
         tiny.score(torch.zeros(1, 3, dtype=torch.uint8), torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lorif-score")
         row, numbers = np.zeros((1, 5), np.uint8), np.zeros(32, np.float32)
         module.named(row, 1, numbers, numbers, numbers, 0, numbers.copy())
         starts, rows, levels = np.zeros(3, np.int32), np.zeros(1, np.uint16), np.zeros(1, np.uint8)
@@ -88,7 +84,7 @@ class Kernel:
         if self.module is None:
             raise RuntimeError("the kernel is not loaded: call load() first")
         first, count, size = (np.array(part, dtype=np.int64) for part in (firsts, counts, sizes))
-        return Planes(self.module, queries, first, count, size, bits, self._pool)
+        return Planes(self.module, queries, first, count, size, bits)
 
     def named(
         self,
@@ -118,19 +114,8 @@ class Kernel:
             def some(part: slice, query: np.ndarray = query, to: np.ndarray = to) -> None:
                 module.named(numbers[part], entries, query, low, sizes[part], part.start, to)
 
-            in_parts(self._pool, len(rows), some)
+            in_parts(len(rows), some)
         return out
-
-
-def in_parts(pool: ThreadPoolExecutor | None, count: int, work: Callable[[slice], None]) -> None:
-    """Shares `count` rows out to as many threads as torch has; without a pool this thread does all."""
-    each = max(-(-count // torch.get_num_threads()), _ROWS)
-    parts = [slice(at, min(at + each, count)) for at in range(0, count, each)]
-    if pool is None or len(parts) == 1:
-        for part in parts:
-            work(part)
-    else:
-        list(pool.map(work, parts))
 
 
 class Planes:
@@ -141,7 +126,6 @@ class Planes:
         queries: (q, dim) float32.
         firsts, counts, sizes: (pieces,) int64: each piece's first coordinate, coordinates and bytes.
         bits: of a coordinate in a row.
-        pool: where parts of the rows are scored; None: in this thread.
     """
 
     def __init__(
@@ -152,9 +136,8 @@ class Planes:
         counts: np.ndarray,
         sizes: np.ndarray,
         bits: int,
-        pool: ThreadPoolExecutor | None = None,
     ) -> None:
-        self._kernel, self._pool, self._count = kernel, pool, len(queries)
+        self._kernel, self._count = kernel, len(queries)
         self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._words = np.concatenate([[0], np.cumsum(-(-sizes // 8))])
         self._planes = np.zeros((len(queries), self._words[-1], kernel.PLANES), np.uint64)
@@ -179,7 +162,7 @@ class Planes:
                 numbers[part], self._starts, self._words, self._planes, self._steps, off, sizes[part], part.start, to
             )
 
-        in_parts(self._pool, len(rows), some)
+        in_parts(len(rows), some)
         return out
 
 

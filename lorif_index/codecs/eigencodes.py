@@ -279,8 +279,8 @@ class EigenCodec(RowCodec):
         """ "eigen": (q, dim), whose inner product with a row's coordinates is its score."""
         parts = []
         for name, part in self.layers.items():
-            if name in asked.x:
-                parts.append(asked.turned[name][:, part.directions] * part.amplitudes)
+            if name in asked.turned:
+                parts.append(asked.turned[name].index_select(1, part.directions).mul_(part.amplitudes))
             else:
                 parts.append(torch.zeros(asked.count, len(part.directions)))
         return {"eigen": torch.cat(parts, dim=1)}

@@ -10,6 +10,7 @@ vectors. Importing this needs numba; `compiled` says when that is worth it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,39 @@ LANES, VECTORS, ROWS = 8, 3, 8
 PLANES = LANES * VECTORS
 """b: as many bits as a float32's fraction has."""
 _WORD, _AT_ONCE = 8, 64
+# Rows of named coordinates are asked for so many rows before they are scored: a processor follows no stream of bytes
+# from one page of memory to the next. A cache's line, in bytes.
+_AHEAD, _LINE = 4, 64
+# Lists of a question's places, which lie far from each other, likewise.
+_AHEAD_PLACES = 8
+# What a compiler may do to sums that nothing depends on to the last bit: add in vectors, and multiply with adding.
+_SUMS = {"reassoc", "contract"}
 
 
-def _compiled(function: Any) -> Any:
+def _compiled(function: Any = None, **options: Any) -> Any:
     """Compiled at its first call, and kept on disk for the next process, where numba finds a folder to write to."""
+    if function is None:
+        return partial(_compiled, **options)
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:
-        return njit(nogil=True)(function)
+        return njit(nogil=True, **options)(function)
+
+
+@intrinsic
+def _fetch(typing: Any, address: Any):
+    """Asks memory for the line at an address, which may be any, without waiting for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        # To read, to keep, as data.
+        how = [ir.Constant(number, value) for value in (0, 3, 1)]
+        builder.call(fetch, [builder.inttoptr(given[0], byte), *how])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
 
 
 @intrinsic
@@ -187,12 +213,12 @@ def _entry(row, entries, e):
     return np.int32(row[e]) | middle | high
 
 
-@_compiled
+@_compiled(fastmath=_SUMS)
 def named(rows, entries, query, values, scales, first, out):
     """Scores rows that name their largest coordinates (see `sparse`).
 
     Args:
-        rows: (n, row bytes) uint8.
+        rows: (n, row bytes) uint8, contiguous.
         entries: how many a row names.
         query: (dim + 1,) float32, 0 behind the last coordinate.
         values: (32,) float32: what the low bits of an entry stand for.
@@ -201,7 +227,12 @@ def named(rows, entries, query, values, scales, first, out):
         out: (at least first + n,) float32, to be filled.
     """
     low, last = np.int32(31), np.int32(len(query) - 1)
-    for r in range(rows.shape[0]):
+    n, wide = rows.shape
+    base = np.uint64(rows.ctypes.data)
+    for r in range(n):
+        following = base + np.uint64(min(r + _AHEAD, n - 1) * wide)
+        for byte in range(0, wide, _LINE):
+            _fetch(following + np.uint64(byte))
         row, total = rows[r], np.float32(0.0)
         for e in range(entries):
             entry = _entry(row, entries, e)
@@ -261,8 +292,13 @@ def add_named(starts, numbers, levels, places, asked, values, out):
         values: (32,) float32: what the low bits of an entry stand for.
         out: (n,) float32.
     """
-    table = np.empty(32, np.float32)
+    table, last = np.empty(32, np.float32), len(places) - 1
+    at, beside = np.uint64(numbers.ctypes.data), np.uint64(levels.ctypes.data)
     for i in range(len(places)):
+        following = np.uint64(starts[places[min(i + _AHEAD_PLACES, last)]])
+        _fetch(at + following * np.uint64(2))
+        _fetch(at + following * np.uint64(2) + np.uint64(_LINE))
+        _fetch(beside + following)
         for level in range(32):
             table[level] = asked[i] * values[level]
         for k in range(starts[places[i]], starts[places[i] + 1]):

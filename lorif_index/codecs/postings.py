@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ..linalg.largest import largest
+from ..linalg.threads import side_by_side
 from .compiled import KERNEL
 from .sparse import SparseLayout, values_of_levels
 
@@ -29,6 +30,8 @@ _FEW_ROWS = 1 << 14
 _PAIRS = 1 << 26
 # Questions, one after the other, that are worth turning rows round for: scoring them row by row takes as long.
 _WORTH = 8
+Found = tuple[np.ndarray, np.ndarray]
+"""Rows and their scores."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,22 @@ class Postings:
         """Memory that they take."""
         return sum(b.starts.nbytes + b.rows.nbytes + b.levels.nbytes + b.scales.nbytes for b in self._blocks)
 
-    def best(self, places: np.ndarray, numbers: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    def best(self, places: np.ndarray, numbers: np.ndarray, most: int, threads: int = 1) -> Found:
         """Positions (most,) int64 and scores (most,) float32, falling, of the best rows for a question that is zero but
-        at some places (m,) int64, rising, where it is `numbers` (m,)."""
+        at some places (m,) int64, rising, where it is `numbers` (m,); by so many threads."""
+        each = -(-len(self._blocks) // threads)
+        spans = [range(at, min(at + each, len(self._blocks))) for at in range(0, len(self._blocks), each)]
+        found = side_by_side(lambda blocks: self._best_of(blocks, places, numbers, most), spans)
+        rows, scores = (np.concatenate(part) for part in zip(*found, strict=True))
+        order = np.argsort(-scores, kind="stable")[:most]
+        return rows[order], scores[order]
+
+    def _best_of(self, blocks: range, places: np.ndarray, numbers: np.ndarray, most: int) -> Found:
+        """The best rows of some blocks, in no order."""
         # Rows of a block that are no better than the worst of those that are kept are passed over: few are ordered.
         rows, scores, worst = np.empty(0, np.int64), np.empty(0, np.float32), None
-        for number, block in enumerate(self._blocks):
-            part = self._scores(block, places, numbers)
+        for number in blocks:
+            part = self._scores(self._blocks[number], places, numbers)
             # What is no number is kept, and is seen by whoever asks.
             better = np.arange(len(part)) if worst is None else np.flatnonzero(~(part <= worst))
             rows, scores = np.append(rows, better + number * BLOCK), np.append(scores, part[better])
@@ -85,8 +97,7 @@ class Postings:
                 kept = torch.topk(torch.from_numpy(scores), most, sorted=False).indices.numpy()
                 rows, scores = rows[kept], scores[kept]
                 worst = scores.min()
-        order = np.argsort(-scores, kind="stable")
-        return rows[order], scores[order]
+        return rows, scores
 
     def _scores(self, block: _Block, places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Of a block's rows, float32."""
@@ -153,7 +164,7 @@ class Shortened:
         """
         self._look(len(x))
         asked = torch.from_numpy(x)
-        places = torch.topk(asked.abs(), min(_ASKED, x.shape[1]), dim=1).indices.sort(dim=1).values
+        places = largest(asked.abs(), min(_ASKED, x.shape[1])).sort(dim=1).values
         numbers = asked.gather(1, places)
         with self._lock:
             codes, postings = self._codes, self._postings
@@ -178,16 +189,13 @@ class Shortened:
     def _by_postings(
         places: np.ndarray, numbers: np.ndarray, postings: Postings, most: int
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """As many questions side by side as torch has threads."""
-
-        def one(q: int) -> tuple[torch.Tensor, torch.Tensor]:
-            rows, scores = postings.best(places[q], numbers[q], most)
-            return torch.from_numpy(rows)[None], torch.from_numpy(scores)[None]
-
-        if len(places) < 2:
-            return [one(q) for q in range(len(places))]
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return list(pool.map(one, range(len(places))))
+        """As many questions side by side as torch has threads; of one alone, parts of the rows."""
+        threads = torch.get_num_threads()
+        if len(places) == 1:
+            found = [postings.best(places[0], numbers[0], most, threads)]
+        else:
+            found = side_by_side(lambda q: postings.best(places[q], numbers[q], most), range(len(places)))
+        return [(torch.from_numpy(rows)[None], torch.from_numpy(scores)[None]) for rows, scores in found]
 
     def _look(self, questions: int) -> None:
         """Turns rows round where questions are worth it: at once for many, in the background for one after another."""

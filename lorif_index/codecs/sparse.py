@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn.functional import embedding_bag, pad
 
+from ..linalg.largest import largest
 from ..linalg.scratch import SCRATCH
 from .bits import SCALE_BYTES, scales_of
 from .compiled import KERNEL
@@ -26,7 +28,7 @@ _BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 1 << 14
 # Sums of rows of a table are vectorised over its columns.
 _COLUMNS = 8
 # Up to so many queries, one by one, the compiled kernel is faster.
-_KERNEL_UP_TO = 2
+_KERNEL_UP_TO = 4
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class SparseLayout:
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Codes (n, row_bytes) uint8, on the CPU, of coordinates (n, dim), whose device makes them. A row of zeros
         comes back as zeros."""
-        places = torch.topk(z.abs(), min(self.entries, self.dim), dim=1, sorted=False).indices
+        places = largest(z.abs(), min(self.entries, self.dim))
         values = z.gather(1, places).float()
         sizes = values.abs()
         peak = sizes.amax(dim=1)
@@ -155,15 +157,21 @@ class SparseScorer:
     def __init__(self, layout: SparseLayout, queries: torch.Tensor) -> None:
         self._layout, self._count = layout, len(queries)
         self._suits = queries.device.type == "cpu" and self._count <= _KERNEL_UP_TO
-        # And a row of zeros, for entries that name nothing.
-        self._columns = pad(queries.T, (0, -len(queries) % _COLUMNS if len(queries) > 1 else 0, 0, 1)).contiguous()
+        # A zero behind the last, for entries that name nothing.
+        self._queries = pad(queries, (0, 1))
+
+    @cached_property
+    def _columns(self) -> torch.Tensor:
+        """(dim + 1, at least q): the queries as torch takes them."""
+        spare = -self._count % _COLUMNS if self._count > 1 else 0
+        return pad(self._queries, (0, 0, 0, spare)).T.contiguous()
 
     def score(self, codes: torch.Tensor) -> torch.Tensor:
         """(q, n) float32 of codes (n, row_bytes)."""
         if self._suits and KERNEL.ready(codes.numel() * self._count):
             layout, out = self._layout, torch.empty(self._count, len(codes))
             scales = layout.scales(codes)[:, 0]
-            return KERNEL.named(codes, layout.entries, self._columns[:, : self._count].T, _VALUES, scales, out)
+            return KERNEL.named(codes, layout.entries, self._queries, _VALUES, scales, out)
         out = torch.empty(len(codes), self._columns.shape[1], device=codes.device)
         step = _BLOCK_ROWS if codes.device.type == "cpu" else _GPU_BLOCK_ROWS
         for start in range(0, len(codes), step):

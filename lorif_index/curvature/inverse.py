@@ -79,7 +79,8 @@ class Preconditioner:
         strengths, turn = strengths.flip(0), turn.flip(1)
         kept = strengths > _NOTHING * strengths[:1].clamp_min(torch.finfo(torch.float64).tiny)
         strengths, turn = strengths[kept], turn[:, kept]
-        vectors = scaled @ (turn / strengths.sqrt()).float()
+        # Each vector's numbers lie together: one question meets them several times faster so.
+        vectors = ((turn / strengths.sqrt()).float().T @ scaled.T).T
         return cls(layer, root.float(), vectors, strengths, lam)
 
     def divided(self, turned: torch.Tensor) -> torch.Tensor:

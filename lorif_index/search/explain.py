@@ -18,7 +18,8 @@ import torch
 from ..capture.gradients import GradientBlock
 from ..capture.hooks import Capture
 from ..capture.layers import Use
-from ..curvature.inverse import Preconditioner, transform, transform_precisely
+from ..codecs.base import Transformed
+from ..curvature.inverse import Preconditioner, transform_precisely
 from ..progress import Stage
 from .examples import TrainingData, check_examples
 from .reader import Reader
@@ -230,7 +231,7 @@ def _stored_scores(
     members: int,
 ) -> np.ndarray:
     """(q, m): what the stored rows of some ids score."""
-    question = reader.ask(transform(asked.gradients, preconditioners))
+    question = reader.ask(Transformed.of(asked.gradients, preconditioners, reader.curvature))
     rows = reader.store.gather(reader.store.positions_of(unique))
     scores: np.ndarray = reader.codec.scorer(question.parts).score(rows).numpy() / members
     return scores

@@ -204,9 +204,13 @@ class Reader:
                 made[name] = one.usable(name)
         return {name: made[name] for name in chosen}
 
-    def ask(self, x: Mapping[str, torch.Tensor]) -> Question:
-        """The question that transformed gradients {layer: (q, d_in, d_out)}, x = H^-1 G, put to the rows."""
-        return ask(self.codec, self.sketch, Transformed(x, self.curvature))
+    def transformed(self, gradients: Mapping[str, torch.Tensor], policy: Damping) -> Transformed:
+        """Gradients {layer: (q, d_in, d_out)}, transformed under a damping policy."""
+        return Transformed.of(gradients, self.preconditioners(gradients, policy), self.curvature)
+
+    def ask(self, asked: Transformed) -> Question:
+        """The question that transformed gradients put to the rows."""
+        return ask(self.codec, self.sketch, asked)
 
     def files(self) -> list[SealedFile]:
         """Every file of the index but the manifest."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..curvature.inverse import transform
 from ..damping import Damping
 from ..errors import QueryError
 from ..progress import Reporter
@@ -142,13 +141,12 @@ def against_redundancy(
         policy: the damping.
         report: is told of every row.
     """
-    preconditioners = reader.preconditioners(tuple(reader.specs), policy)
     products = np.empty((len(rows), len(rows)), dtype=np.float32)
     with report.stage("redundancy", len(rows)) as stage:
         for start in range(0, len(rows), _TOGETHER):
             some = rows[start : start + _TOGETHER]
             gradients = {name: g.dense() for name, g in reader.codec.gradients(some).items()}
-            asked = reader.ask(transform(gradients, preconditioners))
+            asked = reader.ask(reader.transformed(gradients, policy))
             products[start : start + len(some)] = scores_of(reader, asked, rows)
             stage.advance(len(some))
     inner = (products.astype(np.float64) + products.T) / 2

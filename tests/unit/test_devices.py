@@ -420,7 +420,7 @@ def test_the_best_of_a_scan_stay_elsewhere_until_the_end(device: Device, tmp_pat
     index.remove(index.ids[5:9])
     reader, k = reader_of(Index.open(tmp_path / "i")), 7
     x = {name: torch.randn(3, spec.d_in, spec.d_out) for name, spec in reader.specs.items()}
-    question = reader.ask(x)
+    question = reader.ask(Transformed(x, reader.curvature))
     found = []
     for where in (CPU, DEVICE):
         top, resident = TopK(3, k), Resident(reader.store, where, 30 * reader.store.row_bytes)

@@ -39,7 +39,8 @@ def coded(rows: int, dim: int, entries: int, *, forged: bool = False) -> tuple[S
 
 
 @pytest.mark.parametrize(("rows", "dim", "entries"), [(1, 5, 2), (100, 40, 7), (357, 3000, 60)])
-def test_scores_are_those_of_decoded_rows(rows: int, dim: int, entries: int, kernel: None) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_scores_are_those_of_decoded_rows(rows: int, dim: int, entries: int, threads: int, kernel: None) -> None:
     layout, codes = coded(rows, dim, entries, forged=True)
     turned = Postings(layout, codes)
     generator = np.random.default_rng(0)
@@ -51,7 +52,7 @@ def test_scores_are_those_of_decoded_rows(rows: int, dim: int, entries: int, ker
         expected = layout.decode(codes).double().numpy() @ asked
         near = 1e-5 * max(np.abs(expected).max(), 1e-6)
         for most in {rows, -(-rows // 2), min(rows, 3)}:
-            found, got = turned.best(places, numbers, most)
+            found, got = turned.best(places, numbers, most, threads)
             assert got.dtype == np.float32 and len(found) == len(got) == most == len(np.unique(found))
             assert np.abs(got - expected[found]).max(initial=0.0) <= near and (np.diff(got) <= 0).all()
             assert np.abs(got + np.sort(-expected)[:most]).max(initial=0.0) <= near
