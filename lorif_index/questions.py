@@ -99,15 +99,26 @@ class Questions:
             As `gradients` and `Refining.refined`; NonFiniteError: inf or NaN in the question.
         """
         began = mid = time.perf_counter()
-        reader, question, inverse, refined = self.now.reader, None, None, None
-        with reader.ranks.jointly():
-            if reader.ranks.first or self.identity.spread:
-                gradients = self.gradients(query, measure, chosen, some)
-                if contrast is not None:
-                    gradients = _without(gradients, self.gradients(contrast, measure, chosen, some))
-                mid = time.perf_counter()
-                question, inverse, refined = self._question(gradients, policy, normalize, keep, refining, progress)
-        question = shared_question(question, reader.ranks)
+        reader, asked, inverse, refined = self.now.reader, None, None, None
+        ranks, spread = reader.ranks, self.identity.spread
+
+        def ask() -> tuple[Question, dict[str, torch.Tensor] | None, Refined | None]:
+            nonlocal mid
+            gradients = self.gradients(query, measure, chosen, some)
+            if contrast is not None:
+                gradients = _without(gradients, self.gradients(contrast, measure, chosen, some))
+            mid = time.perf_counter()
+            return self._question(gradients, policy, normalize, keep, refining, progress)
+
+        if spread:
+            with ranks.jointly():
+                asked, inverse, refined = ask()
+        elif ranks.first:
+            try:
+                asked, inverse, refined = ask()
+            except Exception as error:
+                shared_question(error, ranks)
+        question = shared_question(asked, ranks)
         inverse = shared_layers(inverse, reader.ranks) if keep else None
         if normalize is not None:
             question = replace(question, scale=self.now.scales.of(policy, chosen))

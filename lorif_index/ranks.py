@@ -193,30 +193,42 @@ class Ranks:
         return [json.loads(part.tobytes()) for part in found]
 
     def told(self, value: Any, source: int = 0) -> Any:
-        """Rank `source`'s JSON value, on all; what the others pass does not matter."""
+        """Rank `source`'s JSON value, on all; what the others pass does not matter. What went wrong in making it may be
+        passed in its place: then all ranks raise it, as in `jointly`."""
+        wrong = value if isinstance(value, Exception) else None
         if self.size == 1:
+            if wrong is not None:
+                raise wrong
             return value
-        raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        head = _head(len(raw), raw)
+        said = json.dumps(value if wrong is None else _failure(wrong)).encode()
+        raw = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        head = _head(len(raw) if wrong is None else -len(raw), raw)
         with self._talking(head, float(self.rank == source) * min(len(raw), _AT_ONCE) / len(head)) as here:
             dist.broadcast(here, self._global(source), group=self._group)
         head = here.cpu()
-        size = _number(head)
+        size = abs(_number(head))
         if size <= _AT_ONCE:
-            return json.loads(head[_WORD : _WORD + size].numpy().tobytes())
-        room = raw if self.rank == source else torch.empty(size, dtype=torch.uint8)
-        return json.loads(self.spread(room, source).numpy().tobytes())
+            heard = json.loads(head[_WORD : _WORD + size].numpy().tobytes())
+        else:
+            room = raw if self.rank == source else torch.empty(size, dtype=torch.uint8)
+            heard = json.loads(self.spread(room, source).numpy().tobytes())
+        if _number(head) >= 0:
+            return heard
+        raise wrong if wrong is not None and self.rank == source else _as_raised(source, heard)
 
-    def agree(self, what: str, values: Mapping[str, Any]) -> None:
+    def agree(self, what: str, values: Mapping[str, Any] | Exception) -> None:
         """Checks that all ranks were given the same.
 
         Args:
             what: for the message.
-            values: name -> JSON value.
+            values: name -> JSON value; or what went wrong in making them, which all ranks raise then, as in `jointly`.
 
         Raises:
             DistributedError: naming what differs, on which rank, and both values.
         """
+        if isinstance(values, Exception):
+            self.gather(values)
+            return
         mine = json.loads(json.dumps(dict(values)))
         for rank, theirs in enumerate(self.gather_values(mine)):
             for name in sorted(mine.keys() | theirs.keys()):
@@ -272,11 +284,8 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        mine = (
-            None if error is None else [type(error).__name__, errors.message_of(error), isinstance(error, LorifError)]
-        )
         try:
-            found = self.gather_values(mine)
+            found = self.gather_values(None if error is None else _failure(error))
         except DistributedError:
             if error is not None:
                 raise error from None
@@ -285,9 +294,7 @@ class Ranks:
             raise error
         for rank, failure in enumerate(found):
             if failure is not None:
-                name, text, ours = failure
-                kind = getattr(errors, name, DistributedError) if ours else DistributedError
-                raise kind(f"rank {rank}: {text}" if ours else f"rank {rank} failed: {name}: {text}")
+                raise _as_raised(rank, failure)
 
     def _meet(self) -> None:
         """A barrier that says who is missing."""
@@ -327,6 +334,18 @@ class Ranks:
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self._group, rank)  # type: ignore[arg-type]
+
+
+def _failure(error: Exception) -> list[Any]:
+    """What the others are told of an error."""
+    return [type(error).__name__, errors.message_of(error), isinstance(error, LorifError)]
+
+
+def _as_raised(rank: int, failure: list[Any]) -> Exception:
+    """The error that they raise."""
+    name, text, ours = failure
+    kind: type[Exception] = getattr(errors, name, DistributedError) if ours else DistributedError
+    return kind(f"rank {rank}: {text}" if ours else f"rank {rank} failed: {name}: {text}")
 
 
 def _head(number: int, raw: torch.Tensor) -> torch.Tensor:

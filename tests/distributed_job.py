@@ -259,6 +259,26 @@ def rerank(rank: int, size: int, folder: str) -> list[Any]:
     return found
 
 
+def ask_wrongly(rank: int, size: int, folder: str) -> list[Any]:
+    """What is raised where one rank asks what cannot be; and an answer after it."""
+    found: list[Any] = []
+    with Index.open(Path(folder), model=make_model(), loss=loss, distributed=True) as index:
+        for query, given in (
+            (torch.zeros(0, sequences().shape[1], dtype=torch.int64), {}),
+            ({name: torch.zeros(1, 2, 3) for name in index.specs}, {}),
+            (sequences()[:2], {"exact": False} if rank == 1 else {}),
+            (sequences()[:2], {"k": 3 + rank}),
+            (sequences()[:2], {"contrast": "no batch" if rank == 0 else None}),
+        ):
+            try:
+                index.search(query if rank == 0 else None, **({"k": 5} | given))
+                found.append(None)
+            except Exception as error:
+                found.append([type(error).__name__, message_of(error)])
+        hits = index.search(sequences()[:2] if rank == 0 else None, k=5)
+    return [*found, hits.ids.tolist()]
+
+
 def leave_at(
     rank: int, size: int, folder: str, kind: str, where: str, apart: bool = False, coarse: dict[str, Any] | None = None
 ) -> int:
@@ -388,6 +408,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "leave_at": leave_at,
     "propose": propose,
     "rerank": rerank,
+    "ask_wrongly": ask_wrongly,
     "estimate": estimate,
     "account": account,
     "hang": hang,

@@ -140,7 +140,8 @@ def _agreed_plan(reader: Reader, wanted: Wanted, k: int) -> Plan:
     """The way to go, the same on all ranks."""
     ranks = reader.ranks
     ranks.stage = "search"
-    with ranks.jointly():
+    said: dict[str, Any] | Exception
+    try:
         plan = choose_plan(
             reader,
             k=k,
@@ -152,9 +153,12 @@ def _agreed_plan(reader: Reader, wanted: Wanted, k: int) -> Plan:
             damping=wanted.damping,
             normalize=wanted.normalize,
         )
-    said = {"k": k, "recall": wanted.recall, "opponents": wanted.opponents, "layers": list(wanted.layers)}
-    said |= {"way": plan.way, "normalize": wanted.normalize, "groups": wanted.group_by is not None}
-    said |= {"rerank": wanted.rerank}
+        said = {"k": k, "recall": wanted.recall, "opponents": wanted.opponents, "layers": list(wanted.layers)}
+        said |= {"way": plan.way, "normalize": wanted.normalize, "groups": wanted.group_by is not None}
+        said |= {"rerank": wanted.rerank}
+    except Exception as error:
+        said = error
+    ranks.wait()
     ranks.agree("a search", said)
     return plan
 
@@ -215,7 +219,7 @@ def _stats(
 
 def _payloads(reader: Reader, positions: np.ndarray) -> list[list[Any]] | None:
     """Of hits (q, k); None where the index has none."""
-    if not any(reader.ranks.gather_values(reader.has_payloads)):
+    if not reader.any_payloads:
         return None
     found = iter(payloads_at(reader, positions.ravel()))
     return [[next(found) for _ in row] for row in positions]

@@ -92,7 +92,7 @@ def sum_groups(reader: Reader, question: Question, by: By, k: int | None, report
         QueryError: no payload has the field, or a value is no JSON scalar.
     """
     ranks = reader.ranks
-    if not any(ranks.gather_values(reader.has_payloads)):
+    if not reader.any_payloads:
         raise QueryError("groups are made by payloads, and this index has none: build it with payloads=")
     numbered, queries = _Numbered(by), question.count
     counts, sums = np.zeros(0, dtype=np.int64), np.zeros((2, queries, 0))

@@ -222,6 +222,11 @@ class Reader:
         """Whether any row of this folder has a payload."""
         return any("payload_ends" in shard.sealed.offsets for shard in self.manifest.shards)
 
+    @cached_property
+    def any_payloads(self) -> bool:
+        """Whether any row of any rank has one. All ranks ask at the same time, once."""
+        return any(self.ranks.gather_values(self.has_payloads))
+
     def close(self) -> None:
         """Gives the file handles back, and the version up; the files are opened again when asked, if still there."""
         if self._lease is not None:

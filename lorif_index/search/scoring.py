@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,19 +49,18 @@ class Question:
         return replace(self, parts=parts, x=None if self.x is None else times(self.x))
 
 
-def shared_question(question: Question | None, ranks: Ranks) -> Question:
-    """Rank 0's question, on all ranks; its scale and thresholds stay behind."""
-    if ranks.size == 1 and question is not None:
+def shared_question(question: Question | Exception | None, ranks: Ranks) -> Question:
+    """Rank 0's question, on all ranks; its scale and thresholds stay behind. What went wrong in making it may be passed
+    in its place: then all ranks raise it."""
+    if ranks.size == 1 and isinstance(question, Question):
         return question
-    facts, tensors = None, list[torch.Tensor]()
-    if question is not None and ranks.first:
+    facts: Any = question if isinstance(question, Exception) else None
+    there: dict[str, torch.Tensor] = {}
+    if isinstance(question, Question) and ranks.first:
         there = question.parts | ({} if question.x is None else {"": question.x})
-        tensors = [part.contiguous() for part in there.values()]
-        facts = [question.count, [[name, list(part.shape)] for name, part in there.items()]]
+        facts = [question.count, _shapes(there)]
     count, shapes = ranks.told(facts)
-    if not ranks.first:
-        tensors = [torch.empty(shape) for _, shape in shapes]
-    found = {name: ranks.spread(part, 0) for (name, _), part in zip(shapes, tensors, strict=True)}
+    found = _spread(there, shapes, ranks)
     x = found.pop("", None)
     return Question(found, x, count)
 
@@ -67,11 +68,19 @@ def shared_question(question: Question | None, ranks: Ranks) -> Question:
 def shared_layers(layers: Mapping[str, torch.Tensor] | None, ranks: Ranks) -> dict[str, torch.Tensor]:
     """Rank 0's tensors by layer, float32, on all ranks; what the others pass does not matter."""
     mine = {} if layers is None else dict(layers)
-    if ranks.size == 1:
-        return mine
-    shapes = ranks.told([[name, list(part.shape)] for name, part in mine.items()])
-    own = [mine[name].contiguous() if ranks.first else torch.empty(shape) for name, shape in shapes]
-    return {name: ranks.spread(part, 0) for (name, _), part in zip(shapes, own, strict=True)}
+    return mine if ranks.size == 1 else _spread(mine, ranks.told(_shapes(mine)), ranks)
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> list[list[Any]]:
+    return [[name, list(part.shape)] for name, part in tensors.items()]
+
+
+def _spread(tensors: Mapping[str, torch.Tensor], shapes: list[list[Any]], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Rank 0's float32 tensors, of such names and shapes, on all ranks: one message."""
+    sizes = [math.prod(shape) for _, shape in shapes]
+    mine = torch.cat([part.flatten() for part in tensors.values()]) if ranks.first else torch.empty(sum(sizes))
+    parts = ranks.spread(mine, 0).split(sizes)
+    return {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
 
 
 def stream_scores(

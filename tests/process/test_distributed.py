@@ -322,6 +322,21 @@ def test_ranks_that_were_given_something_else(tmp_path: Path) -> None:
     assert not (tmp_path / "index").exists()
 
 
+def test_what_cannot_be_asked_is_said_on_all_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    config = settings(coarse=None)
+    with Index.build(path, model=make_model(), data=sequences(), loss=loss, config=config, distributed=False) as index:
+        expected = index.search(sequences()[:2], k=5).ids.tolist()
+    first, second = together(2, "ask_wrongly", tmp_path / "said", folder=str(path))
+    kinds = ["DataError", "DataError", "QueryError", "DistributedError"]
+    for said in (first, second):
+        assert [one[0] for one in said[:4]] == kinds and said[5] == expected, said
+        assert "k is" in said[3][1]
+    assert "no examples" in first[0][1] and second[0][1] == "rank 0: " + first[0][1]
+    assert second[1][1] == "rank 0: " + first[1][1] and first[4][0] == second[4][0]
+    assert "coarse" in second[2][1] and first[2][1] == "rank 1: " + second[2][1]
+
+
 def children(parent: int) -> list[int]:
     """Processes that a process has started and that are still there."""
     found = []
