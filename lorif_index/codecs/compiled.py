@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..linalg.threads import in_parts
+from ..storage.scattered import SCATTERED
 
 WORTH = 1 << 30
 """Bytes of rows, times questions, that a process scores before the kernel is loaded: a second's work or two."""
@@ -64,6 +65,7 @@ class Kernel:
         module.count_named(row, 1, starts)
         module.turn_named(row, 1, starts[:-1].copy(), rows, levels)
         module.add_named(starts, rows, levels, one[:0], numbers[:0], numbers, numbers.copy())
+        SCATTERED.load()
         self.module = module
 
     def load_once(self) -> None:

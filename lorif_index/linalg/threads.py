@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
@@ -29,8 +29,11 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         while (number := next(numbers)) < len(items):
             done[number] = work(items[number])
 
-    for running in [_pool().submit(some) for _ in range(threads)]:
-        running.result()
+    running = [_pool().submit(some) for _ in range(threads)]
+    # What one of them raises waits for the others: they write to what the caller holds.
+    wait(running)
+    for one in running:
+        one.result()
     return [done[number] for number in range(len(items))]
 
 
@@ -42,4 +45,6 @@ def in_parts(count: int, work: Callable[[slice], None]) -> None:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
+    # A process that is forked off has none of these threads.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lorif-rows")

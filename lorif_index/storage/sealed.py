@@ -23,12 +23,11 @@ import numpy as np
 import xxhash
 
 from ..errors import CorruptionError, StoreError
+from .scattered import NO_WAIT
 
 _CHUNK = 8 << 20
 # What stays in a core's cache between being read and being digested.
 _DIGEST_CHUNK = 256 << 10
-# Asks for what is in the page cache and nothing else; 0 where the system does not know it.
-_NO_WAIT: int = getattr(os, "RWF_NOWAIT", 0)
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def _write_all(fd: int, view: memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-class _Descriptor:
+class OpenFile:
     """An open file, closed when nobody holds this object any longer: never under a thread that is reading."""
 
     def __init__(self, fd: int) -> None:
@@ -253,8 +252,8 @@ class SealedFile:
     def __init__(self, folder: Path, info: SealedInfo) -> None:
         self.path = folder / info.file
         self.info = info
-        self._file: _Descriptor | None = None
-        self._scattered: _Descriptor | None = None
+        self._file: OpenFile | None = None
+        self._scattered: OpenFile | None = None
         self._verified = False
         self._lock = threading.Lock()
 
@@ -287,22 +286,26 @@ class SealedFile:
                 raise CorruptionError(f"{self.path} ended at byte {offset}: was it truncated while in use?")
             view, offset = view[got:], offset + got
 
+    def for_scattered(self) -> OpenFile:
+        """The file, open for small reads: the disk reads no more than is asked for."""
+        with self._lock:
+            if self._scattered is None:
+                self._scattered = self._open()
+                os.posix_fadvise(self._scattered.fd, 0, 0, os.POSIX_FADV_RANDOM)
+            return self._scattered
+
     def read_scattered(self, offsets: list[int], views: list[memoryview]) -> None:
         """Fills buffers of bytes from as many offsets, given in rising order.
 
         What is in the page cache is copied at once. The rest is asked for all together, so that the disk sees every
         request before the first is waited for, without reading ahead of any.
         """
-        with self._lock:
-            if self._scattered is None:
-                self._scattered = self._open()
-                os.posix_fadvise(self._scattered.fd, 0, 0, os.POSIX_FADV_RANDOM)
-            file = self._scattered
+        file = self.for_scattered()
         fd, preadv = file.fd, os.preadv
         missing = []
         for i, offset in enumerate(offsets):
             try:
-                if preadv(fd, (views[i],), offset, _NO_WAIT) != len(views[i]):
+                if preadv(fd, (views[i],), offset, NO_WAIT) != len(views[i]):
                     missing.append(i)
             except OSError:
                 # Not in the cache, or a file system that cannot say.
@@ -321,13 +324,13 @@ class SealedFile:
             self.read(offset, out.data.cast("B"))
         return out
 
-    def _opened(self) -> _Descriptor:
+    def _opened(self) -> OpenFile:
         with self._lock:
             if self._file is None:
                 self._file = self._open()
             return self._file
 
-    def _open(self) -> _Descriptor:
+    def _open(self) -> OpenFile:
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
@@ -346,7 +349,7 @@ class SealedFile:
             raise CorruptionError(
                 f"{self.path} has {found.st_size} bytes where {self.info.size} were sealed: restore it"
             )
-        return _Descriptor(fd)
+        return OpenFile(fd)
 
     def verify(self) -> None:
         """Compares the whole file with its digest.

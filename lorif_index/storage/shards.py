@@ -160,9 +160,13 @@ class Shard:
         """Reads rows [start, stop) into the beginning of a buffer of bytes."""
         self.file.read(self._rows + start * self._size, out[: (stop - start) * self._size])
 
+    def offsets(self, positions: np.ndarray) -> np.ndarray:
+        """(m,) int64: where in the file rows begin."""
+        return self._rows + positions * self._size
+
     def gather(self, positions: np.ndarray, out: list[memoryview]) -> None:
         """Reads single rows, in rising order of their positions, each into its own buffer."""
-        self.file.read_scattered((self._rows + positions * self._size).tolist(), out)
+        self.file.read_scattered(self.offsets(positions).tolist(), out)
 
     def check(self, positions: np.ndarray, rows: np.ndarray, places: np.ndarray) -> None:
         """Compares gathered rows with their checksums.

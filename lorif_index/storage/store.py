@@ -6,7 +6,7 @@ never answered with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..capture.contents import CONTENT_BYTES
+from .scattered import SCATTERED
 from .shards import Entries, Shard, ShardInfo, write_shard
 
 BLOCK_BYTES = 4 << 20
@@ -257,10 +258,22 @@ class Store:
         if out is None:
             out = torch.empty(len(positions), size, dtype=torch.uint8)
         raw, flat = out.numpy(), _bytes(out)
-        for shard, places, local in self._by_shard(positions):
-            shard.gather(local, [flat[p * size : (p + 1) * size] for p in places.tolist()])
+        parts = list(self._by_shard(positions))
+        read = self._read_cached(parts, raw)
+        for shard, places, local in parts:
+            if len(left := np.flatnonzero(~read[places])):
+                shard.gather(local[left], [flat[p * size : (p + 1) * size] for p in places[left].tolist()])
             shard.check(local, raw, places)
         return out
+
+    @staticmethod
+    def _read_cached(parts: Sequence[tuple[Shard, np.ndarray, np.ndarray]], raw: np.ndarray) -> np.ndarray:
+        """Reads what the page cache has of some shards' rows, to their places in `raw`; which rows that were."""
+        held = [shard.file.for_scattered() for shard, _, _ in parts]
+        files, offsets = np.empty(len(raw), np.int32), np.empty(len(raw), np.int64)
+        for file, (shard, places, local) in zip(held, parts, strict=True):
+            files[places], offsets[places] = file.fd, shard.offsets(local)
+        return SCATTERED.read(files, offsets, raw)
 
     def payloads(self, positions: np.ndarray) -> list[bytes | None]:
         """The payloads of rows at some positions, in the order asked for; None where a row has none.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -108,3 +110,13 @@ def test_what_fails_is_raised(threads: int) -> None:
     with pytest.raises(KeyError):
         side_by_side(work, range(7))
     assert side_by_side(work, range(3)) == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(threads: int) -> None:
+    assert side_by_side(abs, range(-9, 0)) == [*range(9, 0, -1)]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if side_by_side(abs, range(-9, 0)) == [*range(9, 0, -1)] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import threading
@@ -17,6 +18,9 @@ import torch
 
 from lorif_index.capture.contents import CONTENT_BYTES
 from lorif_index.errors import CorruptionError
+from lorif_index.storage import scattered
+from lorif_index.storage import store as module
+from lorif_index.storage.scattered import Scattered
 from lorif_index.storage.sealed import SealedInfo, write_sealed
 from lorif_index.storage.shards import (
     BESIDE_PAYLOAD,
@@ -74,8 +78,23 @@ def again(store: Store, folder: Path, change: Callable[[dict[str, Any]], None] =
     return Store(folder, store.row_bytes, [ShardInfo.from_json(entry)])
 
 
+WITH = pytest.param(True, marks=pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="no numba"))
+
+
+@pytest.fixture(params=[False, WITH])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether rows are gathered by the compiled loop."""
+    made = Scattered()
+    monkeypatch.setattr(module, "SCATTERED", made)
+    monkeypatch.setattr(scattered, "_FEW", 1)
+    if request.param:
+        made.load()
+        assert made._loop is not None
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("size", [1, SIZE, 37])
-def test_rows_come_back(tmp_path: Path, size: int) -> None:
+def test_rows_come_back(tmp_path: Path, size: int, loop: bool) -> None:
     store, rows, ids = make(tmp_path, 40, size)
     assert (
         len(store) == 40
@@ -117,7 +136,22 @@ def test_removed_rows_and_those_of_damaged_shards_are_dead(tmp_path: Path) -> No
     assert torch.equal(torch.cat(list(read.values())), torch.cat([rows[:14], rows[21:]])) and 14 not in read
 
 
-def test_what_is_not_in_the_page_cache_is_read_all_the_same(tmp_path: Path) -> None:
+def test_cached_rows_are_read_by_the_loop(tmp_path: Path, loop: bool) -> None:
+    store, rows, _ = make(tmp_path, 400, per_shard=50)
+    assert torch.equal(store.gather(np.arange(400)), rows), "and so they are in the cache"
+    order, room = np.random.default_rng(0).permutation(400)[:170], torch.zeros(170, SIZE, dtype=torch.uint8)
+    read = store._read_cached(list(store._by_shard(order)), room.numpy())
+    assert (read == loop).all() and torch.equal(room, rows[order]) == loop
+    with store.shards[3].file.path.open("r+b") as file:
+        file.truncate(store.shards[3].file.info.offsets["rows"] + 7 * SIZE - 1)
+    room.zero_()
+    read = store._read_cached(list(store._by_shard(np.arange(150, 200))), room[:50].numpy())
+    assert not read[6:].any()
+    with pytest.raises(CorruptionError, match="truncated"):
+        store.gather(order)
+
+
+def test_what_is_not_in_the_page_cache_is_read_all_the_same(tmp_path: Path, loop: bool) -> None:
     """Gathering asks for cached rows first; files that were dropped from the cache give the same."""
     store, rows, _ = make(tmp_path, 400, per_shard=50)
     for shard in store.shards:
@@ -128,10 +162,17 @@ def test_what_is_not_in_the_page_cache_is_read_all_the_same(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("flags", [0, 1 << 30])
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="no numba")
 def test_systems_that_cannot_say_what_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: int) -> None:
     """No flag at all, and one that the system refuses."""
     store, rows, _ = make(tmp_path, 20)
-    monkeypatch.setattr("lorif_index.storage.sealed._NO_WAIT", flags)
+    monkeypatch.setattr("lorif_index.storage.sealed.NO_WAIT", flags)
+    monkeypatch.setattr(scattered, "NO_WAIT", flags)
+    monkeypatch.setattr(scattered, "_FEW", 1)
+    made = Scattered()
+    made.load()
+    monkeypatch.setattr(module, "SCATTERED", made)
+    assert (made._loop is None) == (flags == 0)
     assert torch.equal(store.gather(np.arange(20)), rows)
 
 
@@ -150,7 +191,7 @@ def test_any_hdf5_reader_reads_a_shard(tmp_path: Path) -> None:
         assert all(file[name].id.get_offset() == offset for name, offset in info.offsets.items())
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_found(tmp_path: Path, loop: bool) -> None:
     store, _, _ = make(tmp_path, 10, per_shard=10)
     path, info = store.shards[0].file.path, store.shards[0].file.info
     data, generator = path.read_bytes(), np.random.default_rng(0)
