@@ -140,7 +140,7 @@ class Questions:
         preconditioners, members = reader.preconditioners(gradients, policy), reader.manifest.members
         refined = None
         if refining is None:
-            asked = reader.transformed(gradients, policy)
+            asked = Transformed.of(gradients, preconditioners, reader.curvature)
         else:
             with reporter(progress) as report:
                 x, refined = refining.refined(gradients, preconditioners, report)

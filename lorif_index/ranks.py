@@ -203,21 +203,23 @@ class Ranks:
         said = json.dumps(value if wrong is None else _failure(wrong)).encode()
         raw = torch.frombuffer(bytearray(said), dtype=torch.uint8)
         head = _head(len(raw) if wrong is None else -len(raw), raw)
-        with self._talking(head, float(self.rank == source) * min(len(raw), _AT_ONCE) / len(head)) as here:
-            dist.broadcast(here, self._global(source), group=self._group)
-        head = here.cpu()
-        size = abs(_number(head))
-        if size <= _AT_ONCE:
-            heard = json.loads(head[_WORD : _WORD + size].numpy().tobytes())
-        else:
-            room = raw if self.rank == source else torch.empty(size, dtype=torch.uint8)
-            heard = json.loads(self.spread(room, source).numpy().tobytes())
+        wrong = wrong if self.rank == source else None
+        with _rather(wrong):
+            with self._talking(head, float(self.rank == source) * min(len(raw), _AT_ONCE) / len(head)) as here:
+                dist.broadcast(here, self._global(source), group=self._group)
+            head = here.cpu()
+            size = abs(_number(head))
+            if size <= _AT_ONCE:
+                heard = json.loads(head[_WORD : _WORD + size].numpy().tobytes())
+            else:
+                room = raw if self.rank == source else torch.empty(size, dtype=torch.uint8)
+                heard = json.loads(self.spread(room, source).numpy().tobytes())
         if _number(head) >= 0:
             return heard
-        raise wrong if wrong is not None and self.rank == source else _as_raised(source, heard)
+        raise wrong if wrong is not None else _as_raised(source, heard)
 
     def agree(self, what: str, values: Mapping[str, Any] | Exception) -> None:
-        """Checks that all ranks were given the same.
+        """Checks that all ranks are here and were given the same.
 
         Args:
             what: for the message.
@@ -226,9 +228,11 @@ class Ranks:
         Raises:
             DistributedError: naming what differs, on which rank, and both values.
         """
-        if isinstance(values, Exception):
-            self.gather(values)
-            return
+        with _rather(values if isinstance(values, Exception) else None):
+            self.wait()
+            if isinstance(values, Exception):
+                self.gather(values)
+                return
         mine = json.loads(json.dumps(dict(values)))
         for rank, theirs in enumerate(self.gather_values(mine)):
             for name in sorted(mine.keys() | theirs.keys()):
@@ -270,12 +274,8 @@ class Ranks:
                 # here would only be the second.
                 raise self._lost(raised) from None
             error = raised
-        try:
+        with _rather(error):
             self._meet()
-        except DistributedError:
-            if error is not None:
-                raise error from None
-            raise
         self.fail(error)
 
     def fail(self, error: Exception | None) -> None:
@@ -284,12 +284,8 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        try:
+        with _rather(error):
             found = self.gather_values(None if error is None else _failure(error))
-        except DistributedError:
-            if error is not None:
-                raise error from None
-            raise
         if error is not None:
             raise error
         for rank, failure in enumerate(found):
@@ -334,6 +330,17 @@ class Ranks:
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self._group, rank)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _rather(error: Exception | None) -> Iterator[None]:
+    """Where the others cannot be reached: this rank's own error, if it has one, says more than that."""
+    try:
+        yield
+    except DistributedError:
+        if error is not None:
+            raise error from None
+        raise
 
 
 def _failure(error: Exception) -> list[Any]:

@@ -275,8 +275,27 @@ def ask_wrongly(rank: int, size: int, folder: str) -> list[Any]:
                 found.append(None)
             except Exception as error:
                 found.append([type(error).__name__, message_of(error)])
+        try:
+            Ranks.of(True).told(QueryError("y" * 4000) if rank == 0 else None)
+        except QueryError as error:
+            found.append([type(error).__name__, message_of(error)])
         hits = index.search(sequences()[:2] if rank == 0 else None, k=5)
     return [*found, hits.ids.tolist()]
+
+
+def ask_alone(rank: int, size: int, folder: str) -> list[str]:
+    """What rank 0 raises where the others do not ask: of a question that cannot be, and of one that can."""
+    found = []
+    with Index.open(Path(folder), model=make_model(), loss=loss, distributed=True) as index:
+        if rank:
+            time.sleep(20)
+            return []
+        for given in ({"exact": False, "normalize": "cosine"}, {}):
+            try:
+                index.search(sequences()[:1], k=3, **given)
+            except Exception as error:
+                found.append(type(error).__name__)
+    return found
 
 
 def leave_at(
@@ -409,6 +428,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "propose": propose,
     "rerank": rerank,
     "ask_wrongly": ask_wrongly,
+    "ask_alone": ask_alone,
     "estimate": estimate,
     "account": account,
     "hang": hang,

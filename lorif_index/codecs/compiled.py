@@ -65,7 +65,6 @@ class Kernel:
         module.count_named(row, 1, starts)
         module.turn_named(row, 1, starts[:-1].copy(), rows, levels)
         module.add_named(starts, rows, levels, one[:0], numbers[:0], numbers, numbers.copy())
-        SCATTERED.load()
         self.module = module
 
     def load_once(self) -> None:
@@ -75,9 +74,12 @@ class Kernel:
                 return
             try:
                 self.load()
+                # Rows that are to be scored must be read first.
+                SCATTERED.load()
             except Exception as error:
                 self._failed = True
-                warnings.warn(f"numba could not compile the kernel, so that torch scores: {error}", stacklevel=2)
+                what = "reads of rows, so that Python reads" if self.module else "the kernel, so that torch scores"
+                warnings.warn(f"numba could not compile {what}: {error}", stacklevel=2)
 
     def planes(
         self, queries: torch.Tensor, firsts: Sequence[int], counts: Sequence[int], sizes: Sequence[int], bits: int

@@ -77,11 +77,12 @@ class Postings:
     def best(self, places: np.ndarray, numbers: np.ndarray, most: int, threads: int = 1) -> Found:
         """Positions (most,) int64 and scores (most,) float32, falling, of the best rows for a question that is zero but
         at some places (m,) int64, rising, where it is `numbers` (m,); by so many threads."""
-        each = -(-len(self._blocks) // threads)
-        spans = [range(at, min(at + each, len(self._blocks))) for at in range(0, len(self._blocks), each)]
+        each = max(-(-len(self._blocks) // threads), 1)
+        spans = [range(at, min(at + each, len(self._blocks))) for at in range(0, max(len(self._blocks), 1), each)]
         found = side_by_side(lambda blocks: self._best_of(blocks, places, numbers, most), spans)
         rows, scores = (np.concatenate(part) for part in zip(*found, strict=True))
-        order = np.argsort(-scores, kind="stable")[:most]
+        rows, scores = _most(rows, scores, most)
+        order = np.argsort(-scores, kind="stable")
         return rows[order], scores[order]
 
     def _best_of(self, blocks: range, places: np.ndarray, numbers: np.ndarray, most: int) -> Found:
@@ -90,12 +91,11 @@ class Postings:
         rows, scores, worst = np.empty(0, np.int64), np.empty(0, np.float32), None
         for number in blocks:
             part = self._scores(self._blocks[number], places, numbers)
-            # What is no number is kept, and is seen by whoever asks.
+            # What is no number is kept, here and by `_most`, and is seen by whoever asks.
             better = np.arange(len(part)) if worst is None else np.flatnonzero(~(part <= worst))
             rows, scores = np.append(rows, better + number * BLOCK), np.append(scores, part[better])
             if len(rows) > most:
-                kept = torch.topk(torch.from_numpy(scores), most, sorted=False).indices.numpy()
-                rows, scores = rows[kept], scores[kept]
+                rows, scores = _most(rows, scores, most)
                 worst = scores.min()
         return rows, scores
 
@@ -116,6 +116,14 @@ class Postings:
         at = firsts + np.arange(len(firsts), dtype=firsts.dtype)
         weights = np.repeat(numbers, counts) * self._values[block.levels[at]]
         out += np.bincount(block.rows[at], weights=weights, minlength=len(out)).astype(np.float32)
+
+
+def _most(rows: np.ndarray, scores: np.ndarray, most: int) -> Found:
+    """The `most` best, in no order; what is no number counts as the best."""
+    if len(rows) <= most:
+        return rows, scores
+    kept = torch.topk(torch.from_numpy(scores), most, sorted=False).indices.numpy()
+    return rows[kept], scores[kept]
 
 
 def _turned(layout: SparseLayout, codes: torch.Tensor) -> _Block:

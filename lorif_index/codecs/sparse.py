@@ -54,8 +54,8 @@ class SparseLayout:
 
     @property
     def query_bytes(self) -> int:
-        """Memory that a scorer takes for each query."""
-        return 4 * self.dim
+        """Memory that a scorer takes for each query: in a row for the kernel, and in a column for torch."""
+        return 8 * self.dim
 
     @property
     def cosine(self) -> float:
@@ -162,7 +162,7 @@ class SparseScorer:
 
     @cached_property
     def _columns(self) -> torch.Tensor:
-        """(dim + 1, at least q): the queries as torch takes them."""
+        """(dim + 1, at least q): the queries as torch takes them; of one query the same memory."""
         spare = -self._count % _COLUMNS if self._count > 1 else 0
         return pad(self._queries, (0, 0, 0, spare)).T.contiguous()
 

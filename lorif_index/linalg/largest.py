@@ -14,6 +14,8 @@ _EVERY = 17
 _TIMES, _LEAST = 16, 1 << 14
 # Beyond what the part says, so many standard deviations of a draw.
 _SPARE = 4.0
+# A row of which more pass, times what is wanted and in all, is ordered as it is.
+_MOST_TIMES, _LEAST_MOST = 4, 512
 
 
 def largest(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -29,19 +31,18 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
     part, share = values[:, ::_EVERY], count / _EVERY
     enough = min(int(share + _SPARE * (share**0.5 + 1.0)), part.shape[1])
     thresholds = torch.topk(part, enough, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    # numpy finds what is true several times faster than torch.
-    flat = np.flatnonzero((values >= thresholds).numpy())
-    rows, columns = np.divmod(flat, d)
-    counts = np.bincount(rows, minlength=n)
-    at = np.arange(len(flat)) - (np.cumsum(counts) - counts)[rows]
-    numbers, most = values.numpy(), counts.max()
-    places, passed = np.zeros((n, most), np.int64), np.full((n, most), -np.inf, numbers.dtype)
-    places[rows, at], passed[rows, at] = columns, numbers[rows, columns]
-    lacking = np.flatnonzero(counts < count)
-    if len(lacking) == n:
-        return torch.topk(values, count, dim=1, sorted=False).indices
-    best = torch.topk(torch.from_numpy(passed), count, dim=1, sorted=False).indices
-    found = torch.from_numpy(places).gather(1, best)
-    for row in lacking:
-        found[row] = torch.topk(values[row], count, sorted=False).indices
+    # numpy counts and finds what is true several times faster than torch.
+    passed = (values >= thresholds).numpy()
+    counts = np.array([np.count_nonzero(row) for row in passed])
+    # Too few: the part was unlike the rest. Very many: numbers are equal, and a list of them would have no bound.
+    others = np.flatnonzero((counts < count) | (counts > _MOST_TIMES * count + _LEAST_MOST))
+    passed[others], counts[others] = False, 0
+    rows, columns = np.divmod(np.flatnonzero(passed), d)
+    at = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+    room, numbers = (n, max(int(counts.max()), count)), values.numpy()
+    places, among = np.zeros(room, np.int64), np.full(room, -np.inf, numbers.dtype)
+    places[rows, at], among[rows, at] = columns, numbers[rows, columns]
+    found = torch.from_numpy(places).gather(1, torch.topk(torch.from_numpy(among), count, dim=1, sorted=False).indices)
+    if len(others):
+        found[others] = torch.topk(values[others], count, dim=1, sorted=False).indices
     return found

@@ -1,11 +1,12 @@
-"""Threads: compiled work, which needs no interpreter, on as many threads as torch has."""
+"""Threads: work that leaves the interpreter alone for most of its time, on as many threads as torch has."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
@@ -18,7 +19,8 @@ R = TypeVar("R")
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """What `work` gives for each item, in order. It must not come here itself: threads would wait for each other."""
+    """What `work` gives for each item, in order. The caller's thread works, too, and does all where no other is free.
+    When this returns or raises, nobody is at work any more."""
     threads = min(torch.get_num_threads(), len(items))
     if threads < 2:
         return [work(item) for item in items]
@@ -26,14 +28,26 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     numbers = itertools.count()
 
     def some() -> None:
-        while (number := next(numbers)) < len(items):
-            done[number] = work(items[number])
+        nonlocal numbers
+        try:
+            while (number := next(numbers)) < len(items):
+                done[number] = work(items[number])
+        except BaseException:
+            # The others need not begin anything more.
+            numbers = itertools.count(len(items))
+            raise
 
-    running = [_pool().submit(some) for _ in range(threads)]
-    # What one of them raises waits for the others: they write to what the caller holds.
-    wait(running)
-    for one in running:
-        one.result()
+    others: list[Future[None]] = []
+    # A pool takes nothing more once the program ends.
+    with suppress(RuntimeError):
+        others.extend(_pool().submit(some) for _ in range(threads - 1))
+    try:
+        some()
+    finally:
+        running = [other for other in others if not other.cancel()]
+        wait(running)
+    for other in running:
+        other.result()
     return [done[number] for number in range(len(items))]
 
 

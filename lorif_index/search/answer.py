@@ -158,7 +158,6 @@ def _agreed_plan(reader: Reader, wanted: Wanted, k: int) -> Plan:
         said |= {"rerank": wanted.rerank}
     except Exception as error:
         said = error
-    ranks.wait()
     ranks.agree("a search", said)
     return plan
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -203,10 +203,6 @@ class Reader:
                 one = Preconditioner.of(name, self.curvature[name], policy)
                 made[name] = one.usable(name)
         return {name: made[name] for name in chosen}
-
-    def transformed(self, gradients: Mapping[str, torch.Tensor], policy: Damping) -> Transformed:
-        """Gradients {layer: (q, d_in, d_out)}, transformed under a damping policy."""
-        return Transformed.of(gradients, self.preconditioners(gradients, policy), self.curvature)
 
     def ask(self, asked: Transformed) -> Question:
         """The question that transformed gradients put to the rows."""

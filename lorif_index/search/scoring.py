@@ -77,6 +77,8 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> list[list[Any]]:
 
 def _spread(tensors: Mapping[str, torch.Tensor], shapes: list[list[Any]], ranks: Ranks) -> dict[str, torch.Tensor]:
     """Rank 0's float32 tensors, of such names and shapes, on all ranks: one message."""
+    if not shapes:
+        return {}
     sizes = [math.prod(shape) for _, shape in shapes]
     mine = torch.cat([part.flatten() for part in tensors.values()]) if ranks.first else torch.empty(sum(sizes))
     parts = ranks.spread(mine, 0).split(sizes)

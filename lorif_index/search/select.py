@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..codecs.base import Transformed
 from ..damping import Damping
 from ..errors import QueryError
 from ..progress import Reporter
@@ -141,12 +142,13 @@ def against_redundancy(
         policy: the damping.
         report: is told of every row.
     """
+    preconditioners = reader.preconditioners(tuple(reader.specs), policy)
     products = np.empty((len(rows), len(rows)), dtype=np.float32)
     with report.stage("redundancy", len(rows)) as stage:
         for start in range(0, len(rows), _TOGETHER):
             some = rows[start : start + _TOGETHER]
             gradients = {name: g.dense() for name, g in reader.codec.gradients(some).items()}
-            asked = reader.ask(reader.transformed(gradients, policy))
+            asked = reader.ask(Transformed.of(gradients, preconditioners, reader.curvature))
             products[start : start + len(some)] = scores_of(reader, asked, rows)
             stage.advance(len(some))
     inner = (products.astype(np.float64) + products.T) / 2

@@ -1,7 +1,8 @@
 """Scattered: many small reads of what lies in the page cache, by a compiled loop on all threads.
 
-Python takes as long for such a read as the read itself. The loop needs numba, which takes a second to load: whoever has
-work for it loads it. Without it, and for what is not in the cache, `SealedFile.read_scattered` reads.
+Python takes as long for such a read as the read itself. The loop needs numba, which takes a second to load: it is
+loaded with the kernel that scores rows (`codecs.compiled`). Without it, and for what is not in the cache,
+`SealedFile.read_scattered` reads.
 """
 
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, call-overload"
@@ -37,7 +38,7 @@ class Scattered:
             ImportError: numba is not installed.
         """
         if NO_WAIT and ctypes.sizeof(ctypes.c_long) == 8 and hasattr(ctypes.CDLL(None), _CALL):
-            self._loop = _compiled()
+            self._loop = _made()
 
     def read(self, files: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Reads a row of bytes from each offset of a file, as far as they are in the cache.
@@ -48,7 +49,7 @@ class Scattered:
             out: (m, size) uint8, contiguous, to be filled; of rows that were not read it may hold anything.
 
         Returns:
-            (m,) bool: which rows were read. None of few rows, or without the loop.
+            (m,) bool: which rows were read; all are False where they are few, or where the loop is not loaded.
         """
         done = np.zeros(len(files), dtype=bool)
         loop = self._loop
@@ -57,7 +58,7 @@ class Scattered:
         return done
 
 
-def _compiled() -> Callable[..., None]:
+def _made() -> Callable[..., None]:
     from numba import njit, types
 
     call = types.ExternalFunction(_CALL, types.int64(types.int32, types.uint64, types.int32, types.int64, types.int32))

@@ -270,7 +270,8 @@ class Store:
     def _read_cached(parts: Sequence[tuple[Shard, np.ndarray, np.ndarray]], raw: np.ndarray) -> np.ndarray:
         """Reads what the page cache has of some shards' rows, to their places in `raw`; which rows that were."""
         held = [shard.file.for_scattered() for shard, _, _ in parts]
-        files, offsets = np.empty(len(raw), np.int32), np.empty(len(raw), np.int64)
+        # No file, where no shard has the row.
+        files, offsets = np.full(len(raw), -1, np.int32), np.zeros(len(raw), np.int64)
         for file, (shard, places, local) in zip(held, parts, strict=True):
             files[places], offsets[places] = file.fd, shard.offsets(local)
         return SCATTERED.read(files, offsets, raw)

@@ -19,6 +19,7 @@ pytest.importorskip("faiss")
 from lorif_index import BuildConfig, CoarseIndex, Hits, Index
 from lorif_index.build import candidates
 from lorif_index.build.candidates import COARSE_FROM, TILTS
+from lorif_index.codecs.base import Transformed
 from lorif_index.errors import ConfigError, CorruptionError, FingerprintError, LorifError, QueryError
 from lorif_index.search.planner import SCAN_UP_TO
 from lorif_index.search.proposers import FlatSketch
@@ -111,7 +112,8 @@ def test_large_batches_are_answered_in_parts(index: Index) -> None:
 
 
 def asked_of(reader: Reader, query: dict[str, torch.Tensor]) -> Question:
-    return reader.ask(reader.transformed(query, reader.policy()))
+    made = reader.preconditioners(reader.specs, reader.policy())
+    return reader.ask(Transformed.of(query, made, reader.curvature))
 
 
 def coordinates_of(index: Index) -> np.ndarray:

@@ -330,11 +330,22 @@ def test_what_cannot_be_asked_is_said_on_all_ranks(tmp_path: Path) -> None:
     first, second = together(2, "ask_wrongly", tmp_path / "said", folder=str(path))
     kinds = ["DataError", "DataError", "QueryError", "DistributedError"]
     for said in (first, second):
-        assert [one[0] for one in said[:4]] == kinds and said[5] == expected, said
+        assert [one[0] for one in said[:4]] == kinds and said[6] == expected, said
         assert "k is" in said[3][1]
     assert "no examples" in first[0][1] and second[0][1] == "rank 0: " + first[0][1]
     assert second[1][1] == "rank 0: " + first[1][1] and first[4][0] == second[4][0]
+    assert first[5] == ["QueryError", "y" * 4000] and second[5] == ["QueryError", "rank 0: " + "y" * 4000]
     assert "coarse" in second[2][1] and first[2][1] == "rank 1: " + second[2][1]
+
+
+def test_an_error_of_its_own_says_more_than_that_others_are_gone(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    with Index.build(path, model=make_model(), data=sequences(), loss=loss, config=settings(), distributed=False):
+        pass
+    out = tmp_path / "said"
+    given = {"folder": str(path)}
+    said = finish(start(2, "ask_alone", out, timeout=5, given=given), out)
+    assert said[0]["result"] == ["QueryError", "DistributedError"] and said[1]["result"] == []
 
 
 def children(parent: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -53,10 +54,34 @@ def test_a_part_that_says_nothing_of_the_rest(few: None) -> None:
     check(values, 90)
     check(values[:1], 106)
     check(values[2:3], 50)
+    # A row of zeros, and one of which more than is wanted are not.
+    values[3] = 0
+    values[0] = 0
+    values[0, 5:40] = 2
+    check(values, 30)
+    check(values, 36)
     values[:] = -torch.inf
     values[:, 3] = 7
     check(values, 20)
     assert largest(values[:0], 5).shape == (0, 5)
+
+
+def test_of_equal_numbers_no_lists_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most numbers of a sparse row pass a threshold of 0: memory would grow with all of them."""
+    found: list[int] = []
+    before = np.flatnonzero
+
+    def counted(array: np.ndarray) -> np.ndarray:
+        out = before(array)
+        found.append(len(out))
+        return out
+
+    monkeypatch.setattr(module.np, "flatnonzero", counted)
+    values = torch.zeros(20, 50_000)
+    values[:, ::100] = torch.rand(20, 500)
+    values[7] = torch.rand(50_000)
+    check(values, 1000)
+    assert max(found) <= 5 * 1000
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,6 +124,29 @@ def test_work_is_shared_out(threads: int) -> None:
     in_parts(1000, count)
     in_parts(0, count)
     assert (rows == 1).all()
+
+
+def test_work_within_work(threads: int) -> None:
+    """Nobody waits for a thread that waits for it."""
+    found = side_by_side(lambda i: sum(side_by_side(lambda j: i * j, range(6))), range(12))
+    assert found == [15 * i for i in range(12)]
+
+
+def test_nobody_works_on_after_an_error(threads: int) -> None:
+    working: set[int] = set()
+
+    def work(item: int) -> None:
+        working.add(item)
+        time.sleep(0.01)
+        if item == 1:
+            raise KeyboardInterrupt
+        working.discard(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side(work, range(40))
+    assert working == {1}
+    time.sleep(0.05)
+    assert working == {1}
 
 
 def test_what_fails_is_raised(threads: int) -> None:

@@ -59,6 +59,21 @@ def test_scores_are_those_of_decoded_rows(rows: int, dim: int, entries: int, thr
     assert turned.nbytes < rows * (3 * entries + 4) + (rows // 100 + 1) * 4 * (dim + 1) + 1
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_is_no_number_is_seen(threads: int, kernel: None) -> None:
+    layout, codes = coded(357, 300, 20)
+    # Forged: the scales of two rows are no numbers.
+    codes[[9, 250], -2:] = torch.tensor([float("nan")], dtype=torch.bfloat16).view(torch.uint8)
+    rows, scores = Postings(layout, codes).best(np.arange(300), np.ones(300, np.float32), 20, threads)
+    assert {9, 250} <= set(rows.tolist()) and np.isnan(scores).sum() == 2
+
+
+def test_no_rows(kernel: None) -> None:
+    layout, codes = coded(9, 30, 4)
+    rows, scores = Postings(layout, codes[:0]).best(np.arange(3), np.ones(3, np.float32), 2, 2)
+    assert len(rows) == len(scores) == 0
+
+
 def test_rows_are_turned_for_many_questions_and_give_the_same(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postings, "_FEW_ROWS", 300)
     monkeypatch.setattr(postings, "_ASKED", 50)

@@ -202,6 +202,12 @@ def test_scores_are_those_of_what_rows_stand_for(made: Made, queries: int, names
     decoded = {name: part.double().numpy() for name, part in made.codec.decode(made.rows).items()}
     asked = Transformed(transform(query, made.preconditioners(names)), made.curvature)
     assert asked.count == queries
+    # Turned first and brought back is the same.
+    of = Transformed.of(query, made.preconditioners(names), made.curvature)
+    for name, x in asked.x.items():
+        for got, expected in ((of.x[name], x), (of.turned[name], asked.turned[name])):
+            assert got.shape == expected.shape and (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert of.count == queries
     parts = made.codec.question(asked)
     assert all(len(part) == queries and part.dtype == torch.float32 for part in parts.values())
     scorer = made.codec.scorer(parts)
