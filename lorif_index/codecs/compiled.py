@@ -65,6 +65,7 @@ class Kernel:
         module.count_named(row, 1, starts)
         module.turn_named(row, 1, starts[:-1].copy(), rows, levels)
         module.add_named(starts, rows, levels, one[:0], numbers[:0], numbers, numbers.copy())
+        module.take_better(numbers.copy(), numbers[:1], np.float32(0.0), np.zeros(1, np.int32), numbers.copy())
         self.module = module
 
     def load_once(self) -> None:

@@ -88,26 +88,38 @@ class Postings:
     def _best_of(self, blocks: range, places: np.ndarray, numbers: np.ndarray, most: int) -> Found:
         """The best rows of some blocks, in no order."""
         # Rows of a block that are no better than the worst of those that are kept are passed over: few are ordered.
-        rows, scores, worst = np.empty(0, np.int64), np.empty(0, np.float32), None
+        rows, scores, worst = np.empty(0, np.int64), np.empty(0, np.float32), np.float32(np.nan)
+        room = np.zeros(BLOCK, np.float32), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
         for number in blocks:
-            part = self._scores(self._blocks[number], places, numbers)
-            # What is no number is kept, here and by `_most`, and is seen by whoever asks.
-            better = np.arange(len(part)) if worst is None else np.flatnonzero(~(part <= worst))
-            rows, scores = np.append(rows, better + number * BLOCK), np.append(scores, part[better])
+            better, part = self._better(self._blocks[number], places, numbers, worst, *room)
+            rows, scores = np.append(rows, better + np.int64(number * BLOCK)), np.append(scores, part)
             if len(rows) > most:
                 rows, scores = _most(rows, scores, most)
                 worst = scores.min()
         return rows, scores
 
-    def _scores(self, block: _Block, places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Of a block's rows, float32."""
-        out = np.zeros(len(block.scales), np.float32)
+    def _better(
+        self,
+        block: _Block,
+        places: np.ndarray,
+        numbers: np.ndarray,
+        worst: np.float32,
+        sums: np.ndarray,
+        rows: np.ndarray,
+        scores: np.ndarray,
+    ) -> Found:
+        """A block's rows whose scores are not `worst` or less; all, of NaN. What is no number is kept always, here and
+        by `_most`, and is seen by whoever asks. `sums` are zeros before and afterwards."""
         if KERNEL.module is not None:
-            KERNEL.module.add_named(block.starts, block.rows, block.levels, places, numbers, self._values, out)
-        else:
-            self._add(block, places, numbers, out)
-        out *= block.scales
-        return out
+            KERNEL.module.add_named(block.starts, block.rows, block.levels, places, numbers, self._values, sums)
+            count = KERNEL.module.take_better(sums, block.scales, worst, rows, scores)
+            return rows[:count], scores[:count]
+        here = sums[: len(block.scales)]
+        self._add(block, places, numbers, here)
+        found = here * block.scales
+        here[:] = 0.0
+        better = np.flatnonzero(~(found <= worst))
+        return better, found[better]
 
     def _add(self, block: _Block, places: np.ndarray, numbers: np.ndarray, out: np.ndarray) -> None:
         """What the kernel does, by numpy."""
@@ -122,7 +134,7 @@ def _most(rows: np.ndarray, scores: np.ndarray, most: int) -> Found:
     """The `most` best, in no order; what is no number counts as the best."""
     if len(rows) <= most:
         return rows, scores
-    kept = torch.topk(torch.from_numpy(scores), most, sorted=False).indices.numpy()
+    kept = largest(torch.from_numpy(scores)[None], most)[0].numpy()
     return rows[kept], scores[kept]
 
 

@@ -19,10 +19,11 @@ _MOST_TIMES, _LEAST_MOST = 4, 512
 
 
 def largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Columns (n, count) int64 of each row's largest numbers, in no order; exact, of equal numbers any.
+    """Columns (n, count) int64 of each row's largest numbers, in no order; exact, of equal numbers any. NaN counts as
+    the largest.
 
     Args:
-        values: (n, d) without NaN.
+        values: (n, d).
         count: at most d.
     """
     n, d = values.shape
@@ -32,7 +33,7 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
     enough = min(int(share + _SPARE * (share**0.5 + 1.0)), part.shape[1])
     thresholds = torch.topk(part, enough, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     # numpy counts and finds what is true several times faster than torch.
-    passed = (values >= thresholds).numpy()
+    passed = (values < thresholds).logical_not_().numpy()
     counts = np.array([np.count_nonzero(row) for row in passed])
     # Too few: the part was unlike the rest. Very many: numbers are equal, and a list of them would have no bound.
     others = np.flatnonzero((counts < count) | (counts > _MOST_TIMES * count + _LEAST_MOST))

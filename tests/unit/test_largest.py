@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,18 @@ def test_a_part_that_says_nothing_of_the_rest(few: None) -> None:
     values[:, 3] = 7
     check(values, 20)
     assert largest(values[:0], 5).shape == (0, 5)
+
+
+@pytest.mark.parametrize("at", [[], [17], [5], [5, 17, 40, 51], range(600), range(0, 17 * 100, 17)])
+def test_nan_counts_as_the_largest(at: Any) -> None:
+    values = torch.randn(3, 50_000)
+    values[1, list(at)] = torch.nan
+    found = largest(values, 300)
+    taken = values[1, found[1]]
+    assert int(taken.isnan().sum()) == min(len(at), 300)
+    rest = values[1][~values[1].isnan()].sort(descending=True).values[: 300 - min(len(at), 300)]
+    assert torch.equal(taken[~taken.isnan()].sort(descending=True).values, rest)
+    check(values[[0, 2]], 300)
 
 
 def test_of_equal_numbers_no_lists_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
