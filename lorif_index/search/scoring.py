@@ -14,6 +14,9 @@ from ..codecs.base import Parts, Scorer
 from ..ranks import Ranks
 from ..storage.resident import Resident
 
+# A block of which more are better than what is kept, times k, is looked at twice.
+_MUCH = 8
+
 
 @dataclass(frozen=True)
 class Question:
@@ -122,13 +125,15 @@ class TopK:
         signed = scores * self._sign
         positions = positions.to(signed.device).expand_as(signed)
         self._scores, self._positions = self._scores.to(signed.device), self._positions.to(signed.device)
-        if signed.shape[1] > self._k:
-            # Everything at or above the block's k-th best, so that ties are decided by position below.
-            kth = torch.topk(signed, self._k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-            if self._scores.shape[1] == self._k:
-                kth = torch.maximum(kth, self._scores[:, -1:])
-            keep = signed >= kth
+        full = self._scores.shape[1] == self._k
+        if full or signed.shape[1] > self._k:
+            # Everything at or above the k-th best, so that ties are decided by position below. Most blocks have nothing
+            # that is better than what is kept; of those that have much, the block's own k-th best says more.
+            keep = signed >= (self._scores[:, -1:] if full else self._kth(signed))
             most = int(keep.sum(dim=1).max())
+            if full and most > _MUCH * self._k:
+                keep &= signed >= self._kth(signed)
+                most = int(keep.sum(dim=1).max())
             if most == 0:
                 return
             # The chosen columns first, in order; the rest is marked and sorts last.
@@ -140,6 +145,10 @@ class TopK:
         positions = torch.cat([self._positions, positions], dim=1)
         order = torch.argsort(signed, dim=1, descending=True, stable=True)[:, : self._k]
         self._scores, self._positions = torch.gather(signed, 1, order), torch.gather(positions, 1, order)
+
+    def _kth(self, signed: torch.Tensor) -> torch.Tensor:
+        """(q, 1): each query's k-th best of a block."""
+        return torch.topk(signed, self._k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(positions (q, k) int64, scores (q, k) float32), best first, on the CPU."""
