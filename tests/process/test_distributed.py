@@ -138,7 +138,9 @@ def test_the_best_are_computed_again_by_all_ranks(size: int, backend: str, alone
             hits = index.search(sequences()[:4], k=5, rerank=30, **given)
             ours = SimpleNamespace(ids=np.array(found[0]), scores=np.array(found[1], dtype=np.float32))
             assert_same_hits(ours, hits, 1e-5)
-            assert found[2] == hits.stats.reranked.computed and found[3] == pytest.approx(hits.stats.estimated_recall)
+            assert found[2] == hits.stats.reranked.computed
+            # Estimated of float32 scores, which other blocks of rows round otherwise.
+            assert found[3] == pytest.approx(hits.stats.estimated_recall, rel=1e-5)
     for one in said:
         assert "opened without them: pass data=" in one[3] and "Index.open(path), without distributed=" in one[4]
 
