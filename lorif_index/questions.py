@@ -99,7 +99,8 @@ class Questions:
             As `gradients` and `Refining.refined`; NonFiniteError: inf or NaN in the question.
         """
         began = mid = time.perf_counter()
-        reader, asked, inverse, refined = self.now.reader, None, None, None
+        reader, inverse, refined = self.now.reader, None, None
+        asked: Question | Exception | None = None
         ranks, spread = reader.ranks, self.identity.spread
 
         def ask() -> tuple[Question, dict[str, torch.Tensor] | None, Refined | None]:
@@ -117,7 +118,7 @@ class Questions:
             try:
                 asked, inverse, refined = ask()
             except Exception as error:
-                shared_question(error, ranks)
+                asked = error
         question = shared_question(asked, ranks)
         inverse = shared_layers(inverse, reader.ranks) if keep else None
         if normalize is not None:

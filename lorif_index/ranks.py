@@ -195,15 +195,14 @@ class Ranks:
     def told(self, value: Any, source: int = 0) -> Any:
         """Rank `source`'s JSON value, on all; what the others pass does not matter. What went wrong in making it may be
         passed in its place: then all ranks raise it, as in `jointly`."""
-        wrong = value if isinstance(value, Exception) else None
+        wrong = value if isinstance(value, Exception) and self.rank == source else None
         if self.size == 1:
             if wrong is not None:
                 raise wrong
             return value
-        said = json.dumps(value if wrong is None else _failure(wrong)).encode()
-        raw = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        said = None if self.rank != source else value if wrong is None else _failure(wrong)
+        raw = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
         head = _head(len(raw) if wrong is None else -len(raw), raw)
-        wrong = wrong if self.rank == source else None
         with _rather(wrong):
             with self._talking(head, float(self.rank == source) * min(len(raw), _AT_ONCE) / len(head)) as here:
                 dist.broadcast(here, self._global(source), group=self._group)

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from conftest import MARKED, SENTENCES, decoder_tokenizer, make_model
 
+# Of both: on the CPU, and nothing shown or kept.
+QUIET: dict[str, Any] = dict(report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True)
+
 
 def trainer(model: Any, folder: Path, callback: Any = None, *, rows: Any = None, **more: Any) -> Any:
     """A `transformers.Trainer` of a language model on the sentences, or on other rows."""
@@ -15,14 +18,10 @@ def trainer(model: Any, folder: Path, callback: Any = None, *, rows: Any = None,
     tokenizer = decoder_tokenizer()
     tokenizer.pad_token = "<|endoftext|>"
     data = datasets.Dataset.from_dict({"text": SENTENCES}).map(lambda r: tokenizer(r["text"]), remove_columns="text")
-    arguments: dict[str, Any] = dict(
+    arguments = QUIET | dict(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=2,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
         logging_strategy="no",
-        use_cpu=True,
         dataloader_pin_memory=False,
         seed=3,
     )
@@ -42,16 +41,7 @@ def sft(data: Any, folder: Path, callback: Any, **more: Any) -> Any:
     tokenizer = decoder_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = "<|endoftext|>"
     tokenizer.chat_template = MARKED
-    arguments: dict[str, Any] = dict(
-        output_dir=str(folder / "out"),
-        per_device_train_batch_size=4,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        max_length=48,
-    )
+    arguments = QUIET | dict(output_dir=str(folder / "out"), per_device_train_batch_size=4, bf16=False, max_length=48)
     return trl.SFTTrainer(
         model=make_model("llama"),
         processing_class=tokenizer,

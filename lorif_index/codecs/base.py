@@ -100,7 +100,7 @@ class Transformed:
         curvature: Mapping[str, LayerCurvature],
         turned: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        self.curvature, self._x, self._turned = curvature, x, turned
+        self.curvature, self._x, self._turned = curvature, x or {}, turned or {}
 
     @classmethod
     def of(
@@ -116,22 +116,18 @@ class Transformed:
     @property
     def count(self) -> int:
         """q."""
-        return int(next(iter((self._x or self._turned or {}).values())).shape[0])
+        return int(next(iter((self._x or self._turned).values())).shape[0])
 
     @cached_property
     def x(self) -> Mapping[str, torch.Tensor]:
         """Layer -> (q, d_in, d_out) float32."""
-        if self._x is not None:
-            return self._x
-        sides = {name: self.curvature[name].sides for name in self._turned or {}}
-        return {n: sides[n].turned_back(t).unflatten(1, sides[n].shape) for n, t in (self._turned or {}).items()}
+        sides = {name: self.curvature[name].sides for name in self._turned}
+        return self._x or {n: sides[n].turned_back(t).unflatten(1, sides[n].shape) for n, t in self._turned.items()}
 
     @cached_property
     def turned(self) -> Mapping[str, torch.Tensor]:
         """Layer -> x in the curvature's coordinates, (q, D) float32."""
-        if self._turned is not None:
-            return self._turned
-        return {name: self.curvature[name].sides.turned(x.flatten(1)) for name, x in (self._x or {}).items()}
+        return self._turned or {n: self.curvature[n].sides.turned(x.flatten(1)) for n, x in self._x.items()}
 
 
 class Scorer(Protocol):

@@ -19,8 +19,6 @@ from ..linalg.threads import in_parts
 
 NO_WAIT: int = getattr(os, "RWF_NOWAIT", 0)
 """Makes a read of what is not in the cache fail, rather than wait for the disk; 0 where the system does not know it."""
-# Reads for which threads are woken, at least.
-_FEW = 64
 # Linux's C library has it, with this meaning of its arguments on 64-bit machines.
 _CALL = "preadv2"
 
@@ -49,11 +47,11 @@ class Scattered:
             out: (m, size) uint8, contiguous, to be filled; of rows that were not read it may hold anything.
 
         Returns:
-            (m,) bool: which rows were read; all are False where they are few, or where the loop is not loaded.
+            (m,) bool: which rows were read; all are False where the loop is not loaded.
         """
         done = np.zeros(len(files), dtype=bool)
         loop = self._loop
-        if loop is not None and len(files) >= _FEW:
+        if loop is not None:
             in_parts(len(files), lambda part: loop(files[part], offsets[part], out[part], done[part]))
         return done
 

@@ -86,7 +86,6 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     """Whether rows are gathered by the compiled loop."""
     made = Scattered()
     monkeypatch.setattr(module, "SCATTERED", made)
-    monkeypatch.setattr(scattered, "_FEW", 1)
     if request.param:
         made.load()
         assert made._loop is not None
@@ -168,7 +167,6 @@ def test_systems_that_cannot_say_what_is_cached(tmp_path: Path, monkeypatch: pyt
     store, rows, _ = make(tmp_path, 20)
     monkeypatch.setattr("lorif_index.storage.sealed.NO_WAIT", flags)
     monkeypatch.setattr(scattered, "NO_WAIT", flags)
-    monkeypatch.setattr(scattered, "_FEW", 1)
     made = Scattered()
     made.load()
     monkeypatch.setattr(module, "SCATTERED", made)
